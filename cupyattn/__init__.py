@@ -1,0 +1,38 @@
+"""Exact attention for any array: NumPy, CuPy, torch, JAX and every other array-API library.
+
+`attention` is the whole of it; the functions under their peers' names (`scaled_dot_product_attention`,
+`flash_attn_func`, ...) are for code that exists already.  Importing this imports NumPy and
+array-api-compat, and nothing else.
+"""
+
+from cupyattn.api import Gradients, attention, attention_backward, explain, merge_states
+from cupyattn.padding import pad_input, unpad_input
+from cupyattn.peers import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    scaled_dot_product_attention,
+)
+from cupyattn.plan import Plan
+from cupyattn.rotary import apply_rotary_emb
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Gradients",
+    "Plan",
+    "__version__",
+    "apply_rotary_emb",
+    "attention",
+    "attention_backward",
+    "explain",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "merge_states",
+    "pad_input",
+    "scaled_dot_product_attention",
+    "unpad_input",
+]

@@ -1,0 +1,477 @@
+"""cupyattn's own functions: `attention`, its gradients, its plan, and the merging of its states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupyattn import numpy_ref, reading
+from cupyattn.arrays import Arrays, Visit, enter
+from cupyattn.corridor import Named, answer, gradients, plan_for
+from cupyattn.plan import Plan, choose
+from cupyattn.problem import NAMED_DEVICES, Array, Axes, Problem, Spec
+from cupyattn.reading import Options, check_sequences, read, refusal
+from cupyattn.rounding import narrow, widen
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    layout: Axes = "bshd",
+    causal: bool = False,
+    alignment: str | None = None,
+    window_size: tuple[int | None, int | None] = (None, None),
+    mask: Array | None = None,
+    bias: Array | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    compute_dtype: Any = None,
+    return_lse: bool = False,
+) -> Any:
+    """Exact softmax attention, ``softmax(softmax_scale * q @ k.T) @ v`` for every head, and its variations.
+
+    Parameters
+    ----------
+    q : array, shape (batch, seqlen_q, num_heads, head_dim)
+        Queries, float16, bfloat16, float32 or float64; any strides.
+    k, v : array, shapes (batch, seqlen_k, num_heads_kv, head_dim), (batch, seqlen_k, num_heads_kv, head_dim_v)
+        Keys and values, of the library, device and dtype of `q`.  `num_heads_kv` divides `num_heads`;
+        query head ``h`` uses key head ``h // (num_heads // num_heads_kv)``.  k and v may differ in
+        their numbers of heads.  A batch of one serves all of q's.
+    layout : {"bshd", "bhsd"}
+        Order of the axes: as above, or (batch, num_heads, seqlen, head_dim).
+    causal : bool
+        A query sees no key after its diagonal.
+    alignment : {"top-left", "bottom-right"}, optional
+        Where the diagonal lies, for `causal`, `window_size` and `alibi_slopes`: row ``i`` has key ``i``
+        on it (torch's rule), or key ``i + seqlen_k - seqlen_q`` (flash-attn's).  With two queries and
+        five keys, causal::
+
+            top-left       bottom-right
+            1 0 0 0 0      1 1 1 1 0
+            1 1 0 0 0      1 1 1 1 1
+
+        Has to be chosen where the lengths differ; says nothing where they are equal.
+    window_size : (left, right)
+        Keys seen before and after the diagonal, both inclusive; None or -1: no limit.
+    mask : array of bool, optional
+        True where a key may be seen; broadcasts to (batch, num_heads, seqlen_q, seqlen_k) in either
+        layout.  Holds together with `causal` and `window_size`.
+    bias : array, optional
+        Added to the scores; broadcasts like `mask`.  A key with bias -inf is not seen.
+    softmax_scale : float, optional
+        Multiplies ``q @ k.T``; finite, not negative.  Default ``head_dim ** -0.5``.
+    softcap : float
+        If not 0, scores become ``softcap * tanh(score / softcap)``, before ALiBi and bias.
+    alibi_slopes : array, shape (num_heads,) or (batch, num_heads), optional
+        ``-slope * |diagonal - key|`` is added to the scores.
+    sinks : array, shape (num_heads,), optional
+        A logit per head that joins the softmax's denominator and has no value.
+    dropout_p : float
+        Probability with which a weight is dropped; the others grow by ``1 / (1 - dropout_p)``.
+    dropout_seed : int, optional
+        Decides which, from 0 to 2**64 - 1: the same on every device (Philox 4x32-10, counted by batch,
+        head, row and key).  Default: torch's generator for torch, fresh entropy for others.
+    compute_dtype : {"float64", "float32"}, optional
+        Of the arithmetic on the CPU.  Default float64, rounded once to the dtype of `q`.
+    return_lse : bool
+        Also return the log-sum-exp of the scores.
+
+    Returns
+    -------
+    out : array, shape of `q` with head_dim_v for head_dim
+        Library, device and dtype of `q`.  A query that sees no key gives zeros.
+    lse : array, shape (batch, num_heads, seqlen_q), only if `return_lse`
+        Natural logarithm of the softmax's denominator; float32, or float64 if `q` is.  -inf for a
+        query that sees no key (and has no sink).
+
+    Raises
+    ------
+    TypeError
+        Not arrays, arrays of different libraries or dtypes, or of dtypes that cannot be computed with.
+    ValueError
+        Shapes do not fit, a number is out of its range, arrays are on different devices, or
+        `alignment` is needed and was not chosen.
+    NotImplementedError
+        No implementation takes the problem on this device; the message lists each one's reasons.
+    ImportError, RuntimeError
+        The arrays are on a GPU, and CuPy or the driver is missing.
+
+    Notes
+    -----
+    Keys that are not seen never reach the result, even if they hold nan.
+    ``4 * batch * num_heads * seqlen_q * seqlen_k * head_dim`` floating-point operations, about half of it
+    if causal; memory grows with seqlen_q + seqlen_k.
+
+    References
+    ----------
+    .. [1] T. Dao, "FlashAttention-2", 2023, arXiv:2307.08691, algorithm 1.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> q = k = v = np.ones((1, 3, 2, 4), np.float32)
+    >>> cupyattn.attention(q, k, v, causal=True).shape
+    (1, 3, 2, 4)
+    """
+    options = _options(
+        "attention",
+        layout,
+        causal,
+        alignment,
+        window_size,
+        softmax_scale,
+        softcap,
+        dropout_p,
+        compute_dtype,
+        return_lse,
+    )
+    arrays = _operands(q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+    found = answer("attention", arrays, options, reading.dropout_seed("attention", dropout_seed))
+    return (found["out"], found["lse"]) if return_lse else found["out"]
+
+
+def _operands(q: Array, k: Array, v: Array, **others: Array | None) -> dict[str, tuple[str, Any]]:
+    return {name: (name, array) for name, array in {"q": q, "k": k, "v": v, **others}.items()}
+
+
+def _options(
+    function: str,
+    layout: str,
+    causal: bool,
+    alignment: str | None,
+    window_size: Any,
+    softmax_scale: float | None,
+    softcap: float,
+    dropout_p: float,
+    compute_dtype: Any,
+    return_lse: bool,
+) -> Options:
+    return Options(
+        axes=reading.choice(function, "layout", layout, ("bshd", "bhsd")),
+        causal=reading.flag(function, "causal", causal),
+        alignment=reading.choice(function, "alignment", alignment, (None, "top-left", "bottom-right")),
+        window=reading.window(function, "window_size", window_size),
+        softmax_scale=reading.softmax_scale(function, "softmax_scale", softmax_scale),
+        softcap=reading.softcap(function, softcap),
+        dropout_p=reading.dropout_p(function, dropout_p),
+        compute_dtype=reading.compute_dtype(function, compute_dtype),
+        needs_lse=reading.flag(function, "return_lse", return_lse),
+    )
+
+
+class Gradients(NamedTuple):
+    """Gradients of `attention`, each shaped like the argument it belongs to; None where that was not given."""
+
+    dq: Array
+    dk: Array
+    dv: Array
+    dbias: Array | None = None
+    dsinks: Array | None = None
+    dalibi_slopes: Array | None = None
+
+
+def attention_backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    out: Array | None = None,
+    lse: Array | None = None,
+    dlse: Array | None = None,
+    layout: Axes = "bshd",
+    causal: bool = False,
+    alignment: str | None = None,
+    window_size: tuple[int | None, int | None] = (None, None),
+    mask: Array | None = None,
+    bias: Array | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    compute_dtype: Any = None,
+) -> Gradients:
+    """Gradients of `attention`, given the gradient of its output.
+
+    Parameters
+    ----------
+    dout : array, shape of out
+        Gradient of the output.
+    q, k, v : array
+        As they were given to `attention`; likewise all arguments not named here.
+    out, lse : array, optional
+        What `attention` returned.  Both save computing them again, and are used where they are in the
+        compute dtype, so that nothing was lost by rounding; otherwise they are computed again.
+    dlse : array, shape of lse, optional
+        Gradient of the log-sum-exp, if anything was made of it.
+    dropout_seed : int
+        Needed if `dropout_p` > 0: the seed of the forward pass.
+
+    Returns
+    -------
+    Gradients
+        Named tuple (dq, dk, dv, dbias, dsinks, dalibi_slopes) in the library, dtype and shape of each
+        argument; None for those not given.  Queries that see no key have gradients of zero.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As `attention`; also if `dout`, `out`, `lse` or `dlse` do not have the shapes above.
+
+    References
+    ----------
+    .. [1] T. Dao, "FlashAttention-2", 2023, arXiv:2307.08691, algorithm 2.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> q = k = v = np.ones((1, 3, 2, 4))
+    >>> cupyattn.attention_backward(np.ones_like(q), q, k, v, causal=True).dv[0, :, 0, 0]
+    array([1.83333333, 0.83333333, 0.33333333])
+    """
+    function = "attention_backward"
+    options = _options(
+        function, layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, compute_dtype, True
+    )
+    seed = reading.dropout_seed(function, dropout_seed)
+    if options.dropout_p > 0.0 and seed is None:
+        raise ValueError(refusal(function, "dropout needs the dropout_seed of the forward pass"))
+    operands = _operands(q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+    known = {"dout": dout, "out": out, "lse": lse, "dlse": dlse}
+    visit = enter(function, {**operands, **{name: (name, array) for name, array in known.items()}})
+    specs = dict(visit.specs)
+    if "dout" not in specs:
+        raise TypeError(refusal(function, "dout has to be an array", ("dout", type(dout).__name__)))
+    problem = read(function, tuple((name, spec) for name, spec in visit.specs if name in operands), options)
+    for name, shape, dtype in (
+        ("dout", problem.out_shape, problem.dtype),
+        ("out", problem.out_shape, problem.dtype),
+        ("lse", problem.lse_shape, problem.lse_dtype),
+        ("dlse", problem.lse_shape, problem.lse_dtype),
+    ):
+        if name in specs:
+            _expect(function, specs[name], shape, dtype)
+    plan = plan_for(function, problem, visit.device())
+
+    def backward(everything: Arrays) -> Arrays:
+        known_here = {name: everything[name] for name in known if name in everything}
+        inputs = {name: everything[name] for name in operands if name in everything}
+        return gradients(plan, problem, inputs, known_here, seed or 0)
+
+    wanted = [name for name in ("q", "k", "v", "bias", "sinks", "alibi_slopes") if name in specs]
+    found = visit.run(backward, None, {name: specs[name] for name in wanted})
+    return Gradients(**{f"d{name}": found[name] for name in wanted})
+
+
+def _expect(function: str, spec: Spec, shape: tuple[int, ...], dtype: str) -> None:
+    if spec.shape != shape:
+        rule = f"{spec.name} has to have the shape {shape}"
+        raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
+    if spec.dtype != dtype:
+        raise TypeError(refusal(function, f"{spec.name} has to be {dtype}", (spec.name, spec.shape, spec.dtype)))
+
+
+def explain(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    dtype: Any = None,
+    device: str | None = None,
+    layout: Axes = "bshd",
+    causal: bool = False,
+    alignment: str | None = None,
+    window_size: tuple[int | None, int | None] = (None, None),
+    mask: Any = None,
+    bias: Any = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    compute_dtype: Any = None,
+    return_lse: bool = False,
+) -> Plan:
+    """How `attention` would do a call, and why not otherwise; nothing is computed.
+
+    Parameters
+    ----------
+    q, k, v, mask, bias, alibi_slopes, sinks : array or tuple of int
+        Arrays as `attention` takes them, or their shapes alone.
+    dtype : str or dtype, optional
+        Of q, k and v where only shapes are given.  Default float32 on the CPU, float16 on a GPU.
+    device : str, optional
+        "cpu", or a GPU by name: one of the names in the error that an unknown name gives.  Default: where the
+        arrays are; "cpu" for shapes.
+
+    Returns
+    -------
+    Plan
+        Prints itself: implementation, tile, splits, workers, flops, bytes, the reason for it, and each
+        other implementation's reasons against it.  Its `kernel` is "none" if all object.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention` would; also for an unknown `device`.
+
+    Notes
+    -----
+    A GPU's plan is made by the rules its kernels will follow; this version has no CUDA kernels yet.
+
+    Examples
+    --------
+    >>> import cupyattn
+    >>> shape = (1, 1, 32, 128), (1, 8192, 8, 128), (1, 8192, 8, 128)
+    >>> plan = cupyattn.explain(*shape, dtype="bfloat16", device="H100")
+    >>> plan.kernel, plan.num_splits
+    ('splitkv', 15)
+    """
+    function = "explain"
+    reading.dropout_seed(function, dropout_seed)
+    options = _options(
+        function, layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, compute_dtype, return_lse
+    )
+    given = _operands(q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+    shapes = {name: entry[1] for name, entry in given.items() if isinstance(entry[1], (tuple, list))}
+    arrays = {name: entry for name, entry in given.items() if name not in shapes and entry[1] is not None}
+    if device is not None and device != "cpu" and device not in NAMED_DEVICES:
+        rule = f"device has to be 'cpu' or one of {', '.join(NAMED_DEVICES)}"
+        raise ValueError(refusal(function, rule, ("device", repr(device))))
+    visit = enter(function, arrays) if arrays else None
+    specs = dict(visit.specs) if visit else {}
+    default = next((specs[name].dtype for name in ("q", "k", "v") if name in specs), None)
+    default = default or ("float32" if device in (None, "cpu") else "float16")
+    name_of_dtype = default if dtype is None else reading.dtype_name(dtype)
+    for name, shape in shapes.items():
+        sizes = tuple(reading.integer(function, name, size, low=0, high=2**63 - 1) for size in shape)
+        specs[name] = Spec(name, sizes, "bool" if name == "mask" else name_of_dtype)
+    ordered = tuple((name, specs[name]) for name in given if name in specs)
+    problem = read(function, ordered, options)
+    if device is not None:
+        return choose(problem, _cpu_device() if device == "cpu" else NAMED_DEVICES[device])
+    return choose(problem, visit.device() if visit else _cpu_device())
+
+
+def _cpu_device() -> Any:
+    return enter("explain", {"q": ("q", np.empty(0))}).device()
+
+
+def merge_states(outs: Sequence[Array], lses: Sequence[Array], *, layout: Axes = "bshd") -> tuple[Array, Array]:
+    """The attention over all keys, from attentions over disjoint sets of keys.
+
+    Associative and commutative up to rounding; ``out = 0, lse = -inf`` is the identity.  A state whose
+    lse is -inf adds nothing, whatever its out holds.  Where an lse is +inf it outweighs all finite ones.
+
+    Parameters
+    ----------
+    outs : sequence of arrays, each of one shape
+        Outputs of `attention` over parts of the keys: (batch, seqlen, num_heads, head_dim),
+        (..., num_heads, seqlen, head_dim) or (tokens, num_heads, head_dim), as `layout` says.
+    lses : sequence of arrays
+        Their log-sum-exps (natural): (..., num_heads, seqlen), or (num_heads, tokens); float32 or float64.
+    layout : {"bshd", "bhsd", "thd"}
+        Of `outs`.
+
+    Returns
+    -------
+    out, lse : array
+        In the library, dtype and shape of the arguments.
+
+    Raises
+    ------
+    TypeError
+        Not arrays, of different libraries or dtypes.
+    ValueError
+        No states, more outs than lses, or shapes that do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> rng = np.random.default_rng(0)
+    >>> q, k, v = rng.standard_normal((3, 1, 6, 2, 4))
+    >>> halves = [cupyattn.attention(q, k[:, i], v[:, i], return_lse=True) for i in (slice(0, 2), slice(2, 6))]
+    >>> out, lse = cupyattn.merge_states(*zip(*halves))
+    >>> bool(np.allclose(out, cupyattn.attention(q, k, v)))
+    True
+    """
+    function = "merge_states"
+    reading.choice(function, "layout", layout, ("bshd", "bhsd", "thd"))
+    if not isinstance(outs, (list, tuple)) or not isinstance(lses, (list, tuple)):
+        came = (("outs", type(outs).__name__), ("lses", type(lses).__name__))
+        raise TypeError(refusal(function, "outs and lses have to be lists or tuples of arrays", *came))
+    if len(outs) != len(lses) or not outs:
+        rule = "outs and lses have to hold the same number of states, at least one"
+        raise ValueError(refusal(function, rule, ("outs", len(outs)), ("lses", len(lses))))
+    count = len(outs)
+    named: Named = {
+        **{f"out{i}": (f"outs[{i}]", array) for i, array in enumerate(outs)},
+        **{f"lse{i}": (f"lses[{i}]", array) for i, array in enumerate(lses)},
+    }
+    for name, array in named.values():
+        if array is None:
+            raise TypeError(refusal(function, f"{name} has to be an array", (name, "None")))
+    visit = enter(function, named)
+    out_spec, lse_spec = _check_states(visit, count, layout)
+    if visit.kind == "cuda":
+        visit.device()
+
+    def states_of(operands: Arrays) -> list[numpy_ref.State]:
+        rows = [widen(operands[f"out{i}"], "float64") for i in range(count)]
+        rows = [x.swapaxes(-3, -2) if layout != "bhsd" else x for x in rows]
+        return [numpy_ref.State(x, widen(operands[f"lse{i}"], "float64")) for i, x in enumerate(rows)]
+
+    def forward(operands: Arrays) -> Arrays:
+        whole = numpy_ref.merge(states_of(operands))
+        out = whole.out.swapaxes(-3, -2) if layout != "bhsd" else whole.out
+        return {"out": np.ascontiguousarray(narrow(out, out_spec.dtype)), "lse": narrow(whole.lse, lse_spec.dtype)}
+
+    def backward(operands: Arrays, known: Arrays) -> Arrays:
+        states = states_of(operands)
+        dout, dlse = known["dout"], known["dlse"]
+        dout = np.zeros(out_spec.shape) if dout is None else widen(dout, "float64")
+        dout = dout.swapaxes(-3, -2) if layout != "bhsd" else dout
+        dlse = np.zeros(lse_spec.shape) if dlse is None else widen(dlse, "float64")
+        found: Arrays = {}
+        for i, (part_dout, part_dlse) in enumerate(numpy_ref.merge_backward(states, dout, dlse)):
+            part_dout = part_dout.swapaxes(-3, -2) if layout != "bhsd" else part_dout
+            found[f"out{i}"] = np.ascontiguousarray(narrow(part_dout, out_spec.dtype))
+            found[f"lse{i}"] = narrow(part_dlse, lse_spec.dtype)
+        return found
+
+    merged = visit.run(forward, backward, {"out": out_spec, "lse": lse_spec})
+    return merged["out"], merged["lse"]
+
+
+def _check_states(visit: Visit, count: int, layout: Axes) -> tuple[Spec, Spec]:
+    specs = dict(visit.specs)
+    out, lse = specs["out0"], specs["lse0"]
+    rank = {"bshd": (4, 4), "thd": (3, 3), "bhsd": (3, 64)}[layout]
+    if not rank[0] <= len(out.shape) <= rank[1]:
+        rule = f"{out.name} has to be {reading.AXES[layout]}"
+        raise ValueError(refusal(visit.function, rule, (out.name, out.shape)))
+    head_axis, row_axis = (-3, -2) if layout == "bhsd" else (-2, -3)
+    expected = (*out.shape[:-3], out.shape[head_axis], out.shape[row_axis])
+    for spec in (out, lse):
+        if spec.dtype not in (("float32", "float64") if spec is lse else reading.ITEMSIZE):
+            rule = f"{spec.name} cannot be {spec.dtype}"
+            raise TypeError(refusal(visit.function, rule, (spec.name, spec.shape, spec.dtype)))
+    for i in range(count):
+        _expect(visit.function, specs[f"out{i}"], out.shape, out.dtype)
+        _expect(visit.function, specs[f"lse{i}"], expected, lse.dtype)
+    return out, lse
+
+
+__all__ = ["Gradients", "Plan", "Problem", "attention", "attention_backward", "explain", "merge_states"]

@@ -1,0 +1,80 @@
+"""The one way from a caller's arrays to the answer in the caller's library.
+
+    arrays.enter   who are these arrays, where do they live             Visit
+    reading.read   what is asked; every refusal that needs no values    Problem
+    plan.choose    how it will be done                                  Plan
+    cpu.run        the numbers                                          out, lse
+    visit.run      home again: library, device, dtype, gradients
+
+Each public function fills in the same two things, its arrays and its `Options`, and walks down here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cupyattn import cpu
+from cupyattn.arrays import Arrays, Visit, enter
+from cupyattn.plan import Plan, choose
+from cupyattn.problem import Device, Problem, Spec
+from cupyattn.reading import Options, check_sequences, read, refusal
+
+Named = Mapping[str, tuple[str, Any]]
+"""{our word: (the caller's name for it, the array or None)}"""
+
+
+def answer(function: str, arrays: Named, options: Options, seed: int | None) -> Arrays:
+    """The results of one attention call by name: "out", and "lse" and "dropout_mask" if asked for."""
+    visit = enter(function, arrays)
+    problem = read(function, visit.specs, options)
+    plan = plan_for(function, problem, visit.device())
+    if problem.dropout_p > 0.0 and seed is None:
+        seed = visit.library.draw_seed(function)
+    return _run(visit, problem, plan, seed or 0)
+
+
+def plan_for(function: str, problem: Problem, device: Device) -> Plan:
+    """The plan, or every implementation's objections at once."""
+    plan = choose(problem, device)
+    if plan.kernel == "none":
+        reasons = [(name, reason) for name, against in plan.objections for reason in against]
+        raise NotImplementedError(refusal(function, f"no implementation takes this problem\n    {problem}", *reasons))
+    return plan
+
+
+def _run(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays:
+    specs = dict(visit.specs)
+
+    def forward(operands: Arrays) -> Arrays:
+        if problem.layout.ragged:
+            check_sequences(visit.function, specs, problem.sizes, operands)
+        return cpu.run(plan, problem, operands, seed)
+
+    def backward(operands: Arrays, known: Arrays) -> Arrays:
+        return gradients(plan, problem, operands, known, seed)
+
+    if visit.kind == "cuda":
+        from cupyattn import cuda
+
+        return cuda.run(visit.function, plan, problem)
+    return visit.run(forward, backward, results_of(problem))
+
+
+def gradients(plan: Plan, problem: Problem, operands: Arrays, known: Arrays, seed: int) -> Arrays:
+    """Gradients of all floating operands; out and lse are used where they were not rounded on the way."""
+    if problem.dtype != plan.compute_dtype:
+        known = {name: array for name, array in known.items() if name not in ("out", "lse")}
+    return cpu.run_backward(plan, problem, operands, known, seed)
+
+
+def results_of(problem: Problem) -> dict[str, Spec]:
+    """Shape and dtype of each result."""
+    results = {"out": Spec("out", problem.out_shape, problem.dtype)}
+    if problem.needs_lse:
+        results["lse"] = Spec("lse", problem.lse_shape, problem.lse_dtype)
+    if problem.needs_dropout_mask:
+        sizes = problem.sizes
+        shape = (sizes.batch, sizes.num_heads, sizes.seqlen_q, sizes.seqlen_k)
+        results["dropout_mask"] = Spec("dropout_mask", shape, problem.dtype)
+    return results

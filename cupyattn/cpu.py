@@ -1,0 +1,258 @@
+"""The CPU's door: cut the operands into tiles, run the algorithm of `numpy_ref` on each.
+
+Tasks run in parallel; in the backward pass one task owns all tiles that share a key or a value head.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from cupyattn import numpy_ref
+from cupyattn.numpy_ref import Array, KeyBlock, State
+from cupyattn.plan import Plan
+from cupyattn.problem import Problem
+from cupyattn.rounding import STORAGE, narrow, widen
+from cupyattn.threads import Scratch, Task, run_all
+from cupyattn.tiles import Keys, Part, TileIndex, cut_into_parts, heads_first, piece_index
+
+
+def run(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int = 0) -> dict[str, Array]:
+    """Compute ``out``, ``lse`` (and ``dropout_mask`` if wanted) in the caller's layout."""
+    results = {
+        "out": np.zeros(problem.out_shape, STORAGE[problem.dtype]),
+        "lse": np.full(problem.lse_shape, -np.inf, problem.lse_dtype),
+    }
+    parts = [
+        part
+        for part in cut_into_parts(plan, problem, operands, seed)
+        if part.out_size and part.num_heads  # an empty part has nothing to say
+    ]
+    tasks: list[tuple[int, Task]] = []
+    for part in parts:
+        out = part.of(heads_first(results["out"], problem))
+        lse = part.lse_of(results["lse"])
+        for tile in part.tiles():
+            tasks.append((tile.work, partial(_forward_task, part, tile, out, lse)))
+    tasks.sort(key=lambda entry: -entry[0])
+    run_all([task for _, task in tasks], plan.num_workers)
+    if problem.needs_dropout_mask:
+        results["dropout_mask"] = _dropout_mask(problem, parts, results["lse"])
+    return results
+
+
+def _forward_task(part: Part, where: TileIndex, out: Array, lse: Array, scratch: Scratch) -> None:
+    state = part.attend(where, scratch)
+    shape = (where.batch_size, where.num_heads, len(where.rows))
+    problem = part.problem
+    out[where.batches, where.heads, where.row_slice] = narrow(state.out.reshape(*shape, -1), problem.dtype)
+    lse[where.batches, where.heads, where.row_slice] = state.lse.reshape(shape)
+
+
+def _dropout_mask(problem: Problem, parts: list[Part], lse: Array) -> Array:
+    """flash-attn's S_dmask, (batch, heads, seqlen_q, seqlen_k): weights, negative where dropped."""
+    sizes = problem.sizes
+    weights = np.zeros((sizes.batch, sizes.num_heads, sizes.seqlen_q, sizes.seqlen_k))
+    for part in parts:
+        part_lse = part.lse_of(lse)
+        ids = part.batch_ids
+        for where in part.tiles():
+            tile = part.tile(where, {})
+            origin = part_lse[where.batches, where.heads, where.row_slice].reshape(tile.q.shape[:-1])
+            origin = np.where(np.isneginf(origin), 0.0, origin)
+            for block in tile.blocks():
+                with np.errstate(all="ignore"):
+                    by_head = tile.per_head(np.exp(tile.scores(block) - origin[..., None]))
+                signed = np.where(block.keep == 0.0, -by_head, by_head)
+                signed = signed.reshape(where.batch_size, where.num_heads, *signed.shape[-2:])
+                weights[ids[where.batches], where.heads, where.row_slice, block.keys] = signed
+    return narrow(weights, problem.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Backward
+# ---------------------------------------------------------------------------------------------------
+
+
+def run_backward(
+    plan: Plan, problem: Problem, operands: Mapping[str, Array], grads: Mapping[str, Array | None], seed: int = 0
+) -> dict[str, Array]:
+    """Gradients of every floating operand, by its name and in its shape and dtype.
+
+    `grads` holds ``dout`` and, or None, ``dlse`` and the forward's ``out`` and ``lse``.
+    """
+    sizes, compute = problem.sizes, plan.compute_dtype
+    if grads.get("out") is None or grads.get("lse") is None:
+        forward: dict[str, Array | None] = {"out": None, "lse": None}
+    else:
+        forward = {name: grads[name] for name in ("out", "lse")}
+    collected = {name: np.zeros(_whole_shape(name, problem, operands), compute) for name in ("q", "k", "v")}
+    for name in ("bias", "sinks", "alibi_slopes"):
+        if name in operands:
+            collected[name] = np.zeros(operands[name].shape, compute)
+    job = _BackwardJob(problem, collected, grads, forward, threading.Lock())
+    tasks: list[Task] = []
+    for part in cut_into_parts(plan, problem, operands, seed):
+        if part.out_size == 0 or part.seqlen_k == 0 and not problem.edits.sinks or part.num_heads == 0:
+            continue
+        owners = _owners(part, sizes.num_heads_k, sizes.num_heads_v)
+        tasks.extend(partial(job.run, part, tiles) for tiles in owners)
+    run_all(tasks, plan.num_workers)
+    return {
+        name: narrow(_sum_to(gradient, operands[name].shape), _dtype_name(operands[name]))
+        for name, gradient in collected.items()
+    }
+
+
+def _dtype_name(array: Array) -> str:
+    return "bfloat16" if array.dtype == np.uint16 else array.dtype.name
+
+
+def _whole_shape(name: str, problem: Problem, operands: Mapping[str, Array]) -> tuple[int, ...]:
+    """The shape of q, k or v after broadcasting its batch and heads, in the caller's layout."""
+    shape = operands[name].shape
+    sizes, axes = problem.sizes, problem.layout.axes
+    if axes == "thd":
+        return shape
+    heads = {"q": sizes.num_heads, "k": sizes.num_heads_k, "v": sizes.num_heads_v}[name]
+    if axes == "bshd":
+        return (*sizes.batch_shape, shape[-3], heads, shape[-1])
+    return (*(sizes.batch_shape or (1,)), heads, *shape[-2:])
+
+
+def _sum_to(gradient: Array, shape: tuple[int, ...]) -> Array:
+    """The gradient of an operand from that of its broadcast: sum over the axes that were made."""
+    extra = gradient.ndim - len(shape)
+    gradient = gradient.sum(axis=tuple(range(extra))) if extra > 0 else gradient
+    made = tuple(axis for axis, size in enumerate(shape) if size == 1 and gradient.shape[axis] != 1)
+    return gradient.sum(axis=made, keepdims=True) if made else gradient
+
+
+def _owners(part: Part, num_heads_k: int, num_heads_v: int) -> list[list[TileIndex]]:
+    """Tiles grouped so that no two groups share a key head or a value head of a sequence."""
+    per_owner = part.num_heads // int(np.gcd(num_heads_k, num_heads_v))
+    groups: dict[tuple[int, int], list[TileIndex]] = {}
+    for where in part.tiles():
+        for batch in range(where.batches.start, where.batches.stop):
+            for pair in range(where.pairs.start, where.pairs.stop):
+                group = part.problem.sizes.queries_per_pair
+                first, last = max(where.heads.start, pair * group), min(where.heads.stop, (pair + 1) * group)
+                single = TileIndex(
+                    slice(batch, batch + 1),
+                    slice(pair, pair + 1),
+                    slice(first, last),
+                    where.rows,
+                    where.touched,
+                    where.whole,
+                )
+                groups.setdefault((batch, first // per_owner), []).append(single)
+    return list(groups.values())
+
+
+@dataclass
+class _BackwardJob:
+    """Where the tasks of one backward pass put their gradients."""
+
+    problem: Problem
+    collected: dict[str, Array]
+    grads: Mapping[str, Array | None]
+    forward: dict[str, Array | None]
+    adding: threading.Lock
+
+    def run(self, part: Part, tiles: list[TileIndex], scratch: Scratch) -> None:
+        """The tiles of one sequence that share keys, one after the other."""
+        problem, compute = self.problem, part.compute_dtype
+        totals: dict[tuple[str, int], Array] = {}
+
+        def share(name: str, keys: Keys, where: TileIndex) -> Array:
+            head = keys.head_slice(where.pairs).start
+            if (name, head) not in totals:
+                totals[name, head] = np.zeros((part.seqlen_k, keys.array.shape[-1]), compute)
+            return totals[name, head]
+
+        for where in tiles:
+            tile = part.tile(where, scratch, backward=True)
+            dout = self.rows_like_out(part, where, "dout")
+            dlse = self.rows_like_lse(part, where, "dlse")
+            tile.suspicious = tile.suspicious or not bool(np.isfinite(dout.sum()))
+            state = self.state(part, where, scratch)
+            dk_total, dv_total = share("k", part.k, where), share("v", part.v, where)
+
+            def add(
+                block: KeyBlock,
+                dk: Array,
+                dv: Array,
+                dbias: Array | None,
+                dk_total: Array = dk_total,
+                dv_total: Array = dv_total,
+                where: TileIndex = where,
+            ) -> None:
+                dk_total[block.keys] += dk[0, 0]
+                dv_total[block.keys] += dv[0, 0]
+                if dbias is not None:
+                    self.add_bias(part, where, block.keys, dbias[:, 0])
+
+            gradients = numpy_ref.flash_backward(
+                tile, state, dout, dlse, problem.edits.softmax_scale, add
+            )
+            dq = part.of(heads_first(self.collected["q"], problem))
+            target = dq[where.batches, where.heads, where.row_slice]
+            target += gradients.dq.reshape(target.shape)
+            with self.adding:
+                if gradients.dsinks is not None:
+                    by_head = gradients.dsinks.reshape(where.num_heads, -1).sum(axis=-1)
+                    self.collected["sinks"][where.heads] += by_head
+                if gradients.dslopes is not None:
+                    slopes = self.collected["alibi_slopes"]
+                    row = part.batch_ids[where.batches.start]
+                    here = slopes if slopes.ndim == 1 else slopes[row if slopes.shape[0] > 1 else 0]
+                    here[where.heads] += gradients.dslopes.reshape(-1)
+        with self.adding:
+            for (name, head), total in totals.items():
+                self.add_keys(name, part, tiles[0].batches.start, head, total)
+
+    def rows_like_out(self, part: Part, where: TileIndex, name: str) -> Array:
+        array = self.grads[name]
+        assert array is not None
+        return part.rows_of(part.of(heads_first(array, self.problem)), where)
+
+    def rows_like_lse(self, part: Part, where: TileIndex, name: str) -> Array | None:
+        array = self.grads.get(name)
+        if array is None:
+            return None
+        piece = part.lse_of(array)[where.batches, where.heads, where.row_slice]
+        return widen(piece, part.compute_dtype).reshape(1, 1, -1)
+
+    def state(self, part: Part, where: TileIndex, scratch: Scratch) -> State:
+        """The forward's result: the caller's, or computed again where it was not kept."""
+        if self.forward["out"] is None:
+            return part.attend(where, scratch)
+        lse = self.rows_like_lse(part, where, "lse")
+        assert lse is not None
+        return State(self.rows_like_out(part, where, "out"), lse)
+
+    def add_bias(self, part: Part, where: TileIndex, keys: slice, dbias: Array) -> None:
+        """Sum one block's (batch, heads, rows, keys) over the axes along which the bias is repeated."""
+        rank = len(self.problem.sizes.batch_shape or (1,)) + 3
+        total = self.collected["bias"]
+        total = total.reshape((1,) * (rank - total.ndim) + total.shape)
+        index = piece_index(total, part.outer, where, keys)
+        with self.adding:
+            target = total[index]
+            target += _sum_to(dbias, target.shape)
+
+    def add_keys(self, name: str, part: Part, batch: int, head: int, total: Array) -> None:
+        source = part.k if name == "k" else part.v
+        gradient = self.collected[name]
+        if source.pages is not None:
+            index = np.arange(part.seqlen_k)
+            page_size = gradient.shape[1]
+            np.add.at(gradient, (source.pages[index // page_size], index % page_size, head), total)
+        elif self.problem.layout.ragged:
+            gradient[part.first_key : part.first_key + part.seqlen_k, head] += total
+        else:
+            heads_first(gradient, self.problem)[part.outer][batch, head] += total

@@ -1,0 +1,385 @@
+"""The meaning of attention, in NumPy.
+
+First the definition, dense and literal: `attention`.  Everything in the package is compared with it.
+Then the same thing the way it is computed: `OnlineSoftmax`, `flash`, `State`, `merge`, in memory that
+does not grow with seqlen_q * seqlen_k, and `flash_backward`.  The CUDA classes of the same names are
+twins of these.  Last, the random bits of dropout.
+
+Words: *scores* are before the exponential, *weights* after it.  A score of minus infinity is a key
+that is not seen.  A row that sees no key has out = 0, lse = -inf and gradients of zero.
+Arrays here are (..., rows, head_dim) and (..., keys, head_dim); leading axes broadcast.
+
+Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2 (arXiv 2307.08691); Milakov and Gimelshein,
+Online normalizer calculation for softmax, 2018 (arXiv 1805.02867).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+
+# ---------------------------------------------------------------------------------------------------
+# The definition
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """A partial or whole result: the normalised output and the log-sum-exp of its scores.
+
+    States form a monoid under `merge`; its identity is out = 0, lse = -inf.
+    """
+
+    out: Array
+    lse: Array
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    visible: Array | bool = True,
+    scale: float,
+    softcap: float = 0.0,
+    bias: Array | float = 0.0,
+    sinks: Array | None = None,
+    keep: Array | bool = True,
+    dropout_p: float = 0.0,
+) -> State:
+    """The definition: dense, in float64, one sum per row over the keys that row sees.
+
+    Parameters
+    ----------
+    q, k, v : arrays (..., rows, head_dim), (..., keys, head_dim), (..., keys, head_dim_v)
+    visible, bias, keep : arrays that broadcast to (..., rows, keys)
+    sinks : array that broadcasts to (..., rows)
+    """
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    with np.errstate(all="ignore"):
+        scores = scale * (q @ k.swapaxes(-1, -2))
+        if softcap:
+            scores = softcap * np.tanh(scores / softcap)
+        scores = np.where(visible, scores + bias, -np.inf)
+        sink = np.full(scores.shape[:-1], -np.inf) if sinks is None else np.broadcast_to(sinks, scores.shape[:-1])
+        highest = np.maximum(scores.max(axis=-1, initial=-np.inf), sink)
+        origin = np.where(np.isneginf(highest), 0.0, highest)
+        weights = np.exp(scores - origin[..., None])
+        total = weights.sum(axis=-1) + np.exp(sink - origin)
+        kept = weights * keep * (0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p))
+        out = np.zeros((*scores.shape[:-1], v.shape[-1]))
+        v = np.broadcast_to(v, (*scores.shape[:-2], *v.shape[-2:]))
+        for row in np.ndindex(scores.shape[:-1]):
+            seen = ~np.isneginf(scores[row])
+            if seen.any():
+                out[row] = kept[row][seen] @ v[row[:-1]][seen] / total[row]
+        return State(out, np.where(total == 0.0, -np.inf, origin + np.log(total)))
+
+
+# ---------------------------------------------------------------------------------------------------
+# The algorithm
+# ---------------------------------------------------------------------------------------------------
+
+
+def merge(states: Iterable[State]) -> State:
+    """The state of all keys together, from states over disjoint sets of keys.
+
+    Associative; a state with lse = -inf adds nothing, whatever its out holds; never NaN by itself.
+    """
+    outs, lses = zip(*((state.out, state.lse) for state in states), strict=True)
+    lse = np.stack(lses)
+    with np.errstate(all="ignore"):
+        highest = lse.max(axis=0)
+        weights = np.exp(lse - np.where(np.isinf(highest), 0.0, highest))
+        # An infinite lse outweighs every finite one; inf - inf would be nan.
+        weights = np.where(np.isposinf(highest), np.isposinf(lse), weights).astype(lse.dtype, copy=False)
+        total = weights.sum(axis=0)
+        share = weights / np.where(total == 0.0, 1.0, total)
+        out = np.zeros(outs[0].shape, outs[0].dtype)
+        for part, part_share in zip(outs, share, strict=True):
+            out += np.where(part_share[..., None] == 0.0, 0.0, part_share[..., None] * part)
+        return State(out, np.where(np.isinf(highest), highest, highest + np.log(total)))
+
+
+def merge_backward(states: list[State], dout: Array, dlse: Array) -> list[tuple[Array, Array]]:
+    """(dout, dlse) of each state, from those of their merge."""
+    whole = merge(states)
+    found = []
+    with np.errstate(all="ignore"):
+        for state in states:
+            nothing = np.isneginf(state.lse)
+            origin = np.where(np.isinf(whole.lse), 0.0, whole.lse)
+            share = np.where(nothing, 0.0, np.exp(state.lse - origin))
+            apart = np.where(nothing[..., None], 0.0, state.out - whole.out)
+            found.append((share[..., None] * dout, share * ((dout * apart).sum(axis=-1) + dlse)))
+    return found
+
+
+class OnlineSoftmax:
+    """The running (row_max, row_sum) of some rows while their keys arrive block by block.
+
+    Twin of ``OnlineSoftmax`` in ``cuda/softmax.cuh``: same fields, same order of steps, in powers of e
+    where the kernel uses powers of two.
+
+    `bounded` promises that no score can overflow or underflow the exponential: then the maximum is
+    not needed, row_max stays 0, and nothing ever has to be rescaled.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, sinks: Array | None = None, bounded: bool = False) -> None:
+        self.bounded = bounded
+        self.row_max = np.full(shape, 0.0 if bounded else -np.inf, dtype)
+        self.row_sum = np.zeros(shape, dtype)
+        if sinks is not None:  # a sink is a key seen before all others, whose value is zero
+            self.row_max[...] = sinks
+            self.row_sum[...] = 1.0
+
+    def fold(self, scores: Array) -> Array | None:
+        """Turn `scores` into weights in place; return the factor by which earlier results shrink."""
+        shrink = None
+        if not self.bounded:
+            new_max = np.maximum(self.row_max, scores.max(axis=-1))
+            # A row that has seen no key yet: -inf - -inf would be nan, 0 keeps its weights 0.
+            origin = np.where(np.isneginf(new_max), np.zeros_like(new_max), new_max)
+            if not np.array_equal(origin, self.row_max):
+                shrink = np.exp(self.row_max - origin)
+                self.row_sum *= shrink
+            np.subtract(scores, origin[..., None], out=scores)
+            self.row_max = new_max
+        np.exp(scores, out=scores)
+        self.row_sum += (scores @ np.ones((scores.shape[-1], 1), scores.dtype))[..., 0]
+        return shrink
+
+    def finish(self, out: Array) -> State:
+        """Normalise `out` in place and return the state."""
+        empty = self.row_sum == 0.0
+        out /= np.where(empty, np.ones_like(self.row_sum), self.row_sum)[..., None]
+        return State(out, np.where(empty, -np.inf, self.row_max + np.log(self.row_sum)))
+
+
+@dataclass
+class KeyBlock:
+    """Some keys and what a tile's rows have to know about them.
+
+    `bias` and `hidden` broadcast to (..., heads, rows, keys) of the tile, see `Tile`; `keep` is already
+    (1 - dropout_p) ** -1 where a weight stays and 0 where it is dropped.
+    """
+
+    keys: slice
+    k: Array
+    v: Array
+    bias: Array | None = None
+    hidden: Array | None = None
+    keep: Array | None = None
+    distance: Array | None = None
+    """-|diagonal - key|, which the ALiBi slopes multiply."""
+
+
+@dataclass
+class Tile:
+    """Some rows of some neighbouring query heads that share their keys, and the way to those keys.
+
+    The heads of a group are stacked as rows, so that a block of keys is read once for all of them.
+    """
+
+    q: Array
+    """(..., heads * rows, head_dim), in the compute dtype, already multiplied by the softmax scale."""
+    head_rows: tuple[int, int]
+    """(heads, rows)."""
+    blocks: Callable[[], Iterator[KeyBlock]]
+    softcap: float = 0.0
+    slopes: Array | None = None
+    """(..., heads, 1, 1)."""
+    sinks: Array | None = None
+    """(..., heads * rows)."""
+    bounded: bool = False
+    suspicious: bool = False
+    """Some operand may hold nan or inf, so that 0 * operand is not 0."""
+    scratch: dict[str, Array] = field(default_factory=dict)
+
+    def per_head(self, scores: Array) -> Array:
+        """View (..., heads * rows, keys) as (..., heads, rows, keys)."""
+        return scores.reshape(*scores.shape[:-2], *self.head_rows, scores.shape[-1])
+
+    def matmul(self, name: str, a: Array, b: Array) -> Array:
+        """``a @ b`` into memory that is kept from block to block."""
+        shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+        kept = self.scratch.get(name)
+        if kept is None or kept.shape != shape:
+            kept = self.scratch[name] = np.empty(shape, a.dtype)
+        return np.matmul(a, b, out=kept)
+
+    def scores(self, block: KeyBlock, slope_of_softcap: Array | None = None) -> Array:
+        """The edited scores of one block; minus infinity where a key is hidden.
+
+        `slope_of_softcap`, if given, receives the derivative of the softcap at each score.
+        """
+        scores = self.matmul("scores", self.q, block.k.swapaxes(-1, -2))
+        if self.softcap:
+            scores /= self.softcap
+            np.tanh(scores, out=scores)
+            if slope_of_softcap is not None:
+                np.subtract(1.0, scores**2, out=slope_of_softcap)
+            scores *= self.softcap
+        by_head = self.per_head(scores)
+        if self.slopes is not None and block.distance is not None:
+            by_head += self.slopes * block.distance
+        if block.bias is not None:
+            by_head += block.bias
+        if block.hidden is not None:
+            np.copyto(by_head, -np.inf, where=block.hidden)
+        return scores
+
+
+def weighted_sum(weights: Array, values: Array, unseen: Array | None) -> Array:
+    """``weights @ values`` over the pairs that are seen; `unseen` is None if every value is finite.
+
+    Where a key is not seen its weight is 0, but 0 * nan is nan: values nobody may look at are left
+    out instead of multiplied.
+    """
+    if unseen is None:
+        return np.asarray(weights @ values)
+    finite = np.isfinite(values)
+    total = weights @ np.where(finite, values, 0.0)
+    bad_keys = ~finite.all(axis=-1)
+    for key in np.flatnonzero(bad_keys.any(axis=tuple(range(bad_keys.ndim - 1)))):
+        stray = np.where(finite[..., key, :], 0.0, values[..., key, :])
+        product = weights[..., key, None] * stray[..., None, :]
+        skip = unseen[..., key, None] | finite[..., None, key, :]
+        total = total + np.where(skip, 0.0, product)
+    return np.asarray(total)
+
+
+def flash(tile: Tile, head_dim_v: int) -> State:
+    """Attention of one tile, block of keys by block of keys, keeping only sums."""
+    rows = tile.q.shape[:-1]
+    softmax = OnlineSoftmax(rows, tile.q.dtype, tile.sinks, tile.bounded)
+    out = np.zeros((*rows, head_dim_v), tile.q.dtype)
+    for block in tile.blocks():
+        scores = tile.scores(block)
+        unseen = np.isneginf(scores) if tile.suspicious else None
+        shrink = softmax.fold(scores)
+        if shrink is not None:
+            out *= shrink[..., None]
+        if block.keep is not None:
+            tile.per_head(scores)[...] *= block.keep
+        if unseen is None:
+            out += tile.matmul("product", scores, block.v)
+        else:
+            out += weighted_sum(scores, block.v, unseen)
+    return softmax.finish(out)
+
+
+@dataclass
+class TileGradients:
+    """What a tile adds to the gradients; `dk`, `dv` and `dbias` are handed over block by block."""
+
+    dq: Array
+    dsinks: Array | None
+    dslopes: Array | None
+
+
+def flash_backward(
+    tile: Tile,
+    state: State,
+    dout: Array,
+    dlse: Array | None,
+    scale: float,
+    add: Callable[[KeyBlock, Array, Array, Array | None], None],
+) -> TileGradients:
+    """Gradients of one tile; ``add(block, dk, dv, dbias)`` receives each block's share.
+
+    With P the weights, ``delta = sum(dout * out) - dlse`` and ``dS = P * (dout @ v.T - delta)``:
+    FlashAttention-2, algorithm 2, with the gradient of the log-sum-exp folded into delta.
+    """
+    delta = np.einsum("...d,...d->...", dout, state.out)
+    if dlse is not None:
+        delta = delta - dlse
+    origin = np.where(np.isneginf(state.lse), np.zeros_like(state.lse), state.lse)
+    empty = np.isneginf(state.lse)
+    delta = np.where(empty, np.zeros_like(delta), delta)
+    dq = np.zeros(tile.q.shape, tile.q.dtype)
+    dslopes = None if tile.slopes is None else np.zeros(tile.per_head(dq).shape[:-2], tile.q.dtype)
+    for block in tile.blocks():
+        slope = np.empty((*tile.q.shape[:-1], block.k.shape[-2]), tile.q.dtype) if tile.softcap else None
+        scores = tile.scores(block, slope)
+        unseen = np.isneginf(scores)
+        weights = np.exp(scores - origin[..., None])
+        kept = weights if block.keep is None else _times_per_head(tile, weights, block.keep)
+        flipped = unseen.swapaxes(-1, -2) if tile.suspicious else None
+        dv = weighted_sum(kept.swapaxes(-1, -2), dout, flipped)
+        dweights = dout @ block.v.swapaxes(-1, -2)
+        if block.keep is not None:
+            dweights = _times_per_head(tile, dweights, block.keep)
+        dscores = weights * (dweights - delta[..., None])
+        dscores[unseen] = 0.0
+        dbias = None if block.bias is None else tile.per_head(dscores).copy()
+        if dslopes is not None and block.distance is not None:
+            dslopes += (tile.per_head(dscores) * block.distance).sum(axis=(-2, -1))
+        if slope is not None:
+            dscores *= np.where(unseen, 0.0, slope)
+        dk = weighted_sum(dscores.swapaxes(-1, -2), tile.q, flipped)
+        dq += weighted_sum(dscores, block.k, unseen if tile.suspicious else None)
+        add(block, dk, dv, dbias)
+    dq *= scale
+    dsinks = None
+    if tile.sinks is not None:
+        weight_of_sink = np.exp(tile.sinks - origin)
+        dsinks = np.where(empty, 0.0, -weight_of_sink * delta)
+    return TileGradients(dq, dsinks, dslopes)
+
+
+def _times_per_head(tile: Tile, scores: Array, factor: Array) -> Array:
+    return np.asarray((tile.per_head(scores) * factor).reshape(scores.shape))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Dropout
+# ---------------------------------------------------------------------------------------------------
+
+
+def philox(counter: tuple[Array, Array, Array, Array], seed: int) -> tuple[Array, Array, Array, Array]:
+    """Philox 4x32-10: four random 32-bit words for each 128-bit counter, as uint64 arrays.
+
+    Source: Salmon, Moraes, Dror and Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011.
+    """
+    c0, c1, c2, c3 = (np.asarray(word, np.uint64) for word in counter)
+    low = np.uint64(0xFFFFFFFF)
+    half = np.uint64(32)
+    key0, key1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for _ in range(10):
+        product0, product1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
+        c0, c1, c2, c3 = (
+            (product1 >> half) ^ c1 ^ np.uint64(key0),
+            product1 & low,
+            (product0 >> half) ^ c3 ^ np.uint64(key1),
+            product0 & low,
+        )
+        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    return c0, c1, c2, c3
+
+
+def dropout_keep(p: float, seed: int, batch: Array, head: Array, row: Array, keys: range) -> Array:
+    """True where the weight of (batch, head, row, key) stays; shape: the broadcast one plus a key axis.
+
+    Sixteen keys of a row share four counters, (key block * 4 + lane, row, head, batch), and a counter's
+    four words belong to keys 2 * lane, 2 * lane + 1 and the same plus 8: the four keys one thread
+    holds in a 16-wide tensor-core tile, so that a kernel calls Philox once for them.
+    A weight stays if its word is at least p * 2 ** 32.
+    """
+    first = keys.start // 16
+    count = -(-keys.stop // 16) - first
+    lanes = np.arange(first * 4, (first + count) * 4, dtype=np.uint64)
+    counter = np.broadcast_arrays(lanes, *(np.asarray(x, np.uint64)[..., None] for x in (row, head, batch)))
+    words = np.stack(philox((counter[0], counter[1], counter[2], counter[3]), seed), axis=-1)
+    lead = words.shape[:-2]
+    # (block, lane, half, parity) -> key order (block, half, lane, parity)
+    by_key = words.reshape(*lead, count, 4, 2, 2).swapaxes(-3, -2).reshape(*lead, count * 16)
+    threshold = np.uint64(round(p * 2**32))
+    return np.asarray(by_key[..., keys.start - first * 16 : keys.stop - first * 16] >= threshold)

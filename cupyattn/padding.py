@@ -1,0 +1,158 @@
+"""Between padded batches and packed tokens, as flash-attn's bert_padding has it.
+
+Written in the caller's own library, so that its gradients and devices simply apply.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from cupyattn import reading
+from cupyattn.arrays import Visit, enter
+from cupyattn.problem import Array
+from cupyattn.reading import refusal
+
+
+def unpad_input(
+    hidden_states: Array, attention_mask: Array, unused_mask: Array | None = None
+) -> tuple[Array, Array, Array, int, Array]:
+    """Pack the rows of a padded batch that a mask keeps.
+
+    Parameters
+    ----------
+    hidden_states : array, shape (batch, seqlen, ...)
+    attention_mask : array of bool or int, shape (batch, seqlen)
+        True or 1: a token; False or 0: padding.
+    unused_mask : array of bool or int, shape (batch, seqlen), optional
+        Tokens that are kept in the packing but are not used.
+
+    Returns
+    -------
+    hidden_states : array, shape (total, ...)
+        The rows of tokens (and of unused ones), in order.
+    indices : array of int, shape (total,)
+        Their positions in the flattened (batch * seqlen) rows, for `pad_input`.
+    cu_seqlens : array of int32, shape (batch + 1,)
+        Where each sequence starts in the packing.
+    max_seqlen : int
+        Length of the longest sequence.
+    seqused : array of int32, shape (batch,)
+        Tokens of each sequence that are used.
+
+    Raises
+    ------
+    TypeError
+        Not arrays of one library, or masks that are neither boolean nor integer.
+    ValueError
+        Shapes do not fit, or a mask's values are neither 0 nor 1.
+    """
+    function = "unpad_input"
+    named = {
+        "hidden_states": ("hidden_states", hidden_states),
+        "attention_mask": ("attention_mask", attention_mask),
+        "unused_mask": ("unused_mask", unused_mask),
+    }
+    visit = _enter(function, named, needed=("hidden_states", "attention_mask"))
+    specs = dict(visit.specs)
+    shape = specs["hidden_states"].shape
+    if len(shape) < 2:
+        rule = "hidden_states has to be (batch, seqlen, ...)"
+        raise ValueError(refusal(function, rule, ("hidden_states", shape)))
+    masks = {}
+    for name in ("attention_mask", "unused_mask"):
+        if name in specs:
+            spec = specs[name]
+            if spec.shape != shape[:2]:
+                rule = f"{name} has to be (batch, seqlen), {shape[:2]}"
+                raise ValueError(refusal(function, rule, (name, spec.shape), ("hidden_states", shape)))
+            if not (spec.dtype == "bool" or spec.dtype.startswith(("int", "uint"))):
+                raise TypeError(refusal(function, f"{name} has to be boolean or integer", (name, spec.shape, spec.dtype)))
+            values = np.asarray(visit.library.to_numpy(visit.arrays[name]))
+            if spec.dtype != "bool" and not np.isin(values, (0, 1)).all():
+                raise ValueError(refusal(function, f"{name} has to hold 0 and 1", (name, np.unique(values).tolist())))
+            masks[name] = values.astype(bool)
+    used = masks["attention_mask"]
+    kept = used | masks["unused_mask"] if "unused_mask" in masks else used
+    lengths = kept.sum(axis=-1, dtype=np.int32)
+    starts = np.zeros(shape[0] + 1, np.int32)
+    np.cumsum(lengths, out=starts[1:])
+    indices = np.flatnonzero(kept)
+    xp = array_api_compat.array_namespace(hidden_states)
+    here = _index(visit, indices)
+    rows = xp.take(xp.reshape(hidden_states, (shape[0] * shape[1], *shape[2:])), here, axis=0)
+    longest = int(lengths.max(initial=0))
+    return rows, here, _home(visit, starts), longest, _home(visit, used.sum(axis=-1, dtype=np.int32))
+
+
+def pad_input(hidden_states: Array, indices: Array, batch: int, seqlen: int) -> Array:
+    """Put packed rows back into a padded batch; the padding is zero.
+
+    Parameters
+    ----------
+    hidden_states : array, shape (total, ...)
+    indices : array of int, shape (total,)
+        As `unpad_input` returned them: positions in the flattened (batch * seqlen) rows, each once.
+    batch, seqlen : int
+
+    Returns
+    -------
+    array, shape (batch, seqlen, ...)
+
+    Raises
+    ------
+    TypeError
+        Not arrays of one library, or indices that are not integers.
+    ValueError
+        Shapes do not fit, or an index is out of range or comes twice.
+    """
+    function = "pad_input"
+    batch = reading.integer(function, "batch", batch, low=0)
+    seqlen = reading.integer(function, "seqlen", seqlen, low=0)
+    named = {"hidden_states": ("hidden_states", hidden_states), "indices": ("indices", indices)}
+    visit = _enter(function, named, needed=("hidden_states", "indices"))
+    specs = dict(visit.specs)
+    shape, index = specs["hidden_states"].shape, specs["indices"]
+    if index.dtype not in ("int32", "int64"):
+        raise TypeError(refusal(function, "indices has to be int32 or int64", ("indices", index.shape, index.dtype)))
+    if not shape or index.shape != shape[:1]:
+        rule = "indices has to hold one position per row of hidden_states"
+        raise ValueError(refusal(function, rule, ("indices", index.shape), ("hidden_states", shape)))
+    places = np.asarray(visit.library.to_numpy(visit.arrays["indices"])).astype(np.int64)
+    total = batch * seqlen
+    if places.size and (places.min() < 0 or places.max() >= total):
+        rule = f"indices have to be from 0 to batch * seqlen - 1 = {total - 1}"
+        raise ValueError(refusal(function, rule, ("indices", f"{places.min()} to {places.max()}")))
+    if np.unique(places).size != places.size:
+        raise ValueError(refusal(function, "indices have to be different", ("indices", index.shape)))
+    source = np.full(total, places.size, np.int64)  # padding takes the row of zeros after the last one
+    source[places] = np.arange(places.size)
+    xp = array_api_compat.array_namespace(hidden_states)
+    device = array_api_compat.device(hidden_states)
+    zeros = xp.zeros((1, *shape[1:]), dtype=hidden_states.dtype, device=device)
+    rows = xp.take(xp.concat([hidden_states, zeros], axis=0), _index(visit, source), axis=0)
+    return xp.reshape(rows, (batch, seqlen, *shape[1:]))
+
+
+def _enter(function: str, named: dict[str, tuple[str, Any]], needed: tuple[str, ...]) -> Visit:
+    for name in needed:
+        if named[name][1] is None:
+            raise TypeError(refusal(function, f"{name} has to be an array", (name, "None")))
+    visit = enter(function, named)
+    if visit.library.is_deferred(visit.arrays):
+        rule = "the number of rows depends on values, which this array does not have yet; call it outside of jit"
+        raise TypeError(refusal(function, rule, *((name, spec.shape) for name, spec in visit.specs)))
+    if visit.kind == "cuda":
+        visit.device()
+    return visit
+
+
+def _home(visit: Visit, values: Array) -> Array:
+    return visit.library.from_numpy(values, values.dtype.name, visit.arrays["hidden_states"])
+
+
+def _index(visit: Visit, values: Array) -> Array:
+    """Indices in the library's own index dtype."""
+    return _home(visit, values.astype(visit.library.index_dtype()))

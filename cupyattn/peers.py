@@ -1,0 +1,335 @@
+"""The functions users already know, under their names: torch's and flash-attn's.
+
+Positional order, defaults and meaning are the peer's, so that changing the import is the whole
+migration; what is keyword-only after ``*`` is ours.  torch's functions align causal masks top-left,
+flash-attn's bottom-right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cupyattn import reading
+from cupyattn.arrays import Arrays, enter
+from cupyattn.corridor import answer
+from cupyattn.problem import Array
+from cupyattn.reading import Options, refusal
+
+
+def scaled_dot_product_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    attn_mask: Array | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    dropout_seed: int | None = None,
+    compute_dtype: Any = None,
+    return_lse: bool = False,
+) -> Any:
+    """torch.nn.functional.scaled_dot_product_attention, for any array library.
+
+    Parameters
+    ----------
+    query : array, shape (..., num_heads, seqlen_q, head_dim)
+        Any number of leading axes, including none (and no heads); float16, bfloat16, float32, float64.
+    key, value : array, shapes (..., num_heads_kv, seqlen_k, head_dim), (..., num_heads_kv, seqlen_k, head_dim_v)
+        Leading axes, heads included, broadcast against each other.
+    attn_mask : array, optional
+        Boolean (True: takes part) or additive, in the dtype of `query` or float32; broadcasts to
+        (..., num_heads, seqlen_q, seqlen_k).  Not together with `is_causal`.
+    dropout_p : float
+        Probability of dropping a weight; applies whenever it is not 0, as torch's does.
+    is_causal : bool
+        Query ``i`` sees keys ``0 .. i``: aligned top-left, as torch's is.
+    scale : float, optional
+        Multiplies the scores; finite, not negative.  Default ``head_dim ** -0.5``.
+    enable_gqa : bool
+        Let each key head serve a group of neighbouring query heads; key and value may differ in heads.
+    dropout_seed, compute_dtype, return_lse
+        As for `attention`.
+
+    Returns
+    -------
+    out : array, shape (..., num_heads, seqlen_q, head_dim_v)
+    lse : array, shape (..., num_heads, seqlen_q), only if `return_lse`
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As `attention`; also if `attn_mask` and `is_causal` are both given.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> x = np.ones((2, 5, 4), np.float32)
+    >>> cupyattn.scaled_dot_product_attention(x, x, x, is_causal=True).shape
+    (2, 5, 4)
+    """
+    function = "scaled_dot_product_attention"
+    causal = reading.flag(function, "is_causal", is_causal)
+    if attn_mask is not None and causal:
+        rule = "attn_mask and is_causal exclude each other; put the causal part into the mask"
+        raise ValueError(refusal(function, rule, ("is_causal", is_causal), ("attn_mask", "given")))
+    options = Options(
+        axes="bhsd",
+        causal=causal,
+        alignment="top-left",
+        softmax_scale=reading.softmax_scale(function, "scale", scale),
+        dropout_p=reading.dropout_p(function, dropout_p),
+        compute_dtype=reading.compute_dtype(function, compute_dtype),
+        needs_lse=reading.flag(function, "return_lse", return_lse),
+        grouped_heads=reading.flag(function, "enable_gqa", enable_gqa),
+        any_rank=True,
+    )
+    arrays: dict[str, tuple[str, Any]] = {"q": ("query", query), "k": ("key", key), "v": ("value", value)}
+    if attn_mask is not None:
+        specs = dict(enter(function, {**arrays, "bias": ("attn_mask", attn_mask)}).specs)
+        kind = specs["bias"].dtype
+        if kind not in ("bool", "float32", specs["q"].dtype):
+            rule = f"attn_mask has to be bool, float32 or of query's dtype, {specs['q'].dtype}"
+            raise TypeError(refusal(function, rule, ("attn_mask", specs["bias"].shape, kind)))
+        arrays["mask" if kind == "bool" else "bias"] = ("attn_mask", attn_mask)
+    found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
+    if query.ndim == key.ndim == value.ndim == 2:  # no head axis came, so none goes
+        found = {name: array[0, ...] for name, array in found.items()}
+    return (found["out"], found["lse"]) if return_lse else found["out"]
+
+
+def flash_attn_func(
+    q: Array,
+    k: Array,
+    v: Array,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    return_lse: bool = False,
+    dropout_seed: int | None = None,
+    compute_dtype: Any = None,
+) -> Any:
+    """flash-attn's flash_attn_func, for any array library; causal and windows are aligned bottom-right.
+
+    Parameters
+    ----------
+    q : array, shape (batch, seqlen_q, num_heads, head_dim)
+    k, v : array, shape (batch, seqlen_k, num_heads_kv, head_dim)
+        `num_heads_kv` divides `num_heads`.
+    dropout_p, softmax_scale, causal, softcap, alibi_slopes, dropout_seed, compute_dtype
+        As for `attention`.
+    window_size : (left, right)
+        Query ``i`` sees keys from ``i + seqlen_k - seqlen_q - left`` to ``... + right``, both inclusive;
+        -1 or None: no limit.  `causal` sets right to 0.
+    deterministic : bool
+        Accepted for flash-attn's sake: results and gradients here are the same in every run.
+    return_attn_probs : bool
+        Return (out, lse, S_dmask).  S_dmask is None without dropout; with it, the weights of shape
+        (batch, num_heads, seqlen_q, seqlen_k), negative where dropped.
+    return_lse : bool
+        Return (out, lse).
+
+    Returns
+    -------
+    out : array, shape (batch, seqlen_q, num_heads, head_dim)
+    lse : array, shape (batch, num_heads, seqlen_q)
+        -inf where a query sees no key (flash-attn 2 has +inf there, which cannot be merged).
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As `attention`.
+    """
+    function = "flash_attn_func"
+    arrays = {"q": ("q", q), "k": ("k", k), "v": ("v", v), "alibi_slopes": ("alibi_slopes", alibi_slopes)}
+    options = _flash_options(
+        function, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs,
+        return_lse, compute_dtype,
+    )  # fmt: skip
+    found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
+    return _flash_results(found, return_lse, return_attn_probs)
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Array,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    return_lse: bool = False,
+    dropout_seed: int | None = None,
+    compute_dtype: Any = None,
+) -> Any:
+    """flash-attn's flash_attn_qkvpacked_func: `flash_attn_func` of one array (batch, seqlen, 3, num_heads, head_dim).
+
+    Parameters, results and errors as for `flash_attn_func`.
+    """
+    function = "flash_attn_qkvpacked_func"
+    arrays = {**_unpacked(function, "qkv", qkv, 3), "alibi_slopes": ("alibi_slopes", alibi_slopes)}
+    options = _flash_options(
+        function, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs,
+        return_lse, compute_dtype,
+    )  # fmt: skip
+    found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
+    return _flash_results(found, return_lse, return_attn_probs)
+
+
+def flash_attn_kvpacked_func(
+    q: Array,
+    kv: Array,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    return_lse: bool = False,
+    dropout_seed: int | None = None,
+    compute_dtype: Any = None,
+) -> Any:
+    """flash-attn's flash_attn_kvpacked_func: `flash_attn_func` with k and v in (batch, seqlen_k, 2, num_heads_kv, head_dim).
+
+    Parameters, results and errors as for `flash_attn_func`.
+    """
+    function = "flash_attn_kvpacked_func"
+    arrays = {"q": ("q", q), **_unpacked(function, "kv", kv, 2), "alibi_slopes": ("alibi_slopes", alibi_slopes)}
+    options = _flash_options(
+        function, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs,
+        return_lse, compute_dtype,
+    )  # fmt: skip
+    found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
+    return _flash_results(found, return_lse, return_attn_probs)
+
+
+def flash_attn_varlen_func(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Array | None = None,
+    *,
+    return_lse: bool = False,
+    dropout_seed: int | None = None,
+    compute_dtype: Any = None,
+) -> Any:
+    """flash-attn's flash_attn_varlen_func: sequences of different lengths, packed end to end.
+
+    Parameters
+    ----------
+    q : array, shape (total_q, num_heads, head_dim)
+    k, v : array, shape (total_k, num_heads_kv, head_dim)
+        Or pages, (num_pages, page_size, num_heads_kv, head_dim), any page size, if `block_table` is given.
+    cu_seqlens_q, cu_seqlens_k : array of int32, shape (batch + 1,)
+        Where each sequence starts, and the end of the last one; a sequence may be empty.  Rows of q after
+        the end give zeros.
+    max_seqlen_q, max_seqlen_k : int
+        At least the longest sequence.
+    block_table : array of int32, shape (batch, pages of a sequence), optional
+        The page of each page_size keys; entries after a sequence's last page are not looked at.
+    others
+        As for `flash_attn_func`; `alibi_slopes` (num_heads,) or (batch, num_heads).
+
+    Returns
+    -------
+    out : array, shape (total_q, num_heads, head_dim)
+    lse : array, shape (num_heads, total_q)
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As `attention`; also if cu_seqlens decrease, run past their array or exceed max_seqlen, or if
+        block_table names a page that does not exist.
+    """
+    function = "flash_attn_varlen_func"
+    arrays = {
+        "q": ("q", q),
+        "k": ("k", k),
+        "v": ("v", v),
+        "alibi_slopes": ("alibi_slopes", alibi_slopes),
+        "cu_seqlens_q": ("cu_seqlens_q", cu_seqlens_q),
+        "cu_seqlens_k": ("cu_seqlens_k", cu_seqlens_k),
+        "block_table": ("block_table", block_table),
+    }
+    for name in ("cu_seqlens_q", "cu_seqlens_k"):
+        if arrays[name][1] is None:
+            raise TypeError(refusal(function, f"{name} has to be an array", (name, "None")))
+    options = _flash_options(
+        function, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs,
+        return_lse, compute_dtype, axes="thd",
+        max_seqlen_q=reading.integer(function, "max_seqlen_q", max_seqlen_q, low=0),
+        max_seqlen_k=reading.integer(function, "max_seqlen_k", max_seqlen_k, low=0),
+    )  # fmt: skip
+    found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
+    return _flash_results(found, return_lse, return_attn_probs)
+
+
+def _flash_options(
+    function: str,
+    dropout_p: float,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: Any,
+    softcap: float,
+    deterministic: bool,
+    return_attn_probs: bool,
+    return_lse: bool,
+    compute_dtype: Any,
+    **layout: Any,
+) -> Options:
+    reading.flag(function, "deterministic", deterministic)
+    wants_probs = reading.flag(function, "return_attn_probs", return_attn_probs)
+    return Options(
+        causal=reading.flag(function, "causal", causal),
+        window=reading.window(function, "window_size", window_size),
+        softmax_scale=reading.softmax_scale(function, "softmax_scale", softmax_scale),
+        softcap=reading.softcap(function, softcap),
+        dropout_p=reading.dropout_p(function, dropout_p),
+        compute_dtype=reading.compute_dtype(function, compute_dtype),
+        needs_lse=reading.flag(function, "return_lse", return_lse) or wants_probs,
+        needs_dropout_mask=wants_probs,
+        **layout,
+    )
+
+
+def _flash_results(found: Arrays, return_lse: bool, return_attn_probs: bool) -> Any:
+    if return_attn_probs:
+        return found["out"], found["lse"], found.get("dropout_mask")
+    return (found["out"], found["lse"]) if return_lse else found["out"]
+
+
+def _unpacked(function: str, name: str, packed: Array, count: int) -> dict[str, tuple[str, Any]]:
+    """The q, k, v (or k, v) in the third axis of a packed array, as views."""
+    if packed is None:
+        raise TypeError(refusal(function, f"{name} has to be an array", (name, "None")))
+    shape = enter(function, {name: (name, packed)}).specs[0][1].shape
+    if len(shape) != 5 or shape[2] != count:
+        rule = f"{name} has to be (batch, seqlen, {count}, num_heads, head_dim)"
+        raise ValueError(refusal(function, rule, (name, shape)))
+    words = ("q", "k", "v")[-count:]
+    return {word: (f"{name}[:, :, {i}]", packed[:, :, i, :, :]) for i, word in enumerate(words)}

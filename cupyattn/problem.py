@@ -1,0 +1,272 @@
+"""What is asked, without arrays: the nouns of the package.
+
+A `Problem` describes one attention call in integers, floats and short strings.  It is made once per
+distinct call by `reading`, it can be printed, hashed, compared and tested without any array library,
+and everything after it (`plan`, `cpu`, `cuda`) is a function of it.
+
+The nouns, so that it never becomes a bag of fields:
+
+==============  =====================================================================================
+`Sizes`         how many of everything
+`Layout`        where sequences, heads and keys lie in the caller's arrays
+`Mask`          which keys a query may see: a band around a diagonal, and a boolean array's shape
+`ScoreEdits`    what happens to a visible score before the softmax, in this order: scale, softcap,
+                ALiBi, bias; and the sinks that join its denominator
+==============  =====================================================================================
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+Array: TypeAlias = Any
+Shape: TypeAlias = tuple[int, ...]
+Alignment: TypeAlias = Literal["top-left", "bottom-right"]
+Axes: TypeAlias = Literal["bshd", "bhsd", "thd"]
+
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+class Spec(NamedTuple):
+    """An array without its values: the argument's name as the caller knows it, shape and dtype name."""
+
+    name: str
+    shape: Shape
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEMSIZE.get(self.dtype, 1)
+
+
+class Span(NamedTuple):
+    """The half-open range of keys (or rows) from `start` up to `stop`; empty if stop <= start."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def __contains__(self, index: object) -> bool:
+        return isinstance(index, int) and self.start <= index < self.stop
+
+
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """The keys a query may see: a band around the diagonal, and a boolean array on top of it.
+
+    Causal is ``Mask(right=0)``.  The diagonal of query ``row`` is the key ``row + offset``, where the
+    offset is 0 (``"top-left"``) or ``seqlen_k - seqlen_q`` (``"bottom-right"``).
+
+    >>> band = Mask(right=0, alignment="bottom-right")
+    >>> [tuple(band.visible_keys(row, seqlen_q=2, seqlen_k=5)) for row in range(2)]
+    [(0, 4), (0, 5)]
+    """
+
+    left: int | None = None
+    """Keys seen before the diagonal; None: all of them."""
+    right: int | None = None
+    """Keys seen after the diagonal; None: all of them, 0: causal."""
+    alignment: Alignment = "bottom-right"
+    array: Shape | None = None
+    """Shape of the boolean array (True: may be seen) that broadcasts to (..., heads, seqlen_q, seqlen_k)."""
+
+    @property
+    def has_band(self) -> bool:
+        return self.left is not None or self.right is not None
+
+    def offset(self, seqlen_q: int, seqlen_k: int) -> int:
+        """The key on the diagonal of row 0."""
+        return seqlen_k - seqlen_q if self.alignment == "bottom-right" else 0
+
+    def visible_keys(self, row: int, seqlen_q: int, seqlen_k: int) -> Span:
+        """The keys inside the band of query `row`."""
+        diagonal = row + self.offset(seqlen_q, seqlen_k)
+        start = 0 if self.left is None else max(0, diagonal - self.left)
+        stop = seqlen_k if self.right is None else min(seqlen_k, diagonal + self.right + 1)
+        return Span(start, stop)
+
+    def touched(self, rows: Span, seqlen_q: int, seqlen_k: int) -> Span:
+        """The keys that at least one of `rows` sees (the band is monotone, so they are one span)."""
+        first = self.visible_keys(rows.start, seqlen_q, seqlen_k)
+        last = self.visible_keys(rows.stop - 1, seqlen_q, seqlen_k)
+        return Span(first.start, last.stop)
+
+    def whole(self, rows: Span, seqlen_q: int, seqlen_k: int) -> Span:
+        """The keys that every one of `rows` sees."""
+        first = self.visible_keys(rows.start, seqlen_q, seqlen_k)
+        last = self.visible_keys(rows.stop - 1, seqlen_q, seqlen_k)
+        return Span(last.start, first.stop)
+
+    def count_visible(self, seqlen_q: int, seqlen_k: int) -> int:
+        """How many (query, key) pairs the band lets through."""
+        if not self.has_band:
+            return seqlen_q * seqlen_k
+        offset = self.offset(seqlen_q, seqlen_k)
+
+        def below(shift: int) -> int:
+            """Sum over rows of min(seqlen_k, max(0, row + offset + shift)), in closed form."""
+            first = min(seqlen_q, max(0, -(offset + shift)))  # rows before this one count nothing
+            full = min(seqlen_q, max(first, seqlen_k - offset - shift))  # rows from here on count seqlen_k
+            climbing = full - first
+            return climbing * (offset + shift) + (full * (full - 1) - first * (first - 1)) // 2 + (
+                (seqlen_q - full) * seqlen_k
+            )
+
+        stops = seqlen_q * seqlen_k if self.right is None else below(self.right + 1)
+        starts = 0 if self.left is None else below(-self.left)
+        return max(0, stops - starts)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreEdits:
+    """What happens to the score of a visible pair, in order: scale, softcap, ALiBi, bias; then sinks."""
+
+    softmax_scale: float
+    softcap: float = 0.0
+    """``softcap * tanh(score / softcap)``; 0: off."""
+    alibi_slopes: Shape | None = None
+    """Shape (heads,) or (batch, heads): ``-slope * |diagonal - key|`` is added."""
+    bias: Shape | None = None
+    """Shape of the added array, broadcasting to (..., heads, seqlen_q, seqlen_k)."""
+    sinks: bool = False
+    """One logit per head that joins the denominator and has no value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where sequences, heads and keys lie in the caller's arrays."""
+
+    axes: Axes
+    """"bshd": (batch, seqlen, heads, head_dim); "bhsd": (..., heads, seqlen, head_dim);
+    "thd": (tokens, heads, head_dim), cut into sequences by cu_seqlens."""
+    page_size: int | None = None
+    """Keys per page if k and v are (pages, page_size, heads, head_dim), found through a block_table."""
+
+    @property
+    def ragged(self) -> bool:
+        return self.axes == "thd"
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How many of everything.  In a ragged problem the seqlens are the longest ones."""
+
+    batch_shape: Shape
+    num_heads: int
+    num_heads_k: int
+    num_heads_v: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    total_q: int = 0
+    """Rows of q in a ragged problem."""
+
+    @property
+    def batch(self) -> int:
+        return math.prod(self.batch_shape)
+
+    @property
+    def queries_per_pair(self) -> int:
+        """How many neighbouring query heads share both their key head and their value head."""
+        per_k = self.num_heads // max(1, self.num_heads_k)
+        per_v = self.num_heads // max(1, self.num_heads_v)
+        return max(1, math.gcd(per_k, per_v))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is asked, without arrays."""
+
+    sizes: Sizes
+    layout: Layout
+    dtype: str
+    """Of q, k, v and out: "float16", "bfloat16", "float32" or "float64"."""
+    mask: Mask
+    edits: ScoreEdits
+    dropout_p: float = 0.0
+    compute_dtype: str | None = None
+    """Of the arithmetic; None: the device's own choice (float64 on the CPU)."""
+    needs_lse: bool = False
+    needs_dropout_mask: bool = field(default=False, repr=False)
+    """flash-attn's S_dmask is wanted: the normalised weights, negative where dropout drops."""
+
+    @cached_property
+    def flops(self) -> int:
+        """Floating-point operations of the two matrix products over the visible band.
+
+        A ragged problem counts its longest lengths: the real ones are data.
+        """
+        sizes = self.sizes
+        visible = self.mask.count_visible(sizes.seqlen_q, sizes.seqlen_k)
+        return 2 * sizes.batch * sizes.num_heads * visible * (sizes.head_dim + sizes.head_dim_v)
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes that have to move at least once: q, k, v in, out (and lse) out."""
+        sizes, item = self.sizes, ITEMSIZE[self.dtype]
+        queries = sizes.batch * sizes.num_heads * sizes.seqlen_q
+        keys = sizes.batch * sizes.seqlen_k
+        moved = queries * (sizes.head_dim + sizes.head_dim_v) * item
+        moved += keys * (sizes.num_heads_k * sizes.head_dim + sizes.num_heads_v * sizes.head_dim_v) * item
+        return moved + (queries * ITEMSIZE[self.lse_dtype] if self.needs_lse else 0)
+
+    @property
+    def lse_dtype(self) -> str:
+        return "float64" if self.dtype == "float64" else "float32"
+
+    @cached_property
+    def out_shape(self) -> Shape:
+        """Shape of the output in the caller's layout."""
+        s = self.sizes
+        if self.layout.axes == "thd":
+            return (s.total_q, s.num_heads, s.head_dim_v)
+        if self.layout.axes == "bshd":
+            return (*s.batch_shape, s.seqlen_q, s.num_heads, s.head_dim_v)
+        return (*s.batch_shape, s.num_heads, s.seqlen_q, s.head_dim_v)
+
+    @cached_property
+    def lse_shape(self) -> Shape:
+        """Shape of the log-sum-exp: (..., heads, seqlen_q), or (heads, total_q) if ragged."""
+        s = self.sizes
+        if self.layout.ragged:
+            return (s.num_heads, s.total_q)
+        return (*s.batch_shape, s.num_heads, s.seqlen_q)
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What the planner knows of a place to work."""
+
+    name: str
+    kind: Literal["cpu", "cuda"]
+    num_units: int = 1
+    """Threads of a CPU, streaming multiprocessors of a GPU."""
+    compute_capability: tuple[int, int] | None = None
+    shared_memory: int = 0
+    """Bytes of shared memory one thread block may use."""
+
+
+NAMED_DEVICES = {
+    device.name: device
+    for device in (
+        Device("A100", "cuda", 108, (8, 0), 163 * 1024),
+        Device("A10", "cuda", 72, (8, 6), 99 * 1024),
+        Device("RTX3090", "cuda", 82, (8, 6), 99 * 1024),
+        Device("L4", "cuda", 58, (8, 9), 99 * 1024),
+        Device("L40S", "cuda", 142, (8, 9), 99 * 1024),
+        Device("RTX4090", "cuda", 128, (8, 9), 99 * 1024),
+        Device("H100", "cuda", 132, (9, 0), 227 * 1024),
+        Device("H200", "cuda", 132, (9, 0), 227 * 1024),
+        Device("B200", "cuda", 148, (10, 0), 227 * 1024),
+        Device("RTX5090", "cuda", 170, (12, 0), 99 * 1024),
+        Device("T4", "cuda", 40, (7, 5), 64 * 1024),
+        Device("V100", "cuda", 80, (7, 0), 96 * 1024),
+    )
+}
+"""GPUs `explain` can plan for without having one."""

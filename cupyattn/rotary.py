@@ -1,0 +1,196 @@
+"""Rotary position embedding, as flash-attn's layers.rotary has it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from cupyattn import reading
+from cupyattn.arrays import Arrays, enter
+from cupyattn.problem import ITEMSIZE, Array, Spec
+from cupyattn.reading import refusal
+from cupyattn.rounding import narrow, widen
+
+
+def apply_rotary_emb(
+    x: Array,
+    cos: Array,
+    sin: Array,
+    interleaved: bool = False,
+    inplace: bool = False,
+    seqlen_offsets: int | Array = 0,
+    cu_seqlens: Array | None = None,
+    max_seqlen: int | None = None,
+) -> Array:
+    """Rotate pairs of features of `x` by angles that grow with the position.
+
+    A pair ``(a, b)`` at position ``p`` becomes ``(a cos[p] - b sin[p], a sin[p] + b cos[p])``.  Pairs are
+    features ``(i, i + rotary_dim / 2)`` (GPT-NeoX, Llama), or ``(2i, 2i + 1)`` if `interleaved` (GPT-J).
+
+    Parameters
+    ----------
+    x : array, shape (batch, seqlen, num_heads, head_dim)
+        Or (tokens, num_heads, head_dim) with `cu_seqlens`.
+    cos, sin : array, shape (positions, rotary_dim / 2)
+        Floating, of any precision.  Features from rotary_dim on stay as they are.
+    interleaved : bool
+        Which features make a pair.
+    inplace : bool
+        Write into `x` (and return it); NumPy, torch and others whose arrays can be written to.
+    seqlen_offsets : int or array of int, shape (batch,)
+        Position of each sequence's first row.
+    cu_seqlens : array of int32, shape (batch + 1,), optional
+        Where each sequence starts in a packed `x`.
+    max_seqlen : int, optional
+        At least the longest sequence of a packed `x`; checked if given.
+
+    Returns
+    -------
+    array, shape of `x`
+        In its library, device and dtype; float64 arithmetic, rounded once.
+
+    Raises
+    ------
+    TypeError
+        Not arrays, of different libraries, wrong dtypes, or `inplace` where arrays are immutable.
+    ValueError
+        Shapes do not fit, rotary_dim exceeds head_dim, or a position lies outside cos and sin.
+
+    References
+    ----------
+    .. [1] J. Su et al., "RoFormer", 2021, arXiv:2104.09864, section 3.4.2.
+    """
+    function = "apply_rotary_emb"
+    pairs_adjacent = reading.flag(function, "interleaved", interleaved)
+    overwrite = reading.flag(function, "inplace", inplace)
+    offset = 0
+    offsets: Any = None
+    if isinstance(seqlen_offsets, (int, np.integer)):
+        offset = reading.integer(function, "seqlen_offsets", seqlen_offsets, low=0)
+    else:
+        offsets = seqlen_offsets
+    if max_seqlen is not None:
+        max_seqlen = reading.integer(function, "max_seqlen", max_seqlen, low=0)
+    for name, array in (("x", x), ("cos", cos), ("sin", sin)):
+        if array is None:
+            raise TypeError(refusal(function, f"{name} has to be an array", (name, "None")))
+    arrays = {
+        "x": ("x", x),
+        "cos": ("cos", cos),
+        "sin": ("sin", sin),
+        "offsets": ("seqlen_offsets", offsets),
+        "cu_seqlens": ("cu_seqlens", cu_seqlens),
+    }
+    visit = enter(function, arrays)
+    specs = dict(visit.specs)
+    _check(function, specs, max_seqlen)
+    if overwrite:
+        visit.library.check_writable(function, "x", x)
+    if visit.kind == "cuda":
+        visit.device()
+
+    def rotation(operands: Arrays) -> tuple[Array, Array, Array]:
+        """Positions, and cos and sin at them, broadcasting to (..., rows, heads, rotary_dim / 2)."""
+        positions = _positions(function, specs, operands, offset, max_seqlen)
+        at = [widen(operands[name], "float64")[positions][..., None, :] for name in ("cos", "sin")]
+        return positions, at[0], at[1]
+
+    def forward(operands: Arrays) -> Arrays:
+        _, cosine, sine = rotation(operands)
+        return {"out": narrow(_rotate(widen(operands["x"], "float64"), cosine, sine, pairs_adjacent), specs["x"].dtype)}
+
+    def backward(operands: Arrays, known: Arrays) -> Arrays:
+        positions, cosine, sine = rotation(operands)
+        dout, values = widen(known["dout"], "float64"), widen(operands["x"], "float64")
+        found = {"x": narrow(_rotate(dout, cosine, -sine, pairs_adjacent), specs["x"].dtype)}
+        first, second = _pairs(2 * cosine.shape[-1], pairs_adjacent)
+        a, b, da, db = values[..., first], values[..., second], dout[..., first], dout[..., second]
+        for name, share in (("cos", da * a + db * b), ("sin", db * a - da * b)):
+            total = np.zeros(specs[name].shape)
+            np.add.at(total, positions, np.broadcast_to(share.sum(axis=-2), (*positions.shape, total.shape[-1])))
+            found[name] = narrow(total, specs[name].dtype)
+        return found
+
+    result = visit.run(forward, backward, {"out": Spec("out", specs["x"].shape, specs["x"].dtype)})["out"]
+    if overwrite:
+        visit.library.write(function, "x", x, result)
+        return x
+    return result
+
+
+def _pairs(rotary_dim: int, adjacent: bool) -> tuple[slice, slice]:
+    if adjacent:
+        return slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)
+    return slice(0, rotary_dim // 2), slice(rotary_dim // 2, rotary_dim)
+
+
+def _rotate(x: Array, cosine: Array, sine: Array, adjacent: bool) -> Array:
+    first, second = _pairs(2 * cosine.shape[-1], adjacent)
+    out = np.array(x, order="C")
+    with np.errstate(all="ignore"):
+        out[..., first] = x[..., first] * cosine - x[..., second] * sine
+        out[..., second] = x[..., first] * sine + x[..., second] * cosine
+    return out
+
+
+def _check(function: str, specs: dict[str, Spec], max_seqlen: int | None) -> None:
+    x, cos, sin = specs["x"], specs["cos"], specs["sin"]
+    for spec in (x, cos, sin):
+        if spec.dtype not in ITEMSIZE:
+            rule = f"{spec.name} has to be one of {', '.join(ITEMSIZE)}"
+            raise TypeError(refusal(function, rule, (spec.name, spec.shape, spec.dtype)))
+    packed = "cu_seqlens" in specs
+    axes = reading.AXES["thd" if packed else "bshd"]
+    if len(x.shape) != (3 if packed else 4):
+        raise ValueError(refusal(function, f"x has to be {axes}", ("x", x.shape)))
+    if len(cos.shape) != 2 or cos.shape != sin.shape:
+        rule = "cos and sin have to be of one shape, (positions, rotary_dim / 2)"
+        raise ValueError(refusal(function, rule, ("cos", cos.shape), ("sin", sin.shape)))
+    if 2 * cos.shape[1] > x.shape[-1]:
+        rule = "rotary_dim, twice the columns of cos, must not exceed head_dim"
+        raise ValueError(refusal(function, rule, ("x", x.shape), ("cos", cos.shape)))
+    if packed:
+        spec = specs["cu_seqlens"]
+        if spec.dtype != "int32":
+            raise TypeError(refusal(function, "cu_seqlens has to be int32", (spec.name, spec.shape, spec.dtype)))
+        if len(spec.shape) != 1 or spec.shape[0] < 1:
+            raise ValueError(refusal(function, "cu_seqlens has to be (batch + 1,)", (spec.name, spec.shape)))
+    elif max_seqlen is not None:
+        rule = "max_seqlen belongs to a packed x, with cu_seqlens"
+        raise ValueError(refusal(function, rule, ("max_seqlen", max_seqlen)))
+    if "offsets" in specs:
+        spec = specs["offsets"]
+        batch = specs["cu_seqlens"].shape[0] - 1 if packed else x.shape[0]
+        if spec.dtype not in ("int32", "int64"):
+            raise TypeError(refusal(function, "seqlen_offsets has to be int32 or int64", (spec.name, spec.dtype)))
+        if spec.shape != (batch,):
+            rule = f"seqlen_offsets has to hold one position per sequence, ({batch},)"
+            raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
+
+
+def _positions(
+    function: str, specs: dict[str, Spec], operands: Arrays, offset: int, max_seqlen: int | None
+) -> Array:
+    """The position of every row: (batch | 1, seqlen), or (tokens,) if packed."""
+    x = specs["x"].shape
+    if "cu_seqlens" in specs:
+        starts = operands["cu_seqlens"].astype(np.int64)
+        steps = np.diff(starts)
+        if starts[0] != 0 or (steps < 0).any() or starts[-1] != x[0]:
+            rule = "cu_seqlens has to start with 0, must not decrease, and has to end with the rows of x"
+            raise ValueError(refusal(function, rule, ("cu_seqlens", starts.tolist()), ("x", x)))
+        if max_seqlen is not None and steps.max(initial=0) > max_seqlen:
+            rule = "a sequence of cu_seqlens is longer than max_seqlen"
+            raise ValueError(refusal(function, rule, ("longest", int(steps.max())), ("max_seqlen", max_seqlen)))
+        first = operands["offsets"].astype(np.int64) if "offsets" in specs else np.full(steps.shape, offset)
+        positions = np.arange(x[0]) - np.repeat(starts[:-1] - first, steps)
+    else:
+        first = operands["offsets"].astype(np.int64) if "offsets" in specs else np.array([offset])
+        positions = first[:, None] + np.arange(x[1])
+    known = specs["cos"].shape[0]
+    if positions.size and (positions.min() < 0 or positions.max() >= known):
+        rule = f"positions have to be from 0 to {known - 1}, the rows of cos and sin"
+        came = (("positions", f"{positions.min()} to {positions.max()}"), ("cos", specs["cos"].shape))
+        raise ValueError(refusal(function, rule, *came))
+    return np.asarray(positions)

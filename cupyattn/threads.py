@@ -1,0 +1,120 @@
+"""Running many NumPy tasks on the cores of this machine.
+
+NumPy's matrix products use the BLAS's own threads.  Here each task gets one Python thread (NumPy lets
+go of the GIL) and the BLAS is held to one thread for as long as they run.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+Scratch = dict[Any, Any]
+Task = Callable[[Scratch], None]
+
+
+def num_cores() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class _Blas:
+    """NumPy's BLAS, held to one thread while anybody needs that.
+
+    Counted under a lock: two callers at once must not take each other's limit for the original.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holders = 0
+        self._limit: Any = None
+
+    @cache  # noqa: B019 - one instance, for the life of the process
+    def _controller(self) -> Any:
+        from threadpoolctl import ThreadpoolController
+
+        return ThreadpoolController().select(user_api="blas")
+
+    def num_threads(self) -> int:
+        """The threads the BLAS would use now: the user's own limit on us, too."""
+        counts = [library.num_threads for library in self._controller().lib_controllers]
+        return max(counts, default=num_cores())
+
+    @contextmanager
+    def on_one_thread(self) -> Iterator[None]:
+        with self._lock:
+            if self._holders == 0:
+                self._limit = self._controller().limit(limits=1)
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if self._holders == 0:
+                    self._limit.restore_original_limits()
+
+    @property
+    def held(self) -> bool:
+        return self._holders > 0
+
+
+_blas = _Blas()
+
+
+def _forget_other_threads() -> None:
+    """In a forked child nobody holds the BLAS any more, and the lock may have been taken."""
+    global _blas
+    limit, held = _blas._limit, _blas.held
+    _blas = _Blas()
+    if held:
+        limit.restore_original_limits()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_other_threads)
+
+
+def run_all(tasks: Sequence[Task], num_workers: int) -> None:
+    """Run every task, the first ones first, on up to `num_workers` threads; raise what a task raises.
+
+    A task receives a dictionary that it may keep scratch memory in; tasks of one thread share it.
+    The threads live for one call, so that a fork between calls finds none.
+    """
+    if num_workers > 1 and len(tasks) > 1 and not _blas.held:
+        num_workers = min(num_workers, len(tasks), _blas.num_threads())
+    queue = iter(tasks)
+    taking = threading.Lock()
+    failed = threading.Event()
+
+    def work() -> None:
+        scratch: Scratch = {}
+        with np.errstate(all="ignore"):
+            while not failed.is_set():
+                with taking:
+                    task = next(queue, None)
+                if task is None:
+                    return
+                try:
+                    task(scratch)
+                except BaseException:
+                    failed.set()
+                    raise
+
+    if min(num_workers, len(tasks)) <= 1:
+        work()
+        return
+    with _blas.on_one_thread(), ThreadPoolExecutor(num_workers - 1, "cupyattn") as pool:
+        helpers = [pool.submit(work) for _ in range(num_workers - 1)]
+        work()
+        for helper in helpers:
+            helper.result()

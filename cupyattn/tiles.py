@@ -1,0 +1,406 @@
+"""Cutting a problem on the CPU into parts and tiles, and the view of the operands each of them has.
+
+A *part* is a stretch of the problem in which every sequence has the same lengths: a whole dense batch,
+or one sequence of a ragged one.  A *tile* is some rows of some heads of a part, and one task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from cupyattn import numpy_ref
+from cupyattn.numpy_ref import Array, KeyBlock, State
+from cupyattn.plan import CpuTile, Plan, cpu_tile
+from cupyattn.problem import Problem, Span
+from cupyattn.rounding import widen
+from cupyattn.threads import Scratch
+
+Index = tuple[Any, ...]
+
+SCORE_LIMIT = {"float32": 30.0, "float64": 60.0}
+"""Scores of at most this size can skip the running maximum: exp, its sum over any number of keys and the
+product with any sensible value stay far inside the dtype's range on both sides."""
+ROWS_WORTH_A_BOUND = 64
+"""Rows per key from which reading the keys once more for their norms pays."""
+
+
+def heads_first(array: Array, problem: Problem) -> Array:
+    """View an array of the caller's layout as (..., batch, heads, seqlen, dim); thd has a batch of one."""
+    axes = problem.layout.axes
+    if axes == "thd":
+        return array.swapaxes(0, 1)[None]
+    if axes == "bshd":
+        return array.swapaxes(-3, -2)
+    return array if array.ndim >= 4 else array.reshape((1,) * (4 - array.ndim) + array.shape)
+
+
+@dataclass(frozen=True)
+class TileIndex:
+    """Which batches, heads and rows of a part a tile covers."""
+
+    batches: slice
+    pairs: slice
+    heads: slice
+    rows: Span
+    touched: Span
+    whole: Span
+
+    @property
+    def row_slice(self) -> slice:
+        return slice(self.rows.start, self.rows.stop)
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.batches.stop - self.batches.start)
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.heads.stop - self.heads.start)
+
+    @property
+    def work(self) -> int:
+        return self.batch_size * self.num_heads * len(self.rows) * len(self.touched)
+
+
+@dataclass
+class Keys:
+    """The keys (or values) of a part, fetched block by block in the compute dtype."""
+
+    array: Array
+    """(batch, heads, keys, dim); or pages, (pages, page_size, heads, dim)."""
+    num_pairs: int
+    compute_dtype: str
+    pages: Array | None = None
+    """The page of each page_size keys, if `array` is paged."""
+
+    @property
+    def num_heads(self) -> int:
+        return int(self.array.shape[1 if self.pages is None else 2])
+
+    def head_slice(self, pairs: slice) -> slice:
+        """The heads that `pairs` use.  Several pairs at once only where each has a head of its own."""
+        if self.num_heads == self.num_pairs:
+            return pairs
+        head = pairs.start * self.num_heads // self.num_pairs
+        return slice(head, head + 1)
+
+    def block(self, batches: slice, pairs: slice, keys: slice) -> Array:
+        """(batch, pairs, keys, dim), laid out so that the BLAS takes it without a detour."""
+        heads = self.head_slice(pairs)
+        if self.pages is None:
+            block = self.array[batches, heads, keys]
+        else:
+            page_size = self.array.shape[1]
+            index = np.arange(keys.start, keys.stop)
+            rows = self.array[self.pages[index // page_size], index % page_size, heads]
+            block = rows.swapaxes(0, 1)[None]
+        block = widen(block, self.compute_dtype)
+        row_stride, stride = block.strides[-2:]
+        item = block.itemsize
+        tidy = stride == item and row_stride >= item * block.shape[-1] and row_stride % item == 0
+        return block if tidy and block.flags.aligned else block.copy()
+
+
+@dataclass
+class Part:
+    """A stretch of the problem in which every sequence has the same lengths."""
+
+    problem: Problem
+    outer: Index
+    """Index of all batch axes but the last."""
+    tokens: slice
+    """Rows of a ragged q; everything otherwise."""
+    q: Array
+    """(batch, heads, seqlen_q, head_dim)."""
+    k: Keys
+    v: Keys
+    seqlen_k: int
+    batch_ids: Array
+    """The position in the whole batch of each sequence: what dropout counts by."""
+    seed: int
+    mask: Array | None = None
+    bias: Array | None = None
+    """Like `mask`, (..., heads | 1, seqlen_q | 1, seqlen_k | 1) over all batch axes, each of them | 1."""
+    slopes: Array | None = None
+    sinks: Array | None = None
+    first_key: int = 0
+    """Where the keys of a ragged sequence start in k."""
+    _facts: dict[tuple[int, int], tuple[float, bool]] = field(default_factory=dict)
+
+    @property
+    def num_heads(self) -> int:
+        return self.problem.sizes.num_heads
+
+    @property
+    def seqlen_q(self) -> int:
+        return int(self.q.shape[-2])
+
+    @property
+    def out_size(self) -> int:
+        return int(self.q.shape[0]) * self.seqlen_q
+
+    @property
+    def compute_dtype(self) -> str:
+        return self.k.compute_dtype
+
+    def of(self, array: Array) -> Array:
+        """This part of a heads-first (..., batch, heads, seqlen, dim) array of the caller's rows."""
+        return array[self.outer][:, :, self.tokens]
+
+    def lse_of(self, array: Array) -> Array:
+        """This part of an array shaped like lse, as (batch, heads, seqlen_q)."""
+        if self.problem.layout.ragged:
+            return array[None, :, self.tokens]
+        return array[self.outer] if array.ndim >= 3 else array.reshape((1,) * (3 - array.ndim) + array.shape)
+
+    def tiles(self) -> Iterator[TileIndex]:
+        """The part, cut as the plan says."""
+        sizes = self.problem.sizes
+        group, batch = sizes.queries_per_pair, int(self.q.shape[0])
+        cut = self.cut
+        num_pairs = self.num_heads // group
+        mask = self.problem.mask
+        for first_row in range(0, self.seqlen_q, cut.block_q):
+            rows = Span(first_row, min(self.seqlen_q, first_row + cut.block_q))
+            touched = mask.touched(rows, self.seqlen_q, self.seqlen_k)
+            whole = mask.whole(rows, self.seqlen_q, self.seqlen_k)
+            for pair in range(0, num_pairs, cut.pairs):
+                pairs = slice(pair, min(num_pairs, pair + cut.pairs))
+                first, last = pairs.start * group, pairs.stop * group
+                step = cut.heads if cut.pairs == 1 else last - first
+                for head in range(first, last, step):
+                    heads = slice(head, min(last, head + step))
+                    for start in range(0, batch, cut.batch):
+                        batches = slice(start, min(batch, start + cut.batch))
+                        yield TileIndex(batches, pairs, heads, rows, touched, whole)
+
+    @property
+    def cut(self) -> CpuTile:
+        return cpu_tile(self.problem.sizes, int(self.q.shape[0]), self.seqlen_q, self.seqlen_k)
+
+    def rows_of(self, array: Array, where: TileIndex) -> Array:
+        """The tile's rows of a (batch, heads, seqlen_q, dim) array, stacked: (batch, pairs, heads * rows, dim)."""
+        piece = widen(array[where.batches, where.heads, where.row_slice], self.compute_dtype)
+        pairs = where.pairs.stop - where.pairs.start
+        return piece.reshape(piece.shape[0], pairs, -1, piece.shape[-1])
+
+    def tile(self, where: TileIndex, scratch: Scratch, backward: bool = False) -> numpy_ref.Tile:
+        """The arithmetic's view of a tile."""
+        edits = self.problem.edits
+        pairs = where.pairs.stop - where.pairs.start
+        heads = where.num_heads // pairs
+        q = self.rows_of(self.q, where)
+        k_norm, finite = self.facts(where)
+        bounded = False
+        if not backward and k_norm < np.inf and edits.bias is None and self.slopes is None and not edits.sinks:
+            q_norm = np.sqrt(np.einsum("...d,...d->...", q, q).max(initial=0.0))
+            bounded = bool(edits.softmax_scale * q_norm * k_norm <= SCORE_LIMIT[self.compute_dtype])
+        q = q * q.dtype.type(edits.softmax_scale)
+        slopes = sinks = None
+        if self.slopes is not None:
+            slopes = self.slopes[_or_one(self.slopes, 0, where.batches), where.heads]
+            slopes = slopes.reshape(slopes.shape[0], pairs, heads, 1, 1)
+        if self.sinks is not None:
+            sinks = np.repeat(self.sinks[where.heads].reshape(pairs, heads), len(where.rows), axis=-1)
+        return numpy_ref.Tile(
+            q,
+            (heads, len(where.rows)),
+            partial(self.blocks, where, pairs, heads),
+            edits.softcap,
+            slopes,
+            sinks,
+            bounded,
+            not finite or (backward and not np.isfinite(q.sum())),
+            scratch,
+        )
+
+    def attend(self, where: TileIndex, scratch: Scratch) -> State:
+        return numpy_ref.flash(self.tile(where, scratch), self.problem.sizes.head_dim_v)
+
+    def facts(self, where: TileIndex) -> tuple[float, bool]:
+        """(largest norm of a key, k and v are finite) of a tile's heads; read once for all its rows."""
+        key = (where.batches.start, where.pairs.start)
+        known = self._facts.get(key)
+        if known is None:
+            everything = slice(0, self.seqlen_k)
+            norm, finite = np.inf, True
+            for start in range(0, self.seqlen_k, 4096):
+                stretch = slice(start, min(everything.stop, start + 4096))
+                v = self.v.block(where.batches, where.pairs, stretch)
+                finite = finite and bool(np.isfinite(v.sum()))
+            if self.seqlen_q * self.problem.sizes.queries_per_pair >= ROWS_WORTH_A_BOUND:
+                norm = 0.0
+                for start in range(0, self.seqlen_k, 4096):
+                    stretch = slice(start, min(everything.stop, start + 4096))
+                    k = self.k.block(where.batches, where.pairs, stretch)
+                    norm = max(norm, float(np.einsum("...d,...d->...", k, k).max(initial=0.0)))
+                norm = float(np.sqrt(norm))
+            known = self._facts[key] = (norm, finite)
+        return known
+
+    def blocks(self, where: TileIndex, pairs: int, heads: int) -> Iterator[KeyBlock]:
+        """The key blocks that the tile's rows can see, left to right."""
+        block_k = self.cut.block_k
+        problem = self.problem
+        shape = (pairs, heads)
+        for start in range(where.touched.start // block_k * block_k, where.touched.stop, block_k):
+            keys = slice(max(start, where.touched.start), min(start + block_k, where.touched.stop))
+            hidden = None
+            if not (keys.start >= where.whole.start and keys.stop <= where.whole.stop):
+                hidden = ~self.band(where.rows, keys)
+            if self.mask is not None:
+                not_seen = ~self.piece(self.mask, where, keys, shape)
+                hidden = not_seen if hidden is None else hidden | not_seen
+            if hidden is not None and hidden.all():
+                continue
+            bias = keep = distance = None
+            if self.bias is not None:
+                bias = widen(self.piece(self.bias, where, keys, shape), self.compute_dtype)
+            if self.slopes is not None:
+                distance = -np.abs(self.diagonal(where.rows)[:, None] - np.arange(keys.start, keys.stop))
+                distance = distance.astype(self.compute_dtype)
+            if problem.dropout_p > 0.0:
+                keep = self.keep(where, keys, shape)
+            yield KeyBlock(
+                keys,
+                self.k.block(where.batches, where.pairs, keys),
+                self.v.block(where.batches, where.pairs, keys),
+                bias,
+                hidden,
+                keep,
+                distance,
+            )
+
+    def diagonal(self, rows: Span) -> Array:
+        return np.arange(rows.start, rows.stop) + self.problem.mask.offset(self.seqlen_q, self.seqlen_k)
+
+    def band(self, rows: Span, keys: slice) -> Array:
+        """True inside the mask's band, (rows, keys)."""
+        mask = self.problem.mask
+        distance = np.arange(keys.start, keys.stop) - self.diagonal(rows)[:, None]
+        inside = np.ones(distance.shape, bool)
+        if mask.left is not None:
+            inside &= distance >= -mask.left
+        if mask.right is not None:
+            inside &= distance <= mask.right
+        return inside
+
+    def piece(self, array: Array, where: TileIndex, keys: slice, shape: tuple[int, int]) -> Array:
+        """The tile's view of mask or bias: (batch | 1, pairs | 1, heads | 1, rows | 1, keys | 1)."""
+        view = array[piece_index(array, self.outer, where, keys)]
+        head_axes = shape if view.shape[1] > 1 else (1, 1)
+        return view.reshape(view.shape[0], *head_axes, *view.shape[2:])
+
+    def keep(self, where: TileIndex, keys: slice, shape: tuple[int, int]) -> Array:
+        """Dropout's factor for each weight: 0, or the reciprocal of the probability to stay."""
+        p = self.problem.dropout_p
+        factor = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
+        heads = np.arange(where.heads.start, where.heads.stop).reshape(shape)
+        stays = numpy_ref.dropout_keep(
+            p,
+            self.seed,
+            self.batch_ids[where.batches, None, None, None],
+            heads[None, :, :, None],
+            np.arange(where.rows.start, where.rows.stop),
+            range(keys.start, keys.stop),
+        )
+        return stays * np.dtype(self.compute_dtype).type(factor)
+
+
+def _or_one(array: Array, axis: int, index: slice) -> slice:
+    return index if array.shape[axis] > 1 else slice(0, 1)
+
+
+def piece_index(array: Array, outer: Index, where: TileIndex, keys: slice) -> Index:
+    """Where a tile finds itself in an array whose axes may be of length one."""
+    lead = tuple(i if array.shape[axis] > 1 else 0 for axis, i in enumerate(outer))
+    first = len(outer)
+    wanted = (where.batches, where.heads, where.row_slice, keys)
+    return (*lead, *(_or_one(array, first + axis, part) for axis, part in enumerate(wanted)))
+
+
+def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int) -> Iterator[Part]:
+    """The parts of a problem, each with views of the operands."""
+    sizes, compute = problem.sizes, plan.compute_dtype
+    pairs = sizes.num_heads // sizes.queries_per_pair
+    slopes, sinks = operands.get("alibi_slopes"), operands.get("sinks")
+    if slopes is not None:
+        slopes = widen(slopes, compute)
+        slopes = slopes[None] if slopes.ndim == 1 else slopes
+    if sinks is not None:
+        sinks = widen(sinks, compute)
+    if problem.layout.ragged:
+        yield from _ragged_parts(problem, operands, seed, pairs, compute, slopes, sinks)
+        return
+    lead = sizes.batch_shape or (1,)
+    rank = len(lead) + 3
+
+    def whole(name: str, heads: int) -> Array:
+        array = heads_first(operands[name], problem)
+        return np.broadcast_to(array, (*lead, heads, *array.shape[-2:]))
+
+    def with_rank(name: str) -> Array | None:
+        array = operands.get(name)
+        return None if array is None else array.reshape((1,) * (rank - array.ndim) + array.shape)
+
+    q, k, v = whole("q", sizes.num_heads), whole("k", sizes.num_heads_k), whole("v", sizes.num_heads_v)
+    mask, bias = with_rank("mask"), with_rank("bias")
+    ids = np.arange(sizes.batch).reshape(lead)
+    for outer in np.ndindex(lead[:-1]):
+        slopes_here = slopes if slopes is None or slopes.shape[0] == 1 else slopes[ids[outer]]
+        yield Part(
+            problem,
+            outer,
+            slice(None),
+            q[outer],
+            Keys(k[outer], pairs, compute),
+            Keys(v[outer], pairs, compute),
+            sizes.seqlen_k,
+            ids[outer],
+            seed,
+            mask,
+            bias,
+            slopes_here,
+            sinks,
+        )
+
+
+def _ragged_parts(
+    problem: Problem,
+    operands: Mapping[str, Array],
+    seed: int,
+    pairs: int,
+    compute: str,
+    slopes: Array | None,
+    sinks: Array | None,
+) -> Iterator[Part]:
+    q = heads_first(operands["q"], problem)
+    starts_q, starts_k = operands["cu_seqlens_q"].tolist(), operands["cu_seqlens_k"].tolist()
+    table = operands.get("block_table")
+    for index in range(problem.sizes.batch):
+        tokens = slice(starts_q[index], starts_q[index + 1])
+        first, last = starts_k[index], starts_k[index + 1]
+        sources = []
+        for name in ("k", "v"):
+            if table is not None:
+                sources.append(Keys(operands[name], pairs, compute, table[index]))
+            else:
+                sources.append(Keys(heads_first(operands[name], problem)[:, :, first:last], pairs, compute))
+        yield Part(
+            problem,
+            (),
+            tokens,
+            q[:, :, tokens],
+            *sources,
+            last - first,
+            np.array([index]),
+            seed,
+            slopes=slopes if slopes is None or slopes.shape[0] == 1 else slopes[index : index + 1],
+            sinks=sinks,
+            first_key=first,
+        )

@@ -1,0 +1,1 @@
+"""The demo in examples/: does its encoder agree with its reference?"""
