@@ -11,8 +11,8 @@ from cupyattn import numpy_ref, reading
 from cupyattn.arrays import Arrays, Visit, enter
 from cupyattn.corridor import Named, answer, gradients, plan_for
 from cupyattn.plan import Plan, choose
-from cupyattn.problem import NAMED_DEVICES, Array, Axes, Problem, Spec
-from cupyattn.reading import Options, check_sequences, read, refusal
+from cupyattn.problem import ITEMSIZE, NAMED_DEVICES, Array, Axes, Spec
+from cupyattn.reading import Options, read, refusal
 from cupyattn.rounding import narrow, widen
 
 
@@ -465,13 +465,10 @@ def _check_states(visit: Visit, count: int, layout: Axes) -> tuple[Spec, Spec]:
     head_axis, row_axis = (-3, -2) if layout == "bhsd" else (-2, -3)
     expected = (*out.shape[:-3], out.shape[head_axis], out.shape[row_axis])
     for spec in (out, lse):
-        if spec.dtype not in (("float32", "float64") if spec is lse else reading.ITEMSIZE):
+        if spec.dtype not in (("float32", "float64") if spec is lse else ITEMSIZE):
             rule = f"{spec.name} cannot be {spec.dtype}"
             raise TypeError(refusal(visit.function, rule, (spec.name, spec.shape, spec.dtype)))
     for i in range(count):
         _expect(visit.function, specs[f"out{i}"], out.shape, out.dtype)
         _expect(visit.function, specs[f"lse{i}"], expected, lse.dtype)
     return out, lse
-
-
-__all__ = ["Gradients", "Plan", "Problem", "attention", "attention_backward", "explain", "merge_states"]

@@ -34,6 +34,7 @@ class Library:
     """What has to be known of a library; the base class serves any that follows the array API."""
 
     title = "array"
+
     def dtype(self, array: Any) -> str:
         """The dtype's plain name: "float32", "bfloat16", "bool", ..."""
         return str(getattr(array.dtype, "name", array.dtype)).rsplit(".", 1)[-1]
@@ -169,7 +170,7 @@ def _torch_bridge() -> Any:
 
     class Attention(torch.autograd.Function):
         @staticmethod
-        def forward(  # type: ignore[override]
+        def forward(
             library: Torch, forward: Forward, backward: Backward, names: Any, results: Any, *tensors: Any
         ) -> Any:
             arrays = dict(zip(names, tensors, strict=True))
@@ -257,7 +258,8 @@ class Jax(Library):
         names = tuple(arrays)
 
         def described(specs: Mapping[str, Any]) -> list[Any]:
-            return [jax.ShapeDtypeStruct(spec.shape, self._jax_dtype(spec.dtype)) for spec in specs.values()]
+            struct: Any = jax.ShapeDtypeStruct
+            return [struct(spec.shape, self._jax_dtype(spec.dtype)) for spec in specs.values()]
 
         def on_host(*values: Any) -> list[Array]:
             outcome = forward({name: self.to_numpy(x) for name, x in zip(names, values, strict=True)})
@@ -311,18 +313,19 @@ class Dask(Library):
 
     def run(self, forward: Forward, backward: Backward | None, arrays: Arrays, results: Mapping[str, Spec]) -> Arrays:
         """One task over the whole arrays: a softmax needs all keys of a row, chunk by chunk would be wrong."""
-        import dask
         import dask.array
+        from dask.delayed import delayed
 
+        from_delayed: Any = dask.array.from_delayed
         like = next(iter(arrays.values()))
 
         def compute(values: Arrays) -> Arrays:
             outcome = forward({name: _bits(np.asarray(x)) for name, x in values.items()})
             return {n: outcome[n].view(like.dtype) if s.dtype == "bfloat16" else outcome[n] for n, s in results.items()}
 
-        outcome = dask.delayed(compute, pure=True)(arrays)
+        outcome = delayed(compute, pure=True)(arrays)
         return {
-            name: dask.array.from_delayed(
+            name: from_delayed(
                 outcome[name], spec.shape, like.dtype if spec.dtype == "bfloat16" else np.dtype(spec.dtype)
             )
             for name, spec in results.items()
@@ -340,11 +343,11 @@ _NUMPY, _TORCH, _JAX, _DASK, _CUPY, _OTHER = NumPy(), Torch(), Jax(), Dask(), Cu
 
 
 @cache
-def _library_of_type(kind: type) -> Library | None:
+def _library_of_type(kind: Any) -> Library | None:
     """The library a type belongs to; None if its objects are not arrays."""
     if issubclass(kind, np.ndarray):
         return _NUMPY
-    family = kind.__mro__
+    family = type.mro(kind)
     roots = {base.__module__.partition(".")[0] for base in family}
     for root, name, library in (
         ("torch", "Tensor", _TORCH),
@@ -399,7 +402,7 @@ def enter(function: str, arrays: Mapping[str, tuple[str, Any]]) -> Visit:
     present = {word: entry for word, entry in arrays.items() if entry[1] is not None}
     specs, found, places = [], [], []
     for word, (name, array) in present.items():
-        library = _library_of_type(type(array))
+        library = _library_of_type(type(array))  # type: ignore[arg-type]
         if library is None:
             raise TypeError(refusal(function, f"{name} has to be an array", (name, type(array).__name__)))
         objection = library.refuses(array)
@@ -430,4 +433,3 @@ def enter(function: str, arrays: Mapping[str, tuple[str, Any]]) -> Visit:
         name = next(iter(present.values()))[0]
         raise ValueError(refusal(function, "arrays have to be on the CPU or on a CUDA device", (name, places[0][1])))
     return Visit(function, library, {word: x for word, (_, x) in present.items()}, tuple(specs), kind)
-

@@ -97,7 +97,7 @@ def run_backward(
     job = _BackwardJob(problem, collected, grads, forward, threading.Lock())
     tasks: list[Task] = []
     for part in cut_into_parts(plan, problem, operands, seed):
-        if part.out_size == 0 or part.seqlen_k == 0 and not problem.edits.sinks or part.num_heads == 0:
+        if part.out_size == 0 or (part.seqlen_k == 0 and not problem.edits.sinks) or part.num_heads == 0:
             continue
         owners = _owners(part, sizes.num_heads_k, sizes.num_heads_v)
         tasks.extend(partial(job.run, part, tiles) for tiles in owners)
@@ -196,9 +196,7 @@ class _BackwardJob:
                 if dbias is not None:
                     self.add_bias(part, where, block.keys, dbias[:, 0])
 
-            gradients = numpy_ref.flash_backward(
-                tile, state, dout, dlse, problem.edits.softmax_scale, add
-            )
+            gradients = numpy_ref.flash_backward(tile, state, dout, dlse, problem.edits.softmax_scale, add)
             dq = part.of(heads_first(self.collected["q"], problem))
             target = dq[where.batches, where.heads, where.row_slice]
             target += gradients.dq.reshape(target.shape)

@@ -248,7 +248,7 @@ def weighted_sum(weights: Array, values: Array, unseen: Array | None) -> Array:
     finite = np.isfinite(values)
     total = weights @ np.where(finite, values, 0.0)
     bad_keys = ~finite.all(axis=-1)
-    for key in np.flatnonzero(bad_keys.any(axis=tuple(range(bad_keys.ndim - 1)))):
+    for key in np.flatnonzero(bad_keys.reshape(-1, bad_keys.shape[-1]).any(axis=0)):
         stray = np.where(finite[..., key, :], 0.0, values[..., key, :])
         product = weights[..., key, None] * stray[..., None, :]
         skip = unseen[..., key, None] | finite[..., None, key, :]

@@ -69,7 +69,8 @@ def unpad_input(
                 rule = f"{name} has to be (batch, seqlen), {shape[:2]}"
                 raise ValueError(refusal(function, rule, (name, spec.shape), ("hidden_states", shape)))
             if not (spec.dtype == "bool" or spec.dtype.startswith(("int", "uint"))):
-                raise TypeError(refusal(function, f"{name} has to be boolean or integer", (name, spec.shape, spec.dtype)))
+                rule = f"{name} has to be boolean or integer"
+                raise TypeError(refusal(function, rule, (name, spec.shape, spec.dtype)))
             values = np.asarray(visit.library.to_numpy(visit.arrays[name]))
             if spec.dtype != "bool" and not np.isin(values, (0, 1)).all():
                 raise ValueError(refusal(function, f"{name} has to hold 0 and 1", (name, np.unique(values).tolist())))

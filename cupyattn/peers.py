@@ -202,9 +202,9 @@ def flash_attn_kvpacked_func(
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
 ) -> Any:
-    """flash-attn's flash_attn_kvpacked_func: `flash_attn_func` with k and v in (batch, seqlen_k, 2, num_heads_kv, head_dim).
+    """flash-attn's flash_attn_kvpacked_func: `flash_attn_func` with k and v in one array.
 
-    Parameters, results and errors as for `flash_attn_func`.
+    `kv` is (batch, seqlen_k, 2, num_heads_kv, head_dim).  Parameters, results and errors as for `flash_attn_func`.
     """
     function = "flash_attn_kvpacked_func"
     arrays = {"q": ("q", q), **_unpacked(function, "kv", kv, 2), "alibi_slopes": ("alibi_slopes", alibi_slopes)}

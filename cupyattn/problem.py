@@ -113,8 +113,10 @@ class Mask:
             first = min(seqlen_q, max(0, -(offset + shift)))  # rows before this one count nothing
             full = min(seqlen_q, max(first, seqlen_k - offset - shift))  # rows from here on count seqlen_k
             climbing = full - first
-            return climbing * (offset + shift) + (full * (full - 1) - first * (first - 1)) // 2 + (
-                (seqlen_q - full) * seqlen_k
+            return (
+                climbing * (offset + shift)
+                + (full * (full - 1) - first * (first - 1)) // 2
+                + ((seqlen_q - full) * seqlen_k)
             )
 
         stops = seqlen_q * seqlen_k if self.right is None else below(self.right + 1)

@@ -12,7 +12,8 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, get_args
+from itertools import pairwise
+from typing import Any
 
 from cupyattn.problem import (
     ITEMSIZE,
@@ -276,7 +277,8 @@ def _heads(function: str, specs: Mapping[str, Spec], heads: tuple[int, int, int]
     if grouped:
         for spec, count in zip(rows[1:], heads[1:], strict=True):
             if count != heads[0] and (count == 0 or heads[0] % count):
-                raise ValueError(refusal(function, f"the number of heads of {spec.name} has to divide that of q", *shown))
+                rule = f"the number of heads of {spec.name} has to divide that of {rows[0].name}"
+                raise ValueError(refusal(function, rule, *shown))
         return heads[0]
     if len({count for count in heads if count != 1}) > 1:
         rule = "the numbers of heads have to be equal (or one); enable_gqa=True lets key heads serve groups"
@@ -292,7 +294,7 @@ def _sizes(function: str, specs: Mapping[str, Spec], options: Options) -> Sizes:
                 rule = f"{spec.name} has to have at least 2 axes, (..., heads, seqlen, head_dim)"
                 raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
     else:
-        _check_rank(function, specs, {name: (4, AXES[options.axes]) for name in ("q", "k", "v")})
+        _check_rank(function, specs, dict.fromkeys(("q", "k", "v"), (4, AXES[options.axes])))
     head_axis, row_axis = (-2, -3) if options.axes == "bshd" else (-3, -2)
     if q.shape[-1] != k.shape[-1]:
         hint = "; k looks transposed" if q.shape[-1] in k.shape[-2:] and not options.any_rank else ""
@@ -326,11 +328,9 @@ def _ragged_sizes(function: str, specs: Mapping[str, Spec], options: Options) ->
     starts_q, starts_k = specs["cu_seqlens_q"], specs["cu_seqlens_k"]
     paged = "block_table" in specs
     keys = (4, "(num_pages, page_size, num_heads_kv, head_dim), with a block_table") if paged else (3, AXES["thd"])
-    _check_rank(
-        function,
-        specs,
-        {"q": (3, AXES["thd"]), "k": keys, "v": keys, "cu_seqlens_q": (1, "(batch + 1,)"), "cu_seqlens_k": (1, "(batch + 1,)")},
-    )
+    starts = (1, "(batch + 1,)")
+    ranks = {"q": (3, AXES["thd"]), "k": keys, "v": keys, "cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    _check_rank(function, specs, ranks)
     if starts_q.shape != starts_k.shape or starts_q.shape[0] < 1:
         rule = f"{starts_q.name} and {starts_k.name} have to have batch + 1 entries each"
         raise ValueError(refusal(function, rule, (starts_q.name, starts_q.shape), (starts_k.name, starts_k.shape)))
@@ -418,7 +418,7 @@ def check_sequences(function: str, specs: Mapping[str, Spec], sizes: Sizes, oper
         ("cu_seqlens_k", None if "block_table" in specs else specs["k"].shape[0], sizes.seqlen_k),
     ):
         starts, shown = operands[name].tolist(), specs[name].name
-        steps = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        steps = [b - a for a, b in pairwise(starts)]
         lengths[name] = steps
         values = _short(starts)
         if starts[0] != 0:

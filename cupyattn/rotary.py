@@ -169,9 +169,7 @@ def _check(function: str, specs: dict[str, Spec], max_seqlen: int | None) -> Non
             raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
 
 
-def _positions(
-    function: str, specs: dict[str, Spec], operands: Arrays, offset: int, max_seqlen: int | None
-) -> Array:
+def _positions(function: str, specs: dict[str, Spec], operands: Arrays, offset: int, max_seqlen: int | None) -> Array:
     """The position of every row: (batch | 1, seqlen), or (tokens,) if packed."""
     x = specs["x"].shape
     if "cu_seqlens" in specs:

@@ -309,7 +309,7 @@ class Part:
             np.arange(where.rows.start, where.rows.stop),
             range(keys.start, keys.stop),
         )
-        return stays * np.dtype(self.compute_dtype).type(factor)
+        return np.asarray(stays * np.dtype(self.compute_dtype).type(factor))
 
 
 def _or_one(array: Array, axis: int, index: slice) -> slice:
@@ -385,18 +385,17 @@ def _ragged_parts(
     for index in range(problem.sizes.batch):
         tokens = slice(starts_q[index], starts_q[index + 1])
         first, last = starts_k[index], starts_k[index + 1]
-        sources = []
-        for name in ("k", "v"):
-            if table is not None:
-                sources.append(Keys(operands[name], pairs, compute, table[index]))
-            else:
-                sources.append(Keys(heads_first(operands[name], problem)[:, :, first:last], pairs, compute))
+        if table is not None:
+            k, v = (Keys(operands[name], pairs, compute, table[index]) for name in ("k", "v"))
+        else:
+            k, v = (Keys(heads_first(operands[name], problem)[:, :, first:last], pairs, compute) for name in ("k", "v"))
         yield Part(
             problem,
             (),
             tokens,
             q[:, :, tokens],
-            *sources,
+            k,
+            v,
             last - first,
             np.array([index]),
             seed,
