@@ -83,15 +83,21 @@ class Library:
         return {name: self.from_numpy(outcome[name], spec.dtype, like) for name, spec in results.items()}
 
 
+@cache
+def _name(dtype: Any) -> str:
+    """A NumPy-like dtype's name; remembered, since NumPy spells it out anew each time."""
+    return str(dtype.name)
+
+
 def _bits(array: Array) -> Array:
-    return array.view(np.uint16) if array.dtype.name == "bfloat16" else array
+    return array.view(np.uint16) if _name(array.dtype) == "bfloat16" else array
 
 
 class NumPy(Library):
     title = "numpy.ndarray"
 
     def dtype(self, array: Any) -> str:
-        return str(array.dtype.name)
+        return _name(array.dtype)
 
     def place(self, array: Any) -> tuple[str, Any]:
         return "cpu", "cpu"
@@ -105,7 +111,7 @@ class NumPy(Library):
         return _bits(np.asarray(array))
 
     def from_numpy(self, array: Array, dtype: str, like: Any) -> Any:
-        if dtype == like.dtype.name:
+        if dtype == _name(like.dtype):
             return array.view(like.dtype) if dtype == "bfloat16" else array.astype(like.dtype, copy=False)
         return array
 

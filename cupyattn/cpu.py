@@ -17,16 +17,20 @@ from cupyattn.numpy_ref import Array, KeyBlock, State
 from cupyattn.plan import Plan
 from cupyattn.problem import Problem
 from cupyattn.rounding import STORAGE, narrow, widen
-from cupyattn.threads import Scratch, Task, run_all
+from cupyattn.scratch import Scratch
+from cupyattn.threads import Task, run_all
 from cupyattn.tiles import Keys, Part, TileIndex, cut_into_parts, heads_first, piece_index
 
 
 def run(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int = 0) -> dict[str, Array]:
     """Compute ``out``, ``lse`` (and ``dropout_mask`` if wanted) in the caller's layout."""
     results = {
-        "out": np.zeros(problem.out_shape, STORAGE[problem.dtype]),
-        "lse": np.full(problem.lse_shape, -np.inf, problem.lse_dtype),
+        "out": np.empty(problem.out_shape, STORAGE[problem.dtype]),
+        "lse": np.empty(problem.lse_shape, problem.lse_dtype),
     }
+    if problem.layout.ragged:  # rows after the last sequence belong to no tile
+        results["out"].fill(0)
+        results["lse"].fill(-np.inf)
     parts = [
         part
         for part in cut_into_parts(plan, problem, operands, seed)
@@ -49,7 +53,10 @@ def _forward_task(part: Part, where: TileIndex, out: Array, lse: Array, scratch:
     state = part.attend(where, scratch)
     shape = (where.batch_size, where.num_heads, len(where.rows))
     problem = part.problem
-    out[where.batches, where.heads, where.row_slice] = narrow(state.out.reshape(*shape, -1), problem.dtype)
+    values = state.out.reshape(*shape, -1)
+    if problem.dtype == "bfloat16":
+        values = narrow(values, problem.dtype)
+    out[where.batches, where.heads, where.row_slice] = values
     lse[where.batches, where.heads, where.row_slice] = state.lse.reshape(shape)
 
 
@@ -61,7 +68,7 @@ def _dropout_mask(problem: Problem, parts: list[Part], lse: Array) -> Array:
         part_lse = part.lse_of(lse)
         ids = part.batch_ids
         for where in part.tiles():
-            tile = part.tile(where, {})
+            tile = part.tile(where, Scratch())
             origin = part_lse[where.batches, where.heads, where.row_slice].reshape(tile.q.shape[:-1])
             origin = np.where(np.isneginf(origin), 0.0, origin)
             for block in tile.blocks():
@@ -147,7 +154,6 @@ def _owners(part: Part, num_heads_k: int, num_heads_v: int) -> list[list[TileInd
                     slice(first, last),
                     where.rows,
                     where.touched,
-                    where.whole,
                 )
                 groups.setdefault((batch, first // per_owner), []).append(single)
     return list(groups.values())
@@ -228,7 +234,7 @@ class _BackwardJob:
     def state(self, part: Part, where: TileIndex, scratch: Scratch) -> State:
         """The forward's result: the caller's, or computed again where it was not kept."""
         if self.forward["out"] is None:
-            return part.attend(where, scratch)
+            return part.attend(where, Scratch())
         lse = self.rows_like_lse(part, where, "lse")
         assert lse is not None
         return State(self.rows_like_out(part, where, "out"), lse)

@@ -17,10 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cupyattn.scratch import Scratch
 
 Array = NDArray[Any]
 
@@ -122,6 +125,12 @@ def merge_backward(states: list[State], dout: Array, dlse: Array) -> list[tuple[
     return found
 
 
+@lru_cache(maxsize=64)
+def _ones(count: int, dtype: Any) -> Array:
+    """A column of ones: a matrix product with it is the fastest sum of rows there is."""
+    return np.ones((count, 1), dtype)
+
+
 class OnlineSoftmax:
     """The running (row_max, row_sum) of some rows while their keys arrive block by block.
 
@@ -134,49 +143,58 @@ class OnlineSoftmax:
 
     def __init__(self, shape: tuple[int, ...], dtype: Any, sinks: Array | None = None, bounded: bool = False) -> None:
         self.bounded = bounded
+        self.fresh = sinks is None  # nothing to shrink before the first block
         self.row_max = np.full(shape, 0.0 if bounded else -np.inf, dtype)
         self.row_sum = np.zeros(shape, dtype)
         if sinks is not None:  # a sink is a key seen before all others, whose value is zero
             self.row_max[...] = sinks
             self.row_sum[...] = 1.0
 
-    def fold(self, scores: Array) -> Array | None:
-        """Turn `scores` into weights in place; return the factor by which earlier results shrink."""
+    def fold(self, scores: Array, rows: slice = slice(None)) -> Array | None:
+        """Turn the scores of `rows` into weights in place; return the factor by which earlier results shrink."""
+        row_max, row_sum = self.row_max[..., rows], self.row_sum[..., rows]
         shrink = None
         if not self.bounded:
-            new_max = np.maximum(self.row_max, scores.max(axis=-1))
+            new_max = np.maximum.reduce(scores, axis=-1)
+            fresh = self.fresh and scores.shape[:-1] == self.row_max.shape
+            if not fresh:
+                new_max = np.maximum(row_max, new_max)
             # A row that has seen no key yet: -inf - -inf would be nan, 0 keeps its weights 0.
-            origin = np.where(np.isneginf(new_max), np.zeros_like(new_max), new_max)
-            if not np.array_equal(origin, self.row_max):
-                shrink = np.exp(self.row_max - origin)
-                self.row_sum *= shrink
+            origin = np.where(new_max == -np.inf, new_max.dtype.type(0.0), new_max)
+            if not fresh:
+                shrink = np.exp(row_max - origin)
+                row_sum *= shrink
+            self.fresh = False
             np.subtract(scores, origin[..., None], out=scores)
-            self.row_max = new_max
+            row_max[...] = new_max
         np.exp(scores, out=scores)
-        self.row_sum += (scores @ np.ones((scores.shape[-1], 1), scores.dtype))[..., 0]
+        row_sum += (scores @ _ones(scores.shape[-1], scores.dtype))[..., 0]
         return shrink
 
     def finish(self, out: Array) -> State:
         """Normalise `out` in place and return the state."""
-        empty = self.row_sum == 0.0
-        out /= np.where(empty, np.ones_like(self.row_sum), self.row_sum)[..., None]
-        return State(out, np.where(empty, -np.inf, self.row_max + np.log(self.row_sum)))
+        total = np.where(self.row_sum == 0.0, self.row_sum.dtype.type(1.0), self.row_sum)
+        out /= total[..., None]
+        # Where nothing was summed: log(0) + origin, and origin is 0 or -inf.
+        return State(out, np.log(self.row_sum) + self.row_max)
 
 
 @dataclass
 class KeyBlock:
     """Some keys and what a tile's rows have to know about them.
 
-    `bias` and `hidden` broadcast to (..., heads, rows, keys) of the tile, see `Tile`; `keep` is already
-    (1 - dropout_p) ** -1 where a weight stays and 0 where it is dropped.
+    `bias`, `hidden`, `keep` and `distance` broadcast to (..., heads, rows, keys), see `Tile`.
     """
 
     keys: slice
+    rows: slice
+    """The rows of the tile that see any of these keys; all of them if heads are stacked."""
     k: Array
     v: Array
     bias: Array | None = None
     hidden: Array | None = None
     keep: Array | None = None
+    """(1 - dropout_p) ** -1 where a weight stays, 0 where it is dropped."""
     distance: Array | None = None
     """-|diagonal - key|, which the ALiBi slopes multiply."""
 
@@ -190,8 +208,7 @@ class Tile:
 
     q: Array
     """(..., heads * rows, head_dim), in the compute dtype, already multiplied by the softmax scale."""
-    head_rows: tuple[int, int]
-    """(heads, rows)."""
+    heads: int
     blocks: Callable[[], Iterator[KeyBlock]]
     softcap: float = 0.0
     slopes: Array | None = None
@@ -201,26 +218,23 @@ class Tile:
     bounded: bool = False
     suspicious: bool = False
     """Some operand may hold nan or inf, so that 0 * operand is not 0."""
-    scratch: dict[str, Array] = field(default_factory=dict)
+    scratch: Scratch = field(default_factory=Scratch)
 
     def per_head(self, scores: Array) -> Array:
         """View (..., heads * rows, keys) as (..., heads, rows, keys)."""
-        return scores.reshape(*scores.shape[:-2], *self.head_rows, scores.shape[-1])
+        heads = self.heads
+        return scores.reshape(*scores.shape[:-2], heads, scores.shape[-2] // heads, scores.shape[-1])
 
     def matmul(self, name: str, a: Array, b: Array) -> Array:
         """``a @ b`` into memory that is kept from block to block."""
-        shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
-        kept = self.scratch.get(name)
-        if kept is None or kept.shape != shape:
-            kept = self.scratch[name] = np.empty(shape, a.dtype)
-        return np.matmul(a, b, out=kept)
+        return np.matmul(a, b, out=self.scratch.array(name, (*a.shape[:-1], b.shape[-1]), a.dtype))
 
     def scores(self, block: KeyBlock, slope_of_softcap: Array | None = None) -> Array:
         """The edited scores of one block; minus infinity where a key is hidden.
 
         `slope_of_softcap`, if given, receives the derivative of the softcap at each score.
         """
-        scores = self.matmul("scores", self.q, block.k.swapaxes(-1, -2))
+        scores = self.matmul("scores", self.q[..., block.rows, :], block.k.swapaxes(-1, -2))
         if self.softcap:
             scores /= self.softcap
             np.tanh(scores, out=scores)
@@ -257,22 +271,27 @@ def weighted_sum(weights: Array, values: Array, unseen: Array | None) -> Array:
 
 
 def flash(tile: Tile, head_dim_v: int) -> State:
-    """Attention of one tile, block of keys by block of keys, keeping only sums."""
+    """Attention of one tile, block of keys by block of keys, keeping only sums.
+
+    The state's `out` is scratch memory of the tile: use it before the next tile does.
+    """
     rows = tile.q.shape[:-1]
     softmax = OnlineSoftmax(rows, tile.q.dtype, tile.sinks, tile.bounded)
-    out = np.zeros((*rows, head_dim_v), tile.q.dtype)
+    out = tile.scratch.array("out", (*rows, head_dim_v), tile.q.dtype)
+    out.fill(0.0)
     for block in tile.blocks():
         scores = tile.scores(block)
         unseen = np.isneginf(scores) if tile.suspicious else None
-        shrink = softmax.fold(scores)
+        shrink = softmax.fold(scores, block.rows)
+        part = out[..., block.rows, :]
         if shrink is not None:
-            out *= shrink[..., None]
+            part *= shrink[..., None]
         if block.keep is not None:
             tile.per_head(scores)[...] *= block.keep
         if unseen is None:
-            out += tile.matmul("product", scores, block.v)
+            part += tile.matmul("product", scores, block.v)
         else:
-            out += weighted_sum(scores, block.v, unseen)
+            part += weighted_sum(scores, block.v, unseen)
     return softmax.finish(out)
 
 
@@ -307,25 +326,26 @@ def flash_backward(
     dq = np.zeros(tile.q.shape, tile.q.dtype)
     dslopes = None if tile.slopes is None else np.zeros(tile.per_head(dq).shape[:-2], tile.q.dtype)
     for block in tile.blocks():
-        slope = np.empty((*tile.q.shape[:-1], block.k.shape[-2]), tile.q.dtype) if tile.softcap else None
+        rows, q = block.rows, tile.q[..., block.rows, :]
+        slope = np.empty((*q.shape[:-1], block.k.shape[-2]), q.dtype) if tile.softcap else None
         scores = tile.scores(block, slope)
         unseen = np.isneginf(scores)
-        weights = np.exp(scores - origin[..., None])
+        weights = np.exp(scores - origin[..., rows, None])
         kept = weights if block.keep is None else _times_per_head(tile, weights, block.keep)
         flipped = unseen.swapaxes(-1, -2) if tile.suspicious else None
-        dv = weighted_sum(kept.swapaxes(-1, -2), dout, flipped)
-        dweights = dout @ block.v.swapaxes(-1, -2)
+        dv = weighted_sum(kept.swapaxes(-1, -2), dout[..., rows, :], flipped)
+        dweights = dout[..., rows, :] @ block.v.swapaxes(-1, -2)
         if block.keep is not None:
             dweights = _times_per_head(tile, dweights, block.keep)
-        dscores = weights * (dweights - delta[..., None])
+        dscores = weights * (dweights - delta[..., rows, None])
         dscores[unseen] = 0.0
         dbias = None if block.bias is None else tile.per_head(dscores).copy()
         if dslopes is not None and block.distance is not None:
             dslopes += (tile.per_head(dscores) * block.distance).sum(axis=(-2, -1))
         if slope is not None:
             dscores *= np.where(unseen, 0.0, slope)
-        dk = weighted_sum(dscores.swapaxes(-1, -2), tile.q, flipped)
-        dq += weighted_sum(dscores, block.k, unseen if tile.suspicious else None)
+        dk = weighted_sum(dscores.swapaxes(-1, -2), q, flipped)
+        dq[..., rows, :] += weighted_sum(dscores, block.k, unseen if tile.suspicious else None)
         add(block, dk, dv, dbias)
     dq *= scale
     dsinks = None

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from cupyattn.problem import ITEMSIZE, Device, Problem, Sizes
 
-WORTH_THREADS = 20_000_000
-"""Floating-point operations from which starting threads pays on a CPU: some tenths of a millisecond."""
+WORTH_THREADS = 100_000_000
+"""Floating-point operations from which starting threads pays on a CPU: one or two milliseconds."""
 
 
 class CpuTile(NamedTuple):
@@ -74,25 +74,38 @@ class Plan:
 # The CPU
 # ---------------------------------------------------------------------------------------------------
 
-BLOCK_Q, BLOCK_K = 512, 256
-"""A block of scores is 512 x 256: 1 MB in float64, the size of a core's second-level cache."""
+BLOCK_Q, BLOCK_K = 1024, 512
+"""Rows and keys of a block of scores, the best of those tried: taller blocks make better matrix products and
+wider ones fewer steps of Python, until they leave a core's second-level cache too far behind."""
+SCORES_SIDE_BY_SIDE = 2**17
+"""Scores a tile may hold when it takes several small heads or many keys at once: 1 MB of float64."""
+MOST_KEYS = 8192
+FEWEST_ROWS = 128
+"""Splitting rows further over more threads costs more than it gains."""
 
 
 @lru_cache(maxsize=4096)
-def cpu_tile(sizes: Sizes, batch: int, seqlen_q: int, seqlen_k: int) -> CpuTile:
-    """Cut so that a block of scores fills BLOCK_Q x BLOCK_K: few rows leave room for heads and batches."""
+def cpu_tile(sizes: Sizes, batch: int, seqlen_q: int, seqlen_k: int, num_workers: int) -> CpuTile:
+    """How to cut a part: tall blocks of scores, and several heads or batches side by side if they are small.
+
+    Several workers get at least three tiles each, as far as there are rows and heads to share out.
+    """
     group = sizes.queries_per_pair
+    num_pairs = max(1, sizes.num_heads // group)
+    enough = 3 * num_workers if num_workers > 1 else 1
     block_q = max(1, min(seqlen_q, BLOCK_Q))
-    block_k = max(1, min(seqlen_k, max(BLOCK_K, BLOCK_Q * BLOCK_K // max(1, block_q * group))))
-    block_k = min(block_k, 16 * BLOCK_K)
+    while block_q >= 2 * FEWEST_ROWS and batch * sizes.num_heads * -(-seqlen_q // block_q) < enough:
+        block_q = -(-block_q // 2)
     heads = min(group, max(1, BLOCK_Q // block_q))
-    pairs = 1
-    one_head_each = sizes.num_heads_k == sizes.num_heads_v == sizes.num_heads // max(1, group)
-    if heads == group and one_head_each and block_k >= seqlen_k:
-        pairs = max(1, min(sizes.num_heads_k, BLOCK_Q * BLOCK_K // (block_q * heads * block_k)))
-    side_by_side = pairs if pairs == sizes.num_heads_k else 0
-    fits = BLOCK_Q * BLOCK_K // (block_q * heads * max(1, side_by_side) * block_k)
-    return CpuTile(block_q, block_k, heads, pairs, max(1, min(batch, fits)) if side_by_side else 1)
+    rows = block_q * heads
+    block_k = max(1, min(seqlen_k, MOST_KEYS, max(BLOCK_K, SCORES_SIDE_BY_SIDE // rows)))
+    pairs = batches = 1
+    each_has_its_keys = sizes.num_heads_k == sizes.num_heads_v == num_pairs
+    if heads == group and each_has_its_keys and block_k == seqlen_k:
+        room = min(SCORES_SIDE_BY_SIDE // (rows * block_k), num_pairs * batch // enough)
+        pairs = max(1, min(num_pairs, room))
+        batches = max(1, min(batch, room // pairs)) if pairs == num_pairs else 1
+    return CpuTile(block_q, block_k, heads, pairs, batches)
 
 
 def objections_of_numpy(problem: Problem, device: Device) -> tuple[str, ...]:
@@ -200,8 +213,9 @@ def choose(problem: Problem, device: Device) -> Plan:
     sizes = problem.sizes
     if kernel == "numpy":
         compute = problem.compute_dtype or "float64"
-        tile = cpu_tile(sizes, sizes.batch_shape[-1] if sizes.batch_shape else 1, sizes.seqlen_q, sizes.seqlen_k)
         workers = device.num_units if problem.flops >= WORTH_THREADS else 1
+        batch = sizes.batch_shape[-1] if sizes.batch_shape else 1
+        tile = cpu_tile(sizes, batch, sizes.seqlen_q, sizes.seqlen_k, workers)
         reason = f"{compute} reference arithmetic, " + (
             f"up to {workers} threads" if workers > 1 else "too little work for threads"
         )

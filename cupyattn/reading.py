@@ -15,6 +15,8 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from cupyattn.problem import (
     ITEMSIZE,
     Alignment,
@@ -94,7 +96,9 @@ def integer(function: str, name: str, value: Any, *, low: int, high: int = LARGE
 
 
 def flag(function: str, name: str, value: Any) -> bool:
-    if value is not True and value is not False and type(value).__name__ != "bool":
+    if value is True or value is False:
+        return bool(value)
+    if not isinstance(value, np.bool_):
         raise TypeError(refusal(function, f"{name} has to be True or False", (name, repr(value))))
     return bool(value)
 

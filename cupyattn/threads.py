@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-Scratch = dict[Any, Any]
+from cupyattn.scratch import Scratch, Shelf
+
 Task = Callable[[Scratch], None]
 
 
@@ -69,6 +70,7 @@ class _Blas:
 
 
 _blas = _Blas()
+_shelf = Shelf()
 
 
 def _forget_other_threads() -> None:
@@ -87,30 +89,39 @@ if hasattr(os, "register_at_fork"):
 def run_all(tasks: Sequence[Task], num_workers: int) -> None:
     """Run every task, the first ones first, on up to `num_workers` threads; raise what a task raises.
 
-    A task receives a dictionary that it may keep scratch memory in; tasks of one thread share it.
+    A task receives scratch memory that it may use until it returns.
     The threads live for one call, so that a fork between calls finds none.
     """
-    if num_workers > 1 and len(tasks) > 1 and not _blas.held:
-        num_workers = min(num_workers, len(tasks), _blas.num_threads())
+    if len(tasks) <= 1:
+        scratch = _shelf.take()
+        with np.errstate(all="ignore"):
+            for task in tasks:
+                task(scratch)
+        _shelf.put_back(scratch)
+        return
+    if num_workers > 1 and not _blas.held:
+        num_workers = min(num_workers, _blas.num_threads())
     queue = iter(tasks)
     taking = threading.Lock()
     failed = threading.Event()
 
     def work() -> None:
-        scratch: Scratch = {}
+        scratch = _shelf.take()
         with np.errstate(all="ignore"):
             while not failed.is_set():
                 with taking:
                     task = next(queue, None)
                 if task is None:
-                    return
+                    break
                 try:
                     task(scratch)
                 except BaseException:
                     failed.set()
                     raise
+        _shelf.put_back(scratch)
 
-    if min(num_workers, len(tasks)) <= 1:
+    num_workers = min(num_workers, len(tasks))
+    if num_workers <= 1:
         work()
         return
     with _blas.on_one_thread(), ThreadPoolExecutor(num_workers - 1, "cupyattn") as pool:

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from functools import cached_property, lru_cache, partial
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupyattn import numpy_ref
 from cupyattn.numpy_ref import Array, KeyBlock, State
 from cupyattn.plan import CpuTile, Plan, cpu_tile
-from cupyattn.problem import Problem, Span
+from cupyattn.problem import Mask, Problem, Span
 from cupyattn.rounding import widen
-from cupyattn.threads import Scratch
+from cupyattn.scratch import Scratch
 
 Index = tuple[Any, ...]
 
@@ -48,7 +49,6 @@ class TileIndex:
     heads: slice
     rows: Span
     touched: Span
-    whole: Span
 
     @property
     def row_slice(self) -> slice:
@@ -89,9 +89,17 @@ class Keys:
         head = pairs.start * self.num_heads // self.num_pairs
         return slice(head, head + 1)
 
-    def block(self, batches: slice, pairs: slice, keys: slice) -> Array:
-        """(batch, pairs, keys, dim), laid out so that the BLAS takes it without a detour."""
+    def __post_init__(self) -> None:
+        self._direct = self.pages is None and self.array.dtype == self.compute_dtype and _is_tidy(self.array)
+
+    def block(self, batches: slice, pairs: slice, keys: slice, scratch: Scratch, name: str) -> Array:
+        """(batch, pairs, keys, dim), laid out so that the BLAS takes it without a detour.
+
+        Scratch memory of this `name`, where the operand's own memory does not do.
+        """
         heads = self.head_slice(pairs)
+        if self._direct:
+            return self.array[batches, heads, keys]
         if self.pages is None:
             block = self.array[batches, heads, keys]
         else:
@@ -99,17 +107,90 @@ class Keys:
             index = np.arange(keys.start, keys.stop)
             rows = self.array[self.pages[index // page_size], index % page_size, heads]
             block = rows.swapaxes(0, 1)[None]
-        block = widen(block, self.compute_dtype)
-        row_stride, stride = block.strides[-2:]
-        item = block.itemsize
-        tidy = stride == item and row_stride >= item * block.shape[-1] and row_stride % item == 0
-        return block if tidy and block.flags.aligned else block.copy()
+        if block.dtype == np.uint16:
+            block = widen(block, self.compute_dtype)
+        tidy = scratch.array(name, block.shape, self.compute_dtype)
+        np.copyto(tidy, block)
+        return tidy
+
+
+def _is_tidy(array: Array) -> bool:
+    """The BLAS takes its last two axes as they are."""
+    row_stride, stride = array.strides[-2:]
+    item = array.itemsize
+    return bool(
+        stride == item and row_stride >= item * array.shape[-1] and row_stride % item == 0 and array.flags.aligned
+    )
+
+
+STRETCH = 512
+"""Keys that are looked at together when a head's facts are collected."""
+EDGE = 128
+"""Keys per block where the band ends inside a tile: small, so that few hidden scores are computed there."""
+
+
+class Cut(NamedTuple):
+    """Some keys, the rows of a tile that see any of them, and which of these pairs the band hides."""
+
+    keys: slice
+    rows: slice
+    hidden: Array | None
+
+
+@lru_cache(maxsize=256)
+def band_cuts(mask: Mask, rows: Span, seqlen_q: int, seqlen_k: int, block_k: int, stacked: bool) -> tuple[Cut, ...]:
+    """The keys that `rows` can see, left to right, cut into blocks.
+
+    Rows of several stacked heads see the same keys, so that they can only be taken all together.
+    """
+    touched, whole = mask.touched(rows, seqlen_q, seqlen_k), mask.whole(rows, seqlen_q, seqlen_k)
+    if stacked or len(rows) <= EDGE or not len(whole):
+        edges = [
+            touched.start,
+            *range(touched.start // block_k * block_k + block_k, touched.stop, block_k),
+            touched.stop,
+        ]
+    else:
+        edges = [
+            *range(touched.start, whole.start, EDGE),
+            *range(whole.start, whole.stop, block_k),
+            *range(whole.stop, touched.stop, EDGE),
+            touched.stop,
+        ]
+    shift = mask.offset(seqlen_q, seqlen_k)
+    cuts = []
+    for start, stop in pairwise(edges):
+        first, last = 0, len(rows)
+        if not stacked and mask.right is not None:
+            first = max(0, start - mask.right - shift - rows.start)
+        if not stacked and mask.left is not None:
+            last = min(last, stop + mask.left - shift - rows.start)
+        inside = whole.start <= start and stop <= whole.stop
+        diagonal = rows.start + first + shift - start
+        hidden = None if inside else hidden_band(last - first, stop - start, diagonal, mask.left, mask.right)
+        if start < stop and first < last:
+            cuts.append(Cut(slice(start, stop), slice(first, last), hidden))
+    return tuple(cuts)
+
+
+@lru_cache(maxsize=256)
+def hidden_band(num_rows: int, num_keys: int, diagonal: int, left: int | None, right: int | None) -> Array:
+    """True where a key lies outside the band, (rows, keys); `diagonal` is the key on row 0's diagonal."""
+    distance = np.arange(num_keys) - (diagonal + np.arange(num_rows))[:, None]
+    hidden = np.zeros(distance.shape, bool)
+    if left is not None:
+        hidden |= distance < -left
+    if right is not None:
+        hidden |= distance > right
+    hidden.flags.writeable = False
+    return hidden
 
 
 @dataclass
 class Part:
     """A stretch of the problem in which every sequence has the same lengths."""
 
+    plan: Plan
     problem: Problem
     outer: Index
     """Index of all batch axes but the last."""
@@ -164,11 +245,10 @@ class Part:
         group, batch = sizes.queries_per_pair, int(self.q.shape[0])
         cut = self.cut
         num_pairs = self.num_heads // group
-        mask = self.problem.mask
+        mask, everything = self.problem.mask, Span(0, self.seqlen_k)
         for first_row in range(0, self.seqlen_q, cut.block_q):
             rows = Span(first_row, min(self.seqlen_q, first_row + cut.block_q))
-            touched = mask.touched(rows, self.seqlen_q, self.seqlen_k)
-            whole = mask.whole(rows, self.seqlen_q, self.seqlen_k)
+            touched = mask.touched(rows, self.seqlen_q, self.seqlen_k) if mask.has_band else everything
             for pair in range(0, num_pairs, cut.pairs):
                 pairs = slice(pair, min(num_pairs, pair + cut.pairs))
                 first, last = pairs.start * group, pairs.stop * group
@@ -177,11 +257,13 @@ class Part:
                     heads = slice(head, min(last, head + step))
                     for start in range(0, batch, cut.batch):
                         batches = slice(start, min(batch, start + cut.batch))
-                        yield TileIndex(batches, pairs, heads, rows, touched, whole)
+                        yield TileIndex(batches, pairs, heads, rows, touched)
 
-    @property
+    @cached_property
     def cut(self) -> CpuTile:
-        return cpu_tile(self.problem.sizes, int(self.q.shape[0]), self.seqlen_q, self.seqlen_k)
+        """How the part is cut into tiles."""
+        batch = int(self.q.shape[0])
+        return cpu_tile(self.problem.sizes, batch, self.seqlen_q, self.seqlen_k, self.plan.num_workers)
 
     def rows_of(self, array: Array, where: TileIndex) -> Array:
         """The tile's rows of a (batch, heads, seqlen_q, dim) array, stacked: (batch, pairs, heads * rows, dim)."""
@@ -195,12 +277,13 @@ class Part:
         pairs = where.pairs.stop - where.pairs.start
         heads = where.num_heads // pairs
         q = self.rows_of(self.q, where)
-        k_norm, finite = self.facts(where)
+        k_norm, finite = self.facts(where, scratch)
         bounded = False
         if not backward and k_norm < np.inf and edits.bias is None and self.slopes is None and not edits.sinks:
             q_norm = np.sqrt(np.einsum("...d,...d->...", q, q).max(initial=0.0))
             bounded = bool(edits.softmax_scale * q_norm * k_norm <= SCORE_LIMIT[self.compute_dtype])
-        q = q * q.dtype.type(edits.softmax_scale)
+        scaled = scratch.array("q", q.shape, q.dtype)
+        q = np.multiply(q, q.dtype.type(edits.softmax_scale), out=scaled)
         slopes = sinks = None
         if self.slopes is not None:
             slopes = self.slopes[_or_one(self.slopes, 0, where.batches), where.heads]
@@ -209,8 +292,8 @@ class Part:
             sinks = np.repeat(self.sinks[where.heads].reshape(pairs, heads), len(where.rows), axis=-1)
         return numpy_ref.Tile(
             q,
-            (heads, len(where.rows)),
-            partial(self.blocks, where, pairs, heads),
+            heads,
+            partial(self.blocks, where, pairs, heads, scratch),
             edits.softcap,
             slopes,
             sinks,
@@ -222,73 +305,57 @@ class Part:
     def attend(self, where: TileIndex, scratch: Scratch) -> State:
         return numpy_ref.flash(self.tile(where, scratch), self.problem.sizes.head_dim_v)
 
-    def facts(self, where: TileIndex) -> tuple[float, bool]:
+    def facts(self, where: TileIndex, scratch: Scratch) -> tuple[float, bool]:
         """(largest norm of a key, k and v are finite) of a tile's heads; read once for all its rows."""
         key = (where.batches.start, where.pairs.start)
         known = self._facts.get(key)
         if known is None:
-            everything = slice(0, self.seqlen_k)
             norm, finite = np.inf, True
-            for start in range(0, self.seqlen_k, 4096):
-                stretch = slice(start, min(everything.stop, start + 4096))
-                v = self.v.block(where.batches, where.pairs, stretch)
+            for start in range(0, self.seqlen_k, STRETCH):
+                stretch = slice(start, min(self.seqlen_k, start + STRETCH))
+                v = self.v.block(where.batches, where.pairs, stretch, scratch, "v")
                 finite = finite and bool(np.isfinite(v.sum()))
             if self.seqlen_q * self.problem.sizes.queries_per_pair >= ROWS_WORTH_A_BOUND:
                 norm = 0.0
-                for start in range(0, self.seqlen_k, 4096):
-                    stretch = slice(start, min(everything.stop, start + 4096))
-                    k = self.k.block(where.batches, where.pairs, stretch)
+                for start in range(0, self.seqlen_k, STRETCH):
+                    stretch = slice(start, min(self.seqlen_k, start + STRETCH))
+                    k = self.k.block(where.batches, where.pairs, stretch, scratch, "k")
                     norm = max(norm, float(np.einsum("...d,...d->...", k, k).max(initial=0.0)))
                 norm = float(np.sqrt(norm))
             known = self._facts[key] = (norm, finite)
         return known
 
-    def blocks(self, where: TileIndex, pairs: int, heads: int) -> Iterator[KeyBlock]:
+    def blocks(self, where: TileIndex, pairs: int, heads: int, scratch: Scratch) -> Iterator[KeyBlock]:
         """The key blocks that the tile's rows can see, left to right."""
-        block_k = self.cut.block_k
         problem = self.problem
         shape = (pairs, heads)
-        for start in range(where.touched.start // block_k * block_k, where.touched.stop, block_k):
-            keys = slice(max(start, where.touched.start), min(start + block_k, where.touched.stop))
-            hidden = None
-            if not (keys.start >= where.whole.start and keys.stop <= where.whole.stop):
-                hidden = ~self.band(where.rows, keys)
+        stacked = heads > 1 or self.mask is not None or self.bias is not None
+        for cut in band_cuts(problem.mask, where.rows, self.seqlen_q, self.seqlen_k, self.cut.block_k, stacked):
+            hidden = cut.hidden
             if self.mask is not None:
-                not_seen = ~self.piece(self.mask, where, keys, shape)
+                not_seen = ~self.piece(self.mask, where, cut.keys, shape)
                 hidden = not_seen if hidden is None else hidden | not_seen
-            if hidden is not None and hidden.all():
-                continue
-            bias = keep = distance = None
-            if self.bias is not None:
-                bias = widen(self.piece(self.bias, where, keys, shape), self.compute_dtype)
-            if self.slopes is not None:
-                distance = -np.abs(self.diagonal(where.rows)[:, None] - np.arange(keys.start, keys.stop))
-                distance = distance.astype(self.compute_dtype)
-            if problem.dropout_p > 0.0:
-                keep = self.keep(where, keys, shape)
-            yield KeyBlock(
-                keys,
-                self.k.block(where.batches, where.pairs, keys),
-                self.v.block(where.batches, where.pairs, keys),
-                bias,
-                hidden,
-                keep,
-                distance,
+                if hidden.all():
+                    continue
+            block = KeyBlock(
+                cut.keys,
+                cut.rows,
+                self.k.block(where.batches, where.pairs, cut.keys, scratch, "k"),
+                self.v.block(where.batches, where.pairs, cut.keys, scratch, "v"),
+                hidden=hidden,
             )
+            if self.bias is not None:
+                block.bias = widen(self.piece(self.bias, where, cut.keys, shape), self.compute_dtype)
+            if self.slopes is not None:
+                block.distance = self.distance(where.rows, cut)
+            if problem.dropout_p > 0.0:
+                block.keep = self.keep(where, cut, shape)
+            yield block
 
-    def diagonal(self, rows: Span) -> Array:
-        return np.arange(rows.start, rows.stop) + self.problem.mask.offset(self.seqlen_q, self.seqlen_k)
-
-    def band(self, rows: Span, keys: slice) -> Array:
-        """True inside the mask's band, (rows, keys)."""
-        mask = self.problem.mask
-        distance = np.arange(keys.start, keys.stop) - self.diagonal(rows)[:, None]
-        inside = np.ones(distance.shape, bool)
-        if mask.left is not None:
-            inside &= distance >= -mask.left
-        if mask.right is not None:
-            inside &= distance <= mask.right
-        return inside
+    def distance(self, rows: Span, cut: Cut) -> Array:
+        """-|diagonal - key|, (rows, keys)."""
+        diagonal = np.arange(rows.start, rows.stop)[cut.rows] + self.problem.mask.offset(self.seqlen_q, self.seqlen_k)
+        return -np.abs(diagonal[:, None] - np.arange(cut.keys.start, cut.keys.stop)).astype(self.compute_dtype)
 
     def piece(self, array: Array, where: TileIndex, keys: slice, shape: tuple[int, int]) -> Array:
         """The tile's view of mask or bias: (batch | 1, pairs | 1, heads | 1, rows | 1, keys | 1)."""
@@ -296,7 +363,7 @@ class Part:
         head_axes = shape if view.shape[1] > 1 else (1, 1)
         return view.reshape(view.shape[0], *head_axes, *view.shape[2:])
 
-    def keep(self, where: TileIndex, keys: slice, shape: tuple[int, int]) -> Array:
+    def keep(self, where: TileIndex, cut: Cut, shape: tuple[int, int]) -> Array:
         """Dropout's factor for each weight: 0, or the reciprocal of the probability to stay."""
         p = self.problem.dropout_p
         factor = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
@@ -306,8 +373,8 @@ class Part:
             self.seed,
             self.batch_ids[where.batches, None, None, None],
             heads[None, :, :, None],
-            np.arange(where.rows.start, where.rows.stop),
-            range(keys.start, keys.stop),
+            np.arange(where.rows.start, where.rows.stop)[cut.rows],
+            range(cut.keys.start, cut.keys.stop),
         )
         return np.asarray(stays * np.dtype(self.compute_dtype).type(factor))
 
@@ -335,14 +402,15 @@ def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], 
     if sinks is not None:
         sinks = widen(sinks, compute)
     if problem.layout.ragged:
-        yield from _ragged_parts(problem, operands, seed, pairs, compute, slopes, sinks)
+        yield from _ragged_parts(plan, problem, operands, seed, pairs, compute, slopes, sinks)
         return
     lead = sizes.batch_shape or (1,)
     rank = len(lead) + 3
 
     def whole(name: str, heads: int) -> Array:
         array = heads_first(operands[name], problem)
-        return np.broadcast_to(array, (*lead, heads, *array.shape[-2:]))
+        shape = (*lead, heads, *array.shape[-2:])
+        return array if array.shape == shape else np.broadcast_to(array, shape)
 
     def with_rank(name: str) -> Array | None:
         array = operands.get(name)
@@ -354,6 +422,7 @@ def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], 
     for outer in np.ndindex(lead[:-1]):
         slopes_here = slopes if slopes is None or slopes.shape[0] == 1 else slopes[ids[outer]]
         yield Part(
+            plan,
             problem,
             outer,
             slice(None),
@@ -371,6 +440,7 @@ def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], 
 
 
 def _ragged_parts(
+    plan: Plan,
     problem: Problem,
     operands: Mapping[str, Array],
     seed: int,
@@ -390,6 +460,7 @@ def _ragged_parts(
         else:
             k, v = (Keys(heads_first(operands[name], problem)[:, :, first:last], pairs, compute) for name in ("k", "v"))
         yield Part(
+            plan,
             problem,
             (),
             tokens,

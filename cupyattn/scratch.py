@@ -1,0 +1,57 @@
+"""Memory that is used again: fresh pages from the system cost more than the arithmetic of a small block."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+LARGEST_KEPT = 32 * 2**20
+"""Bytes of one scratch that are kept between calls."""
+
+
+class Scratch:
+    """Named arrays of one worker; each name has one buffer, which grows to the largest array asked for."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Array] = {}
+        self._views: dict[tuple[str, tuple[int, ...], Any], Array] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
+        """Uninitialised memory, valid until the same name is asked for again."""
+        key = (name, shape, dtype)
+        view = self._views.get(key)
+        if view is None:
+            size = math.prod(shape) * np.dtype(dtype).itemsize
+            buffer = self._buffers.get(name)
+            if buffer is None or buffer.nbytes < size:
+                buffer = self._buffers[name] = np.empty(-(-size // 64) * 64, np.uint8)
+                self._views = {key: view for key, view in self._views.items() if key[0] != name}
+            view = self._views[key] = buffer[:size].view(dtype).reshape(shape)
+        return view
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in self._buffers.values())
+
+
+class Shelf:
+    """Scratches between calls; a worker takes one and puts it back."""
+
+    def __init__(self) -> None:
+        self._spare: list[Scratch] = []
+
+    def take(self) -> Scratch:
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return Scratch()
+
+    def put_back(self, scratch: Scratch) -> None:
+        if len(self._spare) < (os.cpu_count() or 1) and scratch.nbytes <= LARGEST_KEPT and len(scratch._views) < 256:
+            self._spare.append(scratch)
