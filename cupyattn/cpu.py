@@ -40,9 +40,10 @@ def run(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int =
     for part in parts:
         out = part.of(heads_first(results["out"], problem))
         lse = part.lse_of(results["lse"])
-        for tile in part.tiles():
+        for tile in part.tiles:
             tasks.append((tile.work, partial(_forward_task, part, tile, out, lse)))
-    tasks.sort(key=lambda entry: -entry[0])
+    if len(parts) > 1:
+        tasks.sort(key=lambda entry: -entry[0])
     run_all([task for _, task in tasks], plan.num_workers)
     if problem.needs_dropout_mask:
         results["dropout_mask"] = _dropout_mask(problem, parts, results["lse"])
@@ -67,7 +68,7 @@ def _dropout_mask(problem: Problem, parts: list[Part], lse: Array) -> Array:
     for part in parts:
         part_lse = part.lse_of(lse)
         ids = part.batch_ids
-        for where in part.tiles():
+        for where in part.tiles:
             tile = part.tile(where, Scratch())
             origin = part_lse[where.batches, where.heads, where.row_slice].reshape(tile.q.shape[:-1])
             origin = np.where(np.isneginf(origin), 0.0, origin)
@@ -143,7 +144,7 @@ def _owners(part: Part, num_heads_k: int, num_heads_v: int) -> list[list[TileInd
     """Tiles grouped so that no two groups share a key head or a value head of a sequence."""
     per_owner = part.num_heads // int(np.gcd(num_heads_k, num_heads_v))
     groups: dict[tuple[int, int], list[TileIndex]] = {}
-    for where in part.tiles():
+    for where in part.tiles:
         for batch in range(where.batches.start, where.batches.stop):
             for pair in range(where.pairs.start, where.pairs.stop):
                 group = part.problem.sizes.queries_per_pair

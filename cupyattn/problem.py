@@ -198,6 +198,14 @@ class Problem:
     needs_dropout_mask: bool = field(default=False, repr=False)
     """flash-attn's S_dmask is wanted: the normalised weights, negative where dropout drops."""
 
+    def __hash__(self) -> int:
+        """Remembered: a problem is looked up at every call."""
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.sizes, self.layout, self.dtype, self.mask, self.edits, self.dropout_p, self.compute_dtype))
+
     @cached_property
     def flops(self) -> int:
         """Floating-point operations of the two matrix products over the visible band.

@@ -13,6 +13,8 @@ Array = NDArray[Any]
 
 LARGEST_KEPT = 32 * 2**20
 """Bytes of one scratch that are kept between calls."""
+MOST_SPARE = os.cpu_count() or 1
+MOST_VIEWS = 256
 
 
 class Scratch:
@@ -20,19 +22,19 @@ class Scratch:
 
     def __init__(self) -> None:
         self._buffers: dict[str, Array] = {}
-        self._views: dict[tuple[str, tuple[int, ...], Any], Array] = {}
+        self.views: dict[tuple[str, tuple[int, ...], Any], Array] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         """Uninitialised memory, valid until the same name is asked for again."""
         key = (name, shape, dtype)
-        view = self._views.get(key)
+        view = self.views.get(key)
         if view is None:
             size = math.prod(shape) * np.dtype(dtype).itemsize
             buffer = self._buffers.get(name)
             if buffer is None or buffer.nbytes < size:
                 buffer = self._buffers[name] = np.empty(-(-size // 64) * 64, np.uint8)
-                self._views = {key: view for key, view in self._views.items() if key[0] != name}
-            view = self._views[key] = buffer[:size].view(dtype).reshape(shape)
+                self.views = {key: view for key, view in self.views.items() if key[0] != name}
+            view = self.views[key] = buffer[:size].view(dtype).reshape(shape)
         return view
 
     @property
@@ -53,5 +55,5 @@ class Shelf:
             return Scratch()
 
     def put_back(self, scratch: Scratch) -> None:
-        if len(self._spare) < (os.cpu_count() or 1) and scratch.nbytes <= LARGEST_KEPT and len(scratch._views) < 256:
+        if len(self._spare) < MOST_SPARE and scratch.nbytes <= LARGEST_KEPT and len(scratch.views) < MOST_VIEWS:
             self._spare.append(scratch)

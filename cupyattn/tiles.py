@@ -17,7 +17,7 @@ import numpy as np
 from cupyattn import numpy_ref
 from cupyattn.numpy_ref import Array, KeyBlock, State
 from cupyattn.plan import CpuTile, Plan, cpu_tile
-from cupyattn.problem import Mask, Problem, Span
+from cupyattn.problem import Mask, Problem, Sizes, Span
 from cupyattn.rounding import widen
 from cupyattn.scratch import Scratch
 
@@ -125,6 +125,31 @@ def _is_tidy(array: Array) -> bool:
 
 STRETCH = 512
 """Keys that are looked at together when a head's facts are collected."""
+
+
+@lru_cache(maxsize=1024)
+def cut_into_tiles(
+    sizes: Sizes, mask: Mask, cut: CpuTile, batch: int, seqlen_q: int, seqlen_k: int
+) -> tuple[TileIndex, ...]:
+    """Every row of every head of every sequence once; the most work first."""
+    group = sizes.queries_per_pair
+    num_pairs = sizes.num_heads // group
+    tiles = []
+    for first_row in range(0, seqlen_q, cut.block_q):
+        rows = Span(first_row, min(seqlen_q, first_row + cut.block_q))
+        touched = mask.touched(rows, seqlen_q, seqlen_k)
+        for pair in range(0, num_pairs, cut.pairs):
+            pairs = slice(pair, min(num_pairs, pair + cut.pairs))
+            first, last = pairs.start * group, pairs.stop * group
+            step = cut.heads if cut.pairs == 1 else last - first
+            for head in range(first, last, step):
+                heads = slice(head, min(last, head + step))
+                for start in range(0, batch, cut.batch):
+                    batches = slice(start, min(batch, start + cut.batch))
+                    tiles.append(TileIndex(batches, pairs, heads, rows, touched))
+    return tuple(sorted(tiles, key=lambda tile: -tile.work))
+
+
 EDGE = 128
 """Keys per block where the band ends inside a tile: small, so that few hidden scores are computed there."""
 
@@ -239,25 +264,12 @@ class Part:
             return array[None, :, self.tokens]
         return array[self.outer] if array.ndim >= 3 else array.reshape((1,) * (3 - array.ndim) + array.shape)
 
-    def tiles(self) -> Iterator[TileIndex]:
-        """The part, cut as the plan says."""
-        sizes = self.problem.sizes
-        group, batch = sizes.queries_per_pair, int(self.q.shape[0])
-        cut = self.cut
-        num_pairs = self.num_heads // group
-        mask, everything = self.problem.mask, Span(0, self.seqlen_k)
-        for first_row in range(0, self.seqlen_q, cut.block_q):
-            rows = Span(first_row, min(self.seqlen_q, first_row + cut.block_q))
-            touched = mask.touched(rows, self.seqlen_q, self.seqlen_k) if mask.has_band else everything
-            for pair in range(0, num_pairs, cut.pairs):
-                pairs = slice(pair, min(num_pairs, pair + cut.pairs))
-                first, last = pairs.start * group, pairs.stop * group
-                step = cut.heads if cut.pairs == 1 else last - first
-                for head in range(first, last, step):
-                    heads = slice(head, min(last, head + step))
-                    for start in range(0, batch, cut.batch):
-                        batches = slice(start, min(batch, start + cut.batch))
-                        yield TileIndex(batches, pairs, heads, rows, touched)
+    @property
+    def tiles(self) -> tuple[TileIndex, ...]:
+        """The part, cut as the plan says; the most work first."""
+        return cut_into_tiles(
+            self.problem.sizes, self.problem.mask, self.cut, int(self.q.shape[0]), self.seqlen_q, self.seqlen_k
+        )
 
     @cached_property
     def cut(self) -> CpuTile:

