@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupyattn import numpy_ref, reading
-from cupyattn.arrays import Arrays, Visit, enter
+from cupyattn.arrays import Arrays, Visit, enter, untraced
 from cupyattn.corridor import Named, answer, gradients, plan_for
 from cupyattn.plan import Plan, choose
 from cupyattn.problem import ITEMSIZE, NAMED_DEVICES, Array, Axes, Spec
@@ -16,6 +16,7 @@ from cupyattn.reading import Options, read, refusal
 from cupyattn.rounding import narrow, widen
 
 
+@untraced
 def attention(
     q: Array,
     k: Array,
@@ -179,6 +180,7 @@ class Gradients(NamedTuple):
     dalibi_slopes: Array | None = None
 
 
+@untraced
 def attention_backward(
     dout: Array,
     q: Array,
@@ -282,6 +284,7 @@ def _expect(function: str, spec: Spec, shape: tuple[int, ...], dtype: str) -> No
         raise TypeError(refusal(function, f"{spec.name} has to be {dtype}", (spec.name, spec.shape, spec.dtype)))
 
 
+@untraced
 def explain(
     q: Any,
     k: Any,
@@ -369,6 +372,7 @@ def _cpu_device() -> Any:
     return enter("explain", {"q": ("q", np.empty(0))}).device()
 
 
+@untraced
 def merge_states(outs: Sequence[Array], lses: Sequence[Array], *, layout: Axes = "bshd") -> tuple[Array, Array]:
     """The attention over all keys, from attentions over disjoint sets of keys.
 

@@ -8,12 +8,12 @@ A library is recognised only if the caller has imported it.
 
 from __future__ import annotations
 
-import secrets
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar, cast
 
 import array_api_compat
 import numpy as np
@@ -28,6 +28,28 @@ Forward = Callable[[Arrays], Arrays]
 Backward = Callable[[Arrays, Arrays], Arrays]
 """NumPy operands and gradients of results (or None), by name, to gradients of operands by name.
 Where the forward's own results are at hand they come along as "out" and "lse"."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """Keep torch.compile from tracing into NumPy: it calls the function as it is, between two graphs."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if function not in _beside_dynamo:
+            _beside_dynamo[function] = sys.modules["torch"].compiler.disable(function)
+        return cast(R, _beside_dynamo[function](*args, **kwargs))
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets
+    return call
+
+
+_beside_dynamo: dict[Callable[..., Any], Callable[..., Any]] = {}
 
 
 class Library:
@@ -61,7 +83,7 @@ class Library:
         return xp.asarray(array, device=array_api_compat.device(like))
 
     def draw_seed(self, function: str) -> int:
-        return secrets.randbits(63)
+        return int.from_bytes(os.urandom(8), "little")
 
     def is_deferred(self, arrays: Arrays) -> bool:
         """Values are not to be had now: under a trace, or in a graph."""
@@ -130,6 +152,8 @@ class Torch(Library):
         return array.device.type, array.device
 
     def refuses(self, array: Any) -> str | None:
+        if type(array).__name__ == "FakeTensor":
+            return "is a FakeTensor, which has no values"
         layout = str(array.layout)
         if layout != "torch.strided" or array.is_nested:
             return f"is not a strided tensor ({'nested' if array.is_nested else layout})"

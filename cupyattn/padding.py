@@ -11,11 +11,12 @@ import array_api_compat
 import numpy as np
 
 from cupyattn import reading
-from cupyattn.arrays import Visit, enter
+from cupyattn.arrays import Visit, enter, untraced
 from cupyattn.problem import Array
 from cupyattn.reading import refusal
 
 
+@untraced
 def unpad_input(
     hidden_states: Array, attention_mask: Array, unused_mask: Array | None = None
 ) -> tuple[Array, Array, Array, int, Array]:
@@ -88,6 +89,7 @@ def unpad_input(
     return rows, here, _home(visit, starts), longest, _home(visit, used.sum(axis=-1, dtype=np.int32))
 
 
+@untraced
 def pad_input(hidden_states: Array, indices: Array, batch: int, seqlen: int) -> Array:
     """Put packed rows back into a padded batch; the padding is zero.
 

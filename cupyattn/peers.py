@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Any
 
 from cupyattn import reading
-from cupyattn.arrays import Arrays, enter
+from cupyattn.arrays import Arrays, enter, untraced
 from cupyattn.corridor import answer
 from cupyattn.problem import Array
 from cupyattn.reading import Options, refusal
 
 
+@untraced
 def scaled_dot_product_attention(
     query: Array,
     key: Array,
@@ -99,6 +100,7 @@ def scaled_dot_product_attention(
     return (found["out"], found["lse"]) if return_lse else found["out"]
 
 
+@untraced
 def flash_attn_func(
     q: Array,
     k: Array,
@@ -157,6 +159,7 @@ def flash_attn_func(
     return _flash_results(found, return_lse, return_attn_probs)
 
 
+@untraced
 def flash_attn_qkvpacked_func(
     qkv: Array,
     dropout_p: float = 0.0,
@@ -186,6 +189,7 @@ def flash_attn_qkvpacked_func(
     return _flash_results(found, return_lse, return_attn_probs)
 
 
+@untraced
 def flash_attn_kvpacked_func(
     q: Array,
     kv: Array,
@@ -216,6 +220,7 @@ def flash_attn_kvpacked_func(
     return _flash_results(found, return_lse, return_attn_probs)
 
 
+@untraced
 def flash_attn_varlen_func(
     q: Array,
     k: Array,

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 
 from cupyattn import reading
-from cupyattn.arrays import Arrays, enter
+from cupyattn.arrays import Arrays, enter, untraced
 from cupyattn.problem import ITEMSIZE, Array, Spec
 from cupyattn.reading import refusal
 from cupyattn.rounding import narrow, widen
 
 
+@untraced
 def apply_rotary_emb(
     x: Array,
     cos: Array,

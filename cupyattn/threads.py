@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -124,6 +123,8 @@ def run_all(tasks: Sequence[Task], num_workers: int) -> None:
     if num_workers <= 1:
         work()
         return
+    from concurrent.futures import ThreadPoolExecutor  # here, since most imports of cupyattn never need it
+
     with _blas.on_one_thread(), ThreadPoolExecutor(num_workers - 1, "cupyattn") as pool:
         helpers = [pool.submit(work) for _ in range(num_workers - 1)]
         work()
