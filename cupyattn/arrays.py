@@ -218,6 +218,8 @@ def _torch_bridge() -> Any:
         @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
             count = len(ctx.names)
+            if all(grad is None for grad in grads):
+                return (None,) * (5 + count)
             tensors, outputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
             operands = {name: ctx.library.to_numpy(x) for name, x in zip(ctx.names, tensors, strict=True)}
             known = {name: ctx.library.to_numpy(x) for name, x in zip(ctx.results, outputs, strict=True)}

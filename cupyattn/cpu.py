@@ -46,7 +46,7 @@ def run(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int =
         tasks.sort(key=lambda entry: -entry[0])
     run_all([task for _, task in tasks], plan.num_workers)
     if problem.needs_dropout_mask:
-        results["dropout_mask"] = _dropout_mask(problem, parts, results["lse"])
+        results["dropout_mask"] = _dropout_mask(problem, parts)
     return results
 
 
@@ -54,30 +54,30 @@ def _forward_task(part: Part, where: TileIndex, out: Array, lse: Array, scratch:
     state = part.attend(where, scratch)
     shape = (where.batch_size, where.num_heads, len(where.rows))
     problem = part.problem
-    values = state.out.reshape(*shape, -1)
+    values = state.out.reshape(*shape, problem.sizes.head_dim_v)
     if problem.dtype == "bfloat16":
         values = narrow(values, problem.dtype)
     out[where.batches, where.heads, where.row_slice] = values
     lse[where.batches, where.heads, where.row_slice] = state.lse.reshape(shape)
 
 
-def _dropout_mask(problem: Problem, parts: list[Part], lse: Array) -> Array:
+def _dropout_mask(problem: Problem, parts: list[Part]) -> Array:
     """flash-attn's S_dmask, (batch, heads, seqlen_q, seqlen_k): weights, negative where dropped."""
     sizes = problem.sizes
     weights = np.zeros((sizes.batch, sizes.num_heads, sizes.seqlen_q, sizes.seqlen_k))
     for part in parts:
-        part_lse = part.lse_of(lse)
         ids = part.batch_ids
         for where in part.tiles:
+            lse = part.attend(where, Scratch()).lse
             tile = part.tile(where, Scratch())
-            origin = part_lse[where.batches, where.heads, where.row_slice].reshape(tile.q.shape[:-1])
-            origin = np.where(np.isneginf(origin), 0.0, origin)
+            origin = np.where(np.isneginf(lse), 0.0, lse)
             for block in tile.blocks():
                 with np.errstate(all="ignore"):
-                    by_head = tile.per_head(np.exp(tile.scores(block) - origin[..., None]))
+                    by_head = tile.per_head(np.exp(tile.scores(block) - origin[..., block.rows, None]))
                 signed = np.where(block.keep == 0.0, -by_head, by_head)
                 signed = signed.reshape(where.batch_size, where.num_heads, *signed.shape[-2:])
-                weights[ids[where.batches], where.heads, where.row_slice, block.keys] = signed
+                rows = range(where.rows.start, where.rows.stop)[block.rows]
+                weights[ids[where.batches], where.heads, rows.start : rows.stop, block.keys] = signed
     return narrow(weights, problem.dtype)
 
 
@@ -221,8 +221,9 @@ class _BackwardJob:
                 self.add_keys(name, part, tiles[0].batches.start, head, total)
 
     def rows_like_out(self, part: Part, where: TileIndex, name: str) -> Array:
-        array = self.grads[name]
-        assert array is not None
+        array = self.grads.get(name)
+        if array is None:
+            array = np.broadcast_to(np.zeros((), part.compute_dtype), self.problem.out_shape)
         return part.rows_of(part.of(heads_first(array, self.problem)), where)
 
     def rows_like_lse(self, part: Part, where: TileIndex, name: str) -> Array | None:

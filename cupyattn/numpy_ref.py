@@ -137,14 +137,19 @@ class OnlineSoftmax:
     Twin of ``OnlineSoftmax`` in ``cuda/softmax.cuh``: same fields, same order of steps, in powers of e
     where the kernel uses powers of two.
 
-    `bounded` promises that no score can overflow or underflow the exponential: then the maximum is
-    not needed, row_max stays 0, and nothing ever has to be rescaled.
+    `bounded` promises for some rows that none of their scores can overflow or underflow the exponential:
+    their maximum is not needed, row_max stays 0, and nothing ever has to be rescaled.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any, sinks: Array | None = None, bounded: bool = False) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], dtype: Any, sinks: Array | None = None, bounded: Array | None = None
+    ) -> None:
         self.bounded = bounded
+        self.all_bounded = bounded is not None and bool(bounded.all())
         self.fresh = sinks is None  # nothing to shrink before the first block
-        self.row_max = np.full(shape, 0.0 if bounded else -np.inf, dtype)
+        self.row_max = np.full(shape, -np.inf, dtype)
+        if bounded is not None:
+            self.row_max[bounded] = 0.0
         self.row_sum = np.zeros(shape, dtype)
         if sinks is not None:  # a sink is a key seen before all others, whose value is zero
             self.row_max[...] = sinks
@@ -154,11 +159,13 @@ class OnlineSoftmax:
         """Turn the scores of `rows` into weights in place; return the factor by which earlier results shrink."""
         row_max, row_sum = self.row_max[..., rows], self.row_sum[..., rows]
         shrink = None
-        if not self.bounded:
+        if not self.all_bounded:
             new_max = np.maximum.reduce(scores, axis=-1)
             fresh = self.fresh and scores.shape[:-1] == self.row_max.shape
             if not fresh:
                 new_max = np.maximum(row_max, new_max)
+            if self.bounded is not None:
+                new_max[self.bounded[..., rows]] = 0.0
             # A row that has seen no key yet: -inf - -inf would be nan, 0 keeps its weights 0.
             origin = np.where(new_max == -np.inf, new_max.dtype.type(0.0), new_max)
             if not fresh:
@@ -215,7 +222,8 @@ class Tile:
     """(..., heads, 1, 1)."""
     sinks: Array | None = None
     """(..., heads * rows)."""
-    bounded: bool = False
+    bounded: Array | None = None
+    """The rows that cannot have large scores, see `OnlineSoftmax`."""
     suspicious: bool = False
     """Some operand may hold nan or inf, so that 0 * operand is not 0."""
     scratch: Scratch = field(default_factory=Scratch)

@@ -194,7 +194,8 @@ def band_cuts(mask: Mask, rows: Span, seqlen_q: int, seqlen_k: int, block_k: int
         diagonal = rows.start + first + shift - start
         hidden = None if inside else hidden_band(last - first, stop - start, diagonal, mask.left, mask.right)
         if start < stop and first < last:
-            cuts.append(Cut(slice(start, stop), slice(first, last), hidden))
+            rows_here = slice(None) if stacked else slice(first, last)
+            cuts.append(Cut(slice(start, stop), rows_here, hidden))
     return tuple(cuts)
 
 
@@ -236,7 +237,8 @@ class Part:
     sinks: Array | None = None
     first_key: int = 0
     """Where the keys of a ragged sequence start in k."""
-    _facts: dict[tuple[int, int], tuple[float, bool]] = field(default_factory=dict)
+    _facts: dict[tuple[str, int, int], Any] = field(default_factory=dict)
+    """What was found out about the keys of some heads, by (what, first batch, first pair)."""
 
     @property
     def num_heads(self) -> int:
@@ -281,7 +283,8 @@ class Part:
         """The tile's rows of a (batch, heads, seqlen_q, dim) array, stacked: (batch, pairs, heads * rows, dim)."""
         piece = widen(array[where.batches, where.heads, where.row_slice], self.compute_dtype)
         pairs = where.pairs.stop - where.pairs.start
-        return piece.reshape(piece.shape[0], pairs, -1, piece.shape[-1])
+        rows = where.num_heads // pairs * len(where.rows)
+        return piece.reshape(piece.shape[0], pairs, rows, piece.shape[-1])
 
     def tile(self, where: TileIndex, scratch: Scratch, backward: bool = False) -> numpy_ref.Tile:
         """The arithmetic's view of a tile."""
@@ -289,11 +292,10 @@ class Part:
         pairs = where.pairs.stop - where.pairs.start
         heads = where.num_heads // pairs
         q = self.rows_of(self.q, where)
-        k_norm, finite = self.facts(where, scratch)
-        bounded = False
-        if not backward and k_norm < np.inf and edits.bias is None and self.slopes is None and not edits.sinks:
-            q_norm = np.sqrt(np.einsum("...d,...d->...", q, q).max(initial=0.0))
-            bounded = bool(edits.softmax_scale * q_norm * k_norm <= SCORE_LIMIT[self.compute_dtype])
+        bounded = None if backward else self.bounded_rows(where, q, heads, scratch)
+        suspicious = not self.is_finite("v", where, scratch)
+        if backward:
+            suspicious = suspicious or not self.is_finite("k", where, scratch) or not np.isfinite(q.sum())
         scaled = scratch.array("q", q.shape, q.dtype)
         q = np.multiply(q, q.dtype.type(edits.softmax_scale), out=scaled)
         slopes = sinks = None
@@ -310,32 +312,54 @@ class Part:
             slopes,
             sinks,
             bounded,
-            not finite or (backward and not np.isfinite(q.sum())),
+            suspicious,
             scratch,
         )
 
     def attend(self, where: TileIndex, scratch: Scratch) -> State:
         return numpy_ref.flash(self.tile(where, scratch), self.problem.sizes.head_dim_v)
 
-    def facts(self, where: TileIndex, scratch: Scratch) -> tuple[float, bool]:
-        """(largest norm of a key, k and v are finite) of a tile's heads; read once for all its rows."""
-        key = (where.batches.start, where.pairs.start)
-        known = self._facts.get(key)
-        if known is None:
-            norm, finite = np.inf, True
-            for start in range(0, self.seqlen_k, STRETCH):
-                stretch = slice(start, min(self.seqlen_k, start + STRETCH))
-                v = self.v.block(where.batches, where.pairs, stretch, scratch, "v")
-                finite = finite and bool(np.isfinite(v.sum()))
-            if self.seqlen_q * self.problem.sizes.queries_per_pair >= ROWS_WORTH_A_BOUND:
-                norm = 0.0
-                for start in range(0, self.seqlen_k, STRETCH):
-                    stretch = slice(start, min(self.seqlen_k, start + STRETCH))
-                    k = self.k.block(where.batches, where.pairs, stretch, scratch, "k")
-                    norm = max(norm, float(np.einsum("...d,...d->...", k, k).max(initial=0.0)))
-                norm = float(np.sqrt(norm))
-            known = self._facts[key] = (norm, finite)
-        return known
+    def stretches(self, source: Keys, where: TileIndex, scratch: Scratch) -> Iterator[Array]:
+        """All keys (or values) of a tile's heads, some at a time."""
+        for start in range(0, self.seqlen_k, STRETCH):
+            stretch = slice(start, min(self.seqlen_k, start + STRETCH))
+            yield source.block(where.batches, where.pairs, stretch, scratch, "k")
+
+    def is_finite(self, name: str, where: TileIndex, scratch: Scratch) -> bool:
+        """No nan or inf in k or v of a tile's heads; found out once for all its rows."""
+        known = (name, where.batches.start, where.pairs.start)
+        if known not in self._facts:
+            source = self.k if name == "k" else self.v
+            self._facts[known] = all(np.isfinite(block.sum()) for block in self.stretches(source, where, scratch))
+        return bool(self._facts[known])
+
+    def largest_norm(self, where: TileIndex, scratch: Scratch) -> Array:
+        """For each row of a tile, the largest norm of the keys it sees: (batch, pairs, 1 or rows).
+
+        Of no other keys: what is hidden must not decide how something is computed.
+        """
+        known = ("norms", where.batches.start, where.pairs.start)
+        if known not in self._facts:
+            parts = [np.einsum("...d,...d->...", k, k) for k in self.stretches(self.k, where, scratch)]
+            norms = np.sqrt(np.concatenate([np.zeros_like(parts[0][..., :1]), *parts], axis=-1))
+            self._facts[known] = np.maximum.accumulate(norms, axis=-1)
+        largest: Array = self._facts[known]
+        right = self.problem.mask.right
+        if right is None:
+            return largest[..., -1:]
+        return largest[..., np.clip(self.diagonal(where.rows) + right + 1, 0, self.seqlen_k)]
+
+    def bounded_rows(self, where: TileIndex, q: Array, heads: int, scratch: Scratch) -> Array | None:
+        """The rows none of whose scores can be large, by Cauchy-Schwarz; None where that is not worth knowing."""
+        edits, sizes = self.problem.edits, self.problem.sizes
+        edited = self.mask is not None or edits.bias is not None or self.slopes is not None or edits.sinks
+        worth = self.seqlen_q * sizes.queries_per_pair >= ROWS_WORTH_A_BOUND and self.seqlen_k > 0
+        if edited or self.problem.mask.left is not None or not worth:
+            return None
+        row_norm = np.sqrt(np.einsum("...d,...d->...", q, q)).reshape(*q.shape[:-2], heads, len(where.rows))
+        largest = self.largest_norm(where, scratch)[..., None, :]
+        bounded = edits.softmax_scale * row_norm * largest <= SCORE_LIMIT[self.compute_dtype]
+        return np.asarray(bounded.reshape(q.shape[:-1]))
 
     def blocks(self, where: TileIndex, pairs: int, heads: int, scratch: Scratch) -> Iterator[KeyBlock]:
         """The key blocks that the tile's rows can see, left to right."""
@@ -364,10 +388,15 @@ class Part:
                 block.keep = self.keep(where, cut, shape)
             yield block
 
+    def diagonal(self, rows: Span) -> Array:
+        """The key on each row's diagonal."""
+        return np.arange(rows.start, rows.stop) + self.problem.mask.offset(self.seqlen_q, self.seqlen_k)
+
     def distance(self, rows: Span, cut: Cut) -> Array:
         """-|diagonal - key|, (rows, keys)."""
-        diagonal = np.arange(rows.start, rows.stop)[cut.rows] + self.problem.mask.offset(self.seqlen_q, self.seqlen_k)
-        return -np.abs(diagonal[:, None] - np.arange(cut.keys.start, cut.keys.stop)).astype(self.compute_dtype)
+        diagonal = self.diagonal(rows)[cut.rows]
+        distance: Array = np.abs(diagonal[:, None] - np.arange(cut.keys.start, cut.keys.stop))
+        return -distance.astype(self.compute_dtype)
 
     def piece(self, array: Array, where: TileIndex, keys: slice, shape: tuple[int, int]) -> Array:
         """The tile's view of mask or bias: (batch | 1, pairs | 1, heads | 1, rows | 1, keys | 1)."""
