@@ -253,8 +253,6 @@ def attention_backward(
     known = {"dout": dout, "out": out, "lse": lse, "dlse": dlse}
     visit = enter(function, {**operands, **{name: (name, array) for name, array in known.items()}})
     specs = dict(visit.specs)
-    if "dout" not in specs:
-        raise TypeError(refusal(function, "dout has to be an array", ("dout", type(dout).__name__)))
     problem = read(function, tuple((name, spec) for name, spec in visit.specs if name in operands), options)
     for name, shape, dtype in (
         ("dout", problem.out_shape, problem.dtype),
@@ -349,8 +347,9 @@ def explain(
     )
     given = _operands(q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
     shapes = {name: entry[1] for name, entry in given.items() if isinstance(entry[1], (tuple, list))}
-    arrays = {name: entry for name, entry in given.items() if name not in shapes and entry[1] is not None}
-    if device is not None and device != "cpu" and device not in NAMED_DEVICES:
+    present = {name: entry for name, entry in given.items() if entry[1] is not None or name in ("q", "k", "v")}
+    arrays = {name: entry for name, entry in present.items() if name not in shapes}
+    if device is not None and not (isinstance(device, str) and (device == "cpu" or device in NAMED_DEVICES)):
         rule = f"device has to be 'cpu' or one of {', '.join(NAMED_DEVICES)}"
         raise ValueError(refusal(function, rule, ("device", repr(device))))
     visit = enter(function, arrays) if arrays else None
@@ -424,9 +423,6 @@ def merge_states(outs: Sequence[Array], lses: Sequence[Array], *, layout: Axes =
         **{f"out{i}": (f"outs[{i}]", array) for i, array in enumerate(outs)},
         **{f"lse{i}": (f"lses[{i}]", array) for i, array in enumerate(lses)},
     }
-    for name, array in named.values():
-        if array is None:
-            raise TypeError(refusal(function, f"{name} has to be an array", (name, "None")))
     visit = enter(function, named)
     out_spec, lse_spec = _check_states(visit, count, layout)
     if visit.kind == "cuda":

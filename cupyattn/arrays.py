@@ -19,7 +19,7 @@ import array_api_compat
 import numpy as np
 
 from cupyattn.problem import Array, Device, Spec
-from cupyattn.reading import refusal
+from cupyattn.reading import check_results, refusal
 from cupyattn.threads import num_cores
 
 Arrays = dict[str, Any]
@@ -95,6 +95,10 @@ class Library:
     def write(self, function: str, name: str, array: Any, values: Any) -> None:
         """Overwrite the caller's own array, where the caller asked for that."""
         array[...] = values
+
+    def as_it_is_now(self, array: Any) -> Any:
+        """The array with its present values, for gradients, if it is going to be overwritten."""
+        return array
 
     def check_writable(self, function: str, name: str, array: Any) -> None:
         """Refuse before anything is computed."""
@@ -177,6 +181,9 @@ class Torch(Library):
     def write(self, function: str, name: str, array: Any, values: Any) -> None:
         array.copy_(values)
 
+    def as_it_is_now(self, array: Any) -> Any:
+        return array.clone()
+
     def draw_seed(self, function: str) -> int:
         """From torch's own generator, so that torch.manual_seed governs it."""
         import torch
@@ -220,7 +227,8 @@ def _torch_bridge() -> Any:
             count = len(ctx.names)
             if all(grad is None for grad in grads):
                 return (None,) * (5 + count)
-            tensors, outputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+            saved = ctx.saved_tensors  # asked for once: recomputed checkpoints are given out once
+            tensors, outputs = saved[:count], saved[count:]
             operands = {name: ctx.library.to_numpy(x) for name, x in zip(ctx.names, tensors, strict=True)}
             known = {name: ctx.library.to_numpy(x) for name, x in zip(ctx.results, outputs, strict=True)}
             for name, grad in zip(ctx.results, grads, strict=True):
@@ -259,7 +267,7 @@ class Jax(Library):
     def from_numpy(self, array: Array, dtype: str, like: Any) -> Any:
         import jax
 
-        return jax.device_put(self._with_dtype(array, dtype), like.sharding)
+        return jax.device_put(self._with_dtype(array, dtype), None if self.is_traced(like) else like.sharding)
 
     def _with_dtype(self, array: Array, dtype: str) -> Array:
         return array.view(self._jax_dtype(dtype)) if dtype == "bfloat16" else array
@@ -410,15 +418,34 @@ class Visit:
             return _cpu()
         from cupyattn import cuda
 
-        return cuda.device_of(self.function, self.library.title, self.arrays["q"])
+        return cuda.device_of(self.function, self.library.title, next(iter(self.arrays.values())))
 
     def run(self, forward: Forward, backward: Backward | None, results: Mapping[str, Spec]) -> Arrays:
+        """Hand the arrays to `forward` as NumPy arrays and bring its results home."""
+        check_results(self.function, dict(self.specs), results)
         return self.library.run(forward, backward, self.arrays, results)
 
 
 @cache
 def _cpu() -> Device:
     return Device("cpu", "cpu", num_cores())
+
+
+OPTIONAL = frozenset(
+    (
+        "mask",
+        "bias",
+        "alibi_slopes",
+        "sinks",
+        "block_table",
+        "out",
+        "lse",
+        "dlse",
+        "cu_seqlens",
+        "unused_mask",
+    )
+)
+"""Our words for arguments that may be None."""
 
 
 def enter(function: str, arrays: Mapping[str, tuple[str, Any]]) -> Visit:
@@ -431,7 +458,7 @@ def enter(function: str, arrays: Mapping[str, tuple[str, Any]]) -> Visit:
     ValueError
         The arrays are on different devices, or on one nothing here can work on.
     """
-    present = {word: entry for word, entry in arrays.items() if entry[1] is not None}
+    present = {word: entry for word, entry in arrays.items() if entry[1] is not None or word not in OPTIONAL}
     specs, found, places = [], [], []
     for word, (name, array) in present.items():
         library = _library_of_type(type(array))  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from typing import Any
 from cupyattn import cpu
 from cupyattn.arrays import Arrays, Visit, enter
 from cupyattn.plan import Plan, choose
-from cupyattn.problem import Device, Problem, Spec
+from cupyattn.problem import Device, Problem
 from cupyattn.reading import Options, check_sequences, read, refusal
 
 Named = Mapping[str, tuple[str, Any]]
@@ -58,7 +58,7 @@ def _run(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays:
         from cupyattn import cuda
 
         return cuda.run(visit.function, plan, problem)
-    return visit.run(forward, backward, results_of(problem))
+    return visit.run(forward, backward, problem.results)
 
 
 def gradients(plan: Plan, problem: Problem, operands: Arrays, known: Arrays, seed: int) -> Arrays:
@@ -66,15 +66,3 @@ def gradients(plan: Plan, problem: Problem, operands: Arrays, known: Arrays, see
     if problem.dtype != plan.compute_dtype:
         known = {name: array for name, array in known.items() if name not in ("out", "lse")}
     return cpu.run_backward(plan, problem, operands, known, seed)
-
-
-def results_of(problem: Problem) -> dict[str, Spec]:
-    """Shape and dtype of each result."""
-    results = {"out": Spec("out", problem.out_shape, problem.dtype)}
-    if problem.needs_lse:
-        results["lse"] = Spec("lse", problem.lse_shape, problem.lse_dtype)
-    if problem.needs_dropout_mask:
-        sizes = problem.sizes
-        shape = (sizes.batch, sizes.num_heads, sizes.seqlen_q, sizes.seqlen_k)
-        results["dropout_mask"] = Spec("dropout_mask", shape, problem.dtype)
-    return results

@@ -46,7 +46,8 @@ def run(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int =
         tasks.sort(key=lambda entry: -entry[0])
     run_all([task for _, task in tasks], plan.num_workers)
     if problem.needs_dropout_mask:
-        results["dropout_mask"] = _dropout_mask(problem, parts)
+        with np.errstate(all="ignore"):
+            results["dropout_mask"] = _dropout_mask(problem, parts)
     return results
 
 
@@ -72,8 +73,7 @@ def _dropout_mask(problem: Problem, parts: list[Part]) -> Array:
             tile = part.tile(where, Scratch())
             origin = np.where(np.isneginf(lse), 0.0, lse)
             for block in tile.blocks():
-                with np.errstate(all="ignore"):
-                    by_head = tile.per_head(np.exp(tile.scores(block) - origin[..., block.rows, None]))
+                by_head = tile.per_head(np.exp(tile.scores(block) - origin[..., block.rows, None]))
                 signed = np.where(block.keep == 0.0, -by_head, by_head)
                 signed = signed.reshape(where.batch_size, where.num_heads, *signed.shape[-2:])
                 rows = range(where.rows.start, where.rows.stop)[block.rows]

@@ -5,6 +5,7 @@ Written in the caller's own library, so that its gradients and devices simply ap
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import array_api_compat
@@ -13,7 +14,7 @@ import numpy as np
 from cupyattn import reading
 from cupyattn.arrays import Visit, enter, untraced
 from cupyattn.problem import Array
-from cupyattn.reading import refusal
+from cupyattn.reading import LARGEST_RESULT, refusal
 
 
 @untraced
@@ -56,7 +57,7 @@ def unpad_input(
         "attention_mask": ("attention_mask", attention_mask),
         "unused_mask": ("unused_mask", unused_mask),
     }
-    visit = _enter(function, named, needed=("hidden_states", "attention_mask"))
+    visit = _enter(function, named, needed=("attention_mask",))
     specs = dict(visit.specs)
     shape = specs["hidden_states"].shape
     if len(shape) < 2:
@@ -115,9 +116,12 @@ def pad_input(hidden_states: Array, indices: Array, batch: int, seqlen: int) -> 
     batch = reading.integer(function, "batch", batch, low=0)
     seqlen = reading.integer(function, "seqlen", seqlen, low=0)
     named = {"hidden_states": ("hidden_states", hidden_states), "indices": ("indices", indices)}
-    visit = _enter(function, named, needed=("hidden_states", "indices"))
+    visit = _enter(function, named, needed=("indices",))
     specs = dict(visit.specs)
     shape, index = specs["hidden_states"].shape, specs["indices"]
+    if math.prod((batch, seqlen, *shape[1:])) > LARGEST_RESULT:
+        rule = "the result would be larger than memory can be"
+        raise ValueError(refusal(function, rule, ("batch", batch), ("seqlen", seqlen), ("hidden_states", shape)))
     if index.dtype not in ("int32", "int64"):
         raise TypeError(refusal(function, "indices has to be int32 or int64", ("indices", index.shape, index.dtype)))
     if not shape or index.shape != shape[:1]:
@@ -136,15 +140,14 @@ def pad_input(hidden_states: Array, indices: Array, batch: int, seqlen: int) -> 
     device = array_api_compat.device(hidden_states)
     zeros = xp.zeros((1, *shape[1:]), dtype=hidden_states.dtype, device=device)
     rows = xp.take(xp.concat([hidden_states, zeros], axis=0), _index(visit, source), axis=0)
+    if rows.dtype != hidden_states.dtype:  # NumPy joins arrays of a foreign byte order in its own
+        rows = xp.astype(rows, hidden_states.dtype)
     return xp.reshape(rows, (batch, seqlen, *shape[1:]))
 
 
 def _enter(function: str, named: dict[str, tuple[str, Any]], needed: tuple[str, ...]) -> Visit:
-    for name in needed:
-        if named[name][1] is None:
-            raise TypeError(refusal(function, f"{name} has to be an array", (name, "None")))
     visit = enter(function, named)
-    if visit.library.is_deferred(visit.arrays):
+    if visit.library.is_deferred({name: visit.arrays[name] for name in needed}):
         rule = "the number of rows depends on values, which this array does not have yet; call it outside of jit"
         raise TypeError(refusal(function, rule, *((name, spec.shape) for name, spec in visit.specs)))
     if visit.kind == "cuda":

@@ -281,9 +281,6 @@ def flash_attn_varlen_func(
         "cu_seqlens_k": ("cu_seqlens_k", cu_seqlens_k),
         "block_table": ("block_table", block_table),
     }
-    for name in ("cu_seqlens_q", "cu_seqlens_k"):
-        if arrays[name][1] is None:
-            raise TypeError(refusal(function, f"{name} has to be an array", (name, "None")))
     options = _flash_options(
         function, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs,
         return_lse, compute_dtype, axes="thd",
@@ -330,8 +327,6 @@ def _flash_results(found: Arrays, return_lse: bool, return_attn_probs: bool) -> 
 
 def _unpacked(function: str, name: str, packed: Array, count: int) -> dict[str, tuple[str, Any]]:
     """The q, k, v (or k, v) in the third axis of a packed array, as views."""
-    if packed is None:
-        raise TypeError(refusal(function, f"{name} has to be an array", (name, "None")))
     shape = enter(function, {name: (name, packed)}).specs[0][1].shape
     if len(shape) != 5 or shape[2] != count:
         rule = f"{name} has to be (batch, seqlen, {count}, num_heads, head_dim)"

@@ -66,7 +66,7 @@ class Plan:
             f"  workers    {self.num_workers}",
             f"  arithmetic {self.compute_dtype}, {self.flops:.3g} flop, {self.bytes:.3g} bytes",
         ]
-        lines += [f"  not {name:<7}{reason}" for name, reasons in self.objections for reason in reasons]
+        lines += [f"  not {name:<8}{reason}" for name, reasons in self.objections for reason in reasons]
         return "\n".join(lines)
 
 

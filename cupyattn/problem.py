@@ -248,6 +248,18 @@ class Problem:
             return (s.num_heads, s.total_q)
         return (*s.batch_shape, s.num_heads, s.seqlen_q)
 
+    @cached_property
+    def results(self) -> dict[str, Spec]:
+        """Shape and dtype of each result, by name."""
+        results = {"out": Spec("out", self.out_shape, self.dtype)}
+        if self.needs_lse:
+            results["lse"] = Spec("lse", self.lse_shape, self.lse_dtype)
+        if self.needs_dropout_mask:
+            sizes = self.sizes
+            shape = (sizes.batch, sizes.num_heads, sizes.seqlen_q, sizes.seqlen_k)
+            results["dropout_mask"] = Spec("S_dmask", shape, self.dtype)
+        return results
+
 
 @dataclass(frozen=True, slots=True)
 class Device:

@@ -62,7 +62,10 @@ def number(function: str, name: str, value: Any, *, rule: str, ok: Any) -> float
     """A finite real number for which `ok` holds."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(refusal(function, f"{name} has to be a number", (name, repr(value), type(value).__name__)))
-    result = float(value)
+    try:
+        result = float(value)
+    except OverflowError:
+        result = math.inf
     if not math.isfinite(result) or not ok(result):
         raise ValueError(refusal(function, f"{name} has to be {rule}", (name, value)))
     return result
@@ -236,11 +239,16 @@ def _read(function: str, spec_items: tuple[tuple[str, Spec], ...], options: Opti
         options.needs_lse,
         options.needs_dropout_mask and options.dropout_p > 0.0,
     )
-    if math.prod(problem.out_shape) * ITEMSIZE[problem.dtype] > LARGEST_RESULT:
-        shown = [(spec.name, spec.shape) for spec in (specs["q"], specs["k"], specs["v"])]
-        rule = f"the result would be larger than memory can be, {problem.out_shape}"
-        raise ValueError(refusal(function, rule, *shown))
+    check_results(function, specs, problem.results)
     return problem
+
+
+def check_results(function: str, specs: Mapping[str, Spec], results: Mapping[str, Spec]) -> None:
+    """Refuse to make what no memory holds; views with strides of zero can ask for anything."""
+    for spec in results.values():
+        if spec.nbytes > LARGEST_RESULT:
+            rule = f"{spec.name} would be larger than memory can be, {spec.shape} of {spec.dtype}"
+            raise ValueError(refusal(function, rule, *((given.name, given.shape) for given in specs.values())))
 
 
 def _check_dtypes(function: str, specs: Mapping[str, Spec]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from cupyattn import reading
@@ -65,29 +63,20 @@ def apply_rotary_emb(
     function = "apply_rotary_emb"
     pairs_adjacent = reading.flag(function, "interleaved", interleaved)
     overwrite = reading.flag(function, "inplace", inplace)
+    arrays = {"x": ("x", x), "cos": ("cos", cos), "sin": ("sin", sin), "cu_seqlens": ("cu_seqlens", cu_seqlens)}
     offset = 0
-    offsets: Any = None
     if isinstance(seqlen_offsets, (int, np.integer)):
         offset = reading.integer(function, "seqlen_offsets", seqlen_offsets, low=0)
     else:
-        offsets = seqlen_offsets
+        arrays["offsets"] = ("seqlen_offsets", seqlen_offsets)
     if max_seqlen is not None:
         max_seqlen = reading.integer(function, "max_seqlen", max_seqlen, low=0)
-    for name, array in (("x", x), ("cos", cos), ("sin", sin)):
-        if array is None:
-            raise TypeError(refusal(function, f"{name} has to be an array", (name, "None")))
-    arrays = {
-        "x": ("x", x),
-        "cos": ("cos", cos),
-        "sin": ("sin", sin),
-        "offsets": ("seqlen_offsets", offsets),
-        "cu_seqlens": ("cu_seqlens", cu_seqlens),
-    }
     visit = enter(function, arrays)
     specs = dict(visit.specs)
     _check(function, specs, max_seqlen)
     if overwrite:
         visit.library.check_writable(function, "x", x)
+        visit.arrays["x"] = visit.library.as_it_is_now(x)
     if visit.kind == "cuda":
         visit.device()
 
@@ -109,7 +98,8 @@ def apply_rotary_emb(
         a, b, da, db = values[..., first], values[..., second], dout[..., first], dout[..., second]
         for name, share in (("cos", da * a + db * b), ("sin", db * a - da * b)):
             total = np.zeros(specs[name].shape)
-            np.add.at(total, positions, np.broadcast_to(share.sum(axis=-2), (*positions.shape, total.shape[-1])))
+            rows = share.sum(axis=-2)
+            np.add.at(total, np.broadcast_to(positions, rows.shape[:-1]), rows)
             found[name] = narrow(total, specs[name].dtype)
         return found
 

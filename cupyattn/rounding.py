@@ -22,7 +22,8 @@ def widen(array: Array, dtype: Any) -> Array:
     """`array` in `dtype` ("float32" or "float64"), exactly; no copy if it is there already."""
     if array.dtype == np.uint16:
         array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return array.astype(dtype, copy=False)
+    with np.errstate(invalid="ignore"):  # a signalling nan
+        return array.astype(dtype, copy=False)
 
 
 def narrow(values: Array, name: str) -> Array:
@@ -30,7 +31,7 @@ def narrow(values: Array, name: str) -> Array:
     if name != "bfloat16":
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             return values.astype(STORAGE[name], copy=False)
-    bits = _to_odd_float32(values).view(np.uint32)
+    bits = _to_odd_float32(np.asarray(values)).view(np.uint32)
     nan = np.isnan(values)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.asarray(np.where(nan, np.uint32(0x7FC0), rounded).astype(np.uint16))
@@ -42,9 +43,9 @@ def _to_odd_float32(values: Array) -> Array:
     Rounding that again to nearest gives what rounding once from float64 would have given.
     """
     if values.dtype == np.float32:
-        return np.ascontiguousarray(values)
+        return np.asarray(values, order="C")
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        nearest = np.ascontiguousarray(values.astype(np.float32))
+        nearest = values.astype(np.float32, order="C")
         inexact = (nearest != values) & ~np.isnan(values)
         away = np.abs(nearest.astype(np.float64)) > np.abs(values)
     bits = nearest.view(np.uint32)

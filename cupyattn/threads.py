@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -30,30 +30,32 @@ def num_cores() -> int:
 class _Blas:
     """NumPy's BLAS, held to one thread while anybody needs that.
 
-    Counted under a lock: two callers at once must not take each other's limit for the original.
+    Counted under a lock: of callers that overlap, the first one finds out the original number of threads and
+    the last one restores it, whichever threads they are.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._holders = 0
-        self._limit: Any = None
+        self._originals: list[tuple[Any, int]] = []
 
-    @cache  # noqa: B019 - one instance, for the life of the process
-    def _controller(self) -> Any:
+    @cached_property
+    def _libraries(self) -> list[Any]:
         from threadpoolctl import ThreadpoolController
 
-        return ThreadpoolController().select(user_api="blas")
+        return list(ThreadpoolController().select(user_api="blas").lib_controllers)
 
     def num_threads(self) -> int:
         """The threads the BLAS would use now: the user's own limit on us, too."""
-        counts = [library.num_threads for library in self._controller().lib_controllers]
-        return max(counts, default=num_cores())
+        return max((library.num_threads for library in self._libraries), default=num_cores())
 
     @contextmanager
     def on_one_thread(self) -> Iterator[None]:
         with self._lock:
             if self._holders == 0:
-                self._limit = self._controller().limit(limits=1)
+                self._originals = [(library, library.num_threads) for library in self._libraries]
+                for library, _ in self._originals:
+                    _set_num_threads(library, 1)
             self._holders += 1
         try:
             yield
@@ -61,11 +63,20 @@ class _Blas:
             with self._lock:
                 self._holders -= 1
                 if self._holders == 0:
-                    self._limit.restore_original_limits()
+                    self.restore()
+
+    def restore(self) -> None:
+        for library, original in self._originals:
+            _set_num_threads(library, original)
 
     @property
     def held(self) -> bool:
         return self._holders > 0
+
+
+def _set_num_threads(library: Any, count: int) -> None:
+    """Set it whichever thread calls; threadpoolctl 3.8 itself would listen to one thread only."""
+    getattr(library, "_real_set_num_threads", library.set_num_threads)(count)
 
 
 _blas = _Blas()
@@ -75,10 +86,9 @@ _shelf = Shelf()
 def _forget_other_threads() -> None:
     """In a forked child nobody holds the BLAS any more, and the lock may have been taken."""
     global _blas
-    limit, held = _blas._limit, _blas.held
-    _blas = _Blas()
-    if held:
-        limit.restore_original_limits()
+    before, _blas = _blas, _Blas()
+    if before.held:
+        before.restore()
 
 
 if hasattr(os, "register_at_fork"):

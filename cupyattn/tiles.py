@@ -382,6 +382,9 @@ class Part:
             )
             if self.bias is not None:
                 block.bias = widen(self.piece(self.bias, where, cut.keys, shape), self.compute_dtype)
+                closed = np.isneginf(block.bias)
+                if closed.any():  # hidden, even if the score is nan
+                    block.hidden = closed if hidden is None else hidden | closed
             if self.slopes is not None:
                 block.distance = self.distance(where.rows, cut)
             if problem.dropout_p > 0.0:
