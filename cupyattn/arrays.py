@@ -9,6 +9,7 @@ A library is recognised only if the caller has imported it.
 from __future__ import annotations
 
 import os
+import reprlib
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -119,6 +120,12 @@ def _bits(array: Array) -> Array:
     return array.view(np.uint16) if _name(array.dtype) == "bfloat16" else array
 
 
+def _check_no_overlap(function: str, name: str, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    if any(stride == 0 and size > 1 for size, stride in zip(shape, strides, strict=True)):
+        rule = f"{name} was to be overwritten, and its elements share memory (a stride of 0)"
+        raise ValueError(refusal(function, rule, (name, shape)))
+
+
 class NumPy(Library):
     title = "numpy.ndarray"
 
@@ -144,6 +151,7 @@ class NumPy(Library):
     def check_writable(self, function: str, name: str, array: Any) -> None:
         if not array.flags.writeable:
             raise ValueError(refusal(function, f"{name} is read-only and was to be overwritten", (name, array.shape)))
+        _check_no_overlap(function, name, array.shape, array.strides)
 
 
 class Torch(Library):
@@ -184,6 +192,14 @@ class Torch(Library):
     def as_it_is_now(self, array: Any) -> Any:
         return array.clone()
 
+    def check_writable(self, function: str, name: str, array: Any) -> None:
+        import torch
+
+        if array.is_leaf and array.requires_grad and torch.is_grad_enabled():
+            rule = f"{name} is a leaf that requires grad and was to be overwritten; pass inplace=False"
+            raise ValueError(refusal(function, rule, (name, tuple(array.shape))))
+        _check_no_overlap(function, name, tuple(array.shape), array.stride())
+
     def draw_seed(self, function: str) -> int:
         """From torch's own generator, so that torch.manual_seed governs it."""
         import torch
@@ -205,6 +221,17 @@ def _torch_bridge() -> Any:
     """The autograd.Function through which gradients flow; made on first use, since torch may be absent."""
     import torch
 
+    class Final(torch.autograd.Function):
+        """Passes a gradient on, and refuses to be differentiated."""
+
+        @staticmethod
+        def forward(ctx: Any, gradient: Any, *sources: Any) -> Any:
+            return gradient.view_as(gradient)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise NotImplementedError("cupyattn has first derivatives only; this needs the second")
+
     class Attention(torch.autograd.Function):
         @staticmethod
         def forward(
@@ -222,7 +249,6 @@ def _torch_bridge() -> Any:
             ctx.mark_non_differentiable(*unsmooth)
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
             count = len(ctx.names)
             if all(grad is None for grad in grads):
@@ -234,10 +260,13 @@ def _torch_bridge() -> Any:
             for name, grad in zip(ctx.results, grads, strict=True):
                 known[f"d{name}"] = None if grad is None else ctx.library.to_numpy(grad)
             gradients = ctx.backward_function(operands, known)
-            return (None,) * 5 + tuple(
+            brought = [
                 ctx.library.from_numpy(gradients[name], ctx.library.dtype(x), x) if name in gradients else None
                 for name, x in zip(ctx.names, tensors, strict=True)
-            )
+            ]
+            if torch.is_grad_enabled():  # create_graph=True: they must not look like constants
+                brought = [None if x is None else Final.apply(x, *tensors, *grads) for x in brought]
+            return (None,) * 5 + tuple(brought)
 
     return Attention
 
@@ -398,7 +427,8 @@ def _library_of_type(kind: Any) -> Library | None:
             return library
     if "jax" in sys.modules and (roots & {"jax", "jaxlib"}):
         return _JAX
-    return _OTHER if hasattr(kind, "__array_namespace__") else None
+    is_array = hasattr(kind, "__array_namespace__") and not issubclass(kind, np.generic)
+    return _OTHER if is_array else None
 
 
 @dataclass
@@ -463,7 +493,8 @@ def enter(function: str, arrays: Mapping[str, tuple[str, Any]]) -> Visit:
     for word, (name, array) in present.items():
         library = _library_of_type(type(array))  # type: ignore[arg-type]
         if library is None:
-            raise TypeError(refusal(function, f"{name} has to be an array", (name, type(array).__name__)))
+            came = (name, reprlib.repr(array), type(array).__name__)
+            raise TypeError(refusal(function, f"{name} has to be an array", came))
         objection = library.refuses(array)
         if objection:
             raise TypeError(refusal(function, f"{name} {objection}", (name, type(array).__name__)))

@@ -75,7 +75,9 @@ def unpad_input(
                 raise TypeError(refusal(function, rule, (name, spec.shape, spec.dtype)))
             values = np.asarray(visit.library.to_numpy(visit.arrays[name]))
             if spec.dtype != "bool" and not np.isin(values, (0, 1)).all():
-                raise ValueError(refusal(function, f"{name} has to hold 0 and 1", (name, np.unique(values).tolist())))
+                raise ValueError(
+                    refusal(function, f"{name} has to hold 0 and 1", (name, reading.short(np.unique(values).tolist())))
+                )
             masks[name] = values.astype(bool)
     used = masks["attention_mask"]
     kept = used | masks["unused_mask"] if "unused_mask" in masks else used

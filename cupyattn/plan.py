@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from cupyattn.problem import ITEMSIZE, Device, Problem, Sizes
+from cupyattn.problem import ITEMSIZE, Device, Problem, Sizes, Span
 
 WORTH_THREADS = 100_000_000
 """Floating-point operations from which starting threads pays on a CPU: one or two milliseconds."""
@@ -88,7 +88,8 @@ FEWEST_ROWS = 128
 def cpu_tile(sizes: Sizes, batch: int, seqlen_q: int, seqlen_k: int, num_workers: int) -> CpuTile:
     """How to cut a part: tall blocks of scores, and several heads or batches side by side if they are small.
 
-    Several workers get at least three tiles each, as far as there are rows and heads to share out.
+    Several workers get three tiles each, as far as there are rows to share out, and heads are stacked or set
+    side by side only where every worker still has one.
     """
     group = sizes.queries_per_pair
     num_pairs = max(1, sizes.num_heads // group)
@@ -96,7 +97,8 @@ def cpu_tile(sizes: Sizes, batch: int, seqlen_q: int, seqlen_k: int, num_workers
     block_q = max(1, min(seqlen_q, BLOCK_Q))
     while block_q >= 2 * FEWEST_ROWS and batch * sizes.num_heads * -(-seqlen_q // block_q) < enough:
         block_q = -(-block_q // 2)
-    heads = min(group, max(1, BLOCK_Q // block_q))
+    tiles = batch * sizes.num_heads * -(-seqlen_q // block_q)
+    heads = max(1, min(group, BLOCK_Q // block_q, tiles // num_workers))
     rows = block_q * heads
     block_k = max(1, min(seqlen_k, MOST_KEYS, max(BLOCK_K, SCORES_SIDE_BY_SIDE // rows)))
     pairs = batches = 1
@@ -161,7 +163,7 @@ def objections_of_splitkv(problem: Problem, device: Device) -> tuple[str, ...]:
 def gpu_tile(problem: Problem, device: Device) -> Tile:
     """The largest mma.sync tile whose q, k and v fit in shared memory, one stage each."""
     head_dim = max(problem.sizes.head_dim, problem.sizes.head_dim_v)
-    item = min(2, ITEMSIZE[problem.dtype])
+    item = ITEMSIZE[problem.dtype]
     for block_q, block_k in ((128, 128), (128, 64), (64, 64), (64, 32)):
         if (block_q + 2 * block_k) * head_dim * item <= device.shared_memory and block_k * head_dim <= 128 * 128:
             return Tile(block_q, block_k, block_q // 16, 2)
@@ -223,7 +225,8 @@ def choose(problem: Problem, device: Device) -> Plan:
         tile = gpu_tile(problem, device)
         groups = sizes.batch * sizes.num_heads // sizes.queries_per_pair
         if kernel == "splitkv":
-            key_blocks = math.ceil(sizes.seqlen_k / tile.block_k)
+            seen = problem.mask.touched(Span(0, max(1, sizes.seqlen_q)), sizes.seqlen_q, sizes.seqlen_k)
+            key_blocks = math.ceil(len(seen) / tile.block_k)
             splits = splits_by_wave_efficiency(groups, device.num_units, key_blocks)
             workers = groups * splits
             reason = f"{groups} key heads cannot fill {device.num_units} SMs; {splits} splits of the keys do better"

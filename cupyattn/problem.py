@@ -202,6 +202,10 @@ class Problem:
         """Remembered: a problem is looked up at every call."""
         return self._hash
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hash: strings hash differently in every process."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
     @cached_property
     def _hash(self) -> int:
         return hash((self.sizes, self.layout, self.dtype, self.mask, self.edits, self.dropout_p, self.compute_dtype))
@@ -218,7 +222,7 @@ class Problem:
 
     @cached_property
     def bytes(self) -> int:
-        """Bytes that have to move at least once: q, k, v in, out (and lse) out."""
+        """Bytes that have to move at least once: q, k, v in, out (and lse) out; a broadcast batch counts in full."""
         sizes, item = self.sizes, ITEMSIZE[self.dtype]
         queries = sizes.batch * sizes.num_heads * sizes.seqlen_q
         keys = sizes.batch * sizes.seqlen_k

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -67,7 +68,7 @@ def number(function: str, name: str, value: Any, *, rule: str, ok: Any) -> float
     except OverflowError:
         result = math.inf
     if not math.isfinite(result) or not ok(result):
-        raise ValueError(refusal(function, f"{name} has to be {rule}", (name, value)))
+        raise ValueError(refusal(function, f"{name} has to be {rule}", (name, reprlib.repr(value))))
     return result
 
 
@@ -94,7 +95,7 @@ def integer(function: str, name: str, value: Any, *, low: int, high: int = LARGE
             refusal(function, f"{name} has to be an integer", (name, repr(value), type(value).__name__))
         ) from None
     if not low <= result <= high:
-        raise ValueError(refusal(function, f"{name} has to be from {low} to {high}", (name, result)))
+        raise ValueError(refusal(function, f"{name} has to be from {low} to {high}", (name, reprlib.repr(result))))
     return result
 
 
@@ -128,7 +129,7 @@ def compute_dtype(function: str, value: Any) -> str | None:
     """None, "float32" or "float64", from a name or any library's dtype."""
     if value is None:
         return None
-    name = dtype_name(value)
+    name = "float64" if value is float else dtype_name(value)
     if name not in ("float32", "float64"):
         raise ValueError(
             refusal(function, "compute_dtype has to be 'float64' or 'float32'", ("compute_dtype", repr(value)))
@@ -432,7 +433,7 @@ def check_sequences(function: str, specs: Mapping[str, Spec], sizes: Sizes, oper
         starts, shown = operands[name].tolist(), specs[name].name
         steps = [b - a for a, b in pairwise(starts)]
         lengths[name] = steps
-        values = _short(starts)
+        values = short(starts)
         if starts[0] != 0:
             raise ValueError(refusal(function, f"{shown} has to start with 0", (shown, values)))
         if min(steps, default=0) < 0:
@@ -460,8 +461,8 @@ def _check_pages(function: str, specs: Mapping[str, Spec], lengths: list[int], t
         wrong = [page for page in pages if not 0 <= page < num_pages]
         if wrong:
             rule = f"{name} of sequence {index} names page {wrong[0]}, and there are {num_pages}"
-            raise ValueError(refusal(function, rule, (name, _short(pages)), (specs["k"].name, specs["k"].shape)))
+            raise ValueError(refusal(function, rule, (name, short(pages)), (specs["k"].name, specs["k"].shape)))
 
 
-def _short(values: list[int]) -> str:
+def short(values: list[int]) -> str:
     return str(values) if len(values) <= 12 else f"[{', '.join(map(str, values[:10]))}, ... {len(values)} entries]"

@@ -168,7 +168,7 @@ def _positions(function: str, specs: dict[str, Spec], operands: Arrays, offset: 
         steps = np.diff(starts)
         if starts[0] != 0 or (steps < 0).any() or starts[-1] != x[0]:
             rule = "cu_seqlens has to start with 0, must not decrease, and has to end with the rows of x"
-            raise ValueError(refusal(function, rule, ("cu_seqlens", starts.tolist()), ("x", x)))
+            raise ValueError(refusal(function, rule, ("cu_seqlens", reading.short(starts.tolist())), ("x", x)))
         if max_seqlen is not None and steps.max(initial=0) > max_seqlen:
             rule = "a sequence of cu_seqlens is longer than max_seqlen"
             raise ValueError(refusal(function, rule, ("longest", int(steps.max())), ("max_seqlen", max_seqlen)))
