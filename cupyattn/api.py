@@ -358,8 +358,8 @@ def explain(
     name_of_dtype = own or ("float32" if device in (None, "cpu") else "float16")
     if dtype is not None:
         name_of_dtype = reading.dtype_name(dtype)
-        if own is not None and name_of_dtype != own:
-            raise ValueError(refusal(function, f"dtype has to be that of the arrays, {own}", ("dtype", name_of_dtype)))
+        if own is not None and name_of_dtype != own and not {"q", "k", "v"} & set(shapes):
+            raise TypeError(refusal(function, f"dtype has to be that of the arrays, {own}", ("dtype", name_of_dtype)))
     for name, shape in shapes.items():
         sizes = tuple(reading.integer(function, name, size, low=0, high=2**63 - 1) for size in shape)
         specs[name] = Spec(name, sizes, "bool" if name == "mask" else name_of_dtype)

@@ -230,7 +230,9 @@ def _torch_bridge() -> Any:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            raise NotImplementedError("cupyattn has first derivatives only; this needs the second")
+            raise RuntimeError("cupyattn has first derivatives only, and a gradient of one was asked for")
+
+    final: Any = Final.apply
 
     class Attention(torch.autograd.Function):
         @staticmethod
@@ -265,7 +267,7 @@ def _torch_bridge() -> Any:
                 for name, x in zip(ctx.names, tensors, strict=True)
             ]
             if torch.is_grad_enabled():  # create_graph=True: they must not look like constants
-                brought = [None if x is None else Final.apply(x, *tensors, *grads) for x in brought]
+                brought = [None if x is None else final(x, *tensors, *grads) for x in brought]
             return (None,) * 5 + tuple(brought)
 
     return Attention

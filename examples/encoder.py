@@ -55,6 +55,7 @@ class Tokens(NamedTuple):
 
 
 def tokenize(tokenizer: Tokenizer, sentences: Sequence[str]) -> Tokens:
+    """Cut sentences into the model's tokens, as one batch."""
     encodings = tokenizer.encode_batch(list(sentences))
     return Tokens(
         np.asarray([encoding.ids for encoding in encodings]),
@@ -115,6 +116,7 @@ class Encoder:
 
 
 def gelu(x: Array) -> Array:
+    """The Gaussian error linear unit, exact: not its tanh approximation."""
     return 0.5 * x * (1.0 + erf(x / math.sqrt(2.0)))
 
 

@@ -1,0 +1,859 @@
+"""Every public function gives back what NumPy gives, at home in the caller's library, dtype and device."""
+
+import inspect
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+from homes import DTYPES, HOMES, BigEndian, Dask, Home, HostBackedCuPy, Jax, Strict, Torch, dtype_name, needs
+from oracle import assert_matches, assert_same_bits, to_numpy
+
+import cupyattn
+from cupyattn import numpy_ref
+
+# ---------------------------------------------------------------------------------------------------
+# One call of every public function, on operands that are looked up by name
+# ---------------------------------------------------------------------------------------------------
+
+
+def attention(q, k, v, mask, bias, slopes, sinks):
+    return cupyattn.attention(
+        q, k, v, causal=True, alignment="bottom-right", window_size=(5, None), softcap=9.0, mask=mask, bias=bias,
+        alibi_slopes=slopes, sinks=sinks, return_lse=True,
+    )  # fmt: skip
+
+
+def attention_backward(dout, q, k, v, dlse, mask, bias, slopes, sinks):
+    return cupyattn.attention_backward(
+        dout, q, k, v, dlse=dlse, causal=True, alignment="top-left", softcap=9.0, mask=mask, bias=bias,
+        alibi_slopes=slopes, sinks=sinks,
+    )  # fmt: skip
+
+
+def scaled_dot_product_attention(query, key, value, bias):
+    return cupyattn.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True, return_lse=True)
+
+
+def sdpa_without_heads(rows, keys, values):
+    return (cupyattn.scaled_dot_product_attention(rows, keys, values, is_causal=True),)
+
+
+def flash_attn_func(q, k, v, slopes):
+    return cupyattn.flash_attn_func(
+        q, k, v, 0.3, causal=True, alibi_slopes=slopes, return_attn_probs=True, dropout_seed=7
+    )
+
+
+def flash_attn_qkvpacked_func(qkv, slopes):
+    return cupyattn.flash_attn_qkvpacked_func(qkv, window_size=(2, 1), alibi_slopes=slopes, return_lse=True)
+
+
+def flash_attn_kvpacked_func(q, kv, slopes):
+    return cupyattn.flash_attn_kvpacked_func(q, kv, softcap=5.0, alibi_slopes=slopes, return_lse=True)
+
+
+def flash_attn_varlen_func(packed_q, packed_k, packed_v, cu_seqlens_q, cu_seqlens_k):
+    return cupyattn.flash_attn_varlen_func(
+        packed_q, packed_k, packed_v, cu_seqlens_q, cu_seqlens_k, 6, 9, causal=True, return_lse=True
+    )
+
+
+def flash_attn_varlen_func_of_pages(packed_q, pages_k, pages_v, cu_seqlens_q, cu_seqlens_k, block_table):
+    return cupyattn.flash_attn_varlen_func(
+        packed_q, pages_k, pages_v, cu_seqlens_q, cu_seqlens_k, 6, 9, causal=True, block_table=block_table,
+        return_lse=True,
+    )  # fmt: skip
+
+
+def merge_states(out_a, lse_a, out_b, lse_b):
+    return cupyattn.merge_states([out_a, out_b], [lse_a, lse_b])
+
+
+def apply_rotary_emb(x, cos, sin, offsets):
+    return (cupyattn.apply_rotary_emb(x, cos, sin, seqlen_offsets=offsets),)
+
+
+def apply_rotary_emb_packed(packed_q, cos, sin, offsets, cu_seqlens_q):
+    return (
+        cupyattn.apply_rotary_emb(
+            packed_q, cos, sin, interleaved=True, seqlen_offsets=offsets, cu_seqlens=cu_seqlens_q, max_seqlen=6
+        ),
+    )
+
+
+def unpad_input(x, attention_mask, unused_mask):
+    return cupyattn.unpad_input(x, attention_mask, unused_mask)
+
+
+def pad_input(packed_q, indices):
+    return (cupyattn.pad_input(packed_q, indices, 2, 6),)
+
+
+SMOOTH = [
+    attention,
+    scaled_dot_product_attention,
+    sdpa_without_heads,
+    flash_attn_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_kvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_func_of_pages,
+    merge_states,
+    apply_rotary_emb,
+    apply_rotary_emb_packed,
+]
+"""Those through which gradients flow, by way of NumPy."""
+PADDING = [unpad_input, pad_input]
+CALLS = [*SMOOTH, attention_backward, *PADDING]
+
+
+def title_of(call):
+    """The public function a call is of."""
+    names = {"sdpa_without_heads": "scaled_dot_product_attention", "apply_rotary_emb_packed": "apply_rotary_emb"}
+    return names.get(call.__name__, call.__name__.removesuffix("_of_pages"))
+
+
+def everything(dtype, seed=3):
+    """NumPy operands of all calls; floating ones in `dtype` and off zero mean."""
+    rng = np.random.default_rng(seed)
+
+    def draw(*shape, kind=DTYPES[dtype]):
+        return (rng.standard_normal(shape) + 0.3).astype(kind)
+
+    wide = np.float64 if dtype == "float64" else np.float32
+    q, k, v = draw(2, 6, 4, 8), draw(2, 7, 2, 8), draw(2, 7, 2, 8)
+    angles = rng.uniform(-4, 4, (12, 3))
+    return {
+        "q": q,
+        "k": k,
+        "v": v,
+        "mask": rng.random((2, 1, 6, 7)) < 0.8,
+        "bias": draw(4, 6, 7),
+        "slopes": np.array([0.1, 0.2, 0.4, 0.8], np.float32),
+        "sinks": draw(4, kind=np.float32),
+        "dout": draw(*q.shape),
+        "dlse": draw(2, 4, 6, kind=wide),
+        "query": np.ascontiguousarray(q.swapaxes(1, 2)),
+        "key": np.ascontiguousarray(k.swapaxes(1, 2)),
+        "value": np.ascontiguousarray(v.swapaxes(1, 2)),
+        "rows": draw(5, 8),
+        "keys": draw(7, 8),
+        "values": draw(7, 3),
+        "qkv": draw(2, 6, 3, 4, 8),
+        "kv": draw(2, 7, 2, 2, 8),
+        "packed_q": draw(9, 4, 8),
+        "packed_k": draw(13, 2, 8),
+        "packed_v": draw(13, 2, 8),
+        "cu_seqlens_q": np.array([0, 3, 9], np.int32),
+        "cu_seqlens_k": np.array([0, 9, 13], np.int32),
+        "pages_k": draw(6, 4, 2, 8),
+        "pages_v": draw(6, 4, 2, 8),
+        "block_table": np.array([[5, 0, 2], [3, -1, -1]], np.int32),
+        "out_a": draw(2, 6, 4, 8),
+        "out_b": draw(2, 6, 4, 8),
+        "lse_a": draw(2, 4, 6, kind=wide),
+        "lse_b": draw(2, 4, 6, kind=wide),
+        "x": draw(2, 6, 4, 8),
+        "cos": np.cos(angles).astype(DTYPES[dtype]),
+        "sin": np.sin(angles).astype(DTYPES[dtype]),
+        "offsets": np.array([2, 5], np.int32),
+        "attention_mask": np.array([[1, 1, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0]], np.int64),
+        "unused_mask": np.array([[0, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0]], bool),
+        "indices": np.array([0, 1, 3, 5, 6, 7, 8, 10, 11], np.int64),
+    }
+
+
+def operands_of(call, dtype="float32"):
+    """The NumPy operands that a call takes, in its order."""
+    drawn = everything(dtype)
+    return {name: drawn[name] for name in inspect.signature(call).parameters}
+
+
+def is_floating(array):
+    return array.dtype.kind in "fV"  # ml_dtypes's bfloat16 is of kind V
+
+
+def assert_same_results(found, expected, compare=assert_same_bits):
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            compare(a, b)
+
+
+calls = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+smooth_calls = pytest.mark.parametrize("call", SMOOTH, ids=lambda call: call.__name__)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Every library
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numpy_gives_the_definition_rounded_once(dtype):
+    q, k, v = (everything(dtype)[name] for name in ("q", "k", "v"))
+    wide = [np.repeat(x.astype(np.float64).swapaxes(1, 2), 4 // x.shape[2], axis=1) for x in (q, k, v)]
+    expected = numpy_ref.attention(*wide, scale=8**-0.5).out.swapaxes(1, 2)
+    found = cupyattn.attention(q, k, v)
+    assert found.dtype == q.dtype
+    spacing = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-48}[dtype]
+    assert_matches(found, expected, rtol=1.01 * spacing, atol=1e-15 if dtype == "float64" else 1e-8)
+
+
+@pytest.mark.parametrize("home", HOMES, ids=str)
+@calls
+def test_every_function_gives_numpys_result_at_home(call, home):
+    operands = operands_of(call, home.dtype)
+    expected = call(**operands)
+    arrays = {name: home.make(array) for name, array in operands.items()}
+    if call in PADDING and home.lazy:
+        with pytest.raises(TypeError, match=f"{title_of(call)}: the number of rows depends on values"):
+            home.call(call, arrays)
+        return
+    found = home.call(call, arrays)
+    assert_same_results(found, expected)
+    first = next(iter(arrays.values()))
+    for result, wanted in zip(found, expected, strict=True):
+        if not isinstance(wanted, (int, type(None))):
+            home.check(result, first)
+            assert dtype_name(result).lstrip("<>=") in (home.name_of(wanted.dtype), wanted.dtype.str[1:])
+    assert found[0].dtype == first.dtype
+    for name, array in operands.items():
+        assert_same_bits(arrays[name], array)
+
+
+@calls
+def test_jax_in_64_bits_gives_numpys_result(call):
+    jax = needs("jax")
+    operands = operands_of(call, "float64")
+    with jax.enable_x64(True):
+        arrays = {name: jax.numpy.asarray(array) for name, array in operands.items()}
+        ways = [call] if call in PADDING else [call, jax.jit(call)]
+        for way in ways:
+            found = way(**arrays)
+            assert found[0].dtype == np.float64
+            assert_same_results(found, call(**operands))
+
+
+@pytest.mark.parametrize("home", [Home("float32"), Torch("float32"), Jax("float32"), Strict("float64")], ids=str)
+def test_results_of_empty_arrays_are_at_home_too(home):
+    def make(*shape):
+        return home.make(np.ones(shape, DTYPES[home.dtype]))
+
+    def check(result, shape, fill):
+        home.check(result, q)
+        assert_same_bits(result, np.full(shape, fill))
+
+    for batch, rows, num_keys, heads in ((0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2), (2, 3, 4, 0)):
+        q, k = make(batch, rows, heads, 8), make(batch, num_keys, heads, 8)
+        out, lse = cupyattn.attention(q, k, k, return_lse=True)
+        check(out, (batch, rows, heads, 8), 0.0)
+        check(lse, (batch, heads, rows), -np.inf)
+        for gradient, like in zip(cupyattn.attention_backward(q, q, k, k), (q, k, k), strict=False):
+            check(gradient, tuple(like.shape), 0.0)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@calls
+def test_nan_infinities_and_overflow_raise_no_warning(call, dtype):
+    operands = operands_of(call, dtype)
+    for array in operands.values():
+        if is_floating(array):
+            flat = array.reshape(-1)
+            flat[0], flat[1], flat[2], flat[3 % flat.size] = np.nan, np.inf, -np.inf, ml_dtypes.finfo(array.dtype).max
+    call(**operands)  # warnings are errors
+
+
+# ---------------------------------------------------------------------------------------------------
+# NumPy: any memory
+# ---------------------------------------------------------------------------------------------------
+
+
+def fortran(array):
+    base = np.asfortranarray(array)
+    return base, base
+
+
+def negative_strides(array):
+    backwards = (slice(None, None, -1),) * array.ndim
+    base = array[backwards].copy()
+    return base[backwards], base
+
+
+def gaps(array):
+    base = np.zeros((*array.shape[:-1], 3 * array.shape[-1]), array.dtype)
+    base[..., ::3] = array
+    return base[..., ::3], base
+
+
+def zero_strides(array):
+    base = array[:1].copy()
+    return np.broadcast_to(base, array.shape), base
+
+
+def misaligned(array):
+    base = np.zeros(array.nbytes + 1, np.uint8)
+    view = np.ndarray(array.shape, array.dtype, base, offset=1)
+    view[...] = array
+    return view, base
+
+
+def odd_strides(array):
+    """A field of packed records: strides are no multiple of the item size."""
+    base = np.zeros(array.shape, np.dtype([("tag", np.uint8), ("value", array.dtype)]))
+    base["value"] = array
+    return base["value"], base
+
+
+def read_only(array):
+    base = array.copy()
+    base.flags.writeable = False
+    return base, base
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "layout",
+    [fortran, negative_strides, gaps, zero_strides, misaligned, odd_strides, read_only],
+    ids=lambda f: f.__name__,
+)
+@calls
+def test_any_memory_layout_gives_the_same_and_is_only_read(call, layout, dtype):
+    views, bases = {}, []
+    for name, array in operands_of(call, dtype).items():
+        counts = array.dtype.kind == "i"  # equal entries would be other sequences, or none
+        views[name], base = (array, array) if counts and layout is zero_strides else layout(array)
+        bases.append((base, base.tobytes()))
+    found = call(**views)
+    for base, before in bases:
+        assert base.tobytes() == before
+    expected = call(**{name: np.array(view, order="C") for name, view in views.items()})
+    rtol = 1e-6 if dtype == "float32" else 2.0**-7
+    assert_same_results(found, expected, lambda a, b: assert_matches(a, b, rtol=rtol, atol=1e-6))
+
+
+@calls
+def test_results_of_numpy_are_fresh_memory(call):
+    operands = operands_of(call)
+    for result in call(**operands):
+        if isinstance(result, np.ndarray):
+            assert result.flags.writeable
+            assert not any(np.shares_memory(result, array) for array in operands.values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@calls
+def test_results_outlive_later_calls(call, dtype):
+    """Memory that is used again must not be what a caller holds."""
+    operands = operands_of(call, dtype)
+    found = call(**operands)
+    before = [np.array(result) for result in found]
+    for array in operands.values():
+        if is_floating(array):
+            array[...] = 7
+    call(**operands)
+    assert_same_results([result for result in found if result is not None], [x for x in before if x.dtype != object])
+
+
+def test_a_bias_without_axes_has_a_gradient_without_axes():
+    for dtype in DTYPES.values():
+        q = np.ones((1, 3, 2, 4), dtype)
+        assert cupyattn.attention_backward(q, q, q, q, bias=np.array(0.5, dtype)).dbias.shape == ()
+
+
+# ---------------------------------------------------------------------------------------------------
+# torch
+# ---------------------------------------------------------------------------------------------------
+
+
+def as_tensors(operands):
+    return {name: Torch("").make(array) for name, array in operands.items()}
+
+
+def transposed(tensor):
+    """The same values with the order of the axes in memory turned around."""
+    return tensor.permute(*reversed(range(tensor.ndim))).contiguous().permute(*reversed(range(tensor.ndim)))
+
+
+def sliced(tensor):
+    return needs("torch").stack([tensor, tensor], -1)[..., 0]
+
+
+def expanded(tensor):
+    return tensor if tensor.dtype in (needs("torch").int32, needs("torch").int64) else tensor[:1].expand(tensor.shape)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", [transposed, sliced, expanded], ids=lambda f: f.__name__)
+@calls
+def test_any_strides_of_torch_give_the_same(call, layout, dtype):
+    tensors = {name: layout(tensor) for name, tensor in as_tensors(operands_of(call, dtype)).items()}
+    found = call(**tensors)
+    expected = call(**{name: tensor.contiguous() for name, tensor in tensors.items()})
+    rtol = 1e-6 if dtype == "float32" else 2.0**-7
+    assert_same_results(found, expected, lambda a, b: assert_matches(a, b, rtol=rtol, atol=1e-6))
+
+
+def test_a_lazily_negated_tensor_is_read_with_its_sign():
+    torch = needs("torch")
+    plain = as_tensors(operands_of(flash_attn_func))
+    q = torch.complex(plain["k"], -plain["q"][:, :1].expand(2, 7, 4, 8)[:, :, :2]).conj().imag
+    assert q.is_neg()
+    found, expected = (cupyattn.attention(x, plain["k"], plain["v"]) for x in (q, q.clone()))
+    assert_same_bits(found, expected)
+
+
+@calls
+def test_tensors_that_require_gradients_give_the_same_values(call):
+    torch = needs("torch")
+    operands = operands_of(call)
+    tensors = as_tensors(operands)
+    parameters = {n: torch.nn.Parameter(t) if t.is_floating_point() else t for n, t in tensors.items()}
+    found, expected = call(**parameters), call(**operands)
+    assert_same_results(found, expected)
+    assert type(found[0]) is torch.Tensor
+    assert found[0].requires_grad == (call is not attention_backward)
+    with torch.no_grad():
+        quiet = call(**parameters)
+    assert_same_results(quiet, expected)
+    assert not any(x.requires_grad for x in quiet if isinstance(x, torch.Tensor))
+    with torch.inference_mode():
+        inferred = call(**parameters)
+    assert_same_results(inferred, expected)
+    assert inferred[0].is_inference()
+
+
+def torch_gradients(call, operands, cotangents):
+    torch = needs("torch")
+    tensors = as_tensors(operands)
+    smooth = [tensor.requires_grad_() for tensor in tensors.values() if tensor.is_floating_point()]
+    results = call(**tensors)[: len(cotangents)]
+    found = torch.autograd.grad(results, smooth, list(as_tensors(dict(enumerate(cotangents))).values()))
+    names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+    return dict(zip(names, found, strict=True))
+
+
+def cotangents_of(call, operands):
+    """Random ones for out, and lse if there is one (a dropout mask has no gradient)."""
+    rng = np.random.default_rng(11)
+    results = [result for result in call(**operands)[:2] if result is not None]
+    return [rng.standard_normal(result.shape).astype(result.dtype) for result in results]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_torchs_gradients_are_those_of_attention_backward(dtype):
+    operands = operands_of(attention, dtype)
+    operands.pop("mask")
+    dout, dlse = cotangents_of(unmasked_attention, operands)
+    found = torch_gradients(unmasked_attention, operands, [dout, dlse])
+    expected = unmasked_attention_backward(dout, dlse, operands)
+    assert_same_results(list(found.values()), expected)
+    for name, gradient in found.items():
+        assert dtype_name(gradient) == str(operands[name].dtype)
+
+
+def unmasked_attention(q, k, v, bias, slopes, sinks):
+    edits = {"bias": bias, "alibi_slopes": slopes, "sinks": sinks, "alignment": "top-left"}
+    return cupyattn.attention(q, k, v, **edits, return_lse=True)
+
+
+def unmasked_attention_backward(dout, dlse, operands):
+    q, k, v, bias, slopes, sinks = operands.values()
+    found = cupyattn.attention_backward(
+        dout, q, k, v, dlse=dlse, bias=bias, alibi_slopes=slopes, sinks=sinks, alignment="top-left"
+    )
+    return [found.dq, found.dk, found.dv, found.dbias, found.dalibi_slopes, found.dsinks]
+
+
+@smooth_calls
+def test_torchs_gradients_are_the_derivatives(call):
+    torch = needs("torch")
+    operands = {n: x.astype(np.float64) if is_floating(x) else x for n, x in operands_of(call, "float64").items()}
+    tensors = as_tensors(operands)
+    names = [name for name, tensor in tensors.items() if tensor.is_floating_point()]
+
+    def smooth(*values):
+        found = call(**{**tensors, **dict(zip(names, values, strict=True))})[:2]
+        return tuple(x.masked_fill(x.isinf(), 0.0) for x in found if x is not None)  # lse of rows that see no key
+
+    inputs = [tensors[name].requires_grad_() for name in names]
+    assert torch.autograd.gradcheck(smooth, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("call", [attention, flash_attn_varlen_func, merge_states], ids=lambda f: f.__name__)
+def test_a_loss_of_one_of_two_results_has_gradients(call):
+    """out without lse, or lse without out: the other's gradient is None in torch, and zero in fact."""
+    torch = needs("torch")
+    operands = operands_of(call)
+    dout, dlse = cotangents_of(call, operands)
+    for used, zeros in ((0, [dout, 0 * dlse]), (1, [0 * dout, dlse])):
+        tensors = as_tensors(operands)
+        smooth = [tensor.requires_grad_() for tensor in tensors.values() if tensor.is_floating_point()]
+        cotangent = Torch("").make((dout, dlse)[used])
+        found = torch.autograd.grad(call(**tensors)[used], smooth, cotangent, allow_unused=True)
+        expected = torch_gradients(call, operands, zeros).values()
+        assert_same_results([0 * t if g is None else g for g, t in zip(found, smooth, strict=True)], list(expected),
+                            assert_matches)  # fmt: skip
+
+
+def test_a_gradient_of_stride_zero_is_taken():
+    tensors = as_tensors({name: everything("float32")[name] for name in ("q", "k", "v")})
+    for tensor in tensors.values():
+        tensor.requires_grad_()
+    cupyattn.attention(**tensors).sum().backward()
+    arrays = [tensor.detach().numpy() for tensor in tensors.values()]
+    expected = cupyattn.attention_backward(np.ones_like(arrays[0]), *arrays)
+    assert_same_results([tensor.grad for tensor in tensors.values()], list(expected[:3]))
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_call_has_the_same_gradients(use_reentrant):
+    needs("torch")
+    from torch.utils.checkpoint import checkpoint
+
+    operands = {name: everything("float32")[name] for name in ("q", "k", "v")}
+    dout = everything("float32")["dout"]
+    tensors = {name: tensor.requires_grad_() for name, tensor in as_tensors(operands).items()}
+    checkpoint(cupyattn.attention, *tensors.values(), use_reentrant=use_reentrant).backward(Torch("").make(dout))
+    expected = cupyattn.attention_backward(dout, **operands)
+    assert_same_results([tensor.grad for tensor in tensors.values()], list(expected[:3]))
+
+
+def test_second_derivatives_of_torch_raise_and_are_not_dropped():
+    """A penalty on the gradient, added to a loss that has one: without a word, its share would be missing."""
+    torch = needs("torch")
+    q = Torch("").make(everything("float32")["q"]).requires_grad_()
+    out = cupyattn.attention(q, q, q)
+    (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        (out.sum() + (dq**2).sum()).backward()
+
+
+def test_backward_can_be_called_again_on_a_kept_graph():
+    q = Torch("").make(everything("float32")["q"]).requires_grad_()
+    out = cupyattn.attention(q, q, q)
+    out.sum().backward(retain_graph=True)
+    once = q.grad.clone()
+    out.sum().backward()
+    assert_same_bits(q.grad, 2 * once)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo's own
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_compiled_function_calls_attention_uncompiled(grad):
+    torch = needs("torch")
+    operands = {name: everything("float32")[name] for name in ("q", "k", "v")}
+    expected = 2 * cupyattn.attention(**operands, causal=True, alignment="top-left")
+    tensors = {name: tensor.requires_grad_(grad) for name, tensor in as_tensors(operands).items()}
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda q, k, v: 2 * cupyattn.attention(q, k, v, causal=True, alignment="top-left"), backend="eager"
+    )
+    out = compiled(**tensors)
+    assert_same_bits(out, expected)
+    if grad:
+        dout = everything("float32")["dout"]
+        out.backward(Torch("").make(dout))
+        found = [tensor.grad for tensor in tensors.values()]
+        wanted = cupyattn.attention_backward(2 * dout, **operands, causal=True, alignment="top-left")
+        assert_same_results(found, list(wanted[:3]))
+
+
+@calls
+def test_tensors_without_values_are_refused_by_name(call):
+    torch = needs("torch")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    operands = as_tensors(operands_of(call))
+    meta = {name: tensor.to("meta") for name, tensor in operands.items()}
+    with pytest.raises(ValueError, match=rf"{title_of(call)}: arrays have to be on the CPU or on a CUDA device"):
+        call(**meta)
+    with FakeTensorMode():
+        fake = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in operands.items()}
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=f"{title_of(call)}: "):
+        call(**fake)
+
+
+# ---------------------------------------------------------------------------------------------------
+# JAX
+# ---------------------------------------------------------------------------------------------------
+
+
+@smooth_calls
+def test_jaxs_gradients_are_torchs(call):
+    jax = needs("jax")
+    operands = operands_of(call)
+    cotangents = cotangents_of(call, operands)
+    expected = torch_gradients(call, operands, cotangents)
+    arrays = {name: jax.numpy.asarray(array) for name, array in operands.items()}
+    smooth = {name: array for name, array in arrays.items() if is_floating(operands[name])}
+
+    def outcome(smooth):
+        return [x for x in call(**{**arrays, **smooth})[:2] if x is not None]
+
+    def pull_back(smooth, cotangents):
+        return jax.vjp(outcome, smooth)[1](cotangents)[0]
+
+    for way in (pull_back, jax.jit(pull_back)):
+        found = way(smooth, [jax.numpy.asarray(x) for x in cotangents])
+        for name, gradient in found.items():
+            assert gradient.dtype == operands[name].dtype
+            assert_same_bits(gradient, expected[name])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_jaxs_gradients_are_those_of_attention_backward(dtype):
+    jax = needs("jax")
+    operands = operands_of(attention, dtype)
+    operands.pop("mask")
+    dout, dlse = cotangents_of(unmasked_attention, operands)
+
+    def loss(*values):
+        out, lse = unmasked_attention(*values)
+        return (out.astype("float32") * dout.astype("float32")).sum() + (lse * dlse).sum()
+
+    found = jax.grad(loss, argnums=range(6))(*(jax.numpy.asarray(x) for x in operands.values()))
+    assert_same_results(found, unmasked_attention_backward(dout, dlse, operands))
+
+
+def test_jax_differentiates_what_is_asked_for_and_leaves_the_rest_alone():
+    jax = needs("jax")
+    q, k, v, mask = (jax.numpy.asarray(everything("float32")[name]) for name in ("q", "k", "v", "mask"))
+    dout = everything("float32")["dout"]
+    found = jax.grad(lambda v: (cupyattn.attention(q, k, v, mask=mask) * dout).sum())(v)
+    expected = cupyattn.attention_backward(dout, *(to_float32(x) for x in (q, k, v)), mask=np.asarray(mask)).dv
+    assert_same_bits(found, expected)
+
+
+def to_float32(array):
+    return to_numpy(array).astype(np.float32)
+
+
+def test_jaxs_vmap_is_a_loop():
+    jax = needs("jax")
+    rng = np.random.default_rng(5)
+    q, k, v = (jax.numpy.asarray(rng.standard_normal((3, 2, n, 2, 4)).astype(np.float32)) for n in (4, 5, 5))
+    expected = np.stack([cupyattn.attention(*(np.asarray(x[i]) for x in (q, k, v))) for i in range(3)])
+    assert_same_bits(jax.vmap(cupyattn.attention)(q, k, v), expected)
+    assert_same_bits(jax.jit(jax.vmap(cupyattn.attention))(q, k, v), expected)
+    shared = jax.vmap(cupyattn.attention, in_axes=(0, None, None))(q, k[0], v[0])
+    assert_same_bits(shared[1], cupyattn.attention(*(np.asarray(x) for x in (q[1], k[0], v[0]))))
+    gradient = jax.vmap(jax.grad(lambda *x: cupyattn.attention(*x).sum()))(q, k, v)
+    ones = np.ones(q.shape[1:], np.float32)
+    assert_same_bits(gradient[2], cupyattn.attention_backward(ones, *(np.asarray(x[2]) for x in (q, k, v))).dq)
+
+
+def test_under_jit_wrong_sequences_are_refused_when_they_are_seen():
+    jax = needs("jax")
+    arrays = {name: jax.numpy.asarray(x) for name, x in operands_of(flash_attn_varlen_func).items()}
+    arrays["cu_seqlens_q"] = jax.numpy.asarray(np.array([0, 3, 99], np.int32))
+    with pytest.raises(Exception, match="cu_seqlens_q ends after the last row"):
+        jax.block_until_ready(jax.jit(flash_attn_varlen_func)(**arrays))
+
+
+# ---------------------------------------------------------------------------------------------------
+# dask
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", [*SMOOTH, attention_backward], ids=lambda call: call.__name__)
+def test_dask_computes_nothing_before_it_is_asked(call):
+    dask = needs("dask")
+    array = needs("dask.array")
+    seen = []
+
+    def load(x):
+        seen.append(x.shape)
+        return x
+
+    operands = operands_of(call)
+    lazy = {n: array.from_delayed(dask.delayed(load)(x), x.shape, x.dtype) for n, x in operands.items()}
+    found = call(**lazy)
+    assert not seen
+    expected = [x for x in call(**operands) if x is not None]
+    assert_same_results(dask.compute(*(x for x in found if x is not None)), expected)
+    assert len(seen) == len(operands)  # all results come from one run
+
+
+def test_dask_arrays_of_unknown_size_are_refused():
+    array = needs("dask.array")
+    q = array.ones((2, 5, 2, 8), chunks=2)
+    unknown = q[q[:, 0, 0, 0] > 0]
+    with pytest.raises(TypeError, match="k has chunks of unknown size"):
+        cupyattn.attention(q, unknown, unknown)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Refused
+# ---------------------------------------------------------------------------------------------------
+
+OTHERS = [Torch("float32"), Jax("float32"), Strict("float32"), Dask("float32")]
+
+
+@pytest.mark.parametrize("home", OTHERS, ids=str)
+@pytest.mark.parametrize("call", [c for c in CALLS if c is not flash_attn_qkvpacked_func], ids=lambda c: c.__name__)
+def test_arrays_of_two_libraries_are_refused(call, home):
+    operands = operands_of(call)
+    last = next(reversed(operands))
+    for stranger in (next(iter(operands)), last):
+        mixed = {name: home.make(x) if name == stranger else x for name, x in operands.items()}
+        expected = rf"(?s){title_of(call)}: all arrays have to be of one library.*numpy\.ndarray"
+        with pytest.raises(TypeError, match=expected):
+            call(**mixed)
+
+
+def test_the_refusal_of_two_libraries_names_each_argument():
+    torch = needs("torch")
+    q = np.ones((1, 2, 2, 4), np.float32)
+    with pytest.raises(TypeError) as caught:
+        cupyattn.scaled_dot_product_attention(q, torch.ones(1, 2, 2, 4), q, torch.ones(2, 2, dtype=torch.bool))
+    for line in ("query      numpy.ndarray", "key        torch.Tensor", "attn_mask  torch.Tensor"):
+        assert line in str(caught.value)
+
+
+def test_arrays_on_two_devices_are_refused_by_name():
+    q, far = Strict("float32").make(np.ones((1, 2, 2, 4), np.float32)), Strict("float32", "device1")
+    with pytest.raises(ValueError, match=r"attention: all arrays have to be on one device") as caught:
+        cupyattn.attention(q, q, far.make(np.ones((1, 2, 2, 4), np.float32)))
+    assert "v  array_api_strict.Device('device1')" in str(caught.value)
+    q = Torch("").make(np.ones((1, 2, 2, 4), np.float32))
+    with pytest.raises(ValueError, match=r"attention: all arrays have to be on one device") as caught:
+        cupyattn.attention(q, q.to("meta"), q)
+    assert "k  meta" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "stranger", [None, 3.0, [[[[1.0]]]], "q", np.float32(1), object()], ids=lambda x: type(x).__name__
+)
+def test_what_is_no_array_is_refused_by_name(stranger):
+    q = np.ones((1, 1, 1, 1), np.float32)
+    for arguments, name in (((stranger, q, q), "q"), ((q, stranger, q), "k"), ((q, q, stranger), "v")):
+        with pytest.raises(TypeError, match=rf"attention: .*\n(    .*\n)*    {name}  .*{type(stranger).__name__}"):
+            cupyattn.attention(*arguments)
+
+
+def test_special_arrays_are_refused_by_name():
+    torch = needs("torch")
+    q = np.ones((1, 2, 2, 4), np.float32)
+    with pytest.raises(TypeError, match="k is a MaskedArray; pass a plain array, and a mask as mask"):
+        cupyattn.attention(q, np.ma.masked_array(q), q)
+    with pytest.raises(TypeError, match="x is a matrix"):
+        cupyattn.apply_rotary_emb(np.ones((2, 2)).view(np.matrix), np.ones((2, 1)), np.ones((2, 1)))
+    t = torch.ones(1, 2, 2, 4)
+    with pytest.raises(TypeError, match=r"v is not a strided tensor \(torch\.sparse_coo\)"):
+        cupyattn.attention(t, t, t.to_sparse())
+    for wrong in (q.astype(np.int32), q.astype(np.complex64), q > 0, q.astype(np.longdouble)):
+        with pytest.raises(TypeError, match="q has to be one of float16, bfloat16, float32, float64"):
+            cupyattn.attention(wrong, wrong, wrong)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The CUDA door, seen from a machine without a GPU
+# ---------------------------------------------------------------------------------------------------
+
+
+@calls
+def test_cupy_arrays_without_a_gpu_say_what_is_missing(call):
+    home = HostBackedCuPy("float16")
+    arrays = {name: home.make(array) for name, array in operands_of(call, "float16").items()}
+    with pytest.raises(RuntimeError, match=rf"{title_of(call)}: .*CuPy finds no NVIDIA driver or GPU"):
+        call(**arrays)
+
+
+def pretending_to_be_on_a_gpu(tensor):
+    torch = needs("torch")
+
+    class Pretender(torch.Tensor):
+        device = property(lambda self: torch.device("cuda", 0))
+
+    return tensor.as_subclass(Pretender)
+
+
+@calls
+def test_cuda_tensors_without_cupy_say_what_to_install(call, monkeypatch):
+    tensors = as_tensors(operands_of(call, "float16"))
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    expected = rf"{title_of(call)}: .*torch\.Tensor.*cupyattn\[cuda12\] or cupyattn\[cuda13\]"
+    with pytest.raises(ImportError, match=expected):
+        call(**{name: pretending_to_be_on_a_gpu(tensor) for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_explain_plans_for_cupy_arrays_and_a_named_gpu(dtype):
+    home = HostBackedCuPy(dtype)
+    rng = np.random.default_rng(0)
+    q, k = (home.make(rng.standard_normal((2, n, 4, 64)).astype(DTYPES[dtype])) for n in (128, 4096))
+    plan = cupyattn.explain(q, k, k, device="H100")
+    assert plan == cupyattn.explain(q.shape, k.shape, k.shape, dtype=dtype, device="H100")
+    assert plan.device == "H100"
+    assert plan.kernel in ("flash", "splitkv")
+    with pytest.raises(RuntimeError, match=r"explain: .*CuPy finds no NVIDIA driver or GPU"):
+        cupyattn.explain(q, k, k)
+
+
+@pytest.mark.parametrize("home", [home for home in HOMES if not isinstance(home, BigEndian)], ids=str)
+def test_explain_plans_the_same_for_arrays_and_their_shapes(home):
+    q, k = (home.make(np.ones((2, n, 4, 8), DTYPES[home.dtype])) for n in (6, 9))
+    for device in (None, "cpu", "H100"):
+        plan = cupyattn.explain(q, k, k, causal=True, alignment="top-left", device=device)
+        shapes = (2, 6, 4, 8), (2, 9, 4, 8), (2, 9, 4, 8)
+        assert plan == cupyattn.explain(*shapes, dtype=home.dtype, causal=True, alignment="top-left", device=device)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Dropout's randomness
+# ---------------------------------------------------------------------------------------------------
+
+
+def dropped(q, k, v, **arguments):
+    return cupyattn.attention(q, k, v, dropout_p=0.5, **arguments)
+
+
+@pytest.mark.parametrize("home", [home for home in HOMES if home.dtype == "float32"], ids=str)
+def test_a_dropout_seed_says_the_same_in_every_library(home):
+    operands = {name: everything("float32")[name] for name in ("q", "k", "v")}
+    arrays = {name: home.make(array) for name, array in operands.items()}
+    for seed in (0, 1, 2**64 - 1):
+        expected = dropped(**operands, dropout_seed=seed)
+        assert_same_bits(home.call(lambda seed=seed, **x: dropped(**x, dropout_seed=seed), arrays), expected)
+    assert not np.array_equal(dropped(**operands, dropout_seed=0), dropped(**operands, dropout_seed=1))
+
+
+def test_torchs_generator_governs_dropout():
+    torch = needs("torch")
+    tensors = as_tensors({name: everything("float32")[name] for name in ("q", "k", "v")})
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        first, second = dropped(**tensors), dropped(**tensors)
+        torch.manual_seed(1)
+        again = dropped(**tensors)
+        state = torch.get_rng_state()
+        cupyattn.attention(**tensors)
+        dropped(**tensors, dropout_seed=3)
+        assert torch.equal(state, torch.get_rng_state())  # whoever needs no number draws none
+    assert_same_bits(again, first)
+    assert not torch.equal(first, second)
+
+
+def test_torchs_backward_drops_what_the_forward_dropped():
+    torch = needs("torch")
+    q, k, v = as_tensors({name: everything("float64")[name] for name in ("q", "k", "v")}).values()
+    dout = Torch("").make(everything("float64")["dout"])
+    with torch.random.fork_rng():
+        out = dropped(q, k, v.requires_grad_())
+    out.backward(dout)
+    assert_matches((v.grad * v).sum(), (out * dout).sum(), rtol=1e-12)  # out is linear in v
+
+
+def test_numpys_dropout_is_new_in_every_call():
+    q = everything("float32")["q"]
+    assert not np.array_equal(dropped(q, q, q), dropped(q, q, q))
+
+
+@pytest.mark.parametrize("home", [Jax("float32"), Jax("float32", jit=True), Dask("float32")], ids=str)
+def test_libraries_without_a_generator_need_a_dropout_seed(home):
+    arrays = {name: home.make(everything("float32")[name]) for name in ("q", "k", "v")}
+    with pytest.raises(ValueError, match=r"dropout of .* arrays needs a dropout_seed"):
+        home.call(dropped, arrays)

@@ -1,0 +1,499 @@
+"""The algorithm against the definition, and the algebra of states.
+
+`numpy_ref.attention` is the definition.  It is checked against one written with nothing but `math`,
+then everything that computes block by block is checked against it.
+"""
+
+import math
+from functools import reduce
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import assert_matches, assert_same_bits
+
+import cupyattn
+from cupyattn import numpy_ref
+from cupyattn.numpy_ref import OnlineSoftmax, State, merge
+
+seeds = st.integers(0, 2**32 - 1)
+quick = settings(derandomize=True, deadline=None, max_examples=100)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The definition
+# ---------------------------------------------------------------------------------------------------
+
+
+def one_row(q, k, v, visible, scale, softcap, bias, sink):
+    """out and lse of one query, in Python floats: no arrays, no subtraction of a maximum."""
+    scores = []
+    for j in range(len(k)):
+        score = scale * sum(a * b for a, b in zip(q, k[j], strict=True))
+        score = softcap * math.tanh(score / softcap) if softcap else score
+        scores.append(score + bias[j] if visible[j] else -math.inf)
+    weights = [math.exp(score) for score in scores]
+    total = sum(weights) + (math.exp(sink) if sink is not None else 0.0)
+    if total == 0.0:
+        return [0.0] * v.shape[1], -math.inf
+    out = [sum(w * x for w, x in zip(weights, v[:, d], strict=True)) / total for d in range(v.shape[1])]
+    return out, math.log(total)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_the_definition_is_the_formula_in_plain_python(rng, softcap, with_sinks):
+    q, k = rng.standard_normal((2, 2, 5, 4))
+    v = rng.standard_normal((2, 5, 3))
+    visible = np.tri(5, 5, -1, dtype=bool)
+    bias = rng.standard_normal((5, 5))
+    sinks = rng.standard_normal((2, 5)) if with_sinks else None
+    state = numpy_ref.attention(q, k, v, visible=visible, scale=0.7, softcap=softcap, bias=bias, sinks=sinks)
+    for head in range(2):
+        for i in range(5):
+            sink = sinks[head, i] if with_sinks else None
+            out, lse = one_row(q[head, i], k[head], v[head], visible[i], 0.7, softcap, bias[i], sink)
+            assert_matches(state.out[head, i], out, rtol=1e-13, atol=1e-15)
+            assert_matches(state.lse[head, i], lse, rtol=1e-13, atol=1e-15)
+
+
+def test_the_definition_drops_weights_after_normalising_them(rng):
+    q, k, v = rng.standard_normal((3, 4, 4))
+    keep = rng.random((4, 4)) < 0.5
+    plain = numpy_ref.attention(q, k, np.eye(4), scale=0.5)
+    dropped = numpy_ref.attention(q, k, v, scale=0.5, keep=keep, dropout_p=0.5)
+    assert_matches(dropped.out, (plain.out * keep / 0.5) @ v, rtol=1e-13, atol=1e-15)
+    assert_same_bits(dropped.lse, plain.lse)
+
+
+def test_the_definition_survives_scores_that_exp_does_not(rng):
+    q, k, v = rng.standard_normal((3, 4, 4))
+    state = numpy_ref.attention(q, k, v, scale=1e5)
+    assert np.isfinite(state.out).all()
+    assert np.abs(state.lse).max() > 1e4
+
+
+# ---------------------------------------------------------------------------------------------------
+# OnlineSoftmax
+# ---------------------------------------------------------------------------------------------------
+
+
+@quick
+@given(
+    seed=seeds,
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    spread=st.sampled_from([0.0, 1.0, 30.0, 1e4]),
+    hidden=st.sampled_from([0.0, 0.5, 0.95, 1.0]),
+    with_sinks=st.booleans(),
+    dtype=st.sampled_from(["float64", "float32"]),
+)
+def test_folding_block_by_block_is_the_softmax_of_the_whole_row(seed, sizes, spread, hidden, with_sinks, dtype):
+    rng = np.random.default_rng(seed)
+    rows, keys = (2, 3), sum(sizes)
+    scores = (spread * rng.standard_normal((*rows, keys))).astype(dtype)
+    scores[rng.random(scores.shape) < hidden] = -np.inf
+    values = rng.standard_normal((2, keys, 4)).astype(dtype)
+    sinks = rng.standard_normal(rows).astype(dtype) if with_sinks else None
+    softmax = OnlineSoftmax(rows, dtype, sinks)
+    out = np.zeros((*rows, 4), dtype)
+    start = 0
+    for size in sizes:
+        block = scores[..., start : start + size].copy()
+        with np.errstate(all="ignore"):
+            shrink = softmax.fold(block)
+        if shrink is not None:
+            out *= shrink[..., None]
+        out += block @ values[:, start : start + size]
+        start += size
+    with np.errstate(all="ignore"):
+        state = softmax.finish(out)
+
+    eye = np.broadcast_to(np.eye(keys), (2, keys, keys))
+    finite = np.where(np.isneginf(scores), 0.0, scores)  # -inf * 0 is nan in the product with the unit matrix
+    expected = numpy_ref.attention(finite, eye, values, scale=1.0, visible=scores > -np.inf, sinks=sinks)
+    tolerance = {"rtol": 1e-12, "atol": 1e-13} if dtype == "float64" else {"rtol": 2e-6, "atol": 2e-6}
+    assert state.out.dtype == state.lse.dtype == dtype
+    assert_matches(state.out, expected.out, **tolerance)
+    assert_matches(state.lse, expected.lse, **tolerance)
+
+
+@quick
+@given(
+    seed=seeds,
+    sizes=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    bounded=st.lists(st.booleans(), min_size=4, max_size=4),
+)
+def test_rows_of_bounded_scores_need_no_maximum_and_are_never_rescaled(seed, sizes, bounded):
+    rng = np.random.default_rng(seed)
+    bounded = np.array(bounded)
+    scores = rng.uniform(-60.0, 60.0, (4, sum(sizes)))
+    scores[~bounded] *= 100.0
+    scores[rng.random(scores.shape) < 0.3] = -np.inf
+    softmax = OnlineSoftmax((4,), "float64", bounded=bounded)
+    out, values = np.zeros((4, 2)), rng.standard_normal((sum(sizes), 2))
+    with np.errstate(all="ignore"):
+        for start, size in zip(np.cumsum([0, *sizes]), sizes, strict=False):
+            block = scores[:, start : start + size].copy()
+            shrink = softmax.fold(block)
+            if shrink is not None:
+                assert_matches(shrink[bounded], np.ones(bounded.sum()))
+                out *= shrink[:, None]
+            assert_matches(softmax.row_max[bounded], np.zeros(bounded.sum()))
+            out += block @ values[start : start + size]
+        state = softmax.finish(out)
+    visible = scores > -np.inf
+    expected = numpy_ref.attention(
+        np.where(visible, scores, 0.0), np.eye(sum(sizes)), values, scale=1.0, visible=visible
+    )
+    assert_matches(state.out, expected.out, rtol=1e-11, atol=1e-12)
+    assert_matches(state.lse, expected.lse, rtol=1e-12, atol=1e-12)
+
+
+def test_folding_a_smaller_maximum_shrinks_nothing_and_a_larger_one_does():
+    softmax = OnlineSoftmax((1,), "float64")
+    with np.errstate(all="ignore"):
+        softmax.fold(np.array([[2.0, 1.0]]))
+        shrink = softmax.fold(np.array([[0.0]]))
+        assert shrink is None or shrink[0] == 1.0
+        assert_matches(softmax.fold(np.array([[5.0]])), [math.exp(2.0 - 5.0)], rtol=1e-15)
+    assert_matches(softmax.row_max, [5.0])
+    assert_matches(softmax.row_sum, [math.exp(-3) + math.exp(-4) + math.exp(-5) + 1.0], rtol=1e-15)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Block by block against the definition
+# ---------------------------------------------------------------------------------------------------
+
+
+def band(seqlen_q, seqlen_k, left, right, offset):
+    i, j = np.ogrid[:seqlen_q, :seqlen_k]
+    seen = np.ones((seqlen_q, seqlen_k), bool)
+    if left is not None:
+        seen &= j >= i + offset - left
+    if right is not None:
+        seen &= j <= i + offset + right
+    return seen
+
+
+def assert_attention_is_its_definition(q, k, v, rtol=1e-11, atol=1e-12, **options):
+    """`attention` of (batch, heads, seqlen, head_dim) arrays against the dense definition."""
+    out, lse = cupyattn.attention(q, k, v, layout="bhsd", **options, return_lse=True)
+    batch = np.broadcast_shapes(*(x.shape[:1] for x in (q, k, v)))
+    (num_heads, seqlen_q, head_dim), seqlen_k = q.shape[1:], k.shape[2]
+    k, v = (np.repeat(x, num_heads // x.shape[1], axis=1) for x in (k, v))
+    q, k, v = (np.broadcast_to(x, (*batch, *x.shape[1:])) for x in (q, k, v))
+    offset = seqlen_k - seqlen_q if options.get("alignment") == "bottom-right" else 0
+    left, right = options.get("window_size", (None, None))
+    visible = band(seqlen_q, seqlen_k, left, 0 if options.get("causal") else right, offset)
+    bias = np.asarray(options.get("bias", 0.0), np.float64)
+    if "alibi_slopes" in options:
+        distance = np.abs(np.arange(seqlen_q)[:, None] + offset - np.arange(seqlen_k))
+        bias = bias - options["alibi_slopes"][..., None, None] * distance
+    scale = options.get("softmax_scale")
+    p = options.get("dropout_p", 0.0)
+    b, h, i = np.ogrid[: batch[0], :num_heads, :seqlen_q]
+    expected = numpy_ref.attention(
+        q,
+        k,
+        v,
+        visible=visible & options.get("mask", True),
+        scale=head_dim**-0.5 if scale is None else scale,
+        softcap=options.get("softcap", 0.0),
+        bias=bias,
+        sinks=options["sinks"][:, None] if "sinks" in options else None,
+        keep=numpy_ref.dropout_keep(p, options["dropout_seed"], b, h, i, range(seqlen_k)) if p else True,
+        dropout_p=p,
+    )
+    assert_matches(out, expected.out, rtol=rtol, atol=atol)
+    assert_matches(lse, expected.lse, rtol=rtol, atol=atol)
+
+
+@st.composite
+def calls(draw):
+    rng = np.random.default_rng(draw(seeds))
+    batch = draw(st.sampled_from([1, 3]))
+    seqlen_q = draw(st.sampled_from([1, 2, 7, 65]))
+    seqlen_k = draw(st.sampled_from([1, 2, 7, 65]))
+    num_heads, num_heads_k, num_heads_v = draw(
+        st.sampled_from([(1, 1, 1), (3, 3, 3), (4, 2, 2), (4, 1, 1), (4, 1, 2), (6, 3, 2), (2, 2, 1)])
+    )
+    batches = [draw(st.sampled_from([1, batch])) for _ in range(3)]
+    spread = draw(st.sampled_from([1.0, 1.0, 100.0, 1e-3]))
+    q = spread * rng.standard_normal((batches[0], num_heads, seqlen_q, 5))
+    k = rng.standard_normal((batches[1], num_heads_k, seqlen_k, 5))
+    v = rng.standard_normal((batches[2], num_heads_v, seqlen_k, 3))
+    scores = max(batches), num_heads, seqlen_q, seqlen_k
+
+    def broadcast_shape():
+        return [draw(st.sampled_from([1, n])) for n in scores][draw(st.integers(0, 3)) :]
+
+    sides = st.sampled_from([None, 0, 1, 3, 40])
+    options = {
+        "causal": draw(st.booleans()),
+        "window_size": (draw(sides), draw(sides)),
+        "alignment": draw(st.sampled_from(["top-left", "bottom-right"])),
+        "softmax_scale": draw(st.sampled_from([None, 0.0, 3.0])),
+        "softcap": draw(st.sampled_from([0.0, 0.0, 2.0])),
+    }
+    if draw(st.booleans()):
+        options["mask"] = rng.random(broadcast_shape()) < draw(st.sampled_from([0.1, 0.8]))
+    if draw(st.booleans()):
+        shape = broadcast_shape()
+        options["bias"] = np.where(rng.random(shape) < 0.2, -np.inf, rng.standard_normal(shape))
+    if draw(st.booleans()):
+        options["alibi_slopes"] = rng.random(draw(st.sampled_from([(num_heads,), (max(batches), num_heads)])))
+    if draw(st.booleans()):
+        options["sinks"] = rng.standard_normal(num_heads)
+    if draw(st.booleans()):
+        options |= {"dropout_p": draw(st.sampled_from([0.2, 1.0])), "dropout_seed": draw(st.integers(0, 2**64 - 1))}
+    return q, k, v, options
+
+
+@settings(derandomize=True, deadline=None, max_examples=400)
+@given(calls())
+def test_attention_is_its_definition_under_every_combination_of_options(call):
+    q, k, v, options = call
+    assert_attention_is_its_definition(q, k, v, **options)
+
+
+LENGTHS = [
+    (1, 5000),
+    (3, 1300),
+    (63, 300),
+    (64, 257),
+    (511, 255),
+    (512, 256),
+    (513, 257),
+    (700, 900),
+    (1030, 520),
+    (1600, 1100),
+]
+CUTS = {
+    "full": {},
+    "causal": {"causal": True, "alignment": "bottom-right"},
+    "causal top-left": {"causal": True, "alignment": "top-left"},
+    "window": {"window_size": (100, 17), "alignment": "bottom-right"},
+    "narrow": {"window_size": (0, 1), "alignment": "top-left"},
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_attention_is_its_definition_however_it_is_cut_into_blocks(rng, lengths, cut):
+    q = rng.standard_normal((1, 2, lengths[0], 3))
+    k, v = rng.standard_normal((2, 1, 1, lengths[1], 3))
+    assert_attention_is_its_definition(q, k, v, **CUTS[cut])
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((40, 1, 3, 4), (40, 1, 5, 4)),
+        ((7, 8, 1, 4), (7, 2, 3000, 4)),
+        ((1, 64, 2, 4), (1, 8, 70, 4)),
+        ((300, 2, 1, 4), (1, 2, 9, 4)),
+        ((2, 16, 70, 4), (2, 16, 33, 4)),
+        ((1, 600, 1, 4), (1, 1, 40, 4)),
+        ((3, 1030, 2, 4), (3, 1030, 2, 4)),
+    ],
+    ids=str,
+)
+def test_attention_is_its_definition_whatever_shares_a_tile(rng, shapes):
+    q = rng.standard_normal(shapes[0])
+    k, v = rng.standard_normal((2, *shapes[1]))
+    assert_attention_is_its_definition(q, k, v)
+    mask = rng.random((shapes[0][2], shapes[1][2])) < 0.7
+    slopes = rng.random((shapes[0][0], shapes[0][1]))
+    assert_attention_is_its_definition(q, k, v, mask=mask, alibi_slopes=slopes, alignment="top-left")
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 7.0, 20.0, 1e3, 1e150])
+@pytest.mark.parametrize("lengths", [(5, 300), (100, 300)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_is_its_definition_whether_or_not_scores_are_bounded(rng, spread, lengths, causal):
+    """Around the limit up to which no maximum is taken, and far beyond it on both sides."""
+    q = spread * rng.standard_normal((1, 2, lengths[0], 4))
+    k, v = rng.standard_normal((2, 1, 2, lengths[1], 4))
+    assert_attention_is_its_definition(q, k, v, causal=causal, alignment="bottom-right", rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True, "alignment": "bottom-right"}, {"softcap": 50.0}], ids=str)
+def test_rows_of_tiny_and_of_enormous_scores_may_be_neighbours(rng, options):
+    q = rng.standard_normal((1, 4, 100, 4)) * 10.0 ** rng.integers(-3, 6, (1, 4, 100, 1))
+    k = rng.standard_normal((1, 2, 300, 4)) * 10.0 ** rng.integers(-2, 3, (1, 2, 300, 1))
+    assert_attention_is_its_definition(q, k, rng.standard_normal(k.shape), **options, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("place", [0, 150, 299])
+@pytest.mark.parametrize("seqlen_q", [5, 100])
+def test_one_enormous_score_among_small_ones_wins_wherever_it_comes(rng, place, seqlen_q):
+    q = np.abs(rng.standard_normal((1, 1, seqlen_q, 4))) + 0.1
+    k, v = rng.standard_normal((2, 1, 1, 300, 4))
+    k[:, :, place] = 1e5
+    out = cupyattn.attention(q, k, v, layout="bhsd")
+    assert_matches(out, np.broadcast_to(v[:, :, place : place + 1], out.shape))
+
+
+def test_weights_far_below_one_are_not_lost(rng):
+    """All scores are about -800: exp of them is zero, their softmax is not."""
+    for seqlen_q in (3, 100):
+        q, k = np.full((1, 1, seqlen_q, 4), 20.0), -20.0 + 0.01 * rng.standard_normal((1, 1, 300, 4))
+        v = rng.standard_normal((1, 1, 300, 4))
+        assert_attention_is_its_definition(q, k, v)
+
+
+@pytest.mark.parametrize("lengths", [(1, 5000), (64, 64), (130, 1000), (700, 900)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"causal": True, "alignment": "bottom-right"}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("spread", [1.0, 5.0])
+def test_float32_arithmetic_stays_within_a_millionth_times_the_root_of_the_keys(rng, lengths, options, spread):
+    q = (spread * rng.standard_normal((1, 2, lengths[0], 8))).astype(np.float32)
+    k, v = rng.standard_normal((2, 1, 1, lengths[1], 8)).astype(np.float32)
+    bound = 1e-6 * math.sqrt(lengths[1])
+    exact = cupyattn.attention(q, k, v, layout="bhsd", **options, return_lse=True)
+    found = cupyattn.attention(q, k, v, layout="bhsd", **options, compute_dtype="float32", return_lse=True)
+    assert not np.array_equal(found[0], exact[0]), "float32 was not used"
+    assert_matches(found[0], exact[0], atol=bound)
+    assert_matches(found[1], exact[1], atol=1e-5 if spread == 1.0 else 1e-4)
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0, 1e4])
+def test_float32_arithmetic_meets_the_definition_on_every_path(rng, spread):
+    for seqlen_q in (5, 100):
+        q = (spread * rng.standard_normal((1, 2, seqlen_q, 4))).astype(np.float32)
+        k, v = rng.standard_normal((2, 1, 2, 300, 4)).astype(np.float32)
+        out = cupyattn.attention(q, k, v, layout="bhsd", compute_dtype="float32")
+        expected = numpy_ref.attention(q, k, v, scale=0.5).out
+        close = np.abs(out - expected) <= 1e-5 * max(1.0, spread)
+        assert close.mean() > 0.995, "ties between enormous scores may fall either way; nothing else may"
+        assert np.isfinite(out).all()
+
+
+# ---------------------------------------------------------------------------------------------------
+# States
+# ---------------------------------------------------------------------------------------------------
+
+logs = st.one_of(st.floats(-800.0, 800.0), st.just(-np.inf), st.sampled_from([0.0, 1e5, -1e5]))
+logs_with_infinity = st.one_of(logs, st.just(np.inf))
+
+
+def states(lses=logs):
+    """Two rows; the out of a row that saw nothing is garbage."""
+
+    def build(lse, seed):
+        out = np.random.default_rng(seed).uniform(-1.0, 1.0, (2, 3))
+        out[np.isneginf(lse)] = np.nan if seed % 2 else np.inf
+        return State(out, np.array(lse))
+
+    return st.builds(build, st.lists(lses, min_size=2, max_size=2), seeds)
+
+
+def whole(state):
+    """The state with the garbage of empty rows taken out: what it means."""
+    return State(np.where(np.isneginf(state.lse)[:, None], 0.0, state.out), state.lse)
+
+
+def assert_same_state(actual, expected, **tolerance):
+    assert_matches(actual.out, expected.out, **tolerance)
+    assert_matches(actual.lse, expected.lse, **tolerance)
+
+
+NOTHING = State(np.zeros((2, 3)), np.full(2, -np.inf))
+
+
+@quick
+@given(states(logs_with_infinity), states(logs_with_infinity))
+def test_merge_is_commutative(a, b):
+    assert_same_state(merge([a, b]), merge([b, a]), rtol=1e-15, atol=1e-15)
+
+
+@quick
+@given(states(), states(), states())
+def test_merge_is_associative(a, b, c):
+    left, right = merge([merge([a, b]), c]), merge([a, merge([b, c])])
+    largest = max(np.abs(x.lse[x.lse > -np.inf]).max(initial=1.0) for x in (a, b, c))
+    rounding = 8 * np.finfo(float).eps * largest  # what a stored lse is off by, exp makes a factor of
+    assert_same_state(left, right, rtol=rounding, atol=rounding)
+    assert_same_state(merge([a, b, c]), left, rtol=rounding, atol=rounding)
+
+
+@quick
+@given(states(logs_with_infinity))
+def test_a_state_that_saw_nothing_is_merges_identity(a):
+    for garbage in (0.0, np.nan, np.inf, 1e300):
+        nothing = State(np.full((2, 3), garbage), np.full(2, -np.inf))
+        assert_same_state(merge([a, nothing]), whole(a), rtol=1e-15)
+        assert_same_state(merge([nothing, a]), whole(a), rtol=1e-15)
+    assert_same_state(merge([NOTHING, NOTHING]), NOTHING)
+
+
+@quick
+@given(states(logs_with_infinity))
+def test_a_state_merged_alone_is_itself(a):
+    assert_same_state(merge([a]), whole(a), rtol=1e-15)
+
+
+@quick
+@given(st.lists(states(logs_with_infinity), min_size=1, max_size=5))
+def test_merge_is_never_nan(several):
+    found = merge(several)
+    assert not np.isnan(found.out).any()
+    assert not np.isnan(found.lse).any()
+    highest = np.max([state.lse for state in several], axis=0)
+    assert (found.lse >= highest).all()
+    assert (found.lse <= highest + np.log(len(several)) + 1e-12).all()
+    assert np.abs(found.out).max() <= 1.0 + 1e-12, "a mean of states is not larger than the largest"
+
+
+@quick
+@given(states(), states())
+def test_merge_weighs_by_the_exponential_of_lse(a, b):
+    found = merge([a, b])
+    pairs = zip(a.lse, b.lse, strict=True)
+    share = np.array([1 / (1 + np.exp(min(700.0, y - x))) if x > -np.inf else 0.0 for x, y in pairs])
+    expected = share[:, None] * whole(a).out + (1 - share[:, None]) * whole(b).out
+    assert_matches(found.out, expected, rtol=1e-11, atol=1e-13)
+    assert_matches(found.lse, np.logaddexp(a.lse, b.lse), rtol=1e-14, atol=1e-14)
+
+
+def test_an_infinite_lse_outweighs_all_finite_ones():
+    big, small = State(np.ones((2, 3)), np.array([np.inf, np.inf])), State(np.zeros((2, 3)), np.array([700.0, 0.0]))
+    assert_same_state(merge([small, big, small]), big)
+
+
+@quick
+@given(seed=seeds, cuts=st.lists(st.integers(0, 20), max_size=5), dtype=st.sampled_from(["float64", "float32"]))
+def test_merging_attention_over_any_cut_of_the_keys_is_attention_over_all(seed, cuts, dtype):
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((2, 3, 4, 5)).astype(dtype)
+    k, v = 3 * rng.standard_normal((2, 2, 20, 2, 5)).astype(dtype)
+    mask = rng.random((2, 1, 3, 20)) < 0.5
+    edges = [0, *sorted(cuts), 20]
+    parts = [
+        cupyattn.attention(q, k[:, a:b], v[:, a:b], mask=mask[..., a:b], return_lse=True) for a, b in pairwise(edges)
+    ]
+    outs, lses = zip(*parts, strict=True)
+    merged = cupyattn.merge_states(outs, lses)
+    expected = cupyattn.attention(q, k, v, mask=mask, return_lse=True)
+    one_by_one = reduce(lambda one, other: cupyattn.merge_states(*zip(one, other, strict=True)), parts)
+    tolerance = {"rtol": 1e-12, "atol": 1e-13} if dtype == "float64" else {"rtol": 1e-6, "atol": 2e-6}
+    for found in (merged, one_by_one):
+        for ours, theirs in zip(found, expected, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert_matches(ours, theirs, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("layout", "axes"), [("bshd", (0, 1, 2, 3)), ("bhsd", (0, 2, 1, 3)), ("thd", None)], ids=["bshd", "bhsd", "thd"]
+)
+def test_merge_states_takes_every_layout(rng, layout, axes):
+    q, k, v = rng.standard_normal((1, 5, 4, 6)), *rng.standard_normal((2, 1, 9, 4, 6))
+    parts = [cupyattn.attention(q, k[:, part], v[:, part], return_lse=True) for part in (slice(0, 4), slice(4, 9))]
+    outs, lses = zip(*parts, strict=True)
+    outs = [x[0] if axes is None else x.transpose(axes) for x in outs]
+    lses = [x[0] if axes is None else x for x in lses]
+    out, lse = cupyattn.merge_states(outs, lses, layout=layout)
+    expected, expected_lse = cupyattn.attention(q, k, v, return_lse=True)
+    assert_matches(out, expected[0] if axes is None else expected.transpose(axes), rtol=1e-12, atol=1e-14)
+    assert_matches(lse, expected_lse[0] if axes is None else expected_lse, rtol=1e-13)

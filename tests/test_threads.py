@@ -1,0 +1,325 @@
+"""Many tasks on some threads, and a BLAS that has its own threads back afterwards."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from threadpoolctl import ThreadpoolController, threadpool_limits
+
+import cupyattn
+from cupyattn import threads
+from cupyattn.threads import run_all
+
+WAIT = 20
+"""Seconds after which a thread that should have come is missed."""
+
+
+def blas_threads():
+    """Threads of each BLAS in this process."""
+    return [library.num_threads for library in ThreadpoolController().select(user_api="blas").lib_controllers]
+
+
+@pytest.fixture
+def three_blas_threads():
+    """A user who set 3: no default, so that what is not restored is seen, on one core too."""
+    with threadpool_limits(3, user_api="blas"):
+        counts = blas_threads()
+        if not counts or set(counts) != {3}:
+            pytest.skip("needs a BLAS whose threads can be counted and set")
+        yield counts
+
+
+pytestmark = pytest.mark.usefixtures("three_blas_threads")
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize("count", [0, 1, 2, 500])
+def test_every_task_runs_once(count, num_workers):
+    done = []
+    run_all([lambda scratch, i=i: done.append(i) for i in range(count)], num_workers)
+    assert sorted(done) == list(range(count))
+    if num_workers == 1:
+        assert done == list(range(count))
+
+
+def test_tasks_that_run_at_once_have_scratch_memory_of_their_own():
+    everybody = threading.Barrier(3, timeout=WAIT)
+
+    def task(scratch):
+        everybody.wait()  # three tasks that wait for each other are on three threads
+        mine = scratch.array("mine", (1000,), np.int64)
+        mine[...] = threading.get_ident()
+        everybody.wait()
+        assert (mine == threading.get_ident()).all()
+
+    run_all([task] * 3, 3)
+    run_all([task] * 3, 3)
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_what_a_task_raises_is_raised_and_stops_the_rest(num_workers):
+    done = []
+
+    def bad(scratch):
+        raise Boom
+
+    def slow(scratch):
+        time.sleep(0.001)
+        done.append(1)
+
+    with pytest.raises(Boom):
+        run_all([slow, bad, *[slow] * 1000], num_workers)
+    assert len(done) < 500
+
+
+def test_what_a_helping_thread_raises_is_raised_too():
+    caller, raised = threading.get_ident(), threading.Event()
+
+    def task(scratch):
+        if threading.get_ident() == caller:
+            assert raised.wait(WAIT)
+        else:
+            raised.set()
+            raise Boom
+
+    with pytest.raises(Boom):
+        run_all([task] * 2, 2)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_is_raised_and_restores_the_blas(error, three_blas_threads):
+    def task(scratch):
+        raise error
+
+    with pytest.raises(error):
+        run_all([task] * 4, 3)
+    assert blas_threads() == three_blas_threads
+
+
+def test_calls_nest():
+    done = []
+
+    def outer(scratch):
+        run_all([lambda scratch: done.append(blas_threads()[0])] * 5, 2)
+
+    run_all([outer] * 4, 3)
+    assert done == [1] * 20
+    assert blas_threads() == [3] * len(blas_threads())
+
+
+def test_the_blas_has_one_thread_inside_and_its_own_again_outside(three_blas_threads):
+    inside = []
+    run_all([lambda scratch: inside.append(set(blas_threads()))] * 4, 2)
+    assert inside == [{1}] * 4
+    assert blas_threads() == three_blas_threads
+    with pytest.raises(ZeroDivisionError):
+        run_all([lambda scratch: 1 / 0] * 4, 2)
+    assert blas_threads() == three_blas_threads
+
+
+def test_the_blas_keeps_its_threads_if_one_worker_does_it_all(three_blas_threads):
+    inside = []
+    run_all([lambda scratch: inside.append(blas_threads())] * 3, 1)
+    assert inside == [three_blas_threads] * 3
+
+
+def test_two_callers_that_overlap_restore_the_blas_after_the_later_one(three_blas_threads):
+    """The one that came first leaves first: the other must neither lose its limit nor make it permanent."""
+    second_is_in, first_is_out = threading.Event(), threading.Event()
+    seen = []
+
+    def second():
+        def task(scratch):
+            second_is_in.set()
+            assert first_is_out.wait(WAIT)
+            seen.append(set(blas_threads()))
+
+        run_all([task] * 2, 2)
+
+    other = threading.Thread(target=second)
+
+    def task(scratch):
+        assert second_is_in.wait(WAIT)
+
+    def start_the_other(scratch):
+        other.start()
+        task(scratch)
+
+    run_all([start_the_other, task], 2)
+    first_is_out.set()
+    other.join(WAIT)
+    assert seen == [{1}, {1}]
+    assert blas_threads() == three_blas_threads
+
+
+def test_the_blas_is_held_whichever_thread_calls(three_blas_threads):
+    """threadpoolctl listens to one thread at a time: the one that set a limit last and has not let go."""
+    seen = []
+
+    def call():
+        run_all([lambda scratch: seen.append(set(blas_threads()))] * 2, 2)
+        seen.append(blas_threads())
+
+    other = threading.Thread(target=call)
+    other.start()
+    other.join(WAIT)
+    call()
+    assert seen == 2 * [{1}, {1}, three_blas_threads]
+    assert blas_threads() == three_blas_threads
+
+
+def test_two_threads_that_call_attention_at_once_get_their_answers(three_blas_threads, rng):
+    operands = [rng.standard_normal((3, 1, 512, 4, 32), dtype=np.float32) for _ in range(2)]
+    expected = [cupyattn.attention(*x) for x in operands]
+    found = [None, None]
+
+    def call(i):
+        for _ in range(3):
+            found[i] = cupyattn.attention(*operands[i])
+
+    callers = [threading.Thread(target=call, args=(i,)) for i in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    np.testing.assert_array_equal(found, expected)
+    assert blas_threads() == three_blas_threads
+
+
+def test_a_users_limit_of_one_thread_is_respected():
+    seen = set()
+    with threadpool_limits(1, user_api="blas"):
+        run_all([lambda scratch: seen.add(threading.get_ident())] * 20, 8)
+        assert set(blas_threads()) == {1}
+    assert seen == {threading.get_ident()}
+    assert set(blas_threads()) == {3}
+
+
+def test_no_more_threads_than_the_user_allows_the_blas():
+    start = threading.active_count()
+    seen = []
+
+    def task(scratch):
+        time.sleep(0.002)
+        seen.append(threading.active_count() - start + 1)
+
+    run_all([task] * 20, 8)
+    assert max(seen) <= 3
+
+
+def test_no_thread_outlives_the_call():
+    before = set(threading.enumerate())
+    run_all([lambda scratch: None] * 20, 3)
+    assert set(threading.enumerate()) == before
+
+
+def test_tasks_warn_of_no_arithmetic():
+    run_all([lambda scratch: np.log(np.zeros(2)) / np.zeros(2)] * 4, 2)
+
+
+def test_cores_are_those_this_process_may_use():
+    assert 1 <= threads.num_cores() <= (os.cpu_count() or 1)
+
+
+def run_in_a_process_of_its_own(program):
+    """pytest's process has libraries in it that do not want to be forked, and limits that were set before."""
+    quiet = "ignore:This process:DeprecationWarning"  # Python 3.12 warns of every fork beside a thread
+    here = os.path.dirname(os.path.dirname(cupyattn.__file__))
+    result = subprocess.run(
+        [sys.executable, "-W", quiet, "-c", program], capture_output=True, text=True, timeout=60, cwd=here
+    )
+    assert result.returncode == 0, result.stderr
+
+
+LIMITED = """
+import threading
+import numpy as np
+from cupyattn.threads import run_all
+from threadpoolctl import ThreadpoolController, threadpool_limits
+
+def counts():
+    return {library.num_threads for library in ThreadpoolController().select(user_api="blas").lib_controllers}
+
+def set_four():  # in a thread that ends, so that nobody is left who could set it back
+    ThreadpoolController().select(user_api="blas").limit(limits=4)
+
+called, done = threading.Event(), threading.Event()
+setter = threading.Thread(target=set_four)
+setter.start()
+setter.join()
+before = counts()
+assert before <= {4}, before
+
+def work():
+    run_all([lambda scratch: None] * 4, 4)
+    called.set()
+    done.wait(20)
+
+worker = threading.Thread(target=work)
+worker.start()
+assert called.wait(20)
+assert counts() == before, counts()
+with threadpool_limits(3, user_api="blas"):
+    assert counts() <= {3}, f"a limit of 3 gives {counts()}"
+assert counts() == before, counts()
+done.set()
+worker.join()
+"""
+
+
+def test_users_can_still_limit_the_blas_after_another_thread_called():
+    run_in_a_process_of_its_own(LIMITED)
+
+
+FORKED = """
+import os, sys, threading
+import numpy as np
+import cupyattn
+from cupyattn.threads import run_all
+from threadpoolctl import ThreadpoolController, threadpool_limits
+
+def counts():
+    return {library.num_threads for library in ThreadpoolController().select(user_api="blas").lib_controllers}
+
+q = np.random.default_rng(0).standard_normal((1, 512, 8, 32), dtype=np.float32)
+threadpool_limits(3, user_api="blas")
+expected = cupyattn.attention(q, q, q)
+
+def fork():
+    child = os.fork()
+    if child == 0:
+        ok = counts() <= {3} and np.array_equal(cupyattn.attention(q, q, q), expected) and counts() <= {3}
+        os._exit(0 if ok else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+fork()  # between two calls
+forked = threading.Event()
+inside = threading.Event()
+
+def wait(scratch):
+    inside.set()
+    assert forked.wait(20)
+
+other = threading.Thread(target=lambda: run_all([wait, wait], 2))
+other.start()
+assert inside.wait(20)
+fork()  # while another thread holds the BLAS
+forked.set()
+other.join()
+assert counts() <= {3}
+assert np.array_equal(cupyattn.attention(q, q, q), expected)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork (POSIX)")
+@pytest.mark.skipif(sys.platform == "darwin", reason="Apple's Accelerate cannot be used after a fork")
+def test_a_forked_child_computes_with_threads_of_its_own():
+    run_in_a_process_of_its_own(FORKED)
