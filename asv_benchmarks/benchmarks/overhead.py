@@ -1,0 +1,90 @@
+"""What the way through the package costs where there is nearly nothing to compute, and what importing it costs."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+from cupyattn import cpu, numpy_ref
+from cupyattn.arrays import enter
+from cupyattn.plan import choose
+from cupyattn.reading import Options, read
+from cupyattn.scratch import Scratch
+from cupyattn.tiles import cut_into_parts
+
+from . import CHECKOUT
+from .common import HEAD_DIM, Benchmark, draw, fastest, tracked, with_cupyattn, with_naive
+
+SEQLEN = 16
+
+
+def rooms(dtype):
+    """{room: a call of it alone}, for the way of one small problem; whole, bare and naive beside them."""
+    q, k, v = draw(SEQLEN, dtype)
+    named = {"q": ("q", q), "k": ("k", k), "v": ("v", v)}
+    options = Options(axes="bhsd", alignment=None)
+    visit = enter("attention", named)
+    problem = read("attention", visit.specs, options)
+    plan = choose(problem, visit.device())
+    return {
+        "attention": with_cupyattn(q, k, v, "full"),
+        "enter": lambda: enter("attention", named),
+        "read": lambda: read("attention", visit.specs, options),
+        "choose": lambda: choose(problem, visit.device()),
+        "cpu.run": lambda: cpu.run(plan, problem, visit.arrays),
+        "arithmetic": arithmetic(plan, problem, visit.arrays),
+        "naive": with_naive(q, k, v, "full"),
+    }
+
+
+def arithmetic(plan, problem, operands):
+    """`numpy_ref.flash` on a tile whose one block of keys is at hand: what no corridor could do without."""
+    (part,) = cut_into_parts(plan, problem, operands, 0)
+    (where,) = part.tiles
+    tile = part.tile(where, Scratch())
+    (block,) = tile.blocks()
+    ready = replace(tile, blocks=lambda: iter((block,)))
+    return lambda: numpy_ref.flash(ready, HEAD_DIM)
+
+
+class Corridor(Benchmark):
+    """One call of attention() on 16 rows less its arithmetic."""
+
+    params = (["float32", "float64"],)
+    param_names = ("dtype",)
+
+    def setup(self, dtype):
+        self.rooms = rooms(dtype)
+
+    @tracked("us over the arithmetic", 60)
+    def track_overhead(self, dtype):
+        whole, bare = fastest(self.rooms["attention"], self.rooms["arithmetic"], turns=self.turns)
+        return 1e6 * (whole - bare)
+
+
+class Rooms(Benchmark):
+    """Time in each room of the corridor, of the whole, and of the naive formula."""
+
+    params = (["attention", "enter", "read", "choose", "cpu.run", "arithmetic", "naive"], ["float32", "float64"])
+    param_names = ("room", "dtype")
+    rounds, warmup_time = 1, 0.05
+
+    def setup(self, room, dtype):
+        self.call = rooms(dtype)[room]
+        self.call()
+
+    def time_call(self, room, dtype):
+        self.call()
+
+
+class Import(Benchmark):
+    """`import cupyattn` where NumPy is imported already, in fresh processes."""
+
+    code = "import time, numpy; start = time.perf_counter(); import cupyattn; print(time.perf_counter() - start)"
+
+    @tracked("ms on top of NumPy", 60)
+    def track_import(self):
+        environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+        command = [sys.executable, "-c", self.code]
+        runs = [subprocess.run(command, env=environment, check=True, capture_output=True) for _ in range(self.turns)]
+        return 1e3 * min(float(run.stdout) for run in runs)
