@@ -154,7 +154,7 @@ class Layout:
         return self.axes == "thd"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Sizes:
     """How many of everything.  In a ragged problem the seqlens are the longest ones."""
 
@@ -169,11 +169,11 @@ class Sizes:
     total_q: int = 0
     """Rows of q in a ragged problem."""
 
-    @property
+    @cached_property
     def batch(self) -> int:
         return math.prod(self.batch_shape)
 
-    @property
+    @cached_property
     def queries_per_pair(self) -> int:
         """How many neighbouring query heads share both their key head and their value head."""
         per_k = self.num_heads // max(1, self.num_heads_k)

@@ -11,10 +11,9 @@ import numbers
 import operator
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,6 +60,8 @@ def refusal(function: str, rule: str, *shown: tuple[str, object] | tuple[str, ob
 
 def number(function: str, name: str, value: Any, *, rule: str, ok: Any) -> float:
     """A finite real number for which `ok` holds."""
+    if type(value) is float and math.isfinite(value) and ok(value):
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(refusal(function, f"{name} has to be a number", (name, repr(value), type(value).__name__)))
     try:
@@ -151,8 +152,7 @@ def dropout_seed(function: str, value: Any) -> int | None:
 # ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """The scalars of a call, checked one by one; together with the specs they make the Problem."""
 
     axes: Axes = "bshd"

@@ -20,6 +20,8 @@ STORAGE["bfloat16"] = np.dtype(np.uint16)
 
 def widen(array: Array, dtype: Any) -> Array:
     """`array` in `dtype` ("float32" or "float64"), exactly; no copy if it is there already."""
+    if array.dtype == dtype:
+        return array
     if array.dtype == np.uint16:
         array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
     with np.errstate(invalid="ignore"):  # a signalling nan

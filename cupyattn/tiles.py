@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, partial
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from cupyattn import numpy_ref
 from cupyattn.numpy_ref import Array, KeyBlock, State
 from cupyattn.plan import CpuTile, Plan, cpu_tile
-from cupyattn.problem import Mask, Problem, Sizes, Span
+from cupyattn.problem import Mask, Problem, Span
 from cupyattn.rounding import widen
 from cupyattn.scratch import Scratch
 
@@ -128,12 +128,10 @@ STRETCH = 512
 
 
 @lru_cache(maxsize=1024)
-def cut_into_tiles(
-    sizes: Sizes, mask: Mask, cut: CpuTile, batch: int, seqlen_q: int, seqlen_k: int
-) -> tuple[TileIndex, ...]:
+def cut_into_tiles(problem: Problem, cut: CpuTile, batch: int, seqlen_q: int, seqlen_k: int) -> tuple[TileIndex, ...]:
     """Every row of every head of every sequence once; the most work first."""
-    group = sizes.queries_per_pair
-    num_pairs = sizes.num_heads // group
+    mask, group = problem.mask, problem.sizes.queries_per_pair
+    num_pairs = problem.sizes.num_heads // group
     tiles = []
     for first_row in range(0, seqlen_q, cut.block_q):
         rows = Span(first_row, min(seqlen_q, first_row + cut.block_q))
@@ -269,13 +267,13 @@ class Part:
     @property
     def tiles(self) -> tuple[TileIndex, ...]:
         """The part, cut as the plan says; the most work first."""
-        return cut_into_tiles(
-            self.problem.sizes, self.problem.mask, self.cut, int(self.q.shape[0]), self.seqlen_q, self.seqlen_k
-        )
+        return cut_into_tiles(self.problem, self.cut, int(self.q.shape[0]), self.seqlen_q, self.seqlen_k)
 
     @cached_property
     def cut(self) -> CpuTile:
-        """How the part is cut into tiles."""
+        """How the part is cut into tiles: as planned, or by its own lengths if it is one of many sequences."""
+        if isinstance(self.plan.tile, CpuTile) and not self.problem.layout.ragged:
+            return self.plan.tile
         batch = int(self.q.shape[0])
         return cpu_tile(self.problem.sizes, batch, self.seqlen_q, self.seqlen_k, self.plan.num_workers)
 
@@ -291,13 +289,11 @@ class Part:
         edits = self.problem.edits
         pairs = where.pairs.stop - where.pairs.start
         heads = where.num_heads // pairs
-        q = self.rows_of(self.q, where)
+        q = self.scaled_queries(where, pairs, scratch)
         bounded = None if backward else self.bounded_rows(where, q, heads, scratch)
-        suspicious = not self.is_finite("v", where, scratch)
-        if backward:
-            suspicious = suspicious or not self.is_finite("k", where, scratch) or not np.isfinite(q.sum())
-        scaled = scratch.array("q", q.shape, q.dtype)
-        q = np.multiply(q, q.dtype.type(edits.softmax_scale), out=scaled)
+        suspicious = backward and not (
+            self.is_finite("v", where, scratch) and self.is_finite("k", where, scratch) and np.isfinite(q.sum())
+        )
         slopes = sinks = None
         if self.slopes is not None:
             slopes = self.slopes[_or_one(self.slopes, 0, where.batches), where.heads]
@@ -316,8 +312,22 @@ class Part:
             scratch,
         )
 
+    def scaled_queries(self, where: TileIndex, pairs: int, scratch: Scratch) -> Array:
+        """The tile's queries times the softmax scale, stacked: (batch, pairs, heads * rows, head_dim)."""
+        piece = self.q[where.batches, where.heads, where.row_slice]
+        if piece.dtype == np.uint16:
+            piece = widen(piece, self.compute_dtype)
+        q = scratch.array("q", piece.shape, self.compute_dtype)
+        np.multiply(piece, q.dtype.type(self.problem.edits.softmax_scale), out=q)
+        return q.reshape(piece.shape[0], pairs, where.num_heads // pairs * len(where.rows), piece.shape[-1])
+
     def attend(self, where: TileIndex, scratch: Scratch) -> State:
-        return numpy_ref.flash(self.tile(where, scratch), self.problem.sizes.head_dim_v)
+        tile, head_dim_v = self.tile(where, scratch), self.problem.sizes.head_dim_v
+        state = numpy_ref.flash(tile, head_dim_v)
+        if not np.isfinite(state.out.sum()):  # maybe 0 * nan of a value nobody may look at: once more, with care
+            tile.suspicious = True
+            state = numpy_ref.flash(tile, head_dim_v)
+        return state
 
     def stretches(self, source: Keys, where: TileIndex, scratch: Scratch) -> Iterator[Array]:
         """All keys (or values) of a tile's heads, some at a time."""
@@ -330,7 +340,11 @@ class Part:
         known = (name, where.batches.start, where.pairs.start)
         if known not in self._facts:
             source = self.k if name == "k" else self.v
-            self._facts[known] = all(np.isfinite(block.sum()) for block in self.stretches(source, where, scratch))
+            if source.pages is None and source.array.dtype != np.uint16:
+                whole = source.array[where.batches, source.head_slice(where.pairs)]
+                self._facts[known] = np.isfinite(whole.sum(dtype=self.compute_dtype))
+            else:
+                self._facts[known] = all(np.isfinite(part.sum()) for part in self.stretches(source, where, scratch))
         return bool(self._facts[known])
 
     def largest_norm(self, where: TileIndex, scratch: Scratch) -> Array:
@@ -358,7 +372,7 @@ class Part:
             return None
         row_norm = np.sqrt(np.einsum("...d,...d->...", q, q)).reshape(*q.shape[:-2], heads, len(where.rows))
         largest = self.largest_norm(where, scratch)[..., None, :]
-        bounded = edits.softmax_scale * row_norm * largest <= SCORE_LIMIT[self.compute_dtype]
+        bounded = row_norm * largest <= SCORE_LIMIT[self.compute_dtype]
         return np.asarray(bounded.reshape(q.shape[:-1]))
 
     def blocks(self, where: TileIndex, pairs: int, heads: int, scratch: Scratch) -> Iterator[KeyBlock]:
@@ -463,7 +477,7 @@ def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], 
     q, k, v = whole("q", sizes.num_heads), whole("k", sizes.num_heads_k), whole("v", sizes.num_heads_v)
     mask, bias = with_rank("mask"), with_rank("bias")
     ids = np.arange(sizes.batch).reshape(lead)
-    for outer in np.ndindex(lead[:-1]):
+    for outer in product(*map(range, lead[:-1])):
         slopes_here = slopes if slopes is None or slopes.shape[0] == 1 else slopes[ids[outer]]
         yield Part(
             plan,
