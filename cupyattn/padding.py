@@ -47,7 +47,8 @@ def unpad_input(
     Raises
     ------
     TypeError
-        Not arrays of one library, or masks that are neither boolean nor integer.
+        Not arrays of one library, masks that are neither boolean nor integer, or masks whose values are not
+        known yet: of dask, or under jax.jit.
     ValueError
         Shapes do not fit, or a mask's values are neither 0 nor 1.
     """
@@ -57,7 +58,7 @@ def unpad_input(
         "attention_mask": ("attention_mask", attention_mask),
         "unused_mask": ("unused_mask", unused_mask),
     }
-    visit = _enter(function, named, needed=("attention_mask",))
+    visit = _enter(function, named, "the number of rows", needed=("attention_mask", "unused_mask"))
     specs = dict(visit.specs)
     shape = specs["hidden_states"].shape
     if len(shape) < 2:
@@ -73,7 +74,7 @@ def unpad_input(
             if not (spec.dtype == "bool" or spec.dtype.startswith(("int", "uint"))):
                 rule = f"{name} has to be boolean or integer"
                 raise TypeError(refusal(function, rule, (name, spec.shape, spec.dtype)))
-            values = np.asarray(visit.library.to_numpy(visit.arrays[name]))
+            values = np.asarray(visit.library.values(visit.arrays[name]))
             if spec.dtype != "bool" and not np.isin(values, (0, 1)).all():
                 raise ValueError(
                     refusal(function, f"{name} has to hold 0 and 1", (name, reading.short(np.unique(values).tolist())))
@@ -110,7 +111,7 @@ def pad_input(hidden_states: Array, indices: Array, batch: int, seqlen: int) -> 
     Raises
     ------
     TypeError
-        Not arrays of one library, or indices that are not integers.
+        Not arrays of one library, indices that are not integers, or whose values are not known yet.
     ValueError
         Shapes do not fit, or an index is out of range or comes twice.
     """
@@ -118,7 +119,7 @@ def pad_input(hidden_states: Array, indices: Array, batch: int, seqlen: int) -> 
     batch = reading.integer(function, "batch", batch, low=0)
     seqlen = reading.integer(function, "seqlen", seqlen, low=0)
     named = {"hidden_states": ("hidden_states", hidden_states), "indices": ("indices", indices)}
-    visit = _enter(function, named, needed=("indices",))
+    visit = _enter(function, named, "the place of a row", needed=("indices",))
     specs = dict(visit.specs)
     shape, index = specs["hidden_states"].shape, specs["indices"]
     if math.prod((batch, seqlen, *shape[1:])) > LARGEST_RESULT:
@@ -129,7 +130,7 @@ def pad_input(hidden_states: Array, indices: Array, batch: int, seqlen: int) -> 
     if not shape or index.shape != shape[:1]:
         rule = "indices has to hold one position per row of hidden_states"
         raise ValueError(refusal(function, rule, ("indices", index.shape), ("hidden_states", shape)))
-    places = np.asarray(visit.library.to_numpy(visit.arrays["indices"])).astype(np.int64)
+    places = np.asarray(visit.library.values(visit.arrays["indices"])).astype(np.int64)
     total = batch * seqlen
     if places.size and (places.min() < 0 or places.max() >= total):
         rule = f"indices have to be from 0 to batch * seqlen - 1 = {total - 1}"
@@ -139,18 +140,19 @@ def pad_input(hidden_states: Array, indices: Array, batch: int, seqlen: int) -> 
     source = np.full(total, places.size, np.int64)  # padding takes the row of zeros after the last one
     source[places] = np.arange(places.size)
     xp = array_api_compat.array_namespace(hidden_states)
-    device = array_api_compat.device(hidden_states)
-    zeros = xp.zeros((1, *shape[1:]), dtype=hidden_states.dtype, device=device)
+    zeros = visit.library.zeros((1, *shape[1:]), hidden_states)
     rows = xp.take(xp.concat([hidden_states, zeros], axis=0), _index(visit, source), axis=0)
     if rows.dtype != hidden_states.dtype:  # NumPy joins arrays of a foreign byte order in its own
         rows = xp.astype(rows, hidden_states.dtype)
     return xp.reshape(rows, (batch, seqlen, *shape[1:]))
 
 
-def _enter(function: str, named: dict[str, tuple[str, Any]], needed: tuple[str, ...]) -> Visit:
+def _enter(function: str, named: dict[str, tuple[str, Any]], what: str, needed: tuple[str, ...]) -> Visit:
+    """Look at the arrays; the values of those `needed` have to be there, since they decide `what`."""
     visit = enter(function, named)
-    if visit.library.is_deferred({name: visit.arrays[name] for name in needed}):
-        rule = "the number of rows depends on values, which this array does not have yet; call it outside of jit"
+    deciding = {name: visit.arrays[name] for name in needed if name in visit.arrays}
+    if visit.library.is_deferred(deciding):
+        rule = f"{what} depends on the values of {' and '.join(deciding)}, {visit.library.when_deferred}"
         raise TypeError(refusal(function, rule, *((name, spec.shape) for name, spec in visit.specs)))
     if visit.kind == "cuda":
         visit.device()

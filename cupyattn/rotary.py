@@ -38,7 +38,7 @@ def apply_rotary_emb(
     inplace : bool
         Write into `x` (and return it); NumPy, torch and others whose arrays can be written to.
     seqlen_offsets : int or array of int, shape (batch,)
-        Position of each sequence's first row.
+        Position of each sequence's first row.  Under jax.jit an int is fixed when it traces; an array is not.
     cu_seqlens : array of int32, shape (batch + 1,), optional
         Where each sequence starts in a packed `x`.
     max_seqlen : int, optional
@@ -76,7 +76,7 @@ def apply_rotary_emb(
     _check(function, specs, max_seqlen)
     if overwrite:
         visit.library.check_writable(function, "x", x)
-        visit.arrays["x"] = visit.library.as_it_is_now(x)
+        visit.arrays["x"] = visit.library.as_it_is_now("x", visit.arrays)
     if visit.kind == "cuda":
         visit.device()
 
@@ -156,7 +156,7 @@ def _check(function: str, specs: dict[str, Spec], max_seqlen: int | None) -> Non
         if spec.dtype not in ("int32", "int64"):
             raise TypeError(refusal(function, "seqlen_offsets has to be int32 or int64", (spec.name, spec.dtype)))
         if spec.shape != (batch,):
-            rule = f"seqlen_offsets has to hold one position per sequence, ({batch},)"
+            rule = f"seqlen_offsets has to be an int, or to hold one position per sequence, ({batch},)"
             raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
 
 

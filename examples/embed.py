@@ -96,12 +96,13 @@ class Library:
 def with_progress(items: Sequence[Item], label: str) -> Iterator[Item]:
     """Yield the items and count them: on one line of a terminal, in a few lines of a log."""
     total = len(items)
+    quarter = -(-total // 4)
     for done, item in enumerate(items, start=1):
         yield item
         line = f"{label}: {done} of {total}"
         if sys.stdout.isatty():
             print(f"\r{line}", end="\n" if done == total else "", flush=True)
-        elif done * 4 // total > (done - 1) * 4 // total:
+        elif done % quarter == 0 or done == total:
             print(line, flush=True)
 
 
@@ -206,7 +207,7 @@ def save_picture(sentences: Sequence[Sentence], similarity: np.ndarray, path: Pa
     for start in starts[1:]:
         axes.axhline(start - 0.5, color="grey", linewidth=0.8)
         axes.axvline(start - 0.5, color="grey", linewidth=0.8)
-    axes.set_title("How alike are these sentences?  Embedded by all-MiniLM-L6-v2, attention by cupyattn")
+    axes.set_title("How alike are these sentences?\nembedded by all-MiniLM-L6-v2, attention by cupyattn")
     figure.colorbar(image, ax=axes, shrink=0.7, extend="both", label="cosine similarity")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")

@@ -1,7 +1,11 @@
 """Every public function gives back what NumPy gives, at home in the caller's library, dtype and device."""
 
 import inspect
+import os
+import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -209,7 +213,7 @@ def test_every_function_gives_numpys_result_at_home(call, home):
     expected = call(**operands)
     arrays = {name: home.make(array) for name, array in operands.items()}
     if call in PADDING and home.lazy:
-        with pytest.raises(TypeError, match=f"{title_of(call)}: the number of rows depends on values"):
+        with pytest.raises(TypeError, match=f"{title_of(call)}: the .* depends on the values of "):
             home.call(call, arrays)
         return
     found = home.call(call, arrays)
@@ -237,7 +241,10 @@ def test_jax_in_64_bits_gives_numpys_result(call):
             assert_same_results(found, call(**operands))
 
 
-@pytest.mark.parametrize("home", [Home("float32"), Torch("float32"), Jax("float32"), Strict("float64")], ids=str)
+EMPTIED = [Home("bfloat16"), BigEndian("float32"), Torch("float32"), Jax("float32"), Strict("float64"), Dask("float32")]
+
+
+@pytest.mark.parametrize("home", EMPTIED, ids=str)
 def test_results_of_empty_arrays_are_at_home_too(home):
     def make(*shape):
         return home.make(np.ones(shape, DTYPES[home.dtype]))
@@ -253,6 +260,23 @@ def test_results_of_empty_arrays_are_at_home_too(home):
         check(lse, (batch, heads, rows), -np.inf)
         for gradient, like in zip(cupyattn.attention_backward(q, q, k, k), (q, k, k), strict=False):
             check(gradient, tuple(like.shape), 0.0)
+
+
+@pytest.mark.parametrize("home", [Home, Torch, Jax, Dask], ids=lambda home: home.__name__)
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")], ids=" and ".join)
+def test_each_gradient_has_the_dtype_of_its_own_argument(home, dtypes):
+    """And not that of the first one: bits of a bfloat16 are no uint16."""
+    wide, narrow = (home(dtype) for dtype in dtypes)
+    drawn, others = everything(dtypes[0]), everything(dtypes[1])
+    arrays = [wide.make(drawn[name]) for name in ("dout", "q", "k", "v")]
+    bias, sinks = narrow.make(others["bias"]), narrow.make(others["sinks"].astype(others["bias"].dtype))
+    found = cupyattn.attention_backward(*arrays, bias=bias, sinks=sinks)
+    assert [dtype_name(gradient) for gradient in found[:5]] == [*(dtypes[0],) * 3, *(dtypes[1],) * 2]
+    plain = [np.asarray(drawn[name]) for name in ("dout", "q", "k", "v")]
+    expected = cupyattn.attention_backward(
+        *plain, bias=others["bias"].astype(np.float64), sinks=others["sinks"].astype(others["bias"].dtype)
+    )
+    assert_matches(found.dbias, expected.dbias, rtol=2.0**-8, atol=1e-30)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -355,6 +379,45 @@ def test_results_outlive_later_calls(call, dtype):
             array[...] = 7
     call(**operands)
     assert_same_results([result for result in found if result is not None], [x for x in before if x.dtype != object])
+
+
+def test_a_result_has_the_byte_order_of_the_array_it_resembles():
+    """lse resembles none: it is the machine's, like the integers of `unpad_input`."""
+    drawn = {name: array.astype(">f4") for name, array in everything("float32").items() if is_floating(array)}
+    q, k, v, native = drawn["q"], drawn["k"], drawn["v"], everything("float32")
+    out, lse = cupyattn.attention(q, k, v, return_lse=True)
+    assert (out.dtype.str, lse.dtype.str) == (">f4", "<f4")
+    assert_same_bits(lse, cupyattn.attention(*(native[name] for name in ("q", "k", "v")), return_lse=True)[1])
+    found = cupyattn.attention_backward(native["dout"], q, native["k"], v, bias=native["bias"], sinks=drawn["sinks"])
+    assert [gradient.dtype.str for gradient in found[:5]] == [">f4", "<f4", ">f4", "<f4", ">f4"]
+    merged = cupyattn.merge_states([out, out], [lse, lse])
+    assert [x.dtype.str for x in merged] == [">f4", "<f4"]
+    rows, *indices = cupyattn.unpad_input(np.ones((2, 3), ">i4"), np.ones((2, 3), bool))
+    assert rows.dtype.str == ">i4"
+    assert all(x.dtype.isnative for x in indices if isinstance(x, np.ndarray))
+
+
+@calls
+def test_memory_mapped_files_are_arrays(call, tmp_path):
+    operands = operands_of(call)
+    mapped = {}
+    for name, array in operands.items():
+        np.save(tmp_path / name, array)
+        mapped[name] = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
+        assert type(mapped[name]) is np.memmap
+    found = call(**mapped)
+    assert_same_results(found, call(**operands))
+    assert call in PADDING or not any(isinstance(result, np.memmap) for result in found)
+
+
+@calls
+def test_arrays_without_axes_are_refused_by_name(call):
+    operands = operands_of(call)
+    for name, array in operands.items():
+        if name in ("mask", "bias"):
+            continue  # they broadcast
+        with pytest.raises((TypeError, ValueError), match=f"{title_of(call)}: "):
+            call(**{**operands, name: array.reshape(-1)[0:1].reshape(())})
 
 
 def test_a_bias_without_axes_has_a_gradient_without_axes():
@@ -561,6 +624,234 @@ def test_a_compiled_function_calls_attention_uncompiled(grad):
         assert_same_results(found, list(wanted[:3]))
 
 
+DIFFERENTIABLE = [*SMOOTH, attention_backward]
+differentiable_calls = pytest.mark.parametrize("call", DIFFERENTIABLE, ids=lambda call: call.__name__)
+
+
+def of_a_dual(function, x):
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level():
+        function(forward_ad.make_dual(x, x))
+
+
+FORWARD_MODES = {
+    "dual": of_a_dual,
+    "dual that requires grad": lambda function, x: of_a_dual(function, x.requires_grad_()),
+    "torch.func.jvp": lambda function, x: needs("torch").func.jvp(function, (x,), (x,)),
+    "jacobian": lambda function, x: needs("torch").autograd.functional.jacobian(
+        function, x, vectorize=True, strategy="forward-mode"
+    ),
+}
+ignore_torchs_own_script = pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning")
+
+
+@ignore_torchs_own_script
+@pytest.mark.parametrize("way", FORWARD_MODES)
+@differentiable_calls
+def test_forward_mode_is_refused_and_not_dropped(call, way):
+    tensors = as_tensors(operands_of(call))
+    *_, name = (name for name, tensor in tensors.items() if tensor.is_floating_point())
+
+    def of_one(x):
+        return call(**{**tensors, name: x})[0]
+
+    with pytest.raises(NotImplementedError, match=f"{title_of(call)}: has no forward-mode derivative"):
+        FORWARD_MODES[way](of_one, tensors[name].clone())
+
+
+@ignore_torchs_own_script
+def test_what_has_no_tangent_takes_part_in_forward_mode():
+    torch = needs("torch")
+    from torch.autograd import forward_ad
+
+    tensors = as_tensors({name: everything("float32")[name] for name in ("q", "k", "v")})
+    out = cupyattn.attention(**tensors)
+    primal, tangent = torch.func.jvp(lambda x: x * cupyattn.attention(**tensors), (2 * out,), (3 * out,))
+    assert_same_bits(primal, 2 * out * out)
+    assert_same_bits(tangent, 3 * out * out)
+    with forward_ad.dual_level():
+        assert_same_bits(cupyattn.attention(**tensors), out)
+
+
+@ignore_torchs_own_script
+def test_forward_mode_over_the_gradient_is_refused():
+    torch = needs("torch")
+    from torch.autograd import forward_ad
+
+    q = Torch("").make(everything("float32")["q"]).requires_grad_()
+    out = cupyattn.attention(q, q, q)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="attention: has no forward-mode derivative"):
+        torch.autograd.grad(out, q, forward_ad.make_dual(torch.ones_like(out), torch.ones_like(out)))
+
+
+def functional(call, operands):
+    """A loss of the floating operands of a call, and these, for torch.func."""
+    tensors = as_tensors(operands)
+    smooth = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+
+    def loss(smooth):
+        results = [x for x in call(**{**tensors, **smooth})[:2] if x is not None]
+        return sum(x.masked_fill(x.isinf(), 0.0).sin().sum() for x in results)
+
+    return loss, smooth
+
+
+@smooth_calls
+def test_torch_func_has_the_gradients_of_autograd(call):
+    torch = needs("torch")
+    loss, smooth = functional(call, operands_of(call, "float64"))
+    found = torch.func.grad(loss)(smooth)
+    pulled = torch.func.vjp(loss, smooth)[1](torch.ones((), dtype=torch.float64))[0]
+    for tensor in smooth.values():
+        tensor.requires_grad_()
+    expected = dict(zip(smooth, torch.autograd.grad(loss(smooth), list(smooth.values())), strict=True))
+    for name, gradient in expected.items():
+        assert_same_bits(found[name], gradient)
+        assert_same_bits(pulled[name], gradient)
+
+
+@smooth_calls
+def test_torchs_vmap_is_a_loop(call):
+    """Alone, around a gradient and inside of one; what is not mapped over serves all."""
+    torch = needs("torch")
+    loss, smooth = functional(call, operands_of(call, "float64"))
+    name, x = next(iter(smooth.items()))
+    both = torch.stack([x, x.flip(0)], dim=1)
+
+    def of_one(x):
+        return loss({**smooth, name: x})
+
+    found = torch.func.vmap(of_one, in_dims=1)(both)
+    assert_same_bits(found, torch.stack([of_one(both[:, i]) for i in range(2)]))
+    gradients = torch.stack([torch.func.grad(of_one)(both[:, i]) for i in range(2)])
+    assert_same_bits(torch.func.vmap(torch.func.grad(of_one), in_dims=1)(both), gradients)
+    inside = torch.func.grad(lambda x: torch.func.vmap(of_one, in_dims=1)(x).sum())(both)
+    assert_same_bits(inside.movedim(1, 0), gradients)
+    recorded = both.requires_grad_()
+    torch.func.vmap(of_one, in_dims=1)(recorded).sum().backward()
+    assert_same_bits(recorded.grad.movedim(1, 0), gradients)
+
+
+def test_torchs_jacrev_is_the_jacobian():
+    torch = needs("torch")
+    x = torch.randn(1, 3, 2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    def of_one(x):
+        return cupyattn.attention(x, x, x)
+
+    assert_same_bits(torch.func.jacrev(of_one)(x), torch.autograd.functional.jacobian(of_one, x))
+
+
+def test_a_constant_inside_of_a_torch_func_transform_is_one():
+    torch = needs("torch")
+    tensors = as_tensors({name: everything("float32")[name] for name in ("q", "k", "v")})
+    out = cupyattn.attention(**tensors)
+    assert_same_bits(torch.func.grad(lambda x: (x * cupyattn.attention(**tensors)).sum())(out), out)
+    scales = torch.tensor([1.0, 2.0])
+    assert_same_bits(torch.func.vmap(lambda s: s * cupyattn.attention(**tensors))(scales)[1], 2 * out)
+    mapped = torch.func.vmap(lambda q: cupyattn.attention_backward(q, q, tensors["k"], tensors["v"]).dk)(
+        torch.stack([tensors["q"], out])
+    )
+    assert_same_bits(mapped[1], cupyattn.attention_backward(out, out, tensors["k"], tensors["v"]).dk)
+
+
+@ignore_torchs_own_script
+@pytest.mark.parametrize("outer", ["grad", "jacrev", "hessian"])
+def test_second_derivatives_of_torch_func_are_refused_in_words(outer):
+    torch = needs("torch")
+    q = Torch("").make(everything("float32")["q"])
+    loss = lambda q: cupyattn.attention(q, q, q).sum()  # noqa: E731
+    twice = {
+        "grad": torch.func.grad(lambda q: torch.func.grad(loss)(q).sum()),
+        "jacrev": torch.func.jacrev(torch.func.jacrev(loss)),
+        "hessian": torch.func.hessian(loss),
+    }[outer]
+    with pytest.raises(
+        (RuntimeError, NotImplementedError), match=r"attention: has (first derivatives only|no forward-mode)"
+    ):
+        twice(q)
+    with pytest.raises(RuntimeError, match="attention_backward: has first derivatives only"):
+        torch.func.grad(lambda q: cupyattn.attention_backward(q, q, q, q).dq.sum())(q)
+
+
+def test_what_vmap_cannot_do_is_refused_in_words():
+    torch = needs("torch")
+    q = Torch("").make(everything("float32")["q"])
+    with pytest.raises(ValueError, match="attention: vmap has to be over at least one"):
+        torch.func.vmap(lambda q: cupyattn.attention(q, q, q))(q[None][:0])
+    out = cupyattn.attention(q.requires_grad_(), q, q)
+    with pytest.raises(NotImplementedError, match=r"attention: takes one gradient at a time, .*is_grads_batched=True"):
+        torch.autograd.grad(out, q, torch.ones(2, *out.shape), is_grads_batched=True)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@smooth_calls
+def test_results_may_be_overwritten_where_their_gradient_does_not_need_them(call, dtype):
+    """Results are kept for the backward pass only where it uses them: where lse was asked for, and none was rounded."""
+    torch = needs("torch")
+    operands = operands_of(call, dtype)
+    tensors = as_tensors(operands)
+    smooth = [tensor.requires_grad_() for tensor in tensors.values() if tensor.is_floating_point()]
+    results = [x for x in call(**tensors)[:2] if x is not None]
+    losses = [3 * (x.add_(1) if i == 0 else x).masked_fill(x.isinf(), 0.0).sum() for i, x in enumerate(results)]
+    has_lse = len(results) > 1 and call is not merge_states
+    if dtype == "float64" and has_lse:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(sum(losses), smooth, allow_unused=True)
+        return
+    found = torch.autograd.grad(sum(losses), smooth, allow_unused=True)
+    again = [x for x in call(**tensors)[:2] if x is not None]
+    expected = torch.autograd.grad(
+        sum(3 * x.masked_fill(x.isinf(), 0.0).sum() for x in again), smooth, allow_unused=True
+    )
+    assert_same_results(found, expected)
+
+
+def test_float32_arithmetic_of_float32_tensors_keeps_its_results():
+    torch = needs("torch")
+    q = Torch("").make(everything("float32")["q"]).requires_grad_()
+    for options in ({}, {"compute_dtype": "float32"}):
+        cupyattn.attention(q, q, q, **options).add_(1).sum().backward()
+    out, _ = cupyattn.attention(q, q, q, compute_dtype="float32", return_lse=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.add_(1).sum().backward()
+    assert torch.is_tensor(q.grad)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+@calls
+def test_torchs_default_device_changes_nothing(call, device):
+    torch = needs("torch")
+    operands = operands_of(call)
+    tensors = as_tensors(operands)
+    with torch.device(device):
+        found = call(**tensors)
+    assert_same_results(found, call(**operands))
+
+
+def test_a_seed_is_drawn_on_the_cpu_whatever_the_default_device_is():
+    torch = needs("torch")
+    tensors = as_tensors({name: everything("float32")[name] for name in ("q", "k", "v")})
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        expected = dropped(**tensors)
+        torch.manual_seed(1)
+        with torch.device("meta"):
+            assert_same_bits(dropped(**tensors), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of MaskedTensors is in prototype:UserWarning")
+def test_tensors_that_wrap_others_are_refused_by_name():
+    """What they stand for is not what is in their memory, if they have any."""
+    torch = needs("torch")
+    from torch.masked import masked_tensor
+
+    q = torch.ones(1, 2, 2, 4)
+    with pytest.raises(TypeError, match="attention: k is a MaskedTensor, which has no memory of its own"):
+        cupyattn.attention(q, masked_tensor(q, q > 0), q)
+
+
 @calls
 def test_tensors_without_values_are_refused_by_name(call):
     torch = needs("torch")
@@ -651,6 +942,95 @@ def test_under_jit_wrong_sequences_are_refused_when_they_are_seen():
     arrays["cu_seqlens_q"] = jax.numpy.asarray(np.array([0, 3, 99], np.int32))
     with pytest.raises(Exception, match="cu_seqlens_q ends after the last row"):
         jax.block_until_ready(jax.jit(flash_attn_varlen_func)(**arrays))
+
+
+def test_what_jax_traces_cannot_be_a_number_of_ours():
+    jax = needs("jax")
+    q = jax.numpy.ones((2, 4, 2, 8))
+    angles = jax.numpy.ones((9, 4))
+    starts = jax.numpy.array([0, 4], "int32")
+    for name, call in {
+        "dropout_seed": lambda x, n: cupyattn.attention(x, x, x, dropout_p=0.5, dropout_seed=n),
+        "dropout_p": lambda x, n: cupyattn.attention(x, x, x, dropout_p=n, dropout_seed=1),
+        "softmax_scale": lambda x, n: cupyattn.attention(x, x, x, softmax_scale=n),
+        "window_size": lambda x, n: cupyattn.attention(x, x, x, window_size=(n, 0)),
+        "causal": lambda x, n: cupyattn.attention(x, x, x, causal=n),
+        "max_seqlen_q": lambda x, n: cupyattn.flash_attn_varlen_func(x[0], x[0], x[0], starts, starts, n, n),
+        "max_seqlen": lambda x, n: cupyattn.apply_rotary_emb(x[0], angles, angles, cu_seqlens=starts, max_seqlen=n),
+        "batch": lambda x, n: cupyattn.pad_input(x, starts, n, 1),
+    }.items():
+        with pytest.raises(TypeError, match=rf"\w+: {name} has to be .*\n    {name} .*Tracer"):
+            jax.jit(call)(q, 2)
+
+
+def test_a_description_of_an_array_is_no_array():
+    jax = needs("jax")
+    described = jax.ShapeDtypeStruct((1, 2, 2, 4), "float32")
+    with pytest.raises(TypeError, match="attention: q has to be an array"):
+        cupyattn.attention(described, described, described)
+    out = jax.eval_shape(cupyattn.attention, described, described, described)
+    assert (out.shape, out.dtype) == ((1, 2, 2, 4), np.float32)
+
+
+SHARDED = """
+    import jax, numpy as np, cupyattn
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 4, 2, 8), np.float32)
+    out, lse = cupyattn.attention(q, k, v, return_lse=True)
+    gradients = cupyattn.attention_backward(np.ones_like(out), q, k, v)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def check(found, expected, sharding=None):
+        np.testing.assert_array_equal(np.asarray(found), expected)
+        assert len(found.devices()) == 2, found.sharding
+        assert sharding is None or found.sharding.is_equivalent_to(sharding, found.ndim), found.sharding
+        assert (found + 1).shape == expected.shape  # it can be computed with
+
+    def loss(*arrays):
+        return cupyattn.attention(*arrays).sum()
+
+    for axis in range(5):  # the fifth: a copy on each device
+        sharding = NamedSharding(mesh, PartitionSpec(*(None,) * axis, *("x",) * (axis < 4)))
+        arrays = [jax.device_put(x, sharding) for x in (q, k, v)]
+        found = cupyattn.attention(*arrays, return_lse=True)
+        check(found[0], out, sharding)
+        check(found[1], lse, everywhere)
+        for x, y in zip(cupyattn.attention_backward(jax.numpy.ones_like(arrays[0]), *arrays)[:3], gradients):
+            check(x, y, sharding)
+        for x, y in zip(jax.grad(loss, (0, 1, 2))(*arrays), gradients):
+            check(x, y, sharding)
+        check(jax.jit(cupyattn.attention)(*arrays), out)
+        check(jax.jit(jax.grad(loss))(*arrays), gradients.dq)
+        check(jax.vmap(lambda q: cupyattn.attention(q[None], q[None], q[None]))(arrays[0])[:, 0],
+              cupyattn.attention(q, q, q))
+        mask = jax.device_put(np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool), everywhere)
+        rows, indices, starts, _, used = cupyattn.unpad_input(arrays[0], mask)
+        check(starts, np.array([0, 3, 4]), everywhere)
+        check(used, np.array([3, 1]), everywhere)
+        check(cupyattn.pad_input(rows, indices, 2, 4), np.where(np.asarray(mask)[..., None, None], q, 0))
+    try:
+        cupyattn.attention(arrays[0], k_alone := jax.numpy.asarray(k), k_alone)
+    except ValueError as error:
+        assert "all arrays have to be on one device" in str(error)
+    else:
+        raise AssertionError
+    one = jax.device_put(q, jax.devices()[1])
+    assert cupyattn.attention(one, one, one, return_lse=True)[1].devices() == {jax.devices()[1]}
+"""
+
+
+def test_jax_arrays_on_several_devices_stay_there():
+    """In a process of its own: a process decides once how many devices a CPU is."""
+    needs("jax")
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "PYTHONPATH": str(Path(cupyattn.__file__).parents[1]),
+    }
+    command = [sys.executable, "-c", textwrap.dedent(SHARDED)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -749,6 +1129,17 @@ def test_special_arrays_are_refused_by_name():
             cupyattn.attention(wrong, wrong, wrong)
 
 
+def test_arrays_whose_values_cannot_be_read_are_refused_by_name():
+    class Sparse:
+        shape, dtype, ndim = (1, 2, 2, 4), np.dtype("float32"), 4
+
+        def __array_namespace__(self, api_version=None):
+            return np
+
+    with pytest.raises(TypeError, match="attention: q has no __dlpack__"):
+        cupyattn.attention(Sparse(), Sparse(), Sparse())
+
+
 # ---------------------------------------------------------------------------------------------------
 # The CUDA door, seen from a machine without a GPU
 # ---------------------------------------------------------------------------------------------------
@@ -800,6 +1191,73 @@ def test_explain_plans_the_same_for_arrays_and_their_shapes(home):
         plan = cupyattn.explain(q, k, k, causal=True, alignment="top-left", device=device)
         shapes = (2, 6, 4, 8), (2, 9, 4, 8), (2, 9, 4, 8)
         assert plan == cupyattn.explain(*shapes, dtype=home.dtype, causal=True, alignment="top-left", device=device)
+
+
+def described_by_jax(shape, dtype):
+    jax = needs("jax")
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def described_by_meta(shape, dtype):
+    torch = needs("torch")
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+
+
+def described_by_fake(shape, dtype):
+    torch = needs("torch")
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.empty(shape, dtype=getattr(torch, dtype))
+
+
+class Description:
+    """Of no library; the dtype by name."""
+
+    def __init__(self, shape, dtype):
+        self.shape, self.dtype = shape, dtype
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "describe", [described_by_jax, described_by_meta, described_by_fake, Description], ids=lambda f: f.__name__
+)
+def test_explain_plans_for_what_has_a_shape_and_a_dtype_and_no_values(describe, dtype):
+    q, k = (2, 6, 4, 8), (2, 9, 2, 8)
+    mask, bias = (2, 1, 6, 9), (4, 6, 9)
+    for device in (None, "H100"):
+        expected = cupyattn.explain(q, k, k, mask=mask, bias=bias, dtype=dtype, device=device)
+        described = [describe(shape, dtype) for shape in (q, k, k)]
+        extras = {"mask": describe(mask, "bool"), "bias": describe(bias, "float32")}
+        assert cupyattn.explain(*described, **extras, device=device) == expected
+        assert cupyattn.explain(*described, **extras, dtype=dtype, device=device) == expected
+        mixed = described[0], k, k
+        assert cupyattn.explain(*mixed, mask=mask, bias=bias, device=device) == expected
+    arrays = [np.ones(shape, DTYPES[dtype]) for shape in (q, k, k)]
+    assert cupyattn.explain(*arrays, **extras) == cupyattn.explain(*described, **extras)
+
+
+@pytest.mark.parametrize("describe", [described_by_jax, described_by_meta, Description], ids=lambda f: f.__name__)
+def test_explain_refuses_descriptions_as_it_would_arrays(describe):
+    shape = (2, 6, 4, 8)
+    q, other, mask = describe(shape, "float32"), describe(shape, "float16"), describe((6, 6), "float32")
+    with pytest.raises(TypeError, match="explain: q, k, v have to be of one dtype"):
+        cupyattn.explain(q, other, other)
+    with pytest.raises(TypeError, match="explain: dtype has to be that of the arrays, float32"):
+        cupyattn.explain(q, q, q, dtype="float16")
+    with pytest.raises(TypeError, match="explain: mask has to be boolean"):
+        cupyattn.explain(q, q, q, mask=mask)
+    with pytest.raises(TypeError, match="explain: q has to be one of float16"):
+        cupyattn.explain(*[describe(shape, "int32")] * 3)
+
+
+@pytest.mark.parametrize(
+    "stranger", [None, 3.0, "q", np.float32(1), object(), Description(4, "float32")], ids=lambda x: type(x).__name__
+)
+def test_explain_refuses_what_describes_no_array(stranger):
+    shape = (2, 6, 4, 8)
+    with pytest.raises(TypeError, match="explain: k has to be an array"):
+        cupyattn.explain(shape, stranger, shape)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -71,6 +71,22 @@ def test_erf(demo, dtype, tolerance):
     assert np.isnan(demo.encoder.erf(np.asarray([np.nan], dtype=dtype)))
 
 
+def test_progress_in_a_log_is_a_few_lines_and_the_last_one(demo, capsys):
+    for total, lines in ((1, 1), (3, 3), (5, 3), (36, 4), (40, 4), (101, 4)):
+        assert list(demo.embed.with_progress(range(total), "rows")) == list(range(total))
+        printed = capsys.readouterr().out.splitlines()
+        assert len(printed) == lines
+        assert printed[-1] == f"rows: {total} of {total}"
+
+
+def test_git_ignores_the_picture(demo, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["embed.py"])
+    ignored = EXAMPLES.parent / ".gitignore"
+    if not ignored.exists():
+        pytest.skip(".gitignore is not here")
+    assert str(demo.embed.parse_options().output) in ignored.read_text().splitlines()
+
+
 def test_missing_package_says_what_to_install(demo):
     missing = ModuleNotFoundError("No module named 'tokenizers.models'", name="tokenizers.models")
     assert str(demo.embed.stop_for(missing)).endswith("pip install tokenizers")

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from homes import DTYPES, HOMES, Home, Jax, Strict, Torch, dtype_name, needs
+from homes import DTYPES, HOMES, Dask, Home, Jax, Strict, Torch, dtype_name, needs
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -231,12 +231,64 @@ def test_padding_refuses_what_cannot_be_meant(error, message, arguments):
         pad_input(*arguments)
 
 
-@pytest.mark.parametrize("home", [Jax("float32", jit=True), *(h for h in HOMES if str(h) == "dask-float32")], ids=str)
-def test_masks_without_values_yet_are_refused(home):
+DEFERRED = [
+    (Jax("float32", jit=True), "which under jit, .* call it outside"),
+    (Dask("float32"), "which dask .* call compute"),
+]
+
+
+@pytest.mark.parametrize(("home", "advice"), DEFERRED, ids=["jit", "dask"])
+def test_what_decides_about_rows_has_to_have_values(home, advice):
     mask = np.ones((2, 3), bool)
     arrays = {"hidden_states": home.make(hidden_of(mask, 2)), "attention_mask": home.make(mask)}
-    with pytest.raises(TypeError, match="unpad_input: the number of rows depends on values"):
+    with pytest.raises(
+        TypeError, match=f"unpad_input: the number of rows depends on the values of attention_mask, {advice}"
+    ):
         home.call(unpad_input, arrays)
+    arrays = {"hidden_states": home.make(hidden_of(mask)), "indices": home.make(np.array([0, 1]))}
+    with pytest.raises(TypeError, match=f"pad_input: the place of a row depends on the values of indices, {advice}"):
+        home.call(lambda **arrays: pad_input(**arrays, batch=1, seqlen=2), arrays)
+
+
+def test_an_unused_mask_has_to_have_values_too():
+    jax = needs("jax")
+    mask = jax.numpy.ones((2, 3), bool)
+    hidden = jax.numpy.ones((2, 3, 4))
+    with pytest.raises(TypeError, match="depends on the values of attention_mask and unused_mask, which under jit"):
+        jax.jit(lambda unused: unpad_input(hidden, mask, unused))(mask)
+
+
+def test_hidden_states_may_be_traced_where_masks_are_not():
+    """Their values decide nothing: in JAX as in torch.func."""
+    jax, torch = needs("jax"), needs("torch")
+    mask = np.array([[1, 1, 0], [0, 1, 0]], bool)
+    hidden = hidden_of(mask, 2)
+    rows, indices, *_ = unpad_input(hidden, mask)
+    kept = np.where(mask[..., None], hidden, 0)
+    for grad, vmap, make in (
+        (jax.grad, jax.vmap, jax.numpy.asarray),
+        (torch.func.grad, torch.func.vmap, lambda array: torch.from_numpy(array.copy())),
+    ):
+        m, i = make(mask), make(indices)
+        found = grad(lambda x, m=m: (unpad_input(x, m)[0] ** 2).sum())(make(hidden))
+        assert_same_bits(found, 2 * kept)
+        both = vmap(lambda x, m=m: unpad_input(x, m)[0])(make(np.stack([hidden, -hidden])))
+        assert_same_bits(both, np.stack([rows, -rows]))
+        padded = vmap(lambda x, i=i: pad_input(x, i, 2, 3))(make(np.stack([rows, 2 * rows])))
+        assert_same_bits(padded, np.stack([kept, 2 * kept]))
+
+
+def test_under_torchs_vmap_a_mask_is_many_and_is_refused():
+    torch = needs("torch")
+    masks = torch.ones(2, 1, 3, dtype=torch.bool)
+    hidden = torch.ones(1, 3, 2)
+    with pytest.raises(TypeError, match=r"unpad_input: .* attention_mask, which under vmap are those of many"):
+        torch.func.vmap(lambda mask: unpad_input(hidden, mask)[0])(masks)
+    nested = torch.func.vmap(lambda mask: torch.func.grad(lambda x: unpad_input(x, mask)[0].sum())(hidden))
+    with pytest.raises(TypeError, match=r"unpad_input: .* attention_mask, which under vmap are those of many"):
+        nested(masks)
+    with pytest.raises(TypeError, match=r"pad_input: .* indices, which under vmap are those of many"):
+        torch.func.vmap(lambda i: pad_input(hidden[0], i, 1, 3))(torch.arange(3)[None])
 
 
 def test_what_came_is_only_read():

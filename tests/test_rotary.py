@@ -195,6 +195,50 @@ def test_inplace_is_refused_for_read_only_memory():
         apply_rotary_emb(x, cos, sin, inplace=True)
 
 
+def overlapping(x):
+    """Rows of three that share two elements each: no stride is 0."""
+    return np.lib.stride_tricks.as_strided(x, (1, 5, 1, 4), (0, x.itemsize, 0, x.itemsize), writeable=True)
+
+
+@pytest.mark.parametrize("make", [np.asarray, lambda x: needs("torch").from_numpy(x)], ids=["numpy", "torch"])
+def test_inplace_is_refused_where_elements_share_memory(make):
+    _, cos, sin = drawn(half=2)
+    memory = np.arange(8.0)
+    x = overlapping(memory) if make is np.asarray else make(memory).as_strided((1, 5, 1, 4), (0, 1, 0, 1))
+    with pytest.raises(ValueError, match="apply_rotary_emb: x was to be overwritten, and its elements share memory"):
+        apply_rotary_emb(x, make(cos), make(sin), inplace=True)
+    assert_same_bits(memory, np.arange(8.0))
+    expanded = np.lib.stride_tricks.as_strided(memory, (1, 2, 1, 4), (0, 0, 0, 8), writeable=True)
+    with pytest.raises(ValueError, match="its elements share memory"):
+        apply_rotary_emb(expanded, cos, sin, inplace=True)
+
+
+def test_inplace_takes_strides_that_interleave_without_meeting():
+    _, cos, sin = drawn(half=1)
+    memory = np.zeros(12)
+    x = np.lib.stride_tricks.as_strided(memory, (1, 2, 1, 3), (0, 3 * 8, 0, 2 * 8), writeable=True)
+    x[...] = np.arange(6.0).reshape(x.shape)
+    expected = apply_rotary_emb(x, cos, sin)
+    assert apply_rotary_emb(x, cos, sin, inplace=True) is x
+    assert_same_bits(x, expected)
+    assert apply_rotary_emb(x[:, :0], cos, sin, inplace=True).size == 0
+
+
+def test_inplace_copies_x_only_where_gradients_will_ask_for_it(monkeypatch):
+    torch = needs("torch")
+    x, cos, sin = map(torch.from_numpy, drawn("float32"))
+    copies = []
+    clone = torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda x, *a, **o: copies.append(x.shape) or clone(x, *a, **o))
+    apply_rotary_emb(x, cos, sin, inplace=True)
+    cos.requires_grad_()
+    with torch.no_grad():
+        apply_rotary_emb(x, cos, sin, inplace=True)
+    assert not copies
+    apply_rotary_emb(x, cos, sin, inplace=True)
+    assert copies == [x.shape]
+
+
 # ---------------------------------------------------------------------------------------------------
 # Gradients
 # ---------------------------------------------------------------------------------------------------
@@ -294,6 +338,7 @@ SEQUENCES = "cu_seqlens has to start with 0, must not decrease, and has to end w
         (TypeError, "seqlen_offsets has to be an integer", {"seqlen_offsets": True}),
         (TypeError, "seqlen_offsets has to be int32 or int64", {"seqlen_offsets": np.array([0.0, 1.0])}),
         (ValueError, r"one position per sequence, \(2,\)", {"seqlen_offsets": np.array([0, 1, 2])}),
+        (ValueError, "seqlen_offsets has to be an int, or", {"seqlen_offsets": np.array(1)}),
         (ValueError, "must not exceed head_dim", {"cos": WIDE, "sin": WIDE}),
         (ValueError, ONE_SHAPE, {"sin": SIN[:9]}),
         (ValueError, ONE_SHAPE, {"cos": COS[None], "sin": SIN[None]}),
