@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 JAX ?= jax
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/embed.py $(ARGS)
@@ -25,6 +25,12 @@ lint: $(VENV)/test
 bench: $(VENV)/test $(VENV)/bench
 	$(BIN)/python asv_benchmarks/table.py $(ARGS)
 
+# On a machine with a GPU, by its own Python with CuPy, torch and pytest, and without a network. On another one
+# `make gpu ARGS=--dry-run` compiles the kernels with the tests' environment.
+GPU_PYTHON ?= $(if $(findstring --dry-run,$(ARGS)),$(BIN)/python,$(PYTHON))
+gpu: $(if $(findstring --dry-run,$(ARGS)),$(VENV)/test)
+	$(GPU_PYTHON) asv_benchmarks/gpu.py $(ARGS)
+
 $(VENV)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "cupyattn needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
@@ -41,7 +47,7 @@ $(VENV)/test: $(VENV)/demo
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	$(BIN)/python -m pip install --quiet '$(TORCH)' || echo 'no $(TORCH) here: its tests will be skipped'
 	$(BIN)/python -m pip install --quiet $(JAX) || echo 'no JAX here: its tests will be skipped'
-	$(BIN)/python -m pip install --quiet cupy-cuda13x || echo 'no CuPy here: its tests will be skipped'
+	$(BIN)/python -m pip install --quiet cupy-cuda13x nvidia-cuda-nvrtc || echo 'no CuPy here: its tests will be skipped'
 	touch $@
 
 $(VENV)/bench: $(VENV)/python

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupyattn import numpy_ref, reading
-from cupyattn.arrays import Arrays, Visit, enter, untraced
+from cupyattn.arrays import Arrays, Visit, described, enter, untraced
 from cupyattn.corridor import Named, answer, gradients, plan_for
 from cupyattn.plan import Plan, choose
 from cupyattn.problem import ITEMSIZE, NAMED_DEVICES, Array, Axes, Spec
@@ -35,6 +36,7 @@ def attention(
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
+    fixed_split_size: int | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Exact softmax attention, ``softmax(softmax_scale * q @ k.T) @ v`` for every head, and its variations.
@@ -80,9 +82,14 @@ def attention(
         Probability with which a weight is dropped; the others grow by ``1 / (1 - dropout_p)``.
     dropout_seed : int, optional
         Decides which, from 0 to 2**64 - 1: the same on every device (Philox 4x32-10, counted by batch,
-        head, row and key).  Default: torch's generator for torch, fresh entropy for others.
+        head, row and key).  Default: torch's generator for torch, fresh entropy for others.  Under
+        jax.jit a Python int, fixed when it traces.
     compute_dtype : {"float64", "float32"}, optional
         Of the arithmetic on the CPU.  Default float64, rounded once to the dtype of `q`.
+    fixed_split_size : int, optional
+        Where decoding on a GPU splits the keys, do it every so many (rounded up to whole blocks), so that a
+        sequence's result is the same to the last bit whatever else is in the batch.  Default: as many splits
+        as fill the GPU.  Nothing else splits keys, so that elsewhere this has nothing to do.
     return_lse : bool
         Also return the log-sum-exp of the scores.
 
@@ -136,7 +143,8 @@ def attention(
         return_lse,
     )
     arrays = _operands(q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
-    found = answer("attention", arrays, options, reading.dropout_seed("attention", dropout_seed))
+    size = reading.split_size("attention", fixed_split_size)
+    found = answer("attention", arrays, options, reading.dropout_seed("attention", dropout_seed), size)
     return (found["out"], found["lse"]) if return_lse else found["out"]
 
 
@@ -303,6 +311,7 @@ def explain(
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
+    fixed_split_size: int | None = None,
     return_lse: bool = False,
 ) -> Plan:
     """How `attention` would do a call, and why not otherwise; nothing is computed.
@@ -310,12 +319,13 @@ def explain(
     Parameters
     ----------
     q, k, v, mask, bias, alibi_slopes, sinks : array or tuple of int
-        Arrays as `attention` takes them, or their shapes alone.
+        Arrays as `attention` takes them, or their shapes alone; or what has a shape and a dtype and no values,
+        like a jax.ShapeDtypeStruct or a torch.Tensor on the meta device.
     dtype : str or dtype, optional
         Of q, k and v where only shapes are given.  Default float32 on the CPU, float16 on a GPU.
     device : str, optional
         "cpu", or a GPU by name: one of the names in the error that an unknown name gives.  Default: where the
-        arrays are; "cpu" for shapes.
+        arrays are; "cpu" where none has values.
 
     Returns
     -------
@@ -330,23 +340,28 @@ def explain(
 
     Notes
     -----
-    A GPU's plan is made by the rules its kernels will follow; this version has no CUDA kernels yet.
+    For a decode on a GPU the plan also says into how many splits flash-attn 2 and 3 would have cut the keys.
 
     Examples
     --------
     >>> import cupyattn
     >>> shape = (1, 1, 32, 128), (1, 8192, 8, 128), (1, 8192, 8, 128)
     >>> plan = cupyattn.explain(*shape, dtype="bfloat16", device="H100")
-    >>> plan.kernel, plan.num_splits
-    ('splitkv', 15)
+    >>> plan.kernel, plan.num_splits > 1
+    ('splitkv', True)
     """
     function = "explain"
     reading.dropout_seed(function, dropout_seed)
+    size = reading.split_size(function, fixed_split_size)
     options = _options(
         function, layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, compute_dtype, return_lse
     )
     given = _operands(q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
-    shapes = {name: entry[1] for name, entry in given.items() if isinstance(entry[1], (tuple, list))}
+    shapes: dict[str, tuple[Any, str | None]] = {}
+    for name, (_, what) in given.items():
+        found = (what, None) if isinstance(what, (tuple, list)) else described(what)
+        if found is not None:
+            shapes[name] = found
     present = {name: entry for name, entry in given.items() if entry[1] is not None or name in ("q", "k", "v")}
     arrays = {name: entry for name, entry in present.items() if name not in shapes}
     if device is not None and not (isinstance(device, str) and (device == "cpu" or device in NAMED_DEVICES)):
@@ -354,20 +369,24 @@ def explain(
         raise ValueError(refusal(function, rule, ("device", repr(device))))
     visit = enter(function, arrays) if arrays else None
     specs = dict(visit.specs) if visit else {}
-    own = next((specs[name].dtype for name in ("q", "k", "v") if name in specs), None)
+    known = {name: spec.dtype for name, spec in specs.items()}
+    known |= {name: kind for name, (_, kind) in shapes.items() if kind is not None}
+    own = next((known[name] for name in ("q", "k", "v") if name in known), None)
     name_of_dtype = own or ("float32" if device in (None, "cpu") else "float16")
     if dtype is not None:
         name_of_dtype = reading.dtype_name(dtype)
-        if own is not None and name_of_dtype != own and not {"q", "k", "v"} & set(shapes):
+        if own is not None and name_of_dtype != own and {"q", "k", "v"} <= set(known):
             raise TypeError(refusal(function, f"dtype has to be that of the arrays, {own}", ("dtype", name_of_dtype)))
-    for name, shape in shapes.items():
+    for name, (shape, kind) in shapes.items():
         sizes = tuple(reading.integer(function, name, size, low=0, high=2**63 - 1) for size in shape)
-        specs[name] = Spec(name, sizes, "bool" if name == "mask" else name_of_dtype)
+        specs[name] = Spec(name, sizes, kind or ("bool" if name == "mask" else name_of_dtype))
     ordered = tuple((name, specs[name]) for name in given if name in specs)
     problem = read(function, ordered, options)
     if device is not None:
-        return choose(problem, _cpu_device() if device == "cpu" else NAMED_DEVICES[device])
-    return choose(problem, visit.device() if visit else _cpu_device())
+        return choose(problem, _cpu_device() if device == "cpu" else NAMED_DEVICES[device], size)
+    if visit is None:
+        return choose(problem, _cpu_device(), size)
+    return replace(choose(problem, visit.device(), size), notes=visit.notes(problem))
 
 
 def _cpu_device() -> Any:

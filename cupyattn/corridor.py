@@ -24,19 +24,21 @@ Named = Mapping[str, tuple[str, Any]]
 """{our word: (the caller's name for it, the array or None)}"""
 
 
-def answer(function: str, arrays: Named, options: Options, seed: int | None) -> Arrays:
+def answer(
+    function: str, arrays: Named, options: Options, seed: int | None, fixed_split_size: int | None = None
+) -> Arrays:
     """The results of one attention call by name: "out", and "lse" and "dropout_mask" if asked for."""
     visit = enter(function, arrays)
     problem = read(function, visit.specs, options)
-    plan = plan_for(function, problem, visit.device())
+    plan = plan_for(function, problem, visit.device(), fixed_split_size)
     if problem.dropout_p > 0.0 and seed is None:
         seed = visit.library.draw_seed(function)
     return _run(visit, problem, plan, seed or 0)
 
 
-def plan_for(function: str, problem: Problem, device: Device) -> Plan:
+def plan_for(function: str, problem: Problem, device: Device, fixed_split_size: int | None = None) -> Plan:
     """The plan, or every implementation's objections at once."""
-    plan = choose(problem, device)
+    plan = choose(problem, device, fixed_split_size)
     if plan.kernel == "none":
         reasons = [(name, reason) for name, against in plan.objections for reason in against]
         raise NotImplementedError(refusal(function, f"no implementation takes this problem\n    {problem}", *reasons))
@@ -57,12 +59,18 @@ def _run(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays:
     if visit.kind == "cuda":
         from cupyattn import cuda
 
-        return cuda.run(visit.function, plan, problem)
-    return visit.run(forward, backward, problem.results)
+        return cuda.run(visit.function, visit.library.title, visit.arrays, specs, plan, problem, seed)
+    kept = ("out", "lse") if problem.needs_lse and _uses_results(plan, problem) else ()
+    return visit.run(forward, backward, problem.results, kept)
 
 
 def gradients(plan: Plan, problem: Problem, operands: Arrays, known: Arrays, seed: int) -> Arrays:
-    """Gradients of all floating operands; out and lse are used where they were not rounded on the way."""
-    if problem.dtype != plan.compute_dtype:
+    """Gradients of all floating operands."""
+    if not _uses_results(plan, problem):
         known = {name: array for name, array in known.items() if name not in ("out", "lse")}
     return cpu.run_backward(plan, problem, operands, known, seed)
+
+
+def _uses_results(plan: Plan, problem: Problem) -> bool:
+    """The backward pass uses out and lse where they were not rounded on the way, else it computes them again."""
+    return problem.dtype == plan.compute_dtype

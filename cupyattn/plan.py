@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import NamedTuple
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
-from cupyattn.problem import ITEMSIZE, Device, Problem, Sizes, Span
+from cupyattn.problem import Device, Problem, Sizes
+from cupyattn.splits import PEERS, split
 
 WORTH_THREADS = 100_000_000
 """Floating-point operations from which starting threads pays on a CPU: one or two milliseconds."""
@@ -37,6 +38,7 @@ class Tile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
+    queries_in_registers: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Plan:
     compute_dtype: str
     tile: CpuTile | Tile | None
     num_splits: int
-    """Pieces into which the keys of one row are cut, to be merged at the end."""
+    """Pieces into which the keys of one row are cut, to be merged at the end; the most, if lengths are data."""
     num_workers: int
     """CPU threads, or thread blocks of the GPU's grid."""
     flops: int
@@ -57,6 +59,24 @@ class Plan:
     reason: str
     objections: tuple[tuple[str, tuple[str, ...]], ...] = field(default=())
     """Each other implementation's reasons against it."""
+    split_size: int = 0
+    """Keys of a split; 0: found on the GPU, from the lengths there."""
+    peers: tuple[tuple[str, int], ...] = field(default=())
+    """Splits that others would have made of it."""
+    notes: tuple[str, ...] = field(default=())
+    """What else is done with these very arrays: which are copied, for instance."""
+
+    def __hash__(self) -> int:
+        """Remembered: launches are looked up by their plan."""
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hash: strings hash differently in every process."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.kernel, self.device, self.tile, self.num_splits, self.split_size, self.flops, self.bytes))
 
     def __str__(self) -> str:
         lines = [
@@ -66,6 +86,8 @@ class Plan:
             f"  workers    {self.num_workers}",
             f"  arithmetic {self.compute_dtype}, {self.flops:.3g} flop, {self.bytes:.3g} bytes",
         ]
+        lines += [f"  {name} would make {splits} splits" for name, splits in self.peers]
+        lines += [f"  {note}" for note in self.notes]
         lines += [f"  not {name:<8}{reason}" for name, reasons in self.objections for reason in reasons]
         return "\n".join(lines)
 
@@ -136,8 +158,6 @@ def _objections_of_a_kernel(problem: Problem, device: Device) -> list[str]:
         size = getattr(problem.sizes, name)
         if size % 8 or not 0 < size <= 256:
             reasons.append(f"needs {name} to be a multiple of 8 from 8 to 256, not {size}")
-    if len(problem.sizes.batch_shape) > 1:
-        reasons.append("needs at most one batch axis")
     if problem.needs_dropout_mask:
         reasons.append("does not write out dropped weights (return_attn_probs with dropout)")
     return reasons
@@ -150,43 +170,68 @@ def objections_of_flash(problem: Problem, device: Device) -> tuple[str, ...]:
     return tuple(reasons)
 
 
+MOST_PACKED_ROWS = 64
+"""Query rows per key head up to which decoding in splits beats tiles of rows."""
+
+
 def objections_of_splitkv(problem: Problem, device: Device) -> tuple[str, ...]:
     reasons = _objections_of_a_kernel(problem, device)
     rows = problem.sizes.seqlen_q * problem.sizes.queries_per_pair
-    if device.kind == "cuda" and rows > 64:
-        reasons.append(f"is for decoding: at most 64 query rows per key head, not {rows}")
-    if device.kind == "cuda" and problem.dropout_p > 0.0:
-        reasons.append("has no dropout")
+    paged = problem.layout.page_size is not None  # nobody else can read pages
+    if device.kind == "cuda" and rows > MOST_PACKED_ROWS and not paged:
+        reasons.append(f"is for decoding: at most {MOST_PACKED_ROWS} query rows per key head, not {rows}")
+    least = 5 * 16 * _padded(problem.sizes) * _bytes_in_a_tile(problem.dtype)  # queries, and two stages of one warp
+    if device.kind == "cuda" and least > device.shared_memory:
+        reasons.append(f"needs {least} bytes of shared memory for such heads; a block has {device.shared_memory}")
     return tuple(reasons)
 
 
-def gpu_tile(problem: Problem, device: Device) -> Tile:
-    """The largest mma.sync tile whose q, k and v fit in shared memory, one stage each."""
-    head_dim = max(problem.sizes.head_dim, problem.sizes.head_dim_v)
-    item = ITEMSIZE[problem.dtype]
-    for block_q, block_k in ((128, 128), (128, 64), (64, 64), (64, 32)):
-        if (block_q + 2 * block_k) * head_dim * item <= device.shared_memory and block_k * head_dim <= 128 * 128:
-            return Tile(block_q, block_k, block_q // 16, 2)
-    return Tile(64, 32, 4, 1)
+def flash_tile(head_dim: int, dtype: str, shared_memory: int) -> Tile:
+    """The tile of the flash kernel: none of these spills registers, as the cubins' resource table shows."""
+    if dtype == "float32":  # three planes an element
+        rows = 64 if head_dim <= 128 else 32
+        wide = head_dim <= 64 and shared_memory >= 100 * 1024
+        return Tile(rows, 64 if wide else 32 if head_dim <= 128 else 16, rows // 16, 1)
+    if head_dim <= 128:
+        return Tile(64, 64, 4, 1)
+    if head_dim <= 192:
+        return Tile(64, 32, 4, 1)
+    return Tile(128, 32, 8, 1) if shared_memory >= 100 * 1024 else Tile(64, 16, 4, 1)
 
 
-def splits_by_wave_efficiency(blocks: int, units: int, key_blocks: int, most: int = 128) -> int:
-    """The fewest splits within 85% of the best wave efficiency.
+def split_tile(head_dim: int, rows: int, dtype: str, shared_memory: int) -> Tile:
+    """The tile of the split-KV kernel: 16 packed rows or 32, warps of 16 keys, and the stages of their rings.
 
-    `blocks` thread blocks on `units` multiprocessors run in waves; the last one may be nearly empty.
-    48 blocks on 108 units: two splits fill 96/108 = 0.89 of a wave, three 144/216 = 0.67.
-    Source: FlashAttention-3's rule, see flash_attn hopper/heuristics.h.
+    Four warps, or fewer where the two stages that each needs would not fit.
     """
-    if blocks >= 0.8 * units or key_blocks <= 4:
-        return 1
+    item = _bytes_in_a_tile(dtype)
+    block_q = 32 if rows > 16 and head_dim <= 64 and item == 2 else 16
+    stage = 2 * 16 * head_dim * item
+    room = shared_memory // 2 if head_dim * item <= 256 else shared_memory  # two blocks to a multiprocessor
+    queries = block_q * head_dim * item
+    num_warps = 4
+    while num_warps > 1 and queries + 2 * num_warps * stage > shared_memory:
+        num_warps //= 2
+    stages = max(2, min(4, (room - queries - 1024) // (num_warps * stage)))
+    return Tile(block_q, 16 * num_warps, num_warps, stages)
 
-    def efficiency(splits: int) -> float:
-        waves = blocks * splits / units
-        return waves / math.ceil(waves)
 
-    candidates = range(1, min(most, units, key_blocks) + 1)
-    best = max(map(efficiency, candidates))
-    return next(splits for splits in candidates if efficiency(splits) >= 0.85 * best)
+def _bytes_in_a_tile(dtype: str) -> int:
+    """Of an element: float32 is kept as three numbers of 16 bits."""
+    return 6 if dtype == "float32" else 2
+
+
+def _padded(sizes: Sizes) -> int:
+    return -(-max(sizes.head_dim, sizes.head_dim_v) // 32) * 32
+
+
+def gpu_tile(problem: Problem, device: Device, kernel: str = "flash") -> Tile:
+    """How a kernel cuts a problem on a device."""
+    sizes = problem.sizes
+    head_dim = _padded(sizes)
+    if kernel == "flash":
+        return flash_tile(head_dim, problem.dtype, device.shared_memory)
+    return split_tile(head_dim, sizes.seqlen_q * sizes.queries_per_pair, problem.dtype, device.shared_memory)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -202,8 +247,11 @@ IMPLEMENTATIONS: dict[str, Callable[[Problem, Device], tuple[str, ...]]] = {
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: Problem, device: Device) -> Plan:
-    """The plan for a problem on a device; its kernel is "none" if every implementation objects."""
+def choose(problem: Problem, device: Device, fixed_split_size: int | None = None) -> Plan:
+    """The plan for a problem on a device; its kernel is "none" if every implementation objects.
+
+    With `fixed_split_size` keys to a split the result of a sequence does not depend on what else is in the batch.
+    """
     asked = {name: objections(problem, device) for name, objections in IMPLEMENTATIONS.items()}
     kernel = next((name for name, reasons in asked.items() if not reasons), "none")
     against = dict(asked)
@@ -211,7 +259,8 @@ def choose(problem: Problem, device: Device) -> Plan:
     if kernel == "splitkv":
         against["flash"] = against["flash"] or ("would leave most of the GPU idle: too few query rows",)
     tile: CpuTile | Tile | None = None
-    splits, workers, compute, reason = 1, 1, "float32", "every implementation objects"
+    splits, workers, compute, reason, split_size = 1, 1, "float32", "every implementation objects", 0
+    peers: tuple[tuple[str, int], ...] = ()
     sizes = problem.sizes
     if kernel == "numpy":
         compute = problem.compute_dtype or "float64"
@@ -221,20 +270,14 @@ def choose(problem: Problem, device: Device) -> Plan:
         reason = f"{compute} reference arithmetic, " + (
             f"up to {workers} threads" if workers > 1 else "too little work for threads"
         )
-    elif kernel != "none":
+    elif kernel == "flash":
         tile = gpu_tile(problem, device)
-        groups = sizes.batch * sizes.num_heads // sizes.queries_per_pair
-        if kernel == "splitkv":
-            seen = problem.mask.touched(Span(0, max(1, sizes.seqlen_q)), sizes.seqlen_q, sizes.seqlen_k)
-            key_blocks = math.ceil(len(seen) / tile.block_k)
-            splits = splits_by_wave_efficiency(groups, device.num_units, key_blocks)
-            workers = groups * splits
-            reason = f"{groups} key heads cannot fill {device.num_units} SMs; {splits} splits of the keys do better"
-            if splits == 1:
-                reason = f"{groups} key heads, no split: the SMs are busy or the keys are few"
-        else:
-            workers = sizes.batch * sizes.num_heads * math.ceil(sizes.seqlen_q / tile.block_q)
-            reason = f"{workers} tiles of {tile.block_q} rows"
+        workers = sizes.batch * sizes.num_heads * math.ceil(sizes.seqlen_q / tile.block_q)
+        reason = f"{workers} tiles of {tile.block_q} rows"
+    elif kernel == "splitkv":
+        tile = gpu_tile(problem, device, "splitkv")
+        split_size, splits, workers, reason = split(problem, device, tile.block_q, tile.block_k, fixed_split_size)
+        peers = tuple((name, rule(problem, device)) for name, rule in PEERS.items())
     return Plan(
         kernel,
         device.name,
@@ -246,4 +289,6 @@ def choose(problem: Problem, device: Device) -> Plan:
         problem.bytes,
         reason,
         tuple((name, reasons) for name, reasons in against.items()),
+        split_size,
+        peers,
     )

@@ -143,6 +143,11 @@ def dtype_name(value: Any) -> str:
     return value if isinstance(value, str) else getattr(value, "__name__", None) or str(value).rsplit(".", 1)[-1]
 
 
+def split_size(function: str, value: Any) -> int | None:
+    """Keys of a split of fixed size; None: the planner's choice."""
+    return None if value is None else integer(function, "fixed_split_size", value, low=1)
+
+
 def dropout_seed(function: str, value: Any) -> int | None:
     return None if value is None else integer(function, "dropout_seed", value, low=0, high=2**64 - 1)
 

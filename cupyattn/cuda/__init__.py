@@ -1,18 +1,26 @@
-"""The GPU's only door.
+"""The GPU's only door: arrays on a CUDA device, a plan, and the results in the caller's library.
 
-Arrays on a CUDA device are recognised and planned for; this version of cupyattn has no CUDA kernels
-yet, and says so here, together with whatever else is missing on the machine.
+memory      whose arrays these are, and where they lie
+launch      kernel, grid and parameter record
+module      the kernel, from the cache of cubins or from NVRTC
 """
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+import functools
+from collections.abc import Mapping
+from typing import Any
 
+from cupyattn.cuda.launch import View, has_one_batch_axis, has_to_be_copied, is_aligned, recipe_of, record_of
+from cupyattn.cuda.memory import CuPyMemory, DLPackMemory, TorchMemory, copied
+from cupyattn.cuda.module import kernel
 from cupyattn.plan import Plan
-from cupyattn.problem import Device, Problem
+from cupyattn.problem import Device, Problem, Shape, Spec
 from cupyattn.reading import refusal
 
 INSTALL = "install cupyattn[cuda12] or cupyattn[cuda13], whichever CUDA version your driver supports"
+
+Arrays = Mapping[str, Any]
 
 
 def device_of(function: str, title: str, array: Any) -> Device:
@@ -33,7 +41,13 @@ def device_of(function: str, title: str, array: Any) -> Device:
     if not cupy.cuda.is_available():
         rule = f"the arrays are on a CUDA device ({title}) and CuPy finds no NVIDIA driver or GPU on this machine"
         raise RuntimeError(refusal(function, rule))
-    index = _index(array)
+    return _device(index_of(array))
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    import cupy
+
     properties = cupy.cuda.runtime.getDeviceProperties(index)
     return Device(
         properties["name"].decode(),
@@ -44,7 +58,7 @@ def device_of(function: str, title: str, array: Any) -> Device:
     )
 
 
-def _index(array: Any) -> int:
+def index_of(array: Any) -> int:
     """The CUDA ordinal of a CuPy, torch or JAX array."""
     device = getattr(array, "device", None)
     for name in ("id", "index", "local_hardware_id"):
@@ -54,7 +68,112 @@ def _index(array: Any) -> int:
     return 0
 
 
-def run(function: str, plan: Plan, problem: Problem) -> NoReturn:
-    """Launch the planned kernel."""
-    rule = f"the plan is {plan.kernel} on {plan.device}, and this version of cupyattn has no CUDA kernels yet"
-    raise NotImplementedError(refusal(function, rule, ("problem", problem)))
+@functools.cache
+def _memory(title: str) -> CuPyMemory:
+    """The adapter of a library, by its title in `arrays`."""
+    if title == "cupy.ndarray":
+        return CuPyMemory()
+    if title == "torch.Tensor":
+        return TorchMemory()
+    if title == "jax.Array":
+        import jax
+
+        return DLPackMemory(jax.dlpack.from_dlpack)
+    raise NotImplementedError(f"arrays of type {title} on a CUDA device: only CuPy, torch and JAX are known there")
+
+
+def run(
+    function: str, title: str, arrays: Arrays, specs: Mapping[str, Spec], plan: Plan, problem: Problem, seed: int
+) -> dict[str, Any]:
+    """Launch the planned kernel on the caller's stream, and return its results by name without waiting for them.
+
+    The values of cu_seqlens and block_table are not looked at on the host: what lies outside the arrays is
+    cut off on the device.
+
+    Raises
+    ------
+    NotImplementedError
+        Gradients are wanted, or the library is not known on a GPU.
+    RuntimeError
+        The kernel has to be compiled and cannot be.
+    """
+    memory = _memory(title)
+    if memory.gradients_wanted(arrays):
+        rule = "has no gradients on the GPU yet; call it under torch.no_grad(), or on the CPU"
+        raise NotImplementedError(refusal(function, rule))
+    index = index_of(arrays["q"])
+    with _current(index):
+        operands = memory.bring(arrays)
+        like = operands["q"]
+        results = {name: memory.empty(spec.shape, spec.dtype, like) for name, spec in problem.results.items()}
+        if problem.sizes.num_heads and 0 not in problem.out_shape:
+            _launch(memory, index, operands, specs, results, plan, problem, seed)
+        return memory.home(results)
+
+
+def _launch(
+    memory: CuPyMemory,
+    index: int,
+    operands: Arrays,
+    specs: Mapping[str, Spec],
+    results: Arrays,
+    plan: Plan,
+    problem: Problem,
+    seed: int,
+) -> None:
+    views = {name: memory.view(array, specs[name].dtype) for name, array in operands.items()}
+    num_units = _device(index).num_units
+    recipe = recipe_of(plan, problem, views, num_units)
+    kept = []
+    if recipe.copies:
+        for name in recipe.copies:
+            copy = copied(memory, name, operands[name], problem.sizes.batch_shape)
+            kept.append(copy)
+            views[name] = memory.view(copy, "float32" if name in ("alibi_slopes", "sinks") else specs[name].dtype)
+        recipe = recipe_of(plan, problem, views, num_units)
+    stream = memory.stream(index)
+    scratch, workspace = memory.scratch(recipe.workspace, index, stream, operands["q"])
+    addresses = {name: memory.pointer(array) for name, array in results.items()}
+    record = record_of(recipe, views, addresses, seed, scratch)
+    what = recipe.specialisation
+    kernel(what, index)(recipe.grid, (what.threads, 1, 1), (record,), what.shared_memory, stream)
+    del kept, workspace  # not earlier: their memory was in use until the launch was queued
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+
+_NOTHING = _Nothing()
+
+
+def _current(index: int) -> Any:
+    """Make a device the current one, if it is not."""
+    import cupy
+
+    return _NOTHING if cupy.cuda.runtime.getDevice() == index else cupy.cuda.Device(index)
+
+
+def notes(title: str, arrays: Arrays, specs: Mapping[str, Spec], problem: Problem) -> tuple[str, ...]:
+    """What `explain` says about these very arrays: which are copied, and how the others are read."""
+    memory = _memory(title)
+    views = {name: memory.view(array, specs[name].dtype) for name, array in memory.bring(arrays).items()}
+    found = []
+    for name, view in views.items():
+        if has_to_be_copied(name, *view[1:], problem.sizes.batch_shape):
+            found.append(f"{name} is copied: {_why(name, view, problem.sizes.batch_shape)}")
+        elif name in ("q", "k", "v") and not is_aligned(view):
+            found.append(f"{name} is read number by number: its rows do not start at multiples of 16 bytes")
+    return tuple(found)
+
+
+def _why(name: str, view: View, batch_shape: Shape) -> str:
+    if name not in ("alibi_slopes", "sinks") and not has_one_batch_axis(view.shape, batch_shape):
+        return "kernels know one batch axis"
+    if name in ("alibi_slopes", "sinks") and view.dtype != "float32":
+        return "kernels read it in float32"
+    return "its last axis is not contiguous"

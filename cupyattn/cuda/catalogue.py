@@ -1,0 +1,127 @@
+"""The C++ names of kernels: a plan's decisions as one template argument list."""
+
+from __future__ import annotations
+
+from cupyattn.cuda.module import Specialisation
+from cupyattn.plan import Tile, flash_tile, split_tile
+from cupyattn.problem import ITEMSIZE, Problem
+
+ELEMENT = {"float16": "cupyattn::Half", "bfloat16": "cupyattn::BFloat16", "float32": "float"}
+SCALE_FIRST, SOFTCAP, ALIBI, BIAS, MASK_ARRAY, DROPOUT = 1, 2, 4, 8, 16, 32
+"""Bits of ``Edit`` in ``params.cuh``."""
+
+
+def padded(head_dim: int) -> int:
+    """Columns of a tile in shared memory: whole slabs of 32."""
+    return -(-head_dim // 32) * 32
+
+
+def edits_of(problem: Problem) -> int:
+    """What happens to scores, as the bits of a trait."""
+    edits = problem.edits
+    bits = 0
+    for bit, wanted in (
+        (SCALE_FIRST, edits.softmax_scale < 2.0**-126),  # 0 in float32; 0 * -inf inside the exponential would be nan
+        (SOFTCAP, edits.softcap != 0.0),
+        (ALIBI, edits.alibi_slopes is not None),
+        (BIAS, edits.bias is not None),
+        (MASK_ARRAY, problem.mask.array is not None),
+        (DROPOUT, problem.dropout_p > 0.0),
+    ):
+        bits |= bit if wanted else 0
+    return bits
+
+
+def flash(dtype: str, head_dim: int, head_dim_v: int, tile: Tile, aligned: bool, edits: int) -> Specialisation:
+    """The flash kernel of a tile, ``flash.cu``."""
+    columns, columns_v = padded(head_dim), padded(head_dim_v)
+    arguments = (
+        ELEMENT[dtype],
+        columns,
+        columns_v,
+        tile.block_q,
+        tile.block_k,
+        tile.num_warps,
+        tile.num_stages,
+        tile.queries_in_registers,
+        aligned,
+        edits,
+    )
+    planes = 2 * _planes(dtype)
+    queries = max(tile.block_q * columns * planes, tile.block_q * columns_v * 2)
+    keys_and_values = tile.num_stages * tile.block_k * (columns + columns_v) * planes
+    return Specialisation(
+        "flash.cu",
+        f"cupyattn::flash_forward<cupyattn::FlashTraits<{', '.join(map(_literal, arguments))}>>",
+        32 * tile.num_warps,
+        queries + keys_and_values,
+    )
+
+
+def splitkv(
+    dtype: str, head_dim: int, head_dim_v: int, tile: Tile, aligned: bool, edits: int, paged: bool
+) -> Specialisation:
+    """The split-KV kernel of a tile, ``splitkv.cu``."""
+    columns, columns_v = padded(head_dim), padded(head_dim_v)
+    arguments = (
+        ELEMENT[dtype],
+        columns,
+        columns_v,
+        tile.block_q,
+        tile.num_warps,
+        tile.num_stages,
+        paged,
+        aligned,
+        edits,
+    )
+    planes = 2 * _planes(dtype)
+    ring = tile.num_warps * tile.num_stages * 16 * (columns + columns_v) * planes
+    queries = tile.block_q * columns * planes
+    states = tile.num_warps * tile.block_q * (columns_v + 2) * 4
+    return Specialisation(
+        "splitkv.cu",
+        f"cupyattn::split_forward<cupyattn::SplitTraits<{', '.join(map(_literal, arguments))}>>",
+        32 * tile.num_warps,
+        queries + max(ring, states),
+    )
+
+
+def shared_memory(kernel: str, dtype: str, head_dim: int, head_dim_v: int, tile: Tile) -> int:
+    """Dynamic shared memory of a kernel's block in bytes."""
+    if kernel == "flash":
+        return flash(dtype, head_dim, head_dim_v, tile, True, 0).shared_memory
+    return splitkv(dtype, head_dim, head_dim_v, tile, True, 0, False).shared_memory
+
+
+def _planes(dtype: str) -> int:
+    """16-bit planes in which a tile keeps its elements."""
+    return {2: 1, 4: 3}[ITEMSIZE[dtype]]
+
+
+def _literal(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+HEAD_DIMS = (64, 96, 128, 192, 256)
+DECODE_ROWS = (1, 32)
+"""Packed rows of a decode for which there are different tiles."""
+
+
+def specialisations(target: str) -> list[Specialisation]:
+    """The kernels most calls need on an architecture: q, k and v aligned, of equal head_dim, scores not edited.
+
+    All others are compiled when they are first called.
+    """
+    limit = _SHARED_MEMORY.get(target.rstrip("af"), 99 * 1024)
+    found = []
+    for dtype in ELEMENT:
+        for head_dim in HEAD_DIMS:
+            found.append(flash(dtype, head_dim, head_dim, flash_tile(head_dim, dtype, limit), True, 0))
+            for rows in DECODE_ROWS:
+                tile = split_tile(head_dim, rows, dtype, limit)
+                found += [splitkv(dtype, head_dim, head_dim, tile, True, 0, paged) for paged in (False, True)]
+    return list(dict.fromkeys(found))
+
+
+_SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_87": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
+"""Bytes one block may use; 99 KB elsewhere."""

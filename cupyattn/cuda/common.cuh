@@ -1,0 +1,40 @@
+// Names that NVRTC does not bring: no standard header is included anywhere, so that none has to be found.
+#pragma once
+
+namespace cupyattn {
+
+using uint8 = unsigned char;
+using uint16 = unsigned short;
+using uint32 = unsigned int;
+using int64 = long long;
+using uint64 = unsigned long long;
+
+#define DEVICE static __device__ __forceinline__
+#define DEVICE_METHOD __device__ __forceinline__
+#define DEVICE_APART static __device__ __noinline__  // registers and machine code of its own
+
+// 16-bit numbers travel as bits; these name what the bits mean.
+struct Half {
+    uint16 bits;
+};
+struct BFloat16 {
+    uint16 bits;
+};
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
+DEVICE constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+template <typename A, typename B>
+struct Same {
+    static constexpr bool value = false;
+};
+template <typename A>
+struct Same<A, A> {
+    static constexpr bool value = true;
+};
+
+}  // namespace cupyattn

@@ -1,0 +1,245 @@
+"""From a plan and the places of its arrays to a launch: kernel, grid and parameter record.
+
+Nothing here touches a GPU: arrays are `View` values, pointers and strides, so that the same launches run
+under the emulator in the tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupyattn.cuda import catalogue, params
+from cupyattn.cuda.module import Specialisation
+from cupyattn.plan import Plan, Tile
+from cupyattn.problem import ITEMSIZE, Problem, Shape
+from cupyattn.splits import BLOCKS_PER_UNIT
+
+LARGEST_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
+
+
+class View(NamedTuple):
+    """Where an array lies: its address, and elements from step to step along each axis."""
+
+    pointer: int
+    shape: Shape
+    strides: tuple[int, ...]
+    dtype: str
+
+
+class Workspace(NamedTuple):
+    """Scratch memory a launch needs, in elements."""
+
+    partial_out: int = 0
+    """float32."""
+    partial_lse: int = 0
+    """float32."""
+    counters: int = 0
+    """int32, zero before and after every launch."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of a launch that does not depend on addresses."""
+
+    specialisation: Specialisation
+    grid: tuple[int, int, int]
+    tail: bytes
+    workspace: Workspace
+    copies: tuple[str, ...] = ()
+    """Operands that no kernel can read as they are; if there are any, the rest is empty."""
+
+
+Strides = tuple[int, ...]
+
+
+def record_of(
+    recipe: Recipe,
+    operands: Mapping[str, View],
+    results: Mapping[str, int],
+    seed: int = 0,
+    scratch: Mapping[str, int] | None = None,
+) -> np.void:
+    """The kernel's one parameter, from the operands' views and the results' addresses.
+
+    `scratch` has the addresses that the recipe's workspace asks for.
+    """
+    pointers = {name: view[0] for name, view in operands.items()}
+    pointers.update(results)
+    if scratch:
+        pointers.update(scratch)
+    pointers["dropout_seed"] = seed
+    return params.record(pointers, recipe.tail)
+
+
+def recipe_of(plan: Plan, problem: Problem, operands: Mapping[str, View], num_units: int = 1) -> Recipe:
+    """The recipe, remembered by problem, strides and alignment; results are contiguous."""
+    facts = tuple([(name, view[1:]) for name, view in operands.items()])
+    aligned = (operands["q"].pointer | operands["k"].pointer | operands["v"].pointer) % 16 == 0
+    return _recipe(plan, problem, facts, aligned, num_units)
+
+
+def is_aligned(view: View) -> bool:
+    """Every row starts at a multiple of 16 bytes."""
+    return view.pointer % 16 == 0 and _steps_are_aligned(view.strides, view.dtype)
+
+
+def _steps_are_aligned(strides: Strides, dtype: str) -> bool:
+    return all(ITEMSIZE[dtype] * stride % 16 == 0 for stride in strides[:-1])
+
+
+def contiguous_strides(shape: Shape) -> Strides:
+    """Elements from step to step of a fresh array."""
+    steps = [1]
+    for size in reversed(shape[1:]):
+        steps.append(steps[-1] * size)
+    return tuple(reversed(steps))
+
+
+Fact = tuple[str, tuple[Shape, Strides, str]]
+"""An operand's name, and its view without the address."""
+
+
+@lru_cache(maxsize=4096)
+def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool, num_units: int) -> Recipe:
+    sizes, edits, layout = problem.sizes, problem.edits, problem.layout
+    shapes = {name: shape for name, (shape, _, _) in facts}
+    strides = {name: _broadcast_strides(shape, steps) for name, (shape, steps, _) in facts}
+    dtypes = {name: dtype for name, (_, _, dtype) in facts}
+    copies = tuple(
+        name for name, (shape, steps, dtype) in facts if has_to_be_copied(name, shape, steps, dtype, sizes.batch_shape)
+    )
+    if copies:
+        return Recipe(Specialisation("", "", 0, 0), (0, 0, 0), b"", Workspace(), copies)
+    aligned = aligned and all(_steps_are_aligned(strides[name], dtypes[name]) for name in ("q", "k", "v"))
+    one_batch = (sizes.batch,) if len(sizes.batch_shape) > 1 else sizes.batch_shape
+    lead = len(sizes.batch_shape) if len(sizes.batch_shape) > 1 else 0
+    for name, spec in problem.results.items():
+        strides[name] = contiguous_strides((*one_batch, *spec.shape[lead:]) if lead else spec.shape)
+    tile = plan.tile
+    assert isinstance(tile, Tile)
+    bits = catalogue.edits_of(problem)
+    group = sizes.queries_per_pair
+    batch, ragged = sizes.batch, layout.ragged
+    num_splits = plan.num_splits
+    groups = batch * sizes.num_heads // group
+    if plan.kernel == "flash":
+        specialisation = catalogue.flash(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, aligned, bits)
+        # Rows behind the last sequence of a ragged problem are wiped by one sequence more.
+        tiles = max(1, -(-sizes.seqlen_q // tile.block_q))
+        grid = (tiles * sizes.num_heads * (batch + ragged), 1, 1)
+        workspace = Workspace()
+    else:
+        paged = layout.page_size is not None
+        specialisation = catalogue.splitkv(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, aligned, bits, paged)
+        row_tiles = max(1, -(-sizes.seqlen_q * group // tile.block_q))
+        blocks = row_tiles * groups
+        grid = (num_splits * row_tiles * (sizes.num_heads // group) * (batch + ragged), 1, 1)
+        rows = blocks * num_splits * tile.block_q
+        workspace = (
+            Workspace(rows * catalogue.padded(sizes.head_dim_v), 2 * rows, blocks) if num_splits > 1 else Workspace()
+        )
+
+    def operand(name: str) -> params.Strides:
+        return _operand_strides(name, problem, strides[name], name in ("k", "v") and layout.page_size is not None)
+
+    def over_scores(name: str) -> params.ScoreStrides:
+        if name not in strides:
+            return params.ScoreStrides()
+        steps = (0,) * (4 - len(strides[name])) + strides[name]
+        return params.ScoreStrides(*steps)
+
+    p = problem.dropout_p
+    mask = problem.mask
+    lse = strides.get("lse", (0, 0, 0))
+    slopes = strides.get("alibi_slopes", (0,))
+    tail = params.Tail(
+        q=operand("q"),
+        k=operand("k"),
+        v=operand("v"),
+        out=operand("out"),
+        mask=over_scores("mask"),
+        bias=over_scores("bias"),
+        lse_batch=0 if ragged or len(lse) < 3 else lse[0],
+        lse_head=lse[-2],
+        block_table_row=strides.get("block_table", (0,))[0],
+        alibi_slopes_batch=slopes[0] if len(slopes) == 2 else 0,
+        total_q=sizes.total_q,
+        total_k=shapes["k"][0] if ragged else 0,
+        batch=batch,
+        num_heads=sizes.num_heads,
+        seqlen_q=sizes.seqlen_q,
+        seqlen_k=_longest_keys(problem, shapes),
+        head_dim=sizes.head_dim,
+        head_dim_v=sizes.head_dim_v,
+        queries_per_k=sizes.num_heads // sizes.num_heads_k,
+        queries_per_v=sizes.num_heads // sizes.num_heads_v,
+        queries_per_pair=group,
+        left=params.OPEN if mask.left is None else mask.left,
+        right=params.OPEN if mask.right is None else mask.right,
+        bottom_right=int(mask.alignment == "bottom-right"),
+        page_size=layout.page_size or 0,
+        num_pages=shapes["k"][0] if layout.page_size else 0,
+        bias_dtype=params.BIAS_DTYPES.index(dtypes["bias"]) if "bias" in dtypes else 0,
+        split_size=plan.split_size,
+        num_splits=num_splits,
+        num_slots=BLOCKS_PER_UNIT * num_units,
+        dropout_threshold=min(round(p * 2**32), 2**32 - 1),
+        dropout_factor=0.0 if p == 1.0 else 1.0 / (1.0 - p),
+        softmax_scale=min(edits.softmax_scale, LARGEST_FLOAT32),
+        # Beyond these it makes no difference, and a kernel's division would flush it to zero.
+        softcap=min(max(edits.softcap, 2.0**-100), 2.0**100) if edits.softcap else 0.0,
+    )
+    return Recipe(specialisation, grid, tail.pack(), workspace)
+
+
+def _longest_keys(problem: Problem, shapes: Mapping[str, Shape]) -> int:
+    """seqlen_k, but no more than a block_table has pages for: lengths on the device are cut to it."""
+    page_size = problem.layout.page_size
+    if page_size is None:
+        return problem.sizes.seqlen_k
+    room = shapes["block_table"][1] * page_size if shapes["k"][0] else 0
+    return min(problem.sizes.seqlen_k, room)
+
+
+def has_one_batch_axis(shape: Shape, batch_shape: Shape) -> bool:
+    """Whether one stride leads from sequence to sequence, or the same array serves them all."""
+    lead = shape[:-3]
+    return len(batch_shape) < 2 or not lead or (len(lead) == 1 and lead[0] in (1, math.prod(batch_shape)))
+
+
+def has_to_be_copied(name: str, shape: Shape, strides: Strides, dtype: str, batch_shape: Shape) -> bool:
+    """Whether kernels cannot read an operand as it is."""
+    if name in ("q", "k", "v", "mask", "bias") and not has_one_batch_axis(shape, batch_shape):
+        return True
+    if name in ("mask", "bias"):
+        return False
+    gaps = bool(shape) and shape[-1] > 1 and strides[-1] != 1
+    return gaps or (name in ("alibi_slopes", "sinks") and dtype != "float32")
+
+
+def _broadcast_strides(shape: Shape, strides: Strides) -> Strides:
+    """Strides under which an axis of length one serves any index."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+
+
+def _operand_strides(name: str, problem: Problem, strides: Strides, paged: bool) -> params.Strides:
+    """(batch, row, head) of an array in the caller's layout, whose batch axes are one by now."""
+    axes = problem.layout.axes
+    if paged:
+        return params.Strides(strides[0], strides[1], strides[2])
+    if axes == "thd":
+        return params.Strides(0, strides[0], strides[1])
+    lead = (0,) * (4 - len(strides)) + strides
+    return params.Strides(lead[0], lead[1], lead[2]) if axes == "bshd" else params.Strides(lead[0], lead[2], lead[1])
+
+
+def view_of_numpy(array: Any, dtype: str) -> View:
+    """A NumPy array's view: what the emulator runs on."""
+    strides = tuple(stride // array.itemsize for stride in array.strides)
+    return View(array.ctypes.data, array.shape, strides, dtype)

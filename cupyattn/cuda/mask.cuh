@@ -1,0 +1,83 @@
+// Who sees whom: integer spans of keys.  Twin: problem.Mask.
+#pragma once
+
+#include "params.cuh"
+#include "ptx.cuh"
+
+namespace cupyattn {
+
+// The half-open range from start up to stop; empty if stop <= start.
+struct Span {
+    int start, stop;
+
+    DEVICE_METHOD bool has(int index) const { return start <= index && index < stop; }
+    DEVICE_METHOD bool empty() const { return stop <= start; }
+};
+
+// One sequence's lengths and the band around its diagonal.
+struct Band {
+    int seqlen_q, seqlen_k;
+    int left, right;
+    int offset;  // the key on the diagonal of row 0
+
+    // The keys that query `row` sees.
+    DEVICE_METHOD Span visible_keys(int row) const {
+        const int diagonal = row + offset;
+        const int start = diagonal > left ? diagonal - left : 0;  // not larger(), which could wrap
+        const int stop = right == kOpen ? seqlen_k : smaller(seqlen_k, add_capped(diagonal, right) + 1);
+        return {start, stop};
+    }
+    // The keys that at least one of rows [first, last] sees; the band is monotone, so they are one span.
+    DEVICE_METHOD Span touched(int first, int last) const {
+        return {visible_keys(first).start, visible_keys(last).stop};
+    }
+    // The keys that every one of these rows sees.
+    DEVICE_METHOD Span whole(int first, int last) const {
+        return {visible_keys(last).start, visible_keys(first).stop};
+    }
+    // a + b for b >= 0, without wrapping past the largest int less one.
+    DEVICE_METHOD static int add_capped(int a, int b) { return a > 0 && b > kOpen - 1 - a ? kOpen - 1 : a + b; }
+};
+
+// Where a sequence's rows and keys lie, and its band.
+struct Sequence {
+    int index;
+    int64 first_row;  // within q and out: rows before this sequence's
+    int64 first_key;  // within k and v, unless they are paged
+    Band band;
+};
+
+// Part of `total` rows or keys: [starts[index], starts[index + 1]), kept inside whatever the numbers there say.
+DEVICE Span packed(const int* starts, int index, int64 total, int longest) {
+    const int end = static_cast<int>(total);
+    const int start = smaller(larger(ptx::load_global(starts + index), 0), end);
+    const int stop = smaller(larger(ptx::load_global(starts + index + 1), start), end);
+    return {start, smaller(stop, start + smaller(longest, end - start))};
+}
+
+// The sequence of this index.  Behind the last one come the rows that belong to none, which see no keys.
+DEVICE Sequence sequence_at(int index, const Params& params) {
+    Sequence found{index, 0, 0, {params.seqlen_q, params.seqlen_k, params.left, params.right, 0}};
+    if (params.at.cu_seqlens_q) {
+        Span rows{0, static_cast<int>(params.total_q)};
+        if (index < params.batch)
+            rows = packed(params.at.cu_seqlens_q, index, params.total_q, params.seqlen_q);
+        else
+            rows.start = smaller(larger(ptx::load_global(params.at.cu_seqlens_q + index), 0), rows.stop);
+        found.first_row = rows.start;
+        found.band.seqlen_q = rows.stop - rows.start;
+    }
+    if (index == params.batch) {
+        found.band.seqlen_k = 0;
+    } else if (params.at.cu_seqlens_k) {
+        // The keys of pages lie anywhere; only their number is told.
+        const int64 total = params.at.block_table ? kOpen : params.total_k;
+        const Span keys = packed(params.at.cu_seqlens_k, index, total, params.seqlen_k);
+        found.first_key = params.at.block_table ? 0 : keys.start;
+        found.band.seqlen_k = keys.stop - keys.start;
+    }
+    if (params.bottom_right) found.band.offset = found.band.seqlen_k - found.band.seqlen_q;
+    return found;
+}
+
+}  // namespace cupyattn

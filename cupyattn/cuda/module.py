@@ -1,0 +1,40 @@
+"""Kernels loaded on a device, ready to be launched; the one use of RawModule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from cupyattn.cuda.cache import find
+from cupyattn.cuda.compiler import target_for
+
+
+@dataclass(frozen=True, slots=True)
+class Specialisation:
+    """One kernel out of a source, and how its blocks are launched."""
+
+    source: str
+    """The file, "flash.cu"."""
+    expression: str
+    """The kernel's C++ name, as NVRTC is asked for it."""
+    threads: int
+    """Of a block."""
+    shared_memory: int
+    """Dynamic bytes of a block."""
+
+
+@cache
+def kernel(specialisation: Specialisation, device_index: int) -> Any:
+    """The kernel as a `cupy.cuda.function.Function`: ``kernel(grid, block, args, shared_memory, stream)``."""
+    import cupy
+
+    device = cupy.cuda.Device(device_index)
+    capability = device.compute_capability  # "90", "120"
+    target = target_for((int(capability[:-1]), int(capability[-1])))
+    driver = cupy.cuda.runtime.driverGetVersion() // 1000
+    entry = find(specialisation.source, specialisation.expression, target, driver=driver)
+    with device:
+        loaded = cupy.RawModule(path=str(entry.path)).get_function(entry.name)
+        loaded.max_dynamic_shared_size_bytes = specialisation.shared_memory  # above 48 KB it has to be asked for
+        return loaded.kernel

@@ -1,0 +1,75 @@
+// What a launch is told: one record by value, made by cuda/params.py field for field.
+//
+// Strides count elements.  Fields go from wide to narrow, so that there is no padding to disagree about.
+#pragma once
+
+#include "common.cuh"
+
+namespace cupyattn {
+
+// What changes from call to call.  Pointers are null where the call has no such thing.
+struct Pointers {
+    const void *q, *k, *v;
+    void* out;
+    float* lse;
+    const uint8* mask;  // 0: not seen
+    const void* bias;
+    const int *cu_seqlens_q, *cu_seqlens_k;  // [batch + 1]
+    const int* block_table;                  // [batch, pages of a sequence]
+    const float* alibi_slopes;
+    const float* sinks;                // [num_heads]
+    float *partial_out, *partial_lse;  // what splits leave for their merge, see splitkv.cu
+    int* counters;                     // zero between launches
+    uint64 dropout_seed;
+};
+
+// Of q, k, v or out: from sequence to sequence (or page to page), row to row, head to head.  Within a head
+// numbers are contiguous.
+struct Strides {
+    int64 batch, row, head;
+};
+
+// Of what is broadcast to the scores, by strides of zero.
+struct ScoreStrides {
+    int64 batch, head, row, key;
+};
+
+struct Params {
+    Pointers at;
+    Strides q, k, v, out;
+    ScoreStrides mask, bias;
+    int64 lse_batch, lse_head;
+    int64 block_table_row;
+    int64 alibi_slopes_batch;
+    int64 total_q, total_k;  // rows of q and k if there are cu_seqlens
+    int batch, num_heads;
+    int seqlen_q, seqlen_k;  // the longest ones, if there are cu_seqlens
+    int head_dim, head_dim_v;
+    int queries_per_k, queries_per_v;  // query heads that share a key head, a value head
+    int queries_per_pair;              // neighbouring query heads that share both
+    int left, right;                   // keys seen before and after the diagonal; kOpen: all
+    int bottom_right;                  // the diagonal ends at the last key of the last row
+    int page_size, num_pages;
+    int bias_dtype;  // 0 Half, 1 BFloat16, 2 float, 3 double
+    int split_size;  // keys of a split; 0: found on the device, from the lengths there
+    int num_splits;  // of the grid
+    int num_slots;   // thread blocks that fill the GPU once
+    uint32 dropout_threshold;
+    float dropout_factor;  // 1 / (1 - p)
+    float softmax_scale;
+    float softcap;
+};
+
+constexpr int kOpen = 0x7fffffff;
+
+// What happens to scores before the softmax; bits of a trait, since each changes the machine code.
+enum Edit {
+    kScaleFirst = 1,  // multiply by the scale at once, not inside the exponential; all others imply it
+    kSoftcap = 2,
+    kAlibi = 4,
+    kBias = 8,
+    kMaskArray = 16,
+    kDropout = 32,
+};
+
+}  // namespace cupyattn

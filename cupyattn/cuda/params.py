@@ -1,0 +1,105 @@
+"""The parameter record of a launch, field for field the structs of ``params.cuh``.
+
+What changes from call to call, the pointers, comes first: a record is those 16 words and a tail that is
+made once for a problem and the strides of its arrays.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+import numpy as np
+
+POINTERS = (
+    "q",
+    "k",
+    "v",
+    "out",
+    "lse",
+    "mask",
+    "bias",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "block_table",
+    "alibi_slopes",
+    "sinks",
+    "partial_out",
+    "partial_lse",
+    "counters",
+    "dropout_seed",
+)
+_POINTERS = struct.Struct(f"<{len(POINTERS)}Q")
+_TAIL = struct.Struct("<12q8q6q18iIfff")
+OPEN = 2**31 - 1
+BIAS_DTYPES = ("float16", "bfloat16", "float32", "float64")
+SIZE = _POINTERS.size + _TAIL.size
+
+
+class Strides(NamedTuple):
+    """Elements from sequence to sequence (or page to page), row to row, head to head."""
+
+    batch: int = 0
+    row: int = 0
+    head: int = 0
+
+
+class ScoreStrides(NamedTuple):
+    """Elements from step to step along the axes of the scores; 0 where the array is repeated."""
+
+    batch: int = 0
+    head: int = 0
+    row: int = 0
+    key: int = 0
+
+
+class Tail(NamedTuple):
+    """All fields behind the pointers, in order."""
+
+    q: Strides
+    k: Strides
+    v: Strides
+    out: Strides
+    mask: ScoreStrides
+    bias: ScoreStrides
+    lse_batch: int
+    lse_head: int
+    block_table_row: int
+    alibi_slopes_batch: int
+    total_q: int
+    total_k: int
+    batch: int
+    num_heads: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    queries_per_k: int
+    queries_per_v: int
+    queries_per_pair: int
+    left: int
+    right: int
+    bottom_right: int
+    page_size: int
+    num_pages: int
+    bias_dtype: int
+    split_size: int
+    num_splits: int
+    num_slots: int
+    dropout_threshold: int
+    dropout_factor: float
+    softmax_scale: float
+    softcap: float
+
+    def pack(self) -> bytes:
+        values: list[float] = []
+        for field in self:
+            values.extend(field if isinstance(field, tuple) else (field,))
+        return _TAIL.pack(*values)
+
+
+def record(pointers: dict[str, int], tail: bytes) -> np.void:
+    """A record as a kernel takes it: by value, as one scalar of raw bytes."""
+    head = _POINTERS.pack(*[pointers.get(name, 0) for name in POINTERS])
+    void: np.void = np.frombuffer(head + tail, f"V{SIZE}")[0]
+    return void

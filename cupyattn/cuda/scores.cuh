@@ -1,0 +1,106 @@
+// What happens to scores before the softmax, in this order: scale, softcap, ALiBi, bias; and who may see whom.
+#pragma once
+
+#include "mask.cuh"
+#include "tile.cuh"
+
+namespace cupyattn {
+
+// The two rows of a lane in a 16-row fragment.  Rows that do not exist (tails) see nothing.
+struct RowPair {
+    int token[2];  // the query's place in its sequence
+    int head[2];
+    bool exists[2];
+};
+
+// tanh to a relative error of 2^-22, since a softcap multiplies it: near zero, where exp2 would leave 1 - (1 - x), the
+// odd polynomial with the least relative error up to 0.55.
+DEVICE float tanh(float x) {
+    const float square = x * x;
+    float tail = ptx::fma(0.016458735f, square, -0.052684132f);
+    tail = ptx::fma(tail, square, 0.13320942f);
+    tail = ptx::fma(tail, square, -0.33332959f) * square;
+    if (square < 0.55f * 0.55f) return ptx::fma(tail, x, x);
+    return 1.f - ptx::divide(2.f, ptx::exp2(2.f * kLog2e * x) + 1.f);
+}
+
+DEVICE float bias_at(const Params& params, int64 index) {
+    const void* data = params.at.bias;
+    switch (params.bias_dtype) {
+        case 0: return ptx::widen(ptx::load_global(static_cast<const Half*>(data) + index));
+        case 1: return ptx::widen(ptx::load_global(static_cast<const BFloat16*>(data) + index));
+        case 2: return ptx::load_global(static_cast<const float*>(data) + index);
+        default: return ptx::widen(ptx::load_global(static_cast<const double*>(data) + index));
+    }
+}
+
+// Where the scores of a row begin in a mask or bias.
+DEVICE int64 row_of(const ScoreStrides& array, int batch, int head, int token) {
+    return batch * array.batch + head * array.head + token * array.row;
+}
+
+// Edits the scores of keys [first_key, first_key + kCols) in place; minus infinity where a key is not seen.
+// The results are exponents of two if anything but the band is edited, and products q k^T as they were if not.
+// kBand: some row may see less than all these keys.
+template <int kEdits, bool kBand, int kCols>
+DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key, const Sequence& sequence,
+                 const Params& params) {
+    const int first = first_key + Accumulator<kCols>::first_column();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int token = rows.token[half], head = rows.head[half];
+        Span visible{0, kOpen};
+        if constexpr (kBand) visible = sequence.band.visible_keys(token);
+        if (!rows.exists[half]) visible.stop = 0;
+        float slope = 0.f;
+        if constexpr (bool(kEdits & kAlibi))
+            slope = ptx::load_global(params.at.alibi_slopes + sequence.index * params.alibi_slopes_batch + head);
+#pragma unroll
+        for (int block = 0; block < kCols / 8; ++block)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float& x = scores.value[block][2 * half + i];
+                const int key = first + Accumulator<kCols>::column(block, i);
+                bool hidden = (kBand || kEdits) && (key < visible.start || key >= visible.stop);
+                if constexpr (bool(kEdits & ~kDropout)) {
+                    x *= params.softmax_scale;
+                    if constexpr (bool(kEdits & kSoftcap)) x = params.softcap * tanh(ptx::divide(x, params.softcap));
+                    if constexpr (bool(kEdits & kAlibi)) {
+                        const int distance = token + sequence.band.offset - key;
+                        x -= slope * static_cast<float>(distance < 0 ? -distance : distance);
+                    }
+                    if constexpr (bool(kEdits & kBias))
+                        if (!hidden) {
+                            const float bias =
+                                bias_at(params, row_of(params.bias, sequence.index, head, token) + key * params.bias.key);
+                            x += bias;
+                            hidden = bias == -ptx::infinity();  // even if the score is nan
+                        }
+                    if constexpr (bool(kEdits & kMaskArray))
+                        if (!hidden) {
+                            const int64 index = row_of(params.mask, sequence.index, head, token) + key * params.mask.key;
+                            hidden = !ptx::load_global(params.at.mask + index);
+                        }
+                    x *= kLog2e;
+                }
+                if (hidden) x = -ptx::infinity();
+            }
+    }
+}
+
+// 1 where a key is seen, 0 where it is not: the weights that count strays, see tile.cuh.
+template <int kCols>
+DEVICE void mark_seen(Accumulator<kCols>& scores) {
+#pragma unroll
+    for (int block = 0; block < kCols / 8; ++block)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scores.value[block][i] = scores.value[block][i] == -ptx::infinity() ? 0.f : 1.f;
+}
+
+// What the softmax multiplies such scores by, to make them exponents of two.
+template <int kEdits>
+DEVICE float scale_log2_of(const Params& params) {
+    return kEdits & ~kDropout ? 1.f : params.softmax_scale * kLog2e;
+}
+
+}  // namespace cupyattn

@@ -1,0 +1,81 @@
+// Rows: their running maximum and sum, and what becomes of them at the end.
+#pragma once
+
+#include "tile.cuh"
+
+namespace cupyattn {
+
+// A float per row half of a lane, reduced over the four lanes that share a row.
+template <typename Reduce>
+DEVICE void over_row(float (&value)[2], const Reduce& reduce) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int step = 1; step <= 2; step *= 2) value[half] = reduce(value[half], ptx::shuffle_xor(value[half], step));
+}
+
+// The running (row_max, row_sum) of 16 rows while their keys arrive block by block.  Twin:
+// numpy_ref.OnlineSoftmax, in powers of e.
+struct OnlineSoftmax {
+    float row_max[2];
+    float row_sum[2];  // this lane's share, until `finish`
+
+    DEVICE_METHOD void clear() {
+        row_max[0] = row_max[1] = -ptx::infinity();
+        row_sum[0] = row_sum[1] = 0.f;
+    }
+
+    // Turns scores into weights exp2(scale_log2 * (score - row_max)) in place, adds them to row_sum, and sets
+    // `shrink`, by which all that was summed under the old row_max has to be multiplied.
+    template <int kCols>
+    DEVICE_METHOD void fold(Accumulator<kCols>& scores, float scale_log2, float (&shrink)[2]) {
+        float highest[2] = {row_max[0], row_max[1]};
+#pragma unroll
+        for (int block = 0; block < kCols / 8; ++block)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) highest[i / 2] = ptx::max(highest[i / 2], scores.value[block][i]);
+        over_row(highest, [](float a, float b) { return ptx::max(a, b); });
+        float origin[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            // A row that has seen no key yet: -inf - -inf would be nan, 0 keeps its weights 0.
+            origin[half] = highest[half] == -ptx::infinity() ? 0.f : highest[half] * scale_log2;
+            shrink[half] = ptx::exp2(ptx::fma(row_max[half], scale_log2, -origin[half]));
+            row_max[half] = highest[half];
+            row_sum[half] *= shrink[half];
+        }
+#pragma unroll
+        for (int block = 0; block < kCols / 8; ++block)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float& x = scores.value[block][i];
+                x = ptx::exp2(ptx::fma(x, scale_log2, -origin[i / 2]));
+                row_sum[i / 2] += x;
+            }
+    }
+
+    // Adds up the lanes' shares.  After this row_max is an exponent of two.
+    DEVICE_METHOD void finish(float scale_log2) {
+        over_row(row_sum, [](float a, float b) { return a + b; });
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            row_max[half] = row_max[half] == -ptx::infinity() ? row_max[half] : row_max[half] * scale_log2;
+    }
+};
+
+// What a finished row is multiplied by, and its log-sum-exp.
+struct Finish {
+    float factor, lse;
+};
+
+// row_max and sink are exponents of two; a sink joins as a key whose value is zero.
+DEVICE Finish finish_row(float row_max, float row_sum, float sink) {
+    const float highest = ptx::max(row_max, sink);
+    const float origin = highest == -ptx::infinity() ? 0.f : highest;
+    const float shrink = ptx::exp2(row_max - origin);
+    const float total = row_sum * shrink + ptx::exp2(sink - origin);
+    if (total == 0.f) return {0.f, -ptx::infinity()};
+    return {shrink / total, (origin + ptx::log2(total)) * kLn2};
+}
+
+}  // namespace cupyattn

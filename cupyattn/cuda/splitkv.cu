@@ -1,0 +1,483 @@
+// splitkv.cu: exact attention for few queries and many keys, in one launch.
+//
+// A piece is kBlockQ rows that share their keys: the query heads of one group and, if there are several, the
+// queries of one sequence, token by token, so that keys and values are read once for all of them.  Its keys are
+// cut into splits, a thread block each, and within a block the warps take turns, 16 keys at a time, each with
+// copies of its own under way and none waiting for another.  At the end the warps' sums are merged, and the last
+// block of a piece to finish merges the splits.
+//
+//     partial_out [piece, split, kBlockQ, kHeadDimV], not yet divided; partial_lse [piece, split, kBlockQ, 2]: the
+//     exponent of two they are relative to, and the sum of weights; counters [piece]: splits that are done.
+//
+// How many splits a sequence gets is decided here if lengths are data (split_size 0), by the rule of
+// plan.live_split_blocks, and by the host otherwise.
+//
+// Twin     numpy_ref.flash and numpy_ref.merge.
+// Source   Dao, Haziza, Massa and Sizov, Flash-Decoding, 2023.
+// Needs    sm_80.
+// Launch   one block per (split, row tile, group, sequence), the split fastest; kThreads threads.
+
+#include "dropout.cuh"
+#include "softmax.cuh"
+
+namespace cupyattn {
+
+template <typename Element_, int kHeadDim_, int kHeadDimV_, int kBlockQ_, int kNumWarps_, int kNumStages_, bool kPaged_,
+          bool kAligned_, int kEdits_>
+struct SplitTraits {
+    using Element = Element_;
+    static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // as padded in the tiles
+    static constexpr int kBlockQ = kBlockQ_, kRowTiles = kBlockQ / 16;
+    static constexpr int kNumWarps = kNumWarps_, kThreads = 32 * kNumWarps;
+    static constexpr int kBlockK = 16 * kNumWarps;
+    static constexpr int kNumStages = kNumStages_;  // 16-key tiles in a warp's ring
+    static constexpr bool kPaged = kPaged_;
+    static constexpr bool kAligned = kAligned_;
+    static constexpr int kEdits = kEdits_;
+
+    using QueryTile = SharedTile<Element, kBlockQ, kHeadDim>;
+    using KeyTile = SharedTile<Element, 16, kHeadDim>;
+    using ValueTile = SharedTile<Element, 16, kHeadDimV>;
+    static constexpr int kStageBytes = KeyTile::kBytes + ValueTile::kBytes;
+
+    static_assert(kBlockQ % 16 == 0, "fragments have 16 rows");
+    static_assert(kNumStages >= 2, "a tile has to arrive while another is used");
+};
+
+constexpr int kFewestKeys = 256;  // of a split, unless there are fewer: below, starting and merging cost more
+
+// Shares of the GPU: the most key blocks a split may have so that all splits run at once.  Twin:
+// plan.live_split_blocks.
+DEVICE int live_split_blocks(int total, int pieces, int slots, int block_k) {
+    // Every piece may have one split that is not full.
+    const int room = larger(larger(slots - pieces, slots / 2), 1);
+    return larger(ceil_div(total, room), ceil_div(kFewestKeys, block_k));
+}
+
+// One block's work.  With kCare the walk that keeps values apart which are not finite, see tile.cuh.
+template <typename Traits, bool kCare>
+struct SplitBlock {
+    using Element = typename Traits::Element;
+    static constexpr int kRowTiles = Traits::kRowTiles, kBlockK = Traits::kBlockK, kThreads = Traits::kThreads;
+    static constexpr int kPlanes = Planes<Element>::kCount;
+    static constexpr bool kQueriesInRegisters = kRowTiles * kPlanes == 1;
+    static constexpr int kQuerySteps = kQueriesInRegisters ? Traits::kHeadDim / 16 : 1;
+    static constexpr int kColumns = Traits::kHeadDimV / 32;  // of a row, per lane, while merging
+
+    const Params& params;
+    Sequence sequence;
+    int first_head, first_row;  // of the piece; rows are packed, queries_per_pair to a token
+    int num_rows;
+    typename Traits::QueryTile queries;
+    uint32 ring;    // this warp's
+    uint32 states;  // the warps' sums, in the rings' place
+    RowPair rows[kRowTiles];
+    uint32 query[kQuerySteps][kRowTiles][kPlanes][4];
+    Accumulator<Traits::kHeadDimV> out[kRowTiles];
+    OnlineSoftmax softmax[kRowTiles];
+    bool counting;  // strays, if kCare
+    Strays<Traits::kHeadDimV> strays[kRowTiles];
+
+    DEVICE_METHOD SplitBlock(const Params& given, int tile, int group, const Sequence& sequence_)
+        : params(given),
+          sequence(sequence_),
+          first_head(group * given.queries_per_pair),
+          first_row(tile * Traits::kBlockQ) {
+        num_rows = smaller(Traits::kBlockQ, sequence.band.seqlen_q * params.queries_per_pair - first_row);
+        queries.base = ptx::shared_memory();
+        states = queries.base + Traits::QueryTile::kBytes;
+        ring = states + ptx::warp() * Traits::kNumStages * Traits::kStageBytes;
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = 16 * m + Accumulator<16>::row(half);
+                rows[m].token[half] = token_of(row);
+                rows[m].head[half] = head_of(row);
+                rows[m].exists[half] = row < num_rows;
+            }
+    }
+
+    DEVICE_METHOD int token_of(int row) const { return (first_row + row) / params.queries_per_pair; }
+    DEVICE_METHOD int head_of(int row) const { return first_head + (first_row + row) % params.queries_per_pair; }
+
+    template <typename To, typename From>
+    DEVICE_METHOD To* row_of(From* data, const Strides& strides, int row) const {
+        return static_cast<To*>(data) + sequence.index * strides.batch +
+               (sequence.first_row + token_of(row)) * strides.row + head_of(row) * strides.head;
+    }
+
+    // The blocks of keys that some row sees.
+    DEVICE_METHOD Span blocks() const {
+        if (num_rows <= 0) return {0, 0};
+        const Span touched = sequence.band.touched(token_of(0), token_of(num_rows - 1));
+        return touched.empty() ? Span{0, 0} : Span{touched.start / kBlockK, ceil_div(touched.stop, kBlockK)};
+    }
+
+    // ---- Loads ----
+
+    DEVICE_METHOD void load_queries() {
+        const Element* anywhere = static_cast<const Element*>(params.at.q);
+        load_rows_from<kThreads, Traits::kAligned>(queries, ptx::thread(), num_rows, params.head_dim, anywhere,
+                                                   [&](int row) { return row_of<const Element>(anywhere, params.q, row); });
+        ptx::commit_copies();
+        ptx::wait_copies<0>();
+        ptx::barrier();
+    }
+    DEVICE_METHOD void keep_queries() {
+#pragma unroll
+        for (int step = 0; step < kQuerySteps; ++step)
+#pragma unroll
+            for (int m = 0; m < kRowTiles; ++m)
+                load_fragment<Element, typename Traits::QueryTile>(query[step][m], left_operand(queries, 16 * m), step);
+    }
+
+    DEVICE_METHOD typename Traits::KeyTile key_tile(int stage) const { return {ring + stage * Traits::kStageBytes}; }
+    DEVICE_METHOD typename Traits::ValueTile value_tile(int stage) const {
+        return {ring + stage * Traits::kStageBytes + Traits::KeyTile::kBytes};
+    }
+    DEVICE_METHOD static int first_key(int block) { return block * kBlockK + ptx::warp() * 16; }
+
+    // This warp's 16 keys and values of a block.
+    DEVICE_METHOD void load(int block, int stage) {
+        const int key = first_key(block), left = sequence.band.seqlen_k - key;
+        load_operand(key_tile(stage), params.at.k, params.k, first_head / params.queries_per_k, params.head_dim, key, left);
+        load_operand(value_tile(stage), params.at.v, params.v, first_head / params.queries_per_v, params.head_dim_v, key,
+                     left);
+    }
+    template <typename Tile>
+    DEVICE_METHOD void load_operand(const Tile& tile, const void* data, const Strides& strides, int head, int num_cols,
+                                    int key, int left) const {
+        const Element* base = static_cast<const Element*>(data) + head * strides.head;
+        if constexpr (!Traits::kPaged) {
+            base += sequence.index * strides.batch + (sequence.first_key + key) * strides.row;
+            load_rows<32, Traits::kAligned>(tile, ptx::lane(), left, num_cols, base, strides.row);
+        } else if (params.page_size % 16 == 0) {
+            if (left > 0) base += page_of(key) * strides.batch + key % params.page_size * strides.row;
+            load_rows<32, Traits::kAligned>(tile, ptx::lane(), left, num_cols, base, strides.row);
+        } else {
+            load_rows_from<32, Traits::kAligned>(tile, ptx::lane(), left, num_cols, base, [&](int row) {
+                return base + page_of(key + row) * strides.batch + (key + row) % params.page_size * strides.row;
+            });
+        }
+    }
+    // Kept inside the pages there are, whatever the table says.
+    DEVICE_METHOD int64 page_of(int key) const {
+        const int* table = params.at.block_table + sequence.index * params.block_table_row;
+        return smaller(larger(ptx::load_global(table + key / params.page_size), 0), params.num_pages - 1);
+    }
+
+    // ---- The algorithm ----
+
+    // This warp's keys of blocks [start, stop).
+    DEVICE_METHOD void attend(const Span& part) {
+        constexpr int kAhead = Traits::kNumStages - 1;
+        const Span whole = sequence.band.whole(token_of(0), token_of(num_rows - 1));
+        if constexpr (kQueriesInRegisters) keep_queries();
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) out[m].clear(), softmax[m].clear();
+#pragma unroll 1
+        for (int i = 0; i < kAhead; ++i) {
+            if (part.start + i < part.stop) load(part.start + i, i);
+            ptx::commit_copies();
+        }
+        int stage = 0;
+#pragma unroll 1
+        for (int block = part.start; block < part.stop; ++block) {
+            if (block + kAhead < part.stop) load(block + kAhead, stage == 0 ? kAhead : stage - 1);
+            ptx::commit_copies();
+            ptx::wait_copies<kAhead>();
+            ptx::warp_barrier();  // this tile is here, from all lanes
+            const int key = first_key(block);
+            if (!kCare && whole.start <= key && key + 16 <= whole.stop)
+                absorb<false>(key, stage);
+            else
+                absorb<true>(key, stage);
+            ptx::warp_barrier();  // all lanes are done with it
+            stage = stage == kAhead ? 0 : stage + 1;
+        }
+        ptx::wait_copies<0>();
+    }
+
+    template <bool kBand>
+    DEVICE_METHOD void absorb(int key, int stage) {
+        using KeyTile = typename Traits::KeyTile;
+        Accumulator<16> scores[kRowTiles];
+        const uint32 right = right_operand_by_rows(key_tile(stage));
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) scores[m].clear();
+#pragma unroll
+        for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
+            uint32 loaded[kRowTiles][kPlanes][4];
+            if constexpr (!kQueriesInRegisters)
+#pragma unroll
+                for (int m = 0; m < kRowTiles; ++m)
+                    load_fragment<Element, typename Traits::QueryTile>(loaded[m], left_operand(queries, 16 * m), step);
+            const auto& left = kQueriesInRegisters ? query[kQueriesInRegisters ? step : 0] : loaded;
+#pragma unroll
+            for (int plane = 0; plane < kPlanes; ++plane) {
+                uint32 keys[4];
+                ptx::load_matrices(keys, KeyTile::advance(right, step) + plane * KeyTile::kPlane);
+#pragma unroll
+                for (int m = 0; m < kRowTiles; ++m)
+                    multiply_planes<Element>(scores[m].value[0], scores[m].value[1], left[m], keys, plane);
+            }
+        }
+        Fragment<Element, 16> weights[kRowTiles];
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+            edit<Traits::kEdits, kBand>(scores[m], rows[m], key, sequence, params);
+            if (kCare && counting) {
+                mark_seen(scores[m]);
+                out[m].clear();
+            } else {
+                float shrink[2];
+                softmax[m].fold(scores[m], scale_log2_of<Traits::kEdits>(params), shrink);
+                out[m].scale_rows(shrink);
+                if constexpr (bool(Traits::kEdits & kDropout)) drop(scores[m], rows[m], key, sequence.index, params);
+            }
+            weights[m].round_from(scores[m]);
+        }
+        const auto tile = value_tile(stage);
+        if constexpr (kCare) {
+            take_strays<32, Element>(tile, ptx::lane(), counting);
+            ptx::warp_barrier();
+        }
+        multiply_values<typename Traits::ValueTile>(out, weights, right_operand_by_columns(tile));
+        if (kCare && counting)
+#pragma unroll
+            for (int m = 0; m < kRowTiles; ++m) strays[m].collect(out[m]);
+    }
+
+    // The walk again, so that values which are not finite reach only the rows that see them.
+    DEVICE_METHOD void attend_with_care(const Span& part) {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) strays[m].clear();
+#pragma unroll 1
+        for (int walk = 0; walk < 2; ++walk) {
+            counting = walk == 0;
+            ptx::warp_barrier();  // all lanes are done with the walk before
+            attend(part);
+        }
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) strays[m].add_to(out[m]);
+    }
+
+    // Nan or inf anywhere in this block's sums; everybody meets, and is done with the rings.
+    DEVICE_METHOD bool is_suspicious() const {
+        float probe = 0.f;
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) probe += out[m].times_zero();
+        return ptx::barrier_any(probe != 0.f);
+    }
+
+    // ---- Merging ----
+
+    // What a row has come to: weights relative to 2^exponent, their sum, and this lane's columns of the output.
+    struct RowState {
+        float exponent, sum, column[kColumns];
+
+        DEVICE_METHOD void clear(float to) {
+            exponent = to, sum = 0.f;
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) column[i] = 0.f;
+        }
+        // Adds a state whose columns `read(i)` tells; the exponent is the largest of all already.
+        template <typename Read>
+        DEVICE_METHOD void add(float its_exponent, float its_sum, const Read& read) {
+            const float share = ptx::exp2(its_exponent - (exponent == -ptx::infinity() ? 0.f : exponent));
+            if (share == 0.f && its_sum == its_sum) return;  // 0 * inf would be nan; but a nan stays one
+            sum += share * its_sum;
+#pragma unroll
+            for (int i = 0; i < kColumns; ++i) column[i] = ptx::fma(share, read(i), column[i]);
+        }
+    };
+
+    static constexpr int kStateBytes = Traits::kBlockQ * (Traits::kHeadDimV + 2) * 4;  // of a warp
+    DEVICE_METHOD uint32 state_sums(int warp, int row) const { return states + warp * kStateBytes + row * 8; }
+    DEVICE_METHOD uint32 state_row(int warp, int row) const {
+        return states + warp * kStateBytes + Traits::kBlockQ * 8 + row * Traits::kHeadDimV * 4;
+    }
+
+    DEVICE_METHOD void leave_state() {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m) {
+            softmax[m].finish(scale_log2_of<Traits::kEdits>(params));
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = 16 * m + Accumulator<16>::row(half);
+                if (ptx::lane() % 4 == 0) {
+                    ptx::store_shared(state_sums(ptx::warp(), row), softmax[m].row_max[half]);
+                    ptx::store_shared(state_sums(ptx::warp(), row) + 4, softmax[m].row_sum[half]);
+                }
+#pragma unroll
+                for (int block = 0; block < Traits::kHeadDimV / 8; ++block)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) {
+                        const int column = Accumulator<16>::first_column() + Accumulator<16>::column(block, i);
+                        ptx::store_shared(state_row(ptx::warp(), row) + column * 4, out[m].value[block][2 * half + i]);
+                    }
+            }
+        }
+    }
+
+    // All warps' states of a row.
+    DEVICE_METHOD RowState merged_warps(int row) const {
+        float exponent = -ptx::infinity();
+#pragma unroll
+        for (int warp = 0; warp < Traits::kNumWarps; ++warp)
+            exponent = ptx::max(exponent, ptx::load_shared_float(state_sums(warp, row)));
+        RowState state;
+        state.clear(exponent);
+#pragma unroll
+        for (int warp = 0; warp < Traits::kNumWarps; ++warp)
+            state.add(ptx::load_shared_float(state_sums(warp, row)), ptx::load_shared_float(state_sums(warp, row) + 4),
+                      [&](int i) { return ptx::load_shared_float(state_row(warp, row) + (32 * i + ptx::lane()) * 4); });
+        return state;
+    }
+
+    DEVICE_METHOD float* partial_row(int64 piece, int split, int row) const {
+        return params.at.partial_out +
+               ((piece * params.num_splits + split) * Traits::kBlockQ + row) * Traits::kHeadDimV;
+    }
+    DEVICE_METHOD float* partial_sums(int64 piece, int split, int row) const {
+        return params.at.partial_lse + ((piece * params.num_splits + split) * Traits::kBlockQ + row) * 2;
+    }
+
+    DEVICE_METHOD void leave_partial(const RowState& state, int64 piece, int split, int row) const {
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i)
+            ptx::store_global_fresh(partial_row(piece, split, row) + 32 * i + ptx::lane(), state.column[i]);
+        if (ptx::lane() == 0) {
+            ptx::store_global_fresh(partial_sums(piece, split, row), state.exponent);
+            ptx::store_global_fresh(partial_sums(piece, split, row) + 1, state.sum);
+        }
+    }
+
+    // All splits' states of a row, always in the same order.
+    DEVICE_METHOD RowState merged_splits(int64 piece, int splits, int row) const {
+        float exponent = -ptx::infinity();
+        for (int split = ptx::lane(); split < splits; split += 32)
+            exponent = ptx::max(exponent, ptx::load_global_fresh(partial_sums(piece, split, row)));
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) exponent = ptx::max(exponent, ptx::shuffle_xor(exponent, step));
+        RowState state;
+        state.clear(exponent);
+#pragma unroll 4
+        for (int split = 0; split < splits; ++split)
+            state.add(ptx::load_global_fresh(partial_sums(piece, split, row)),
+                      ptx::load_global_fresh(partial_sums(piece, split, row) + 1), [&](int i) {
+                          return ptx::load_global_fresh(partial_row(piece, split, row) + 32 * i + ptx::lane());
+                      });
+        return state;
+    }
+
+    DEVICE_METHOD void store(const RowState& state, int row) const {
+        const int head = head_of(row);
+        const bool has_sink = params.at.sinks && sequence.index < params.batch;
+        const float sink = has_sink ? ptx::load_global(params.at.sinks + head) * kLog2e : -ptx::infinity();
+        const Finish end = finish_row(state.exponent, state.sum, sink);
+        Element* to = row_of<Element>(params.at.out, params.out, row);
+#pragma unroll
+        for (int i = 0; i < kColumns; ++i) {
+            const int column = 32 * i + ptx::lane();
+            if (column < params.head_dim_v) store_rounded(to + column, state.column[i] * end.factor);
+        }
+        if (params.at.lse && ptx::lane() == 0)
+            ptx::store_global(params.at.lse + sequence.index * params.lse_batch + head * params.lse_head +
+                                  sequence.first_row + token_of(row),
+                              end.lse);
+    }
+};
+
+// Once more from the queries in shared memory on; apart, since it is rarely run.
+template <typename Traits>
+DEVICE_APART void split_with_care(const Params& params, int tile, int group, const Sequence& sequence, const Span& part) {
+    SplitBlock<Traits, true> block(params, tile, group, sequence);
+    block.attend_with_care(part);
+    ptx::barrier();  // everybody is done with the rings
+    block.leave_state();
+}
+
+template <typename Traits>
+DEVICE int live_size(const Params& params, int groups) {
+    // Every thread some of the sequences, then every warp, then all.
+    int total = 0;
+    for (int index = ptx::thread(); index < params.batch; index += Traits::kThreads) {
+        const Band band = sequence_at(index, params).band;
+        const int row_tiles = ceil_div(band.seqlen_q * params.queries_per_pair, Traits::kBlockQ);
+        const Span touched = row_tiles == 0 ? Span{0, 0} : band.touched(0, band.seqlen_q - 1);
+        if (!touched.empty())
+            total += row_tiles * (ceil_div(touched.stop, Traits::kBlockK) - touched.start / Traits::kBlockK);
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2)
+        total += static_cast<int>(ptx::shuffle(static_cast<uint32>(total), ptx::lane() ^ step));
+    const uint32 sums = ptx::shared_memory();
+    if (ptx::lane() == 0) ptx::store_shared(sums + 4 * ptx::warp(), static_cast<uint32>(total));
+    ptx::barrier();
+    total = 0;
+#pragma unroll
+    for (int warp = 0; warp < Traits::kNumWarps; ++warp) total += static_cast<int>(ptx::load_shared(sums + 4 * warp));
+    ptx::barrier();  // the memory is free for the queries
+    const int row_tiles = ceil_div(params.seqlen_q * params.queries_per_pair, Traits::kBlockQ);
+    return live_split_blocks(total * groups, params.batch * groups * row_tiles, params.num_slots, Traits::kBlockK);
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads) split_forward(const __grid_constant__ Params params) {
+    const int groups = params.num_heads / params.queries_per_pair;
+    const int row_tiles = larger(1, ceil_div(params.seqlen_q * params.queries_per_pair, Traits::kBlockQ));
+    const int split = ptx::block_x() % params.num_splits, piece = ptx::block_x() / params.num_splits;
+    const int group = piece / row_tiles % groups;
+    const Sequence sequence = sequence_at(piece / row_tiles / groups, params);
+    int size = params.split_size / Traits::kBlockK;
+    if (size == 0) size = live_size<Traits>(params, groups);
+
+    // One pass, or several where rows belong to no sequence and are only wiped.
+    const int packed_rows = sequence.band.seqlen_q * params.queries_per_pair;
+    for (int tile = piece % row_tiles; tile * Traits::kBlockQ < packed_rows; tile += row_tiles) {
+        SplitBlock<Traits, false> block(params, tile, group, sequence);
+        const Span blocks = block.blocks();
+        const int count = blocks.stop - blocks.start;
+        // Never more splits than the grid has; split_size 0 promises nothing about where they end, so they are even.
+        const int splits = smaller(params.num_splits, larger(1, ceil_div(count, size)));
+        const int each = params.split_size && splits * size >= count ? size : ceil_div(count, splits);
+        if (split >= splits) return;
+        const Span part{blocks.start + split * each, smaller(blocks.stop, blocks.start + (split + 1) * each)};
+
+        block.load_queries();
+        block.attend(part);
+        if (block.is_suspicious())
+            split_with_care<Traits>(params, tile, group, sequence, part);
+        else
+            block.leave_state();
+        ptx::barrier();
+        for (int row = ptx::warp(); row < block.num_rows; row += Traits::kNumWarps) {
+            const auto state = block.merged_warps(row);
+            if (splits == 1)
+                block.store(state, row);
+            else
+                block.leave_partial(state, piece, split, row);
+        }
+        ptx::barrier();  // the states' memory is free
+        if (splits == 1) continue;
+
+        ptx::fence_gpu();
+        ptx::barrier();  // this block's partial results are out
+        const uint32 flag = ptx::shared_memory();
+        if (ptx::thread() == 0) {
+            const bool last = ptx::atomic_add(params.at.counters + piece, 1) == splits - 1;
+            if (last) ptx::store_global(params.at.counters + piece, 0);
+            ptx::store_shared(flag, static_cast<uint32>(last));
+        }
+        ptx::barrier();
+        if (!ptx::load_shared(flag)) return;
+        ptx::fence_gpu();
+        for (int row = ptx::warp(); row < block.num_rows; row += Traits::kNumWarps)
+            block.store(block.merged_splits(piece, splits, row), row);
+        return;
+    }
+}
+
+}  // namespace cupyattn

@@ -1,0 +1,134 @@
+"""JAX's arrays: computed, or under a trace, where NumPy is called back; JAX itself is imported late."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+
+from cupyattn.library import Arrays, Job, Library, bits_of
+from cupyattn.problem import ITEMSIZE, Array, Shape, Spec
+from cupyattn.reading import refusal
+
+
+class Jax(Library):
+    title = "jax.Array"
+    when_deferred = "which under jit, grad and vmap are not known yet; call it outside of them"
+
+    def is_traced(self, array: Any) -> bool:
+        return isinstance(array, sys.modules["jax"].core.Tracer)
+
+    def is_deferred(self, arrays: Arrays) -> bool:
+        return any(map(self.is_traced, arrays.values()))
+
+    def index_dtype(self) -> str:
+        """int32 unless the user has switched 64-bit types on."""
+        return "int64" if sys.modules["jax"].config.jax_enable_x64 else "int32"
+
+    def place(self, array: Any) -> tuple[str, Any]:
+        if self.is_traced(array):
+            return "cpu", "traced"
+        device = next(iter(array.devices()))
+        return {"gpu": "cuda"}.get(device.platform, device.platform), frozenset(array.devices())
+
+    def refuses(self, array: Any) -> str | None:
+        return None
+
+    def to_numpy(self, array: Any) -> Array:
+        return bits_of(np.asarray(array))
+
+    def from_numpy(self, array: Array, dtype: str, like: Any) -> Any:
+        import jax
+
+        sharding = None if self.is_traced(like) else self._sharding(array.shape, like)
+        return jax.device_put(self._with_dtype(array, dtype), sharding)
+
+    def zeros(self, shape: Shape, like: Any) -> Any:
+        import jax.numpy as jnp
+
+        return jnp.zeros(shape, like.dtype, device=None if self.is_traced(like) else self._sharding(shape, like))
+
+    def _sharding(self, shape: Shape, like: Any) -> Any:
+        """That of `like` for an array of its shape; for another, whose axes are others, a copy on each device."""
+        from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+        own, on_each = like.sharding, cast(Any, PartitionSpec)()
+        if isinstance(own, NamedSharding):
+            return own if shape == like.shape else NamedSharding(own.mesh, on_each, memory_kind=own.memory_kind)
+        if len(own.device_set) == 1:
+            return own
+        devices: Any = sorted(own.device_set, key=lambda device: device.id)  # what a callback leaves cannot be reused
+        return NamedSharding(Mesh(np.array(devices), ("devices",)), on_each)
+
+    def _with_dtype(self, array: Array, dtype: str) -> Array:
+        return array.view(self._jax_dtype(dtype)) if dtype == "bfloat16" else array
+
+    def _jax_dtype(self, dtype: str) -> Any:
+        import jax.numpy as jnp
+
+        return jnp.dtype(dtype)
+
+    def check_writable(self, function: str, name: str, array: Any) -> None:
+        rule = f"{name} cannot be overwritten: {self.title} is immutable"
+        raise TypeError(refusal(function, rule, (name, self.shape(array))))
+
+    def draw_seed(self, function: str) -> int:
+        raise ValueError(refusal(function, "dropout of JAX arrays needs a dropout_seed: JAX has no global generator"))
+
+    def run(self, job: Job, arrays: Arrays) -> Arrays:
+        if not self.is_deferred(arrays):
+            return super().run(job, arrays)
+        return self._call_back(job, arrays) if job.backward is None else self._differentiate(job, arrays)
+
+    def _differentiate(self, job: Job, arrays: Arrays) -> Arrays:
+        """With our own rule for gradients; whatever is still traced inside of it comes back to `run`."""
+        import jax
+
+        backward = job.backward
+        assert backward is not None
+        once = replace(job, backward=None)
+        smooth = {
+            name: Spec(name, self.shape(x), self.dtype(x)) for name, x in arrays.items() if self.dtype(x) in ITEMSIZE
+        }
+        names = job.names + tuple(f"d{name}" for name in job.results)
+
+        def of_everything(operands: Arrays) -> Arrays:
+            count = len(job.names)
+            return backward(*(({name: operands[name] for name in part}) for part in (names[:count], names[count:])))
+
+        def call(*values: Any) -> tuple[Any, ...]:
+            return tuple(self.run(once, dict(zip(job.names, values, strict=True))).values())
+
+        def call_backward(values: Any, grads: Any) -> tuple[Any, ...]:
+            pulled = Job(job.function, names, of_everything, None, smooth)
+            found = self.run(pulled, dict(zip(names, (*values, *grads), strict=True)))
+            return tuple(found.get(name) for name in job.names)
+
+        differentiable = jax.custom_vjp(call)
+        differentiable.defvjp(lambda *values: (call(*values), values), call_backward)
+        return dict(zip(job.results, differentiable(*arrays.values()), strict=True))
+
+    def _call_back(self, job: Job, arrays: Arrays) -> Arrays:
+        """Under jit and vmap: a callback to the host."""
+        import jax
+
+        struct: Any = jax.ShapeDtypeStruct
+
+        def on_host(*values: Any) -> list[Array]:
+            outcome = job.forward({name: self.to_numpy(x) for name, x in zip(job.names, values, strict=True)})
+            return [self._with_dtype(outcome[name], spec.dtype) for name, spec in job.results.items()]
+
+        shapes = [struct(spec.shape, self._jax_dtype(spec.dtype)) for spec in job.results.values()]
+
+        @jax.jit
+        def call(*values: Any) -> Any:
+            """Of arrays on many devices a bare callback leaves results that JAX can do nothing more with."""
+            found = jax.pure_callback(on_host, shapes, *values, vmap_method="sequential")
+            return cast(Any, jax.lax.optimization_barrier)(found)
+
+        return dict(zip(job.results, call(*arrays.values()), strict=True))
+
+
+JAX = Jax()

@@ -1,0 +1,142 @@
+"""What has to be known of an array library, and what any that follows the array API has in common.
+
+`arrays` finds the library of a call; `torch_arrays` and `jax_arrays` have what is special about these two.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from cupyattn.problem import Array, Shape, Spec
+from cupyattn.reading import dtype_name, refusal
+
+Arrays = dict[str, Any]
+Forward = Callable[[Arrays], Arrays]
+"""NumPy operands by name to NumPy results by name."""
+Backward = Callable[[Arrays, Arrays], Arrays]
+"""NumPy operands and gradients of results (or None), by name, to gradients of operands by name.
+Those of the forward's own results that were to be kept come along under their names, where they are at hand."""
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """What a library is to do with the arrays of a call."""
+
+    function: str
+    names: tuple[str, ...]
+    """Of the operands, in order."""
+    forward: Forward
+    backward: Backward | None
+    results: Mapping[str, Spec]
+    kept: tuple[str, ...] = ()
+    """Results that `backward` has a use for: a library may then refuse to have them overwritten."""
+
+
+class Library:
+    """What has to be known of a library; the base class serves any that follows the array API."""
+
+    title = "array"
+    when_deferred = ""
+    """The end of a sentence about values: why they are not known, and what to do then."""
+
+    def dtype(self, array: Any) -> str:
+        """The dtype's plain name: "float32", "bfloat16", "bool", ..."""
+        return dtype_name(getattr(array.dtype, "name", array.dtype))
+
+    def shape(self, array: Any) -> tuple[int, ...]:
+        return tuple(array.shape)
+
+    def place(self, array: Any) -> tuple[str, Any]:
+        """("cpu" or "cuda" or another kind, a value that is equal for arrays on one device)."""
+        kind = int(array.__dlpack_device__()[0]) if hasattr(array, "__dlpack_device__") else 1
+        return {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}.get(kind, f"device {kind}"), array_api_compat.device(array)
+
+    def refuses(self, array: Any) -> str | None:
+        """Why this very array cannot be taken."""
+        return None if hasattr(array, "__dlpack__") else "has no __dlpack__, by which its values could be read"
+
+    def to_numpy(self, array: Any) -> Array:
+        """The same memory as a NumPy array; bfloat16 as its bits (see `rounding`)."""
+        return bits_of(np.from_dlpack(array))
+
+    def values(self, array: Any) -> Array:
+        """The same for a look at the values outside of `run`; they have to be there, see `is_deferred`."""
+        return self.to_numpy(array)
+
+    def from_numpy(self, array: Array, dtype: str, like: Any) -> Any:
+        """A fresh NumPy array as one of this library, on the device of `like`."""
+        xp = array_api_compat.array_namespace(like)
+        return xp.asarray(array, device=array_api_compat.device(like))
+
+    def zeros(self, shape: Shape, like: Any) -> Any:
+        """In the dtype and at the home of `like`."""
+        xp = array_api_compat.array_namespace(like)
+        return xp.zeros(shape, dtype=like.dtype, device=array_api_compat.device(like))
+
+    def draw_seed(self, function: str) -> int:
+        return int.from_bytes(os.urandom(8), "little")
+
+    def is_deferred(self, arrays: Arrays) -> bool:
+        """Values are not to be had now: under a trace, or in a graph."""
+        return False
+
+    def index_dtype(self) -> str:
+        return "int64"
+
+    def write(self, function: str, name: str, array: Any, values: Any) -> None:
+        """Overwrite the caller's own array, where the caller asked for that."""
+        array[...] = values
+
+    def as_it_is_now(self, name: str, arrays: Arrays) -> Any:
+        """One of the arrays, which is going to be overwritten, with the values that gradients will ask for."""
+        return arrays[name]
+
+    def check_writable(self, function: str, name: str, array: Any) -> None:
+        """Refuse before anything is computed."""
+
+    def run(self, job: Job, arrays: Arrays) -> Arrays:
+        outcome = job.forward({name: self.to_numpy(array) for name, array in arrays.items()})
+        return {
+            name: self.from_numpy(outcome[name], spec.dtype, model_of(name, arrays))
+            for name, spec in job.results.items()
+        }
+
+
+def model_of(name: str, arrays: Arrays) -> Any:
+    """The array whose home a result is to share: the operand it is the gradient of, or the first one."""
+    return arrays[name] if name in arrays else next(iter(arrays.values()))
+
+
+@cache
+def name_of(dtype: Any) -> str:
+    """A NumPy-like dtype's name; remembered, since NumPy spells it out anew each time."""
+    return str(dtype.name)
+
+
+def bits_of(array: Array) -> Array:
+    return array.view(np.uint16) if name_of(array.dtype) == "bfloat16" else array
+
+
+def check_no_overlap(function: str, name: str, shape: Shape, strides: Shape, itemsize: int) -> None:
+    """Refuse to write where two elements share memory; strides and the item size in one unit."""
+    steps = sorted((abs(stride), size) for size, stride in zip(shape, strides, strict=True) if size > 1)
+    reach, nested = itemsize, True
+    for stride, size in steps:
+        nested = nested and stride >= reach
+        reach += stride * (size - 1)
+    if nested or 0 in shape:
+        return
+    starts = np.zeros(1, np.int64)
+    if steps[0][0] > 0:  # strides like 2 and 3 may interleave and not meet
+        for stride, size in steps:
+            starts = np.add.outer(starts, np.arange(size) * stride)
+    if steps[0][0] == 0 or (np.diff(np.sort(starts, axis=None)) < itemsize).any():
+        rule = f"{name} was to be overwritten, and its elements share memory"
+        raise ValueError(refusal(function, rule, (name, shape, f"strides {strides}")))

@@ -1,0 +1,219 @@
+"""torch's tensors, and the autograd.Function through which gradients flow; torch itself is imported late."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from cupyattn.library import Arrays, Job, Library, check_no_overlap
+from cupyattn.problem import Array
+from cupyattn.reading import refusal
+
+
+class Torch(Library):
+    title = "torch.Tensor"
+    when_deferred = "which under vmap are those of many; call it outside of vmap"
+
+    def dtype(self, array: Any) -> str:
+        return str(array.dtype)[len("torch.") :]
+
+    def place(self, array: Any) -> tuple[str, Any]:
+        return array.device.type, array.device
+
+    def refuses(self, array: Any) -> str | None:
+        if _wraps_others(type(array)):  # type: ignore[arg-type]
+            return f"is a {type(array).__name__}, which has no memory of its own; pass a plain tensor"
+        layout = str(array.layout)
+        if layout != "torch.strided" or array.is_nested:
+            return f"is not a strided tensor ({'nested' if array.is_nested else layout})"
+        return None
+
+    def has_no_values(self, array: Any) -> bool:
+        """On the meta device, or a FakeTensor."""
+        return array.device.type == "meta" or type(array).__name__ == "FakeTensor"
+
+    def is_deferred(self, arrays: Arrays) -> bool:
+        """Under vmap."""
+        import torch
+
+        return any(torch._C._functorch.is_batchedtensor(_without_gradients(array)) for array in arrays.values())
+
+    def to_numpy(self, array: Any) -> Array:
+        import torch
+
+        plain = array.detach().resolve_neg()
+        if plain.dtype == torch.bfloat16:
+            return np.asarray(plain.view(torch.int16).numpy()).view(np.uint16)
+        return np.asarray(plain.numpy())
+
+    def values(self, array: Any) -> Array:
+        """Also under torch.func's transforms, which would wrap what we make of the array."""
+        import torch
+
+        with torch._C._DisableFuncTorch():
+            return self.to_numpy(_without_gradients(array))
+
+    def from_numpy(self, array: Array, dtype: str, like: Any) -> Any:
+        import torch
+
+        if dtype == "bfloat16":
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    def write(self, function: str, name: str, array: Any, values: Any) -> None:
+        array.copy_(values)
+
+    def as_it_is_now(self, name: str, arrays: Arrays) -> Any:
+        return arrays[name].clone() if self._records(arrays) else arrays[name]
+
+    def check_writable(self, function: str, name: str, array: Any) -> None:
+        import torch
+
+        if array.is_leaf and array.requires_grad and torch.is_grad_enabled():
+            rule = f"{name} is a leaf that requires grad and was to be overwritten; pass inplace=False"
+            raise ValueError(refusal(function, rule, (name, tuple(array.shape))))
+        check_no_overlap(function, name, tuple(array.shape), array.stride(), 1)
+
+    def draw_seed(self, function: str) -> int:
+        """From torch's own generator on the CPU, so that torch.manual_seed governs it."""
+        import torch
+
+        return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"))
+
+    def run(self, job: Job, arrays: Arrays) -> Arrays:
+        if self.is_transformed() or (job.backward is not None and self._records(arrays)):
+            values = _bridge().apply(job, *arrays.values())
+            return dict(zip(job.results, values, strict=True))
+        return super().run(job, arrays)
+
+    def is_transformed(self) -> bool:
+        """By torch.func or forward-mode differentiation: tensors may carry more than their values."""
+        import torch
+
+        return torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+    def _records(self, arrays: Arrays) -> bool:
+        """Gradients may be asked for later."""
+        import torch
+
+        return torch.is_grad_enabled() and any(array.requires_grad for array in arrays.values())
+
+
+@cache
+def _wraps_others(kind: Any) -> bool:
+    """A kind of tensor that has its own way with every operation: what is in its memory, if any, says nothing."""
+    import torch
+
+    return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+
+
+def _without_gradients(tensor: Any) -> Any:
+    """What torch.func's grad and vjp have wrapped."""
+    import torch
+
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(tensor):
+        tensor = functorch.get_unwrapped(tensor)
+    return tensor
+
+
+@cache
+def _bridge() -> Any:
+    """The autograd.Function through which gradients flow; made on first use, since torch may be absent.
+
+    The backward pass is a Function too: so its own derivative is refused and not zero, and torch.func, which
+    wraps the tensors that a backward pass sees, unwraps them for it.
+    """
+    import torch
+
+    class Step(torch.autograd.Function):
+        """What both passes have in common; the operands are a job and tensors."""
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            rule = "has no forward-mode derivative; torch.autograd.grad and torch.func.grad, vjp and jacrev have one"
+            raise NotImplementedError(refusal(ctx.job.function, rule))
+
+        @classmethod
+        def vmap(cls: Any, info: Any, in_dims: Any, job: Job, *tensors: Any) -> Any:
+            """One call after the other."""
+            if info.batch_size == 0:
+                raise ValueError(refusal(job.function, "vmap has to be over at least one"))
+            axes = in_dims[1:]
+            calls = [
+                cls.apply(
+                    job, *(x if axis is None else x.select(axis, i) for x, axis in zip(tensors, axes, strict=True))
+                )
+                for i in range(info.batch_size)
+            ]
+            stacked = tuple(torch.stack(results) for results in zip(*calls, strict=True))
+            return stacked, (0,) * len(stacked)
+
+    class Backwards(Step):
+        """Of the operands, the kept results and the gradients of all results: gradients of floating operands."""
+
+        @staticmethod
+        def forward(job: Job, *tensors: Any) -> Any:
+            operands = dict(zip(job.names, tensors, strict=False))
+            gradients = dict(zip(job.results, tensors[-len(job.results) :], strict=True))
+            if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in gradients.values()):
+                rule = (
+                    "takes one gradient at a time, not is_grads_batched=True or vectorize=True; torch.func.vmap works"
+                )
+                raise NotImplementedError(refusal(job.function, rule))
+            known = {name: TORCH.to_numpy(x) for name, x in zip(job.kept, tensors[len(operands) :], strict=False)} | {
+                f"d{name}": None if x is None else TORCH.to_numpy(x) for name, x in gradients.items()
+            }
+            assert job.backward is not None
+            found = job.backward({name: TORCH.to_numpy(x) for name, x in operands.items()}, known)
+            return tuple(
+                TORCH.from_numpy(found[name], TORCH.dtype(x), x)
+                for name, x in operands.items()
+                if x.is_floating_point()
+            )
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.job = inputs[0]
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise RuntimeError(_no_second_derivative(ctx.job.function))
+
+    backwards: Any = Backwards.apply
+
+    class Forwards(Step):
+        @staticmethod
+        def forward(job: Job, *tensors: Any) -> Any:
+            return tuple(Library.run(TORCH, job, dict(zip(job.names, tensors, strict=True))).values())
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.job, *tensors = inputs
+            results = dict(zip(ctx.job.results, output, strict=True))
+            ctx.save_for_backward(*tensors, *(results[name] for name in ctx.job.kept))
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*(x for name, x in results.items() if name == "dropout_mask"))
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            count = len(ctx.job.names)
+            if all(grad is None for grad in grads):
+                return (None,) * (1 + count)
+            if ctx.job.backward is None:
+                raise RuntimeError(_no_second_derivative(ctx.job.function))
+            saved = ctx.saved_tensors  # asked for once: recomputed checkpoints are given out once
+            is_watched = torch.is_grad_enabled() or TORCH.is_transformed()
+            found = iter((backwards if is_watched else Backwards.forward)(ctx.job, *saved, *grads))
+            return None, *(next(found) if x.is_floating_point() else None for x in saved[:count])
+
+    return Forwards
+
+
+def _no_second_derivative(function: str) -> str:
+    return refusal(function, "has first derivatives only, and a gradient of one was asked for")
+
+
+TORCH = Torch()

@@ -1,0 +1,416 @@
+"""Cubins on disk: compiled once, found again, and never loaded if anything about them is wrong."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cupyattn.cuda import cache, compiler
+from cupyattn.cuda.cache import build, find, is_ours, key_of
+
+WANTED = ("scale.cu", "test::scale<3>", "sm_90a")
+WAIT = 60
+PACKAGE = Path(cache.__file__).parents[2]
+
+pytestmark = pytest.mark.usefixtures("folder")
+posix = pytest.mark.skipif(os.name != "posix", reason="POSIX owners, permissions and processes")
+
+
+def cubins(folder):
+    return sorted(folder.glob("*.cubin"))
+
+
+def refuse(*_):
+    raise RuntimeError("nothing is to be compiled")
+
+
+@pytest.fixture
+def kept(nvrtc, sources, folder, compiled):
+    """A cubin in the user's cache; what is compiled from now on is counted."""
+    entry = find(*WANTED, sources=sources)
+    compiled.clear()
+    return entry
+
+
+def run_python(text, *arguments, env=None, **options):
+    """A script in a process of its own."""
+    head = f"import sys; sys.path.insert(0, {str(PACKAGE)!r})\nfrom pathlib import Path\n"
+    call = [sys.executable, "-W", "error", "-c", head + text, *map(str, arguments)]
+    environment = {**os.environ, **(env or {})}
+    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options)
+
+
+FIND = """
+from cupyattn.cuda.cache import find
+print(find("scale.cu", "test::scale<3>", "sm_90a", sources=Path(sys.argv[1])).path)
+"""
+
+
+def finished(process):
+    out, err = process.communicate(timeout=WAIT)
+    assert process.returncode == 0, err
+    return out.strip()
+
+
+# ---- Found again ------------------------------------------------------------------------------------
+
+
+def test_the_first_time_it_is_compiled_into_the_users_cache(nvrtc, sources, folder, compiled):
+    entry = find(*WANTED, sources=sources)
+    assert compiled == ["test::scale<3>"]
+    assert cubins(folder) == [entry.path]
+    assert entry.nvrtc == nvrtc
+
+
+def test_the_second_time_it_is_not_compiled(kept, sources, compiled):
+    assert find(*WANTED, sources=sources) == kept
+    assert compiled == []
+
+
+def test_the_file_is_the_cubin(kept, sources):
+    fresh = compiler.compile_cubin(cache.source.join("scale.cu", sources), *WANTED[1:])
+    assert kept.path.read_bytes() == fresh.image
+    assert (kept.name, kept.resources) == (fresh.name, fresh.resources)
+
+
+def test_an_edited_header_is_compiled_again_and_its_old_text_is_not(kept, sources, compiled):
+    header = sources / "factor.cuh"
+    before = header.read_text()
+    header.write_text(before.replace("2.0f", "3.0f"))
+    assert find(*WANTED, sources=sources).path != kept.path
+    assert compiled == ["test::scale<3>"]
+    header.write_text(before)
+    assert find(*WANTED, sources=sources) == kept
+    assert compiled == ["test::scale<3>"]
+
+
+@pytest.mark.parametrize("other", [("text", "k<2>", "sm_80"), ("text", "k<1>", "sm_86"), ("text ", "k<1>", "sm_80")])
+def test_text_expression_and_architecture_are_in_the_key(other):
+    assert key_of(*other) != key_of("text", "k<1>", "sm_80") == key_of("text", "k<1>", "sm_80")
+
+
+@pytest.mark.parametrize(("module", "name", "value"), [(cache, "FORMAT", -1), (compiler, "OPTIONS", ("-G",))])
+def test_format_and_options_are_in_the_key(monkeypatch, module, name, value):
+    before = key_of("text", "k<1>", "sm_80")
+    monkeypatch.setattr(module, name, value)
+    assert key_of("text", "k<1>", "sm_80") != before
+
+
+def test_where_the_sources_are_is_not_in_the_key(kept, sources, compiled, tmp_path):
+    elsewhere = sources.rename(tmp_path / "elsewhere")
+    assert find(*WANTED, sources=elsewhere) == kept
+    assert compiled == []
+
+
+def test_a_cubin_by_another_nvrtc_is_compiled_again(kept, sources, compiled, monkeypatch):
+    older = kept.path.rename(kept.path.with_name(kept.path.name.replace(f"nvrtc{kept.nvrtc}", "nvrtc1.0")))
+    assert find(*WANTED, sources=sources).path == kept.path != older
+    assert compiled == ["test::scale<3>"]
+
+
+# ---- Without a compiler -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    def use():
+        monkeypatch.setattr(compiler, "version", lambda: None)
+        monkeypatch.setattr(compiler, "compile_cubin", refuse)
+
+    return use
+
+
+def test_a_prebuilt_cubin_comes_first_and_needs_no_compiler(kept, sources, no_compiler):
+    built, is_new = build(*WANTED, cache.PREBUILT, sources=sources)
+    no_compiler()
+    assert is_new
+    assert find(*WANTED, sources=sources) == built != kept
+
+
+def test_a_cubin_in_the_users_cache_needs_no_compiler(kept, sources, no_compiler):
+    no_compiler()
+    assert find(*WANTED, sources=sources) == kept
+
+
+def test_of_two_cubins_that_were_prebuilt_the_later_compilers_is_taken(kept, sources, no_compiler):
+    built, _ = build(*WANTED, cache.PREBUILT, sources=sources)
+    for version in ("9.9", "10.1"):
+        copy = built.path.with_name(built.path.name.replace(f"nvrtc{built.nvrtc}", f"nvrtc{version}"))
+        copy.write_bytes(built.path.read_bytes())
+    built.path.unlink()
+    no_compiler()
+    assert find(*WANTED, sources=sources).nvrtc == "10.1"
+
+
+def test_a_prebuilt_cubin_that_is_too_new_for_the_driver_is_passed_over(kept, sources):
+    built, _ = build(*WANTED, cache.PREBUILT, sources=sources)
+    major = int(built.nvrtc.partition(".")[0])
+    assert find(*WANTED, sources=sources, driver=major - 1) == kept
+    assert find(*WANTED, sources=sources, driver=major) == built
+
+
+def test_neither_cubin_nor_compiler_says_what_to_install(sources, folder, monkeypatch):
+    def missing():
+        raise ImportError("no NVRTC")
+
+    monkeypatch.setattr(compiler, "version", lambda: None)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", None)
+    with pytest.raises(RuntimeError, match=r"pip install nvidia-cuda-nvrtc.*built before"):
+        find(*WANTED, sources=sources)
+
+
+def test_building_into_a_folder_says_whether_it_was_new(nvrtc, sources, folder, tmp_path):
+    first, second = (build(*WANTED, tmp_path / "out", sources=sources) for _ in range(2))
+    assert (first[1], second[1]) == (True, False)
+    assert first[0] == second[0]
+    assert cubins(tmp_path / "out") == [first[0].path]
+
+
+@posix
+def test_what_is_built_into_a_folder_may_be_read_by_everybody(nvrtc, sources, tmp_path):
+    entry, _ = build(*WANTED, tmp_path / "out", sources=sources)
+    assert entry.path.stat().st_mode & 0o777 == 0o644
+
+
+# ---- What is wrong is not loaded --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda image: image[:-1],
+        lambda image: image[: len(image) // 2],
+        lambda image: b"",
+        lambda image: image + b"\0",
+        lambda image: image[:2000] + bytes([image[2000] ^ 1]) + image[2001:],
+    ],
+    ids=["last byte lost", "half", "empty", "a byte more", "a bit flipped"],
+)
+def test_a_damaged_cubin_is_compiled_again_and_mended(kept, sources, compiled, damage):
+    image = kept.path.read_bytes()
+    kept.path.write_bytes(damage(image))
+    assert find(*WANTED, sources=sources) == kept
+    assert compiled == ["test::scale<3>"]
+    assert kept.path.read_bytes() == image
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777, 0o1777])
+def test_a_folder_that_others_may_write_to_is_neither_read_nor_written(kept, sources, folder, compiled, mode):
+    kept.path.unlink()
+    folder.chmod(mode)
+    found = find(*WANTED, sources=sources)
+    assert found.path.parent != folder
+    assert cubins(folder) == []
+    folder.chmod(0o700)
+    copy = folder / found.path.name
+    copy.write_bytes(found.path.read_bytes())
+    folder.chmod(mode)
+    assert find(*WANTED, sources=sources) == found
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+def test_a_file_that_others_may_write_to_is_not_loaded(kept, sources, compiled, mode):
+    kept.path.chmod(mode)
+    assert find(*WANTED, sources=sources) == kept
+    assert compiled == ["test::scale<3>"]
+    assert kept.path.stat().st_mode & 0o022 == 0
+
+
+@posix
+@pytest.mark.parametrize(
+    ("owner", "mode", "ours"),
+    [("me", 0o700, True), ("root", 0o755, True), ("me", 0o755, True), ("other", 0o700, False), ("me", 0o720, False)],
+)
+def test_ours_is_what_only_this_user_and_root_can_write(monkeypatch, owner, mode, ours):
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    status = SimpleNamespace(st_uid={"me": 1000, "root": 0, "other": 1001}[owner], st_mode=mode)
+    assert is_ours(SimpleNamespace(stat=lambda: status)) == ours
+
+
+def test_what_does_not_exist_is_not_ours(tmp_path):
+    assert not is_ours(tmp_path / "nothing")
+
+
+@posix
+def test_the_cache_is_made_for_its_owner_alone(kept, folder):
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+# ---- Killed, crowded, full, read-only ---------------------------------------------------------------
+
+
+def test_what_a_killed_writer_left_is_not_loaded_and_goes_after_a_day(kept, sources, folder, compiled):
+    old, new = folder / "123-abc.part", folder / "124-def.part"
+    for path in (old, new):
+        path.write_bytes(kept.path.read_bytes()[:100])
+    os.utime(old, (time.time() - 2 * cache.A_DAY,) * 2)
+    kept.path.unlink()
+    assert find(*WANTED, sources=sources) == kept
+    assert compiled == ["test::scale<3>"]
+    assert not old.exists()
+    assert new.exists()
+
+
+KILLED = """
+import os, signal
+def killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+os.replace = killed
+"""
+
+
+@posix
+@pytest.mark.usefixtures("nvrtc")
+def test_a_writer_killed_on_the_way_leaves_nothing_that_is_found(sources, folder, compiled):
+    process = run_python(KILLED + FIND, sources)
+    process.communicate(timeout=WAIT)
+    assert process.returncode == -signal.SIGKILL
+    assert cubins(folder) == []
+    assert len(list(folder.glob("*.part"))) == 1
+    assert find(*WANTED, sources=sources).path.parent == folder
+    assert compiled == ["test::scale<3>"]
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_eight_processes_at_once_end_with_one_cubin(sources, folder):
+    processes = [run_python(FIND, sources) for _ in range(8)]
+    paths = {finished(process) for process in processes}
+    assert paths == {str(find(*WANTED, sources=sources).path)}
+    assert [path.name for path in folder.iterdir()] == [Path(paths.pop()).name]
+
+
+def test_eight_threads_at_once_compile_once(nvrtc, sources, folder, compiled):
+    everybody = threading.Barrier(8, timeout=WAIT)
+    found = []
+
+    def work():
+        everybody.wait()
+        found.append(find(*WANTED, sources=sources))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT)
+    assert len(found) == 8
+    assert len(set(found)) == 1
+    assert compiled == ["test::scale<3>"]
+
+
+FORKED = """
+import os
+from cupyattn.cuda import cache
+with cache.lock_of("key"):
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if cache.lock_of("key").acquire(timeout=1) else 1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_child_does_not_wait_for_a_thread_it_does_not_have():
+    assert finished(run_python(FORKED)) == "0"
+
+
+@pytest.mark.usefixtures("nvrtc")
+def test_without_a_usable_cache_it_works_from_a_folder_that_goes_with_the_process(sources, tmp_path):
+    (tmp_path / "file").touch()
+    path = Path(finished(run_python(FIND, sources, env={"CUPYATTN_CACHE_DIR": str(tmp_path / "file")})))
+    assert path.suffix == ".cubin"
+    assert not path.parent.exists()
+
+
+@posix
+@pytest.mark.usefixtures("nvrtc")
+def test_a_read_only_cache_is_read_and_not_written(kept, sources, folder, compiled):
+    folder.chmod(0o500)
+    if os.access(folder, os.W_OK):
+        pytest.skip("this user may write everywhere")
+    assert find(*WANTED, sources=sources) == kept
+    other = find("scale.cu", "test::scale<5>", "sm_90a", sources=sources)
+    assert other.path.parent != folder
+    assert other.path.exists()
+    folder.chmod(0o700)
+
+
+def test_a_full_disk_leaves_nothing_behind_and_the_kernel_works(nvrtc, sources, folder, compiled, monkeypatch):
+    real, calls = os.fsync, []
+
+    def full_at_first(handle):
+        calls.append(handle)
+        if len(calls) == 1:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full_at_first)
+    found = find(*WANTED, sources=sources)
+    assert found.path.exists()
+    assert list(folder.iterdir()) == []
+    assert find(*WANTED, sources=sources) == found
+    assert compiled == ["test::scale<3>"]
+
+
+def test_the_folder_of_a_process_is_made_anew_when_a_cleaner_took_it(nvrtc, sources, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("CUPYATTN_CACHE_DIR", str(tmp_path / "file"))
+    first = find(*WANTED, sources=sources).path
+    cache.shutil.rmtree(first.parent)
+    second = find(*WANTED, sources=sources).path
+    assert second.exists()
+    assert second.parent != first.parent
+
+
+# ---- Where it is ------------------------------------------------------------------------------------
+
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="XDG folders")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    for name in ("CUPYATTN_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@linux
+def test_the_cache_is_in_the_home_folder(home):
+    assert cache.user_folder().parent == home / ".cache" / "cupyattn"
+
+
+@linux
+def test_xdg_cache_home_moves_it(home, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "xdg"))
+    assert cache.user_folder().parent == home / "xdg" / "cupyattn"
+
+
+@linux
+def test_a_relative_xdg_cache_home_is_no_place(home, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "xdg")
+    assert cache.user_folder().parent == home / ".cache" / "cupyattn"
+
+
+def test_cupyattn_cache_dir_moves_it(home, monkeypatch, nvrtc, sources):
+    monkeypatch.setenv("CUPYATTN_CACHE_DIR", str(home / "chosen"))
+    assert cache.user_folder().parent == home / "chosen"
+    assert home / "chosen" in find(*WANTED, sources=sources).path.parents
+
+
+@linux
+def test_a_user_without_a_home_has_no_cache(home, monkeypatch, nvrtc, sources):
+    def homeless():
+        raise RuntimeError("could not determine home directory")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache.user_folder() is None
+    assert find(*WANTED, sources=sources).path.exists()

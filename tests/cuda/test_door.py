@@ -1,0 +1,194 @@
+"""The whole way in and out of the GPU's door, on the CPU: torch's and CuPy's arrays in host memory, real launches
+under the emulator, and nothing in between but what stands for the driver."""
+
+import ctypes
+
+import emulator
+import numpy as np
+import pytest
+
+import cupyattn
+from cupyattn import cuda
+from cupyattn.cuda import memory
+from cupyattn.problem import NAMED_DEVICES
+
+H100 = NAMED_DEVICES["H100"]
+
+
+class Driver:
+    """What stands for the driver: kernels run under the emulator, on all memory that was ever looked at."""
+
+    def __init__(self):
+        self.launches, self.storages = [], {}
+
+    def kernel(self, specialisation, index):
+        emulator.require_compiler()
+        built = emulator.build(specialisation.source, specialisation.expression, flags=("-O1",))
+
+        def launch(grid, block, arguments, shared_memory, stream):
+            (record,) = arguments
+            self.launches.append((specialisation, grid))
+            built.launch(record, grid, block[0], shared_memory, self.buffers())
+
+        return launch
+
+    def look_at(self, storage):
+        self.storages[storage.data_ptr()] = storage
+
+    def buffers(self):
+        """(bytes, writable) of each storage, as the emulator wants to know."""
+        return [
+            (np.ctypeslib.as_array((ctypes.c_uint8 * storage.nbytes()).from_address(pointer)), True)
+            for pointer, storage in self.storages.items()
+            if storage.nbytes()
+        ]
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    found = Driver()
+    monkeypatch.setattr(cuda, "kernel", found.kernel)
+    monkeypatch.setattr(cuda, "device_of", lambda function, title, array: H100)
+    monkeypatch.setattr(cuda, "_device", lambda index: H100)
+    monkeypatch.setattr(cuda, "_current", lambda index: cuda._NOTHING)
+    monkeypatch.setattr(memory.CuPyMemory, "stream", lambda self, index: memory.Stream(0))
+    monkeypatch.setattr(memory.TorchMemory, "stream", lambda self, index: memory.Stream(0))
+    monkeypatch.setattr(cuda, "_memory", cuda._memory.__wrapped__)  # counters of its own for every test
+    return found
+
+
+@pytest.fixture
+def torch(driver, monkeypatch):
+    """torch, whose CPU tensors say that they are on a GPU."""
+    found = pytest.importorskip("torch")
+    from cupyattn.torch_arrays import Torch
+
+    monkeypatch.setattr(Torch, "place", lambda self, array: ("cuda", "cuda:0"))
+    for name in ("view", "pointer"):
+        real = getattr(memory.TorchMemory, name)
+
+        def looking(self, array, *more, real=real):
+            driver.look_at(array.untyped_storage())
+            return real(self, array, *more)
+
+        monkeypatch.setattr(memory.TorchMemory, name, looking)
+    return found
+
+
+def expected(*arrays, **options):
+    """The same call on the CPU, in float64."""
+    return np.asarray(cupyattn.attention(*[x.double().numpy() for x in arrays], **options))
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 70], ids=["splitkv", "flash"])
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_a_call_of_attention(torch, driver, seqlen_q, layout):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, n, h, 64).half() for n, h in ((seqlen_q, 4), (600, 2), (600, 2)))
+    if layout == "bhsd":
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    out, lse = cupyattn.attention(q, k, v, layout=layout, causal=True, alignment="bottom-right", return_lse=True)
+    exact = expected(q, k, v, layout=layout, causal=True, alignment="bottom-right")
+    np.testing.assert_allclose(out.numpy(), exact, atol=2e-3)
+    assert (out.dtype, out.shape, lse.dtype, lse.shape) == (torch.float16, q.shape, torch.float32, (2, 4, seqlen_q))
+    (launch,) = driver.launches
+    assert launch[0].source == ("splitkv.cu" if seqlen_q == 1 else "flash.cu")
+
+
+def test_any_number_of_batch_axes(torch, driver):
+    q, k, v = torch.randn(2, 3, 2, 20, 64).half(), torch.randn(3, 2, 30, 64).half(), torch.randn(2, 1, 2, 30, 64).half()
+    mask = torch.rand(2, 1, 1, 20, 30) < 0.8
+    out = cupyattn.scaled_dot_product_attention(q, k, v, mask)
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask)
+    np.testing.assert_allclose(out.numpy(), exact.numpy(), atol=2e-3)
+
+
+def test_no_batch_axis(torch, driver):
+    q, k, v = torch.randn(20, 64).half(), torch.randn(30, 64).half(), torch.randn(30, 64).half()
+    out = cupyattn.scaled_dot_product_attention(q, k, v)
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    np.testing.assert_allclose(out.numpy(), exact.numpy(), atol=2e-3)
+
+
+def test_operands_without_contiguous_rows_are_copied_and_said_to_be(torch, driver):
+    q = torch.randn(1, 20, 2, 128).half()[..., ::2]
+    assert "q is copied: its last axis is not contiguous" in cupyattn.explain(q, q, q).notes
+    np.testing.assert_allclose(cupyattn.attention(q, q, q).numpy(), expected(q, q, q), atol=2e-3)
+
+
+def test_rows_off_16_bytes_are_read_one_by_one_and_said_to_be(torch, driver):
+    q = torch.randn(1, 20, 2, 65).half()[..., 1:]
+    assert any("number by number" in note for note in cupyattn.explain(q, q, q).notes)
+    np.testing.assert_allclose(cupyattn.attention(q, q, q).numpy(), expected(q, q, q), atol=2e-3)
+
+
+def test_slopes_and_sinks_of_any_dtype(torch, driver):
+    q = torch.randn(1, 20, 2, 64).half()
+    slopes, sinks = torch.rand(2, dtype=torch.float64), torch.randn(2).half()
+    out = cupyattn.attention(q, q, q, alibi_slopes=slopes, sinks=sinks)
+    exact = expected(q, q, q, alibi_slopes=slopes.numpy(), sinks=sinks.numpy().astype(np.float64))
+    np.testing.assert_allclose(out.numpy(), exact, atol=2e-3)
+
+
+def test_packed_sequences_from_pages(torch, driver):
+    q = torch.randn(3, 4, 64).half()
+    pages = torch.randn(10, 16, 2, 64).half()
+    starts = torch.tensor([0, 1, 1, 2], dtype=torch.int32)
+    starts_k = torch.tensor([0, 40, 45, 77], dtype=torch.int32)
+    table = torch.tensor([[3, 9, 1], [2, 0, 0], [7, 5, 0]], dtype=torch.int32)
+    arguments = (q, pages, pages, starts, starts_k, 1, 40)
+    out = cupyattn.flash_attn_varlen_func(*arguments, block_table=table)
+    exact = cupyattn.flash_attn_varlen_func(
+        *[x.double().numpy() if x.is_floating_point() else x.numpy() for x in arguments[:5]],
+        1,
+        40,
+        block_table=table.numpy(),
+    )
+    np.testing.assert_allclose(out.numpy(), exact, atol=2e-3)
+
+
+def test_nothing_is_launched_for_nothing(torch, driver):
+    q = torch.randn(0, 20, 2, 64).half()
+    assert cupyattn.attention(q, q, q).shape == q.shape
+    assert driver.launches == []
+
+
+def test_gradients_are_refused_and_not_lost(torch, driver):
+    q = torch.randn(1, 20, 2, 64).half().requires_grad_()
+    with pytest.raises(NotImplementedError, match="no gradients on the GPU yet"):
+        cupyattn.attention(q, q, q)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q: cupyattn.attention_backward(q, q, q, q),
+        lambda q: cupyattn.merge_states([q], [q[..., 0].float().transpose(1, 2)]),
+    ],
+    ids=["attention_backward", "merge_states"],
+)
+def test_what_has_no_kernel_says_so(torch, driver, call):
+    with pytest.raises(NotImplementedError, match="has no CUDA kernel"):
+        call(torch.randn(1, 20, 2, 64).half())
+
+
+def test_every_objection_is_listed_when_no_kernel_fits(torch, driver):
+    q = torch.randn(1, 20, 2, 100, dtype=torch.float64)
+    with pytest.raises(NotImplementedError) as caught:
+        cupyattn.attention(q, q, q)
+    assert all(word in str(caught.value) for word in ("numpy", "flash", "splitkv", "float64", "head_dim"))
+
+
+def test_cupy_arrays_by_pointer_and_stride(driver):
+    cupy = pytest.importorskip("cupy")
+    rng = np.random.default_rng(0)
+    kept = []
+
+    def host_backed(array):
+        kept.append(array)
+        memory_of = cupy.cuda.UnownedMemory(array.ctypes.data, array.nbytes, array, device_id=0)
+        return cupy.ndarray(array.shape, array.dtype, cupy.cuda.MemoryPointer(memory_of, 0), strides=array.strides)
+
+    q = rng.standard_normal((2, 3, 40, 64)).astype(np.float16).swapaxes(1, 2)
+    seen = memory.CuPyMemory().view(host_backed(q), "float16")
+    assert seen == memory.View(q.ctypes.data, (2, 40, 3, 64), (7680, 64, 2560, 1), "float16")

@@ -1,0 +1,403 @@
+"""Attention by the CUDA kernels under the emulator, and what it is held to: the definition, sequence by sequence.
+
+    arrays = operands(rng, "bfloat16", heads=(4, 2, 2), seqlens=(17, 65), dims=(64, 64))
+    check(arrays, options_of(causal=True), "flash", schedule=1)
+
+The bar: an emulation in NumPy walks the same blocks of keys and rounds only what the kernel has to round, the weights
+and the result, to the arrays' dtype. A kernel's largest error may be twice the emulation's and its mean error one and
+a half times; one unit in the last place is let go. For float32 the emulation does all arithmetic in float32, products
+as sums of products of bfloat16 planes, and besides no error may exceed 2e-6 of the largest value.
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import emulator
+import ml_dtypes
+import numpy as np
+from oracle import assert_matches
+
+from cupyattn import numpy_ref, plan
+from cupyattn.api import _options
+from cupyattn.cuda.launch import recipe_of, record_of, view_of_numpy
+from cupyattn.problem import NAMED_DEVICES, Spec
+from cupyattn.reading import Options, read
+from cupyattn.splits import split
+
+STORED = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+BITS = {"float16": 10, "bfloat16": 7, "float32": 23}
+LOWEST = {"float16": -14, "bfloat16": -126, "float32": -126}
+H100 = NAMED_DEVICES["H100"]
+LOG2E = np.float64(np.log2(np.e))
+FLAGS = ("-O1",)
+"""Twice as fast to compile as -O2, and most kernels here run for some milliseconds only."""
+ENOUGH = 4096
+"""Results from which a mean error says something."""
+
+# ---------------------------------------------------------------------------------------------------
+# Calls
+# ---------------------------------------------------------------------------------------------------
+
+
+def operands(rng, dtype="float16", layout="bshd", batch=1, heads=(1, 1, 1), seqlens=(1, 1), dims=(64, 64)):
+    """q, k and v, normally distributed; `heads` and `dims` in that order, head_dim and head_dim_v."""
+    sizes = [(seqlens[0], heads[0], dims[0]), (seqlens[1], heads[1], dims[0]), (seqlens[1], heads[2], dims[1])]
+    arrays = {}
+    for name, (seqlen, num_heads, width) in zip("qkv", sizes, strict=True):
+        shape = (batch, seqlen, num_heads, width) if layout == "bshd" else (batch, num_heads, seqlen, width)
+        arrays[name] = rng.standard_normal(shape).astype(STORED[dtype])
+    return arrays
+
+
+def ragged_operands(rng, dtype, lengths_q, lengths_k, heads=(1, 1, 1), dims=(64, 64), behind=(0, 0)):
+    """q, k and v of sequences end to end, with some rows and keys `behind` the last of them."""
+    starts = [np.cumsum([0, *lengths], dtype=np.int32) for lengths in (lengths_q, lengths_k)]
+    totals = [int(x[-1]) + more for x, more in zip(starts, behind, strict=True)]
+    sizes = [(totals[0], heads[0], dims[0]), (totals[1], heads[1], dims[0]), (totals[1], heads[2], dims[1])]
+    arrays = {name: rng.standard_normal(shape).astype(STORED[dtype]) for name, shape in zip("qkv", sizes, strict=True)}
+    return {**arrays, "cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1]}
+
+
+def options_of(layout="bshd", causal=False, alignment=None, window_size=(None, None), softmax_scale=None, softcap=0.0,
+               dropout_p=0.0, return_lse=True):  # fmt: skip
+    return _options(
+        "attention", layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, None, return_lse
+    )
+
+
+def ragged_options(arrays, max_seqlen_q=None, max_seqlen_k=None, window_size=(None, None), **edits):
+    """What flash_attn_varlen_func asks for; by default the longest lengths are the longest there are."""
+    longest = [int(np.diff(arrays[f"cu_seqlens_{x}"]).max(initial=0)) for x in "qk"]
+    return Options(
+        axes="thd",
+        window=window_size,
+        needs_lse=True,
+        max_seqlen_q=longest[0] if max_seqlen_q is None else max_seqlen_q,
+        max_seqlen_k=longest[1] if max_seqlen_k is None else max_seqlen_k,
+        **edits,
+    )
+
+
+def paged(rng, arrays, page_size, spare=3):
+    """The same keys and values in pages, in random order among `spare` more that hold nan, as do unused rows."""
+    starts = arrays["cu_seqlens_k"]
+    lengths = np.diff(starts)
+    used = [-(-int(length) // page_size) for length in lengths]
+    order = rng.permutation(sum(used) + spare).astype(np.int32)
+    table = np.full((len(lengths), max(1, *used)), order[-1], np.int32)
+    found = dict(arrays)
+    for name in "kv":
+        x = arrays[name]
+        found[name] = np.full((len(order), page_size, *x.shape[1:]), np.nan, x.dtype)
+    place = 0
+    for index, count in enumerate(used):
+        table[index, :count] = order[place : place + count]
+        place += count
+        for key in range(lengths[index]):
+            page, row = table[index, key // page_size], key % page_size
+            for name in "kv":
+                found[name][page, row] = arrays[name][starts[index] + key]
+    found["block_table"] = table
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------
+# Launches
+# ---------------------------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    """What a launch left, and what was asked of it."""
+
+    out: Any
+    lse: Any
+    problem: Any
+    plan: Any
+
+
+def problem_of(arrays, options):
+    """The problem of NumPy arrays by our words, as the door would read it."""
+    specs = tuple((name, Spec(name, x.shape, x.dtype.name)) for name, x in arrays.items())
+    return read("attention", specs, options)
+
+
+def plan_of(problem, kernel, device=H100, fixed_split_size=None, **edits):
+    """The plan as if `kernel` had been chosen; `edits` replace its fields.
+
+    Where only num_splits is replaced, the keys of a problem that is not ragged are cut into so many equal splits.
+    """
+    tile = edits.get("tile") or plan.gpu_tile(problem, device, kernel)
+    size, splits = 0, 1
+    if kernel == "splitkv":
+        size, splits, _, _ = split(problem, device, tile.block_q, tile.block_k, fixed_split_size)
+        if "num_splits" in edits and size:
+            size = -(-max(1, problem.sizes.seqlen_k) // (tile.block_k * edits["num_splits"])) * tile.block_k
+    chosen = plan.choose(problem, device)
+    return replace(chosen, **{"kernel": kernel, "tile": tile, "split_size": size, "num_splits": splits, **edits})
+
+
+def guarded(shape, dtype):
+    """An array of nan: what a kernel forgets to write shows."""
+    return np.full(shape, np.nan, dtype)
+
+
+class Call:
+    """A call whose memory stays, so that it can be launched again; `sources` are those of `emulator.build`."""
+
+    def __init__(self, arrays, options, kernel, dropout_seed=0, device=H100, sources=None, flags=FLAGS, **plan_edits):
+        emulator.require_compiler()
+        self.problem = problem = problem_of(arrays, options)
+        self.plan = plan_of(problem, kernel, device, **plan_edits)
+        self.results = {"out": guarded(problem.out_shape, STORED[problem.dtype])}
+        if problem.needs_lse:
+            self.results["lse"] = guarded(problem.lse_shape, np.float32)
+        views = {name: view_of_numpy(x, x.dtype.name) for name, x in arrays.items()}
+        homes = {name: x.ctypes.data for name, x in self.results.items()}
+        recipe = recipe_of(self.plan, problem, views, device.num_units)
+        workspace = recipe.workspace
+        self.scratch = {
+            "partial_out": guarded(workspace.partial_out, np.float32),
+            "partial_lse": guarded(workspace.partial_lse, np.float32),
+            "counters": np.zeros(workspace.counters, np.int32),
+        }
+        addresses = {name: x.ctypes.data for name, x in self.scratch.items()}
+        self.record = record_of(recipe, views, homes, dropout_seed, addresses)
+        self.grid, self.wanted = recipe.grid, recipe.specialisation
+        given = [(x, False) for x in arrays.values()]
+        given += [(x, True) for x in (*self.results.values(), *self.scratch.values())]
+        self.buffers = [(x, writable) for x, writable in given if x.size]
+        self.kernel = emulator.build(self.wanted.source, self.wanted.expression, sources=sources, flags=flags)
+
+    def run(self, schedule=0, seed=0):
+        block = (self.wanted.threads, self.wanted.shared_memory)
+        self.kernel.launch(self.record, self.grid, *block, self.buffers, schedule, seed)
+        assert not self.scratch["counters"].any(), "a counter was not put back"
+        return Result(self.results["out"], self.results.get("lse"), self.problem, self.plan)
+
+
+def run(arrays, options, kernel, schedule=0, seed=0, **call):
+    """One launch under the emulator, on arrays by our words; `call` as for `Call`."""
+    return Call(arrays, options, kernel, **call).run(schedule, seed)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The definition
+# ---------------------------------------------------------------------------------------------------
+
+
+class Part(NamedTuple):
+    """One sequence: where its rows lie in results with heads first, and what `numpy_ref.attention` is asked."""
+
+    place: Any
+    lse_place: Any
+    operands: dict
+    edits: dict
+
+
+def heads_first(array, problem):
+    """A view of an operand or `out` whose axes are (..., heads, rows, head_dim)."""
+    return array if problem.layout.axes == "bhsd" else array.swapaxes(-3, -2)
+
+
+def parts_of(arrays, problem, dropout_seed=0):
+    """Every sequence of a call."""
+    sizes = problem.sizes
+    wide = {name: np.asarray(arrays[name]).astype(np.float64) for name in "qkv"}
+    if problem.layout.ragged:
+        starts_q, starts_k = arrays["cu_seqlens_q"], arrays["cu_seqlens_k"]
+        for index in range(sizes.batch):
+            rows = slice(int(starts_q[index]), int(starts_q[index + 1]))
+            num_keys = int(starts_k[index + 1] - starts_k[index])
+            if problem.layout.page_size:
+                pages = arrays["block_table"][index, : -(-num_keys // problem.layout.page_size)]
+                keys = {name: np.concatenate([wide[name][pages].reshape(-1, *wide[name].shape[2:])]) for name in "kv"}
+                keys = {name: x[:num_keys] for name, x in keys.items()}
+            else:
+                keys = {name: wide[name][starts_k[index] : starts_k[index + 1]] for name in "kv"}
+            place = (slice(None), rows)
+            yield _part(arrays, problem, dropout_seed, index, place, {"q": wide["q"][rows], **keys})
+        return
+    for index in range(sizes.batch):
+        of_this = {name: x[min(index, len(x) - 1)] for name, x in wide.items()}
+        yield _part(arrays, problem, dropout_seed, index, (index,), of_this)
+
+
+def _part(arrays, problem, dropout_seed, index, place, operands):
+    sizes, edits = problem.sizes, problem.edits
+    q, k, v = (heads_first(operands[name], problem) for name in "qkv")
+    k = np.repeat(k, sizes.num_heads // sizes.num_heads_k, axis=0)
+    v = np.repeat(v, sizes.num_heads // sizes.num_heads_v, axis=0)
+    seqlen_q, seqlen_k = q.shape[-2], k.shape[-2]
+    scores = (sizes.num_heads, seqlen_q, seqlen_k)
+    distance = np.arange(seqlen_k) - np.arange(seqlen_q)[:, None] - problem.mask.offset(seqlen_q, seqlen_k)
+    visible = np.ones(scores, bool)
+    if problem.mask.left is not None:
+        visible &= distance >= -problem.mask.left
+    if problem.mask.right is not None:
+        visible &= distance <= problem.mask.right
+
+    def of_this(name):
+        array = np.asarray(arrays[name])
+        return np.broadcast_to(array, (sizes.batch, *scores))[index].astype(np.float64)
+
+    bias = np.zeros(scores)
+    if "mask" in arrays:
+        visible &= of_this("mask") != 0
+    if "bias" in arrays:
+        bias = of_this("bias")
+        visible &= ~np.isneginf(bias)
+    if "alibi_slopes" in arrays:
+        slopes = np.broadcast_to(arrays["alibi_slopes"], (sizes.batch, sizes.num_heads))[index].astype(np.float64)
+        bias = bias - slopes[:, None, None] * np.abs(distance)
+    keep = True
+    if problem.dropout_p:
+        head, row = np.arange(sizes.num_heads)[:, None], np.arange(seqlen_q)
+        keep = numpy_ref.dropout_keep(problem.dropout_p, dropout_seed, index, head, row, range(seqlen_k))
+    sinks = arrays["sinks"].astype(np.float64)[:, None] if "sinks" in arrays else None
+    asked = {
+        "visible": visible,
+        "scale": edits.softmax_scale,
+        "softcap": edits.softcap,
+        "bias": bias,
+        "sinks": sinks,
+        "keep": keep,
+        "dropout_p": problem.dropout_p,
+    }
+    return Part(place, place, {"q": q, "k": k, "v": v}, asked)
+
+
+def _whole(arrays, problem, dropout_seed, compute):
+    """Results of `compute` for every sequence, in the caller's layout; what belongs to none is (0, -inf)."""
+    out, lse = np.zeros(problem.out_shape), np.full(problem.lse_shape, -np.inf)
+    by_head = heads_first(out, problem)
+    for part in parts_of(arrays, problem, dropout_seed):
+        by_head[part.place], lse[part.lse_place] = compute(part)
+    return out, lse
+
+
+def definition(arrays, problem, dropout_seed=0):
+    """(out, lse) in float64."""
+
+    def compute(part):
+        state = numpy_ref.attention(*part.operands.values(), **part.edits)
+        return state.out, state.lse
+
+    return _whole(arrays, problem, dropout_seed, compute)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The bar
+# ---------------------------------------------------------------------------------------------------
+
+
+def emulation(arrays, problem, block_k, dropout_seed=0):
+    """`out` as the algorithm gives it, block by block, where weights and the result are rounded and nothing else."""
+    dtype = STORED[problem.dtype]
+    inner = np.float32 if problem.dtype == "float32" else np.float64
+
+    def rounded(x):
+        return x.astype(dtype).astype(inner)
+
+    def compute(part):
+        q, k, v = (x.astype(inner) for x in part.operands.values())
+        asked = part.edits
+        row_max = np.full(q.shape[:-1], -np.inf, inner)
+        row_sum, out = np.zeros_like(row_max), np.zeros((*q.shape[:-1], v.shape[-1]), inner)
+        bias, scale, softcap = asked["bias"].astype(inner), inner(asked["scale"]), inner(asked["softcap"])
+        unedited = not (softcap or bias.any())
+        keep = np.broadcast_to(asked["keep"], bias.shape)
+        grow = inner(0.0 if problem.dropout_p == 1.0 else 1.0 / (1.0 - problem.dropout_p))
+        for start in range(0, k.shape[-2], block_k):
+            keys = slice(start, start + block_k)
+            scores = _add_product(inner(0.0), q, k[:, keys])
+            if unedited:
+                scores = scores * np.float64(inner(scale * LOG2E))
+            elif softcap:
+                scores = (softcap * np.tanh(scores * scale / softcap) + bias[..., keys]) * LOG2E
+            else:
+                scores = (scores * scale + bias[..., keys]) * LOG2E
+            scores = np.where(asked["visible"][..., keys], scores, -np.inf)
+            highest = np.maximum(row_max, scores.max(axis=-1).astype(inner))
+            origin = np.where(np.isneginf(highest), inner(0.0), highest)
+            # One rounding, of the product and the difference together: weights of the largest scores are not quite 1.
+            scores = (np.float64(scores) - origin[..., None]).astype(inner)
+            shrink, weights = np.exp2(row_max - origin), np.exp2(scores)
+            row_max, row_sum = highest, row_sum * shrink + weights.sum(axis=-1)
+            kept = rounded(weights * np.where(keep[..., keys], grow, inner(0.0)))
+            values = np.where(np.isfinite(v[:, keys]), v[:, keys], inner(0.0))
+            out = _add_product(out * shrink[..., None], kept, values.swapaxes(-1, -2))
+        sink = inner(-np.inf) if asked["sinks"] is None else (asked["sinks"] * LOG2E).astype(inner)
+        highest = np.maximum(row_max, sink)
+        origin = np.where(np.isneginf(highest), inner(0.0), highest)
+        shrink = np.exp2(row_max - origin)
+        total = row_sum * shrink + np.exp2(sink - origin)
+        return rounded(out * (shrink / np.where(total == 0.0, 1.0, total))[..., None]), 0.0
+
+    with np.errstate(all="ignore"):
+        return _whole(arrays, problem, dropout_seed, compute)[0]
+
+
+def _add_product(total, a, b):
+    """``total + a @ b.T``; in float32 term after term, from planes of bfloat16 that add up to the numbers."""
+    if a.dtype == np.float64:
+        return total + a @ b.swapaxes(-1, -2)
+    total = np.array(np.broadcast_to(total, (*a.shape[:-1], b.shape[-2])), np.float32)
+    planes_a, planes_b = _planes(a), _planes(b)
+    for first in range(0, a.shape[-1], 16):
+        for j, right in enumerate(planes_b):
+            for left in planes_a[: 3 - j]:
+                for term in range(first, min(first + 16, a.shape[-1])):
+                    total += left[..., term, None] * right[..., None, :, term]
+    return total
+
+
+def _planes(x):
+    """Three float32 arrays whose sum is x, each with eight significant bits."""
+    planes = []
+    for _ in range(3):
+        planes.append((x.view(np.uint32) & np.uint32(0xFFFF0000)).view(np.float32))
+        x = x - planes[-1]
+    return planes
+
+
+def assert_within_the_bar(actual, exact, emulated, dtype, largest):
+    """Fail unless `actual` is no further from `exact` than the bar lets it; nan and infinities exactly there."""
+    finite = np.isfinite(exact) & np.isfinite(emulated)
+    size, own = np.where(finite, exact, 0.0), np.where(finite, emulated, 0.0)
+    error, own = np.where(finite, actual.astype(np.float64), 0.0) - size, np.abs(own - size)
+    ulp = np.ldexp(1.0, np.frexp(np.maximum(np.abs(size), 2.0 ** LOWEST[dtype]))[1] - 1 - BITS[dtype])
+    _assert_within(actual, exact, 2.0 * own.max(initial=0.0) + ulp)
+    if dtype == "float32":
+        worst = np.abs(error).max(initial=0.0)
+        assert worst <= 2e-6 * largest, f"an error of {worst:.3g} beside values of {largest:.3g}"
+    if error.size >= ENOUGH:
+        mean, allowed = np.abs(error).mean(), 1.5 * own.mean()
+        assert mean <= allowed, f"mean error {mean:.3g}, allowed {allowed:.3g}"
+
+
+def assert_close_lse(actual, exact):
+    """Fail unless lse is right to 1e-5, absolutely or of its size; -inf and nan exactly there."""
+    _assert_within(actual, exact, 1e-5 * np.maximum(1.0, np.abs(np.where(np.isfinite(exact), exact, 0.0))))
+
+
+def _assert_within(actual, exact, allowed):
+    """`assert_matches` with its own tolerance for each value."""
+    assert_matches(actual, exact, atol=np.inf)
+    with np.errstate(invalid="ignore"):
+        excess = np.where(np.isfinite(exact), np.abs(actual.astype(np.float64) - exact) - allowed, 0.0)
+    if excess.size:
+        where = np.unravel_index(np.argmax(excess), excess.shape)
+        assert_matches(np.asarray(actual)[where], exact[where], atol=allowed[where])
+
+
+def check(arrays, options, kernel, schedule=0, seed=0, dropout_seed=0, **call):
+    """Run a call and hold it to the definition; returns what it left."""
+    found = run(arrays, options, kernel, schedule, seed, dropout_seed=dropout_seed, **call)
+    out, lse, problem, chosen = found
+    exact_out, exact_lse = definition(arrays, problem, dropout_seed)
+    assert_close_lse(lse, exact_lse)
+    emulated = emulation(arrays, problem, chosen.tile.block_k, dropout_seed)
+    values = np.abs(np.asarray(arrays["v"]).astype(np.float64))
+    largest = values[np.isfinite(values)].max(initial=0.0)
+    assert_within_the_bar(out, exact_out, emulated, problem.dtype, largest)
+    return found

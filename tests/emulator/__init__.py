@@ -1,0 +1,193 @@
+"""The CUDA kernels of `cupyattn/cuda` on the CPU: compiled by g++, every CUDA thread a coroutine.
+
+`ptx.cuh` here takes the place of the file of that name there, where every instruction and every access to memory is a
+function. So each access is checked, and copies, blocks and threads come in an order that the caller chooses.
+
+    kernel = build("flash.cu", "cupyattn::flash_forward<cupyattn::FlashTraits<...>>")
+    kernel.launch(record, grid=(3, 2, 1), threads=128, shared_memory=49152,
+                  buffers=[(q, False), (k, False), (v, False), (out, True)], schedule=1, seed=5)
+
+`record` is the kernel's parameter struct, as bytes or as a NumPy record, with addresses of host arrays as pointers;
+`buffers` are the arrays it may touch, and whether it may write them. Whatever is wrong raises `EmulatorError`.
+"""
+
+import ctypes
+import fcntl
+import functools
+import getpass
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+CUDA = HERE.parents[1] / "cupyattn" / "cuda"
+FLAGS = ("-O2", "-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-fPIC", "-shared", "-fvisibility=hidden")
+FLAGS += ("-ffp-contract=off",)  # so that sums do not depend on what the machine can fuse
+SCHEDULES = (0, 1, 2)
+MAX_SHARED_MEMORY = 232448
+
+
+class EmulatorError(Exception):
+    """What a kernel did that it must not do."""
+
+
+class BuildError(Exception):
+    """What the compiler had to say."""
+
+
+def require_compiler():
+    """Skips the calling test where there is no g++."""
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
+
+
+def build(source, expression, folder=None, sources=None, flags=()):
+    """A kernel of the file `source`, named by a C++ `expression`, ready to launch.
+
+    `sources` maps file names to texts that take the place of, or come beside, those in `cupyattn/cuda`.
+    Libraries are kept in `folder`, by default one for all runs of this user.
+    """
+    texts = _texts(source, sources or {})
+    main = f'#include "{source}"\n#include "launch.h"\nstatic constexpr auto kernel = {expression};\n'
+    texts["main.cpp"] = main + "EMULATED_KERNEL(kernel)\n"
+    flags = (*FLAGS, *flags)
+    folder = Path(folder or Path(tempfile.gettempdir()) / f"cupyattn-emulator-{getpass.getuser()}")
+    key = repr((sorted(texts.items()), flags, _compiler_version()))
+    library = folder / f"{Path(source).stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with library.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes may want it too, and one compiler is enough
+            if not library.exists():
+                _compile(texts, flags, library)
+    return Kernel(library)
+
+
+class Kernel:
+    """A compiled kernel. It holds one machine, so that launches from several threads wait for each other."""
+
+    def __init__(self, path):
+        self.path = path
+        self._library = ctypes.CDLL(str(path))
+        self._library.emulator_parameter_bytes.restype = ctypes.c_ulong
+        self._lock = threading.Lock()
+
+    @property
+    def parameter_bytes(self):
+        """sizeof of the kernel's parameter struct."""
+        return self._library.emulator_parameter_bytes()
+
+    def launch(self, record, grid, threads, shared_memory, buffers, schedule=0, seed=0, check_races=True):
+        """Runs all blocks, one after another.
+
+        schedule 0: copies happen when issued; threads and blocks run in order.
+        schedule 1: copies happen when waited for, and their destinations hold NaNs until then; threads run in random
+            order, and so do blocks. The copies' sources are read when the copies happen.
+        schedule 2: the same, but copies waited for together come in random order, and a warp runs as far as it can
+            before another does.
+        check_races: whether accesses must be in order. Without it a copy that nobody waited for shows as NaNs.
+        """
+        record = record if isinstance(record, bytes) else record.tobytes()
+        if len(record) != self.parameter_bytes:
+            raise ValueError(f"the kernel's parameters have {self.parameter_bytes} bytes; the record has {len(record)}")
+        if threads % 32 or not 0 < threads <= 1024:
+            raise ValueError(f"threads must be a multiple of 32 up to 1024; found {threads}")
+        if shared_memory % 16 or not 0 <= shared_memory <= MAX_SHARED_MEMORY:
+            raise ValueError(f"shared_memory must be a multiple of 16 up to {MAX_SHARED_MEMORY}; found {shared_memory}")
+        if len(grid) != 3 or min(grid) < 1:
+            raise ValueError(f"grid must be three numbers of at least 1; found {grid}")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {SCHEDULES}; found {schedule}")
+        table = _buffer_table(buffers)
+        message = ctypes.create_string_buffer(4096)
+        request = _Request(
+            ctypes.cast(ctypes.c_char_p(record), ctypes.c_void_p),
+            (ctypes.c_int32 * 3)(*grid),
+            threads,
+            shared_memory,
+            table.ctypes.data,
+            len(table),
+            schedule,
+            check_races,
+            seed,
+            ctypes.cast(message, ctypes.c_void_p),
+            len(message),
+        )
+        with self._lock:
+            failed = self._library.emulator_launch(ctypes.byref(request))
+        if failed:
+            raise EmulatorError(message.value.decode())
+
+
+class _Request(ctypes.Structure):
+    """`LaunchRequest` of launch.h."""
+
+    _fields_ = (
+        ("parameters", ctypes.c_void_p),
+        ("grid", ctypes.c_int32 * 3),
+        ("num_threads", ctypes.c_int32),
+        ("shared_bytes", ctypes.c_int64),
+        ("buffers", ctypes.c_void_p),
+        ("num_buffers", ctypes.c_int64),
+        ("schedule", ctypes.c_int32),
+        ("check_races", ctypes.c_int32),
+        ("seed", ctypes.c_uint64),
+        ("message", ctypes.c_void_p),
+        ("message_bytes", ctypes.c_int64),
+    )
+
+
+def _buffer_table(buffers):
+    """Address, bytes and writable of each array; rows of uint64."""
+    rows = []
+    for index, (array, writable) in enumerate(buffers):
+        if writable and not array.flags.writeable:
+            raise ValueError(f"buffer {index} is to be written, and a read-only array")
+        low, high = np.lib.array_utils.byte_bounds(array) if array.size else (array.ctypes.data,) * 2
+        for other, (address, size, either) in enumerate(rows):
+            if (writable or either) and low < address + size and address < high:
+                raise ValueError(f"buffers {other} and {index} overlap, and one is to be written: give their base once")
+        rows.append((low, high - low, writable))
+    return np.array(rows, np.uint64).reshape(-1, 3)
+
+
+def _texts(source, overrides):
+    """Every file that `source` includes, itself among them, by name."""
+    texts = {"prelude.h": (HERE / "prelude.h").read_text()}
+    names = [source, "launch.h"]
+    while names:
+        name = names.pop()
+        if name in texts:
+            continue
+        if name in overrides:
+            texts[name] = overrides[name]
+        else:
+            here = HERE / name
+            texts[name] = (here if here.exists() else CUDA / name).read_text()
+        names += re.findall(r'^\s*#\s*include\s+"([^"]+)"', texts[name], re.MULTILINE)
+    return texts
+
+
+def _compile(texts, flags, library):
+    """Writes `library`, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        for name, text in texts.items():
+            (Path(folder) / name).write_text(text)
+        command = ["g++", *flags, "-include", "prelude.h", "main.cpp", "-o", "kernel.so"]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+        if done.returncode:
+            raise BuildError(done.stderr)
+        os.replace(Path(folder) / "kernel.so", library)
+
+
+@functools.cache
+def _compiler_version():
+    return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,275 @@
+// Shared and global memory, and everything that can be wrong with an access.
+//
+// Two accesses of one block are in order if one thread made both, or a barrier of the block lies between them, or a
+// warp barrier of the warp that made both. Nothing else orders them: shuffles, votes and matrix instructions do not.
+#pragma once
+
+#include <algorithm>
+
+#include "machine.h"
+
+namespace emulator {
+
+constexpr std::uint32_t kSharedBase = 0x400;  // as on hardware, where the first KiB is the system's
+
+// What is known of four bytes of shared memory.
+struct Word {
+    Moment write;
+    std::uint32_t read_epoch, read_interval;
+    std::uint32_t reading_warps;  // in read_epoch
+    std::uint32_t reading_lanes;  // in read_interval
+    bool under_way;               // the writer has a copy to here that it has not waited for
+};
+
+// What is known of two bytes of global memory that the kernel may write.
+struct Trace {
+    Moment write;
+    std::uint32_t time;
+    std::uint32_t block;  // 0: not written during this launch
+    bool atomic;
+};
+
+struct Buffer {
+    std::uint64_t address, bytes;
+    std::uint64_t writable;
+};
+
+struct Memory {
+    std::vector<std::uint8_t> storage;
+    std::uint8_t* shared;
+    std::uint32_t shared_bytes;
+    std::vector<Word> words;
+
+    const Buffer* buffers;
+    int num_buffers;
+    int last_buffer;
+    std::vector<std::vector<Trace>> traces;    // per buffer
+    std::vector<std::vector<Fence>> released;  // per block: what its atomics let others see
+};
+inline Memory memory;
+
+// ---- Shared memory: bounds --------------------------------------------------------------------------
+
+inline std::uint8_t* shared_at(std::uint32_t address, std::uint32_t bytes, const char* verb, Site site) {
+    if (address % bytes) fail(site, "%s: shared address 0x%x is not a multiple of %u", verb, address, bytes);
+    const std::uint32_t offset = address - kSharedBase;
+    if (offset > memory.shared_bytes || memory.shared_bytes - offset < bytes)
+        fail(site, "%s: %u bytes at shared address 0x%x are outside the block's %u bytes from 0x%x", verb, bytes,
+             address, memory.shared_bytes, kSharedBase);
+    return memory.shared + offset;
+}
+
+// ---- Shared memory: order ---------------------------------------------------------------------------
+
+[[noreturn]] inline void fail_race(Site site, const char* verb, std::uint32_t address, const char* what, int who) {
+    fail(site, "%s: race on shared address 0x%x, which was %s %d with no barrier since", verb, address, what, who);
+}
+[[noreturn]] inline void fail_under_way(Site site, const char* verb, std::uint32_t address, int writer) {
+    fail(site, "%s: shared address 0x%x is the destination of a copy that thread %d has not waited for", verb, address,
+         writer);
+}
+
+enum class Reader { kThread, kWarp };  // the lanes of a warp that read for each other are one reader
+
+inline void note_read(std::uint32_t address, int bytes, Reader reader, const char* verb, Site site) {
+    if (!machine.check_races) return;
+    const Warp& warp = *now->warp;
+    const std::uint32_t lanes = reader == Reader::kWarp ? ~0u : now->bit();
+    Word* word = &memory.words[(address - kSharedBase) / 4];
+    for (; bytes > 0; bytes -= 4, address += 4, ++word) {
+        const int writer = word->write.thread;
+        if (word->under_way) fail_under_way(site, verb, address, writer);
+        if (!word->write.epoch) fail(site, "%s: nothing was ever written to shared address 0x%x", verb, address);
+        const bool is_own = reader == Reader::kThread && writer == now->index;
+        if (!is_own && !barrier_since(word->write)) fail_race(site, verb, address, "written by thread", writer);
+        if (word->read_epoch != machine.block.epoch) {
+            word->read_epoch = machine.block.epoch;
+            word->reading_warps = 0;
+        }
+        word->reading_warps |= 1u << warp.index;
+        if (word->read_interval != warp.interval) {
+            word->read_interval = warp.interval;
+            word->reading_lanes = 0;
+        }
+        word->reading_lanes |= lanes;
+    }
+}
+
+inline void note_write(std::uint32_t address, int bytes, bool under_way, const char* verb, Site site) {
+    if (!machine.check_races) return;
+    const Warp& warp = *now->warp;
+    Word* word = &memory.words[(address - kSharedBase) / 4];
+    for (; bytes > 0; bytes -= 4, address += 4, ++word) {
+        const int writer = word->write.thread;
+        if (word->under_way) fail_under_way(site, verb, address, writer);
+        if (!is_before_now(word->write)) fail_race(site, verb, address, "written by thread", writer);
+        if (word->read_epoch == machine.block.epoch) {
+            const std::uint32_t warps = word->reading_warps & ~(1u << warp.index);
+            if (warps) fail_race(site, verb, address, "read by warp", __builtin_ctz(warps));
+            const std::uint32_t lanes = word->read_interval == warp.interval ? word->reading_lanes & ~now->bit() : 0;
+            if (lanes) fail_race(site, verb, address, "read by thread", warp.index * kLanes + __builtin_ctz(lanes));
+        }
+        *word = {this_moment(), 0, 0, 0, 0, under_way};
+    }
+}
+
+// ---- Global memory: bounds --------------------------------------------------------------------------
+
+enum class Access { kLoad, kLoadFresh, kStore, kAtomic };
+
+[[noreturn]] inline void fail_outside(std::uint64_t address, int bytes, const char* verb, Site site) {
+    int nearest = -1;
+    std::uint64_t distance = ~0ull;
+    for (int index = 0; index < memory.num_buffers; ++index) {
+        const Buffer& buffer = memory.buffers[index];
+        const std::uint64_t end = buffer.address + buffer.bytes;
+        const std::uint64_t before = address < buffer.address ? buffer.address - address : 0;
+        const std::uint64_t gap = address >= end ? address - end : before;
+        if (gap < distance) nearest = index, distance = gap;
+    }
+    if (nearest < 0)
+        fail(site, "%s: %d bytes at %#llx, but the launch has no buffers", verb, bytes,
+             static_cast<unsigned long long>(address));
+    const Buffer& buffer = memory.buffers[nearest];
+    fail(site, "%s: %d bytes at offset %lld of buffer %d, which has %llu bytes, and inside no other", verb, bytes,
+         static_cast<long long>(address - buffer.address), nearest, static_cast<unsigned long long>(buffer.bytes));
+}
+
+inline bool holds(const Buffer& buffer, std::uint64_t address, std::uint64_t bytes) {
+    const std::uint64_t offset = address - buffer.address;
+    return offset <= buffer.bytes && buffer.bytes - offset >= bytes;
+}
+
+// ---- Global memory: order ---------------------------------------------------------------------------
+
+// Whether another block's thread let this store be seen, and the running thread has looked since.
+inline bool was_released(const Trace& trace) {
+    const auto looked = [](const Thread& thread) { return thread.atomic.epoch && is_before_now(thread.atomic); };
+    const auto covers = [&trace](const Fence& fence) {
+        if (trace.write.thread == fence.moment.thread) return trace.time < fence.time;
+        return barrier_between(trace.write, fence.moment);
+    };
+    const std::vector<Fence>& fences = memory.released[trace.block];
+    return std::any_of(machine.threads, machine.threads + machine.num_threads, looked) &&
+           std::any_of(fences.begin(), fences.end(), covers);
+}
+
+inline void check_order(const Trace& trace, Access access, std::uint64_t offset, int buffer, const char* verb,
+                        Site site) {
+    const bool is_plain = access == Access::kLoad;
+    if (trace.block == machine.block.number && (trace.atomic ? !is_plain : is_before_now(trace.write))) return;
+    char what[96];
+    std::snprintf(what, sizeof what, "%s at offset %lld of buffer %d", verb, static_cast<long long>(offset), buffer);
+    if (trace.atomic && is_plain) fail(site, "%s: an atomic wrote there, and the first-level cache may be stale", what);
+    if (trace.block == machine.block.number)
+        fail(site, "%s: race: thread %d wrote there, with no barrier since", what, trace.write.thread);
+    char other[64];
+    const int index = trace.block - 1;
+    std::snprintf(other, sizeof other, "block (%d, %d, %d)", index % machine.grid_x,
+                  index / machine.grid_x % machine.grid_y, index / machine.grid_x / machine.grid_y);
+    if (is_plain)
+        fail(site, "%s: %s wrote there during this launch, and the first-level cache may be stale", what, other);
+    if (!trace.atomic && access != Access::kAtomic && !was_released(trace))
+        fail(site, "%s: thread %d of %s wrote there, and fence_gpu and atomic_add there, then atomic_add here, do not "
+             "come between", what, trace.write.thread, other);
+}
+
+// The bytes at a global address, after every check of this access to them.
+inline std::uint8_t* global_at(const void* pointer, int bytes, Access access, const char* verb, Site site) {
+    const auto address = reinterpret_cast<std::uint64_t>(pointer);
+    if (address % bytes)
+        fail(site, "%s: global address %#llx is not a multiple of %d", verb, static_cast<unsigned long long>(address),
+             bytes);
+    int index = memory.last_buffer;
+    if (index >= memory.num_buffers || !holds(memory.buffers[index], address, bytes)) {
+        for (index = 0; index < memory.num_buffers; ++index)
+            if (holds(memory.buffers[index], address, bytes)) break;
+        if (index == memory.num_buffers) fail_outside(address, bytes, verb, site);
+        memory.last_buffer = index;
+    }
+    const Buffer& buffer = memory.buffers[index];
+    const std::uint64_t offset = address - buffer.address;
+    const bool writes = access == Access::kStore || access == Access::kAtomic;
+    if (writes && !buffer.writable)
+        fail(site, "%s: offset %llu of buffer %d, which is read-only", verb, static_cast<unsigned long long>(offset),
+             index);
+    if (machine.check_races && buffer.writable) {
+        if (writes) ++machine.time;
+        // A buffer that begins at an odd address has its granules where the addresses are even.
+        const std::uint64_t first = address / 2 - buffer.address / 2;
+        for (std::uint64_t granule = first; granule <= (address + bytes - 1) / 2 - buffer.address / 2; ++granule) {
+            Trace& trace = memory.traces[index][granule];
+            if (trace.block) check_order(trace, access, offset, index, verb, site);
+            if (writes) trace = {this_moment(), machine.time, machine.block.number, access == Access::kAtomic};
+        }
+    }
+    return reinterpret_cast<std::uint8_t*>(address);
+}
+
+inline void fence() { now->fence = {this_moment(), ++machine.time}; }
+
+// An atomic lets others see what its thread fenced, and what other threads fenced before a barrier.
+inline void release_and_acquire() {
+    if (!now->atomic.epoch) now->atomic = this_moment();
+    std::vector<Fence>& released = memory.released[machine.block.number];
+    for (int index = 0; index < machine.num_threads; ++index) {
+        Fence& fence = machine.threads[index].fence;
+        if (!fence.time || !is_before_now(fence.moment)) continue;
+        released.push_back(fence);
+        fence.time = 0;
+    }
+}
+
+// ---- Copies -----------------------------------------------------------------------------------------
+
+inline void perform(const Copy& copy) {
+    std::uint8_t* to = memory.shared + (copy.to - kSharedBase);
+    if (copy.from)
+        std::memcpy(to, copy.from, 16);
+    else
+        std::memset(to, 0, 16);
+}
+
+// Schedule 0 copies at once; the others when the copy is waited for, and until then there are NaNs.
+inline void issue(Copy copy, Site site) {
+    constexpr const char* verb = "copy_async";
+    std::uint8_t* to = shared_at(copy.to, 16, verb, site);
+    if (copy.from) global_at(copy.from, 16, Access::kLoadFresh, verb, site);
+    note_write(copy.to, 16, true, verb, site);
+    if (machine.schedule)
+        std::memset(to, 0xFF, 16);
+    else
+        perform(copy);
+    now->copies.push_back(copy);
+}
+
+inline void commit() {
+    std::uint32_t committed = 0;
+    for (std::uint32_t group : now->groups) committed += group;
+    now->groups.push_back(static_cast<std::uint32_t>(now->copies.size()) - committed);
+}
+
+inline void wait_for_copies(std::size_t pending_groups) {
+    std::vector<Copy>& copies = now->copies;
+    std::vector<std::uint32_t>& groups = now->groups;
+    if (groups.size() <= pending_groups) return;
+    const std::size_t num_groups = groups.size() - pending_groups;
+    std::uint32_t count = 0;
+    for (std::size_t group = 0; group < num_groups; ++group) count += groups[group];
+    if (machine.schedule == 2)
+        for (std::uint32_t left = count; left > 1; --left) std::swap(copies[left - 1], copies[random_number() % left]);
+    for (std::uint32_t index = 0; index < count; ++index) {
+        const Copy& copy = copies[index];
+        if (machine.schedule) perform(copy);
+        if (!machine.check_races) continue;
+        Word* words = &memory.words[(copy.to - kSharedBase) / 4];
+        for (int word = 0; word < 4; ++word) {
+            words[word].write = this_moment();
+            words[word].under_way = false;
+        }
+    }
+    copies.erase(copies.begin(), copies.begin() + count);
+    groups.erase(groups.begin(), groups.begin() + num_groups);
+}
+
+}  // namespace emulator

@@ -1,0 +1,12 @@
+// What nvcc and NVRTC know without being told, for g++; included before everything else.
+#pragma once
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __align__(bytes) alignas(bytes)
+#define __restrict__ __restrict

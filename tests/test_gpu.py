@@ -1,0 +1,273 @@
+"""On a GPU: the kernels against the definition, in CuPy's and torch's hands; run by `make gpu`.
+
+The same cases pass under the emulator; what is new here is the hardware, and the way in and out.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from emulated import (
+    STORED,
+    assert_close_lse,
+    assert_within_the_bar,
+    definition,
+    emulation,
+    operands,
+    options_of,
+    paged,
+    problem_of,
+    ragged_operands,
+    ragged_options,
+)
+
+import cupyattn
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def cupy():
+    found = pytest.importorskip("cupy")
+    if not found.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    return found
+
+
+@pytest.fixture(scope="module")
+def torch(cupy):
+    found = pytest.importorskip("torch")
+    if not found.cuda.is_available():
+        pytest.skip("needs a torch with CUDA")
+    return found
+
+
+def to_torch(torch, array):
+    """A NumPy array on the GPU as torch's, bfloat16 by its bits."""
+    array = np.ascontiguousarray(array)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).cuda().view(torch.bfloat16)
+    return torch.from_numpy(array).cuda()
+
+
+def from_torch(torch, tensor):
+    return tensor.float().cpu().numpy() if tensor.dtype == torch.bfloat16 else tensor.cpu().numpy()
+
+
+def hold_to_the_definition(arrays, problem, out, lse, block_k, dropout_seed=0):
+    exact_out, exact_lse = definition(arrays, problem, dropout_seed)
+    assert_close_lse(lse, exact_lse)
+    emulated = emulation(arrays, problem, block_k, dropout_seed)
+    values = np.abs(np.asarray(arrays["v"]).astype(np.float64))
+    largest = values[np.isfinite(values)].max(initial=0.0)
+    assert_within_the_bar(out.astype(STORED[problem.dtype]), exact_out, emulated, problem.dtype, largest)
+
+
+SHAPES = [  # batch, seqlen_q, seqlen_k, (heads of q, k, v)
+    (2, 113, 203, (4, 2, 2)),
+    (1, 256, 256, (2, 2, 2)),
+    (1, 1, 1023, (8, 1, 1)),
+    (3, 4, 339, (8, 2, 2)),
+    (2, 64, 65, (6, 3, 2)),
+    (1, 200, 17, (2, 1, 1)),
+]
+MASKS = [
+    {},
+    {"causal": True, "alignment": "bottom-right"},
+    {"causal": True, "alignment": "top-left"},
+    {"window_size": (40, 9), "alignment": "bottom-right"},
+]
+DIMS = [(64, 64), (128, 128), (40, 40), (96, 96), (192, 128), (256, 256)]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=lambda mask: "-".join(map(str, mask.values())) or "full")
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_torch_tensors(torch, rng, dtype, dims, shape, mask):
+    batch, seqlen_q, seqlen_k, heads = shape
+    arrays = operands(rng, dtype, "bshd", batch, heads, (seqlen_q, seqlen_k), dims)
+    q, k, v = (to_torch(torch, x) for x in arrays.values())
+    out, lse = cupyattn.attention(q, k, v, return_lse=True, **mask)
+    assert out.dtype == q.dtype
+    assert out.device == q.device
+    problem = problem_of(arrays, options_of(**mask))
+    tile = cupyattn.explain(q, k, v, **mask).tile
+    hold_to_the_definition(arrays, problem, from_torch(torch, out), lse.cpu().numpy(), tile.block_k)
+
+
+EDITS = [
+    name for count in (1, 2, 4) for name in itertools.combinations(("mask", "bias", "alibi_slopes", "sinks"), count)
+]
+
+
+@pytest.mark.parametrize("edits", EDITS, ids="-".join)
+@pytest.mark.parametrize("seqlen_q", [3, 150])
+@pytest.mark.parametrize("more", [{}, {"softcap": 5.0}, {"dropout_p": 0.3}], ids=lambda more: "".join(more) or "plain")
+def test_edited_scores_on_cupy(cupy, rng, edits, seqlen_q, more):
+    batch, heads, seqlen_k = 2, (4, 2, 2), 170
+    arrays = operands(rng, "float16", "bhsd", batch, heads, (seqlen_q, seqlen_k), (64, 64))
+    choices = {
+        "mask": rng.random((batch, 1, seqlen_q, seqlen_k)) < 0.7,
+        "bias": rng.standard_normal((4, 1, seqlen_k)).astype(np.float32),
+        "alibi_slopes": rng.random(4).astype(np.float32),
+        "sinks": rng.standard_normal(4).astype(np.float32),
+    }
+    arrays |= {name: choices[name] for name in edits}
+    options = {"causal": True, "alignment": "bottom-right", **more}
+    there = {name: cupy.asarray(x) for name, x in arrays.items()}
+    seed = {"dropout_seed": 7} if "dropout_p" in more else {}
+    out, lse = cupyattn.attention(**there, layout="bhsd", return_lse=True, **options, **seed)
+    assert isinstance(out, cupy.ndarray)
+    tile = cupyattn.explain(**there, layout="bhsd", **options).tile
+    problem = problem_of(arrays, options_of(layout="bhsd", **options))
+    hold_to_the_definition(arrays, problem, out.get(), lse.get(), tile.block_k, 7)
+
+
+@pytest.mark.parametrize("page_size", [None, 1, 16, 48, 256])
+@pytest.mark.parametrize("lengths", [((1, 1, 1), (700, 3, 64)), ((5, 0, 130), (5, 40, 130))], ids=["decode", "mixed"])
+def test_packed_and_paged_sequences(torch, rng, lengths, page_size):
+    arrays = ragged_operands(rng, "bfloat16", *lengths, heads=(4, 2, 2), dims=(64, 64), behind=(2, 3))
+    problem = problem_of(arrays, ragged_options(arrays, window_size=(None, 0)))
+    given = arrays if page_size is None else paged(rng, arrays, page_size)
+    there = {name: to_torch(torch, x) for name, x in given.items()}
+    longest = [max(x) for x in lengths]
+    out, lse = cupyattn.flash_attn_varlen_func(
+        *(there[name] for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")),
+        *longest,
+        causal=True,
+        block_table=there.get("block_table"),
+        return_lse=True,
+    )
+    hold_to_the_definition(arrays, problem, from_torch(torch, out), lse.cpu().numpy(), 64)
+
+
+def test_what_is_hidden_may_hold_nan(cupy, rng):
+    arrays = operands(rng, "float16", seqlens=(100, 100), heads=(2, 1, 1))
+    arrays["k"][:, 60], arrays["v"][:, 60], arrays["v"][:, 70, :, 3] = np.nan, np.nan, np.inf
+    there = [cupy.asarray(x) for x in arrays.values()]
+    out, lse = cupyattn.attention(*there, causal=True, return_lse=True)
+    problem = problem_of(arrays, options_of(causal=True))
+    hold_to_the_definition(arrays, problem, out.get(), lse.get(), 64)
+    assert np.isfinite(out.get()[:, :60]).all()
+
+
+def test_large_strides_do_not_wrap(torch):
+    if torch.cuda.get_device_properties(0).total_memory < 12e9:
+        pytest.skip("needs 12 GB")
+    whole = torch.zeros((2, 2**31 // 64 + 8, 1, 64), dtype=torch.float16, device="cuda")  # over 2**31 elements
+    last = whole[1:, -8:]
+    last.copy_(torch.randn_like(last))
+    expected = cupyattn.attention(last.clone(), last.clone(), last.clone())
+    assert torch.equal(cupyattn.attention(last, last, last), expected)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 300])
+def test_the_same_bits_every_time(torch, seqlen_q):
+    q = torch.randn((2, seqlen_q, 8, 128), device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn((2, 2, 3000, 2, 128), device="cuda", dtype=torch.bfloat16)
+    first = cupyattn.attention(q, k, v)
+    assert all(torch.equal(cupyattn.attention(q, k, v), first) for _ in range(100))
+
+
+def test_fixed_splits_do_not_depend_on_the_batch(torch):
+    q = torch.randn((16, 1, 8, 128), device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn((2, 16, 5000, 2, 128), device="cuda", dtype=torch.bfloat16)
+    together = cupyattn.attention(q, k, v, fixed_split_size=512)
+    alone = cupyattn.attention(q[5:6], k[5:6], v[5:6], fixed_split_size=512)
+    assert torch.equal(together[5:6], alone)
+
+
+def test_work_is_queued_on_the_current_stream_of_cupy(cupy):
+    q, k, v = cupy.random.standard_normal((3, 1, 2000, 8, 64), dtype="float32").astype("float16")
+    expected = cupyattn.attention(q, k, v)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        late = q * 0
+        for _ in range(50):
+            late = late + q / 50
+        out = cupyattn.attention(late, k, v)
+    stream.synchronize()
+    cupy.testing.assert_allclose(out, expected, atol=2e-2)
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 200])
+def test_nobody_waits_for_the_gpu(torch, seqlen_q):
+    q = torch.randn((1, seqlen_q, 8, 64), device="cuda", dtype=torch.float16)
+    k = torch.randn((1, 4000, 8, 64), device="cuda", dtype=torch.float16)
+    cupyattn.attention(q, k, k)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cupyattn.attention(q, k, k)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 200])
+def test_a_torch_graph_replays(torch, seqlen_q):
+    q = torch.randn((2, seqlen_q, 8, 64), device="cuda", dtype=torch.float16)
+    k = torch.randn((2, 4000, 2, 64), device="cuda", dtype=torch.float16)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        cupyattn.attention(q, k, k)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = cupyattn.attention(q, k, k)
+    for _ in range(3):
+        q.copy_(torch.randn_like(q))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, cupyattn.attention(q, k, k))
+
+
+def test_a_cupy_graph_replays(cupy):
+    q, k = (cupy.random.standard_normal((1, n, 8, 64), dtype="float32").astype("float16") for n in (1, 4000))
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        cupyattn.attention(q, k, k)
+        stream.begin_capture()
+        out = cupyattn.attention(q, k, k)
+        graph = stream.end_capture()
+        for _ in range(3):
+            q[...] = cupy.random.standard_normal(q.shape, dtype="float32")
+            graph.launch(stream)
+            cupy.testing.assert_array_equal(out, cupyattn.attention(q, k, k))
+        stream.synchronize()
+
+
+def test_jax_arrays_go_there_and_back(cupy, rng):
+    jax = pytest.importorskip("jax")
+    if not any(device.platform == "gpu" for device in jax.devices()):
+        pytest.skip("needs a JAX with CUDA")
+    x = jax.numpy.asarray(rng.standard_normal((1, 50, 2, 64)).astype(np.float16))
+    out = cupyattn.attention(x, x, x)
+    assert isinstance(out, jax.Array)
+    exact = cupyattn.attention(np.asarray(x), np.asarray(x), np.asarray(x))
+    np.testing.assert_allclose(np.asarray(out), exact, atol=2e-3)
+
+
+def test_gradients_are_refused_and_not_lost(torch):
+    q = torch.randn((1, 8, 2, 64), device="cuda", dtype=torch.float16, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="no gradients on the GPU yet"):
+        cupyattn.attention(q, q, q)
+    with torch.no_grad():
+        assert cupyattn.attention(q, q, q).shape == q.shape
+
+
+def test_a_copy_is_announced(torch):
+    q = torch.randn((1, 64, 2, 128), device="cuda", dtype=torch.float16)[..., ::2]
+    plan = cupyattn.explain(q, q, q)
+    assert "q is copied" in str(plan)
+    assert torch.equal(cupyattn.attention(q, q, q), cupyattn.attention(*[q.contiguous()] * 3))
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 70])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_small_shapes_for_the_sanitizer(cupy, rng, dtype, seqlen_q):
+    arrays = operands(rng, dtype, seqlens=(seqlen_q, 700), heads=(4, 2, 2))
+    there = [cupy.asarray(x) for x in arrays.values()]
+    out, lse = cupyattn.attention(*there, causal=True, alignment="bottom-right", return_lse=True)
+    problem = problem_of(arrays, options_of(causal=True, alignment="bottom-right"))
+    hold_to_the_definition(arrays, problem, out.get(), lse.get(), 64)
