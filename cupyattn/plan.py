@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from cupyattn.problem import Device, Problem, Sizes
-from cupyattn.splits import PEERS, split
+from cupyattn.splits import BLOCKS_PER_UNIT, PEERS, split
 
 WORTH_THREADS = 100_000_000
 """Floating-point operations from which starting threads pays on a CPU: one or two milliseconds."""
@@ -61,6 +61,8 @@ class Plan:
     """Each other implementation's reasons against it."""
     split_size: int = 0
     """Keys of a split; 0: found on the GPU, from the lengths there."""
+    num_slots: int = 0
+    """Thread blocks of the split-KV kernel that the GPU runs at once."""
     peers: tuple[tuple[str, int], ...] = field(default=())
     """Splits that others would have made of it."""
     notes: tuple[str, ...] = field(default=())
@@ -216,6 +218,13 @@ def split_tile(head_dim: int, rows: int, dtype: str, shared_memory: int) -> Tile
     return Tile(block_q, 16 * num_warps, num_warps, stages)
 
 
+def blocks_per_unit(tile: Tile, head_dim: int, dtype: str, shared_memory: int) -> int:
+    """Split-KV blocks that one multiprocessor runs side by side: their registers let it be two."""
+    item = _bytes_in_a_tile(dtype)
+    needed = (tile.block_q + tile.num_warps * tile.num_stages * 2 * 16) * head_dim * item
+    return min(BLOCKS_PER_UNIT, max(1, (shared_memory + 1024) // (needed + 1024)))  # 1 KB of each is the system's
+
+
 def _bytes_in_a_tile(dtype: str) -> int:
     """Of an element: float32 is kept as three numbers of 16 bits."""
     return 6 if dtype == "float32" else 2
@@ -261,6 +270,7 @@ def choose(problem: Problem, device: Device, fixed_split_size: int | None = None
     tile: CpuTile | Tile | None = None
     splits, workers, compute, reason, split_size = 1, 1, "float32", "every implementation objects", 0
     peers: tuple[tuple[str, int], ...] = ()
+    num_slots = 0
     sizes = problem.sizes
     if kernel == "numpy":
         compute = problem.compute_dtype or "float64"
@@ -276,7 +286,11 @@ def choose(problem: Problem, device: Device, fixed_split_size: int | None = None
         reason = f"{workers} tiles of {tile.block_q} rows"
     elif kernel == "splitkv":
         tile = gpu_tile(problem, device, "splitkv")
-        split_size, splits, workers, reason = split(problem, device, tile.block_q, tile.block_k, fixed_split_size)
+        side_by_side = blocks_per_unit(tile, _padded(sizes), problem.dtype, device.shared_memory)
+        num_slots = side_by_side * device.num_units
+        split_size, splits, workers, reason = split(
+            problem, device, tile.block_q, tile.block_k, fixed_split_size, side_by_side
+        )
         peers = tuple((name, rule(problem, device)) for name, rule in PEERS.items())
     return Plan(
         kernel,
@@ -290,5 +304,6 @@ def choose(problem: Problem, device: Device, fixed_split_size: int | None = None
         reason,
         tuple((name, reasons) for name, reasons in against.items()),
         split_size,
+        num_slots,
         peers,
     )

@@ -146,9 +146,19 @@ PEERS: dict[str, Callable[[Problem, Device], int]] = {"flash-attn 2": flash_attn
 
 
 def split(
-    problem: Problem, device: Device, block_q: int, block_k: int, fixed_split_size: int | None
+    problem: Problem,
+    device: Device,
+    block_q: int,
+    block_k: int,
+    fixed_split_size: int | None,
+    blocks_per_unit: int = BLOCKS_PER_UNIT,
 ) -> tuple[int, int, int, str]:
-    """(split_size, most splits of a piece, thread blocks, reason) of the split-KV kernel."""
+    """(split_size, most splits of a piece, thread blocks, reason) of the split-KV kernel.
+
+    Sequences of one length get as many splits as run at once, over the keys that their window leaves: a decode is
+    bound by memory, which one wave keeps busy, and a second one, however full, would only start over.
+    Sequences whose lengths are data are cut by `live_split_blocks`, on the device.
+    """
     sizes = problem.sizes
     group = sizes.queries_per_pair
     row_tiles = max(1, math.ceil(sizes.seqlen_q * group / block_q))
@@ -162,16 +172,16 @@ def split(
         size = math.ceil(fixed_split_size / block_k)
         splits = max(1, math.ceil(blocks / size))
         return size * block_k, splits, pieces * splits, f"splits of {size * block_k} keys, as was asked"
-    slots = BLOCKS_PER_UNIT * device.num_units
+    slots = blocks_per_unit * device.num_units
     if ragged:  # all other sequences may be empty
         size = live_split_blocks(blocks * (pieces // max(1, sizes.batch)), pieces, slots, block_k)
         splits = max(1, math.ceil(blocks / size))
         return 0, splits, pieces * splits, f"up to {splits} splits a sequence, by the lengths on the device"
-    size = live_split_blocks(blocks * pieces, pieces, slots, block_k)
-    most = max(1, min(math.ceil(blocks / size), blocks * block_k // FEWEST_KEYS))
-    size = max(1, math.ceil(blocks / most))  # even
+    splits = max(1, min(slots // max(1, pieces), blocks * block_k // FEWEST_KEYS))
+    size = max(1, math.ceil(blocks / splits))  # even
     splits = max(1, math.ceil(blocks / size))
-    reason = f"{pieces} pieces cannot fill {slots} slots; {splits} splits of {size * block_k} keys run at once"
+    full = pieces * splits / slots
+    reason = f"{pieces} pieces on {slots} slots: {splits} splits of {size * block_k} keys fill {full:.0%} of one wave"
     if splits == 1:
         reason = f"{pieces} pieces, no split: the GPU is busy or the keys are few"
     return size * block_k, splits, pieces * splits, reason

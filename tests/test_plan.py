@@ -1,6 +1,8 @@
 """The decisions, as values: which implementation, why not the others, how the work is cut."""
 
+import itertools
 import math
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +12,8 @@ from hypothesis import strategies as st
 
 import cupyattn
 from cupyattn import plan
-from cupyattn.plan import CpuTile, Tile, choose, cpu_tile, gpu_tile, splits_by_wave_efficiency
+from cupyattn.cuda.catalogue import shared_memory
+from cupyattn.plan import CpuTile, Tile, choose, cpu_tile, gpu_tile
 from cupyattn.problem import NAMED_DEVICES, Device, Layout, Mask, Problem, ScoreEdits, Sizes
 
 CPU = Device("cpu", "cpu", 8)
@@ -102,7 +105,6 @@ def test_a_gpu_before_ampere_is_too_old_for_every_kernel(name):
         (asked(head_dims=(128, 100)), "head_dim_v to be a multiple of 8 from 8 to 256, not 100"),
         (asked(head_dims=(264, 128)), "not 264"),
         (asked(head_dims=(128, 0)), "not 0"),
-        (asked(batch_shape=(2, 3)), "batch axis"),
         (asked(dropout_p=0.1, needs_dropout_mask=True), "return_attn_probs"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -125,17 +127,25 @@ def test_up_to_64_rows_per_key_head_are_decoding(seqlen_q, kernel):
     assert choose(asked(seqlens=(seqlen_q, 8192)), H100).kernel == kernel
 
 
-def test_a_decode_with_dropout_is_left_to_flash():
-    dropping = replace(DECODE, dropout_p=0.1)
-    assert choose(dropping, H100).kernel == "flash"
-    assert objects(dropping, "dropout") == {"splitkv"}
+def test_dropout_and_several_batch_axes_are_no_objection():
+    for problem, kernel in ((PREFILL, "flash"), (DECODE, "splitkv")):
+        assert choose(replace(problem, dropout_p=0.1), H100).kernel == kernel
+        assert choose(replace(problem, sizes=replace(problem.sizes, batch_shape=(2, 3))), H100).kernel == kernel
 
 
-def test_a_prefill_from_pages_has_no_kernel():
-    paged = replace(PREFILL, layout=Layout("thd", page_size=16))
-    assert choose(paged, H100).kernel == "none"
+@pytest.mark.parametrize("problem", [PREFILL, DECODE], ids=["prefill", "decode"])
+def test_only_splitkv_reads_pages(problem):
+    paged = replace(problem, layout=Layout("thd", page_size=16))
+    assert choose(paged, H100).kernel == "splitkv"
     assert objects(paged, "block_table") == {"flash"}
-    assert choose(replace(DECODE, layout=Layout("thd", page_size=16)), H100).kernel == "splitkv"
+
+
+@pytest.mark.parametrize(("head_dim", "kernel"), [(192, "splitkv"), (200, "flash"), (256, "flash")])
+def test_wide_heads_in_float32_need_more_shared_memory_than_small_gpus_have(head_dim, kernel):
+    wide = replace(DECODE, dtype="float32", sizes=replace(DECODE.sizes, head_dim=head_dim))
+    assert choose(wide, NAMED_DEVICES["L4"]).kernel == kernel
+    assert choose(wide, NAMED_DEVICES["A100"]).kernel == "splitkv"
+    assert objects(wide, "shared memory", on=NAMED_DEVICES["L4"]) == ({"splitkv"} if kernel == "flash" else set())
 
 
 def test_what_runs_has_no_objections_and_what_does_not_has_some():
@@ -149,6 +159,16 @@ def test_what_runs_has_no_objections_and_what_does_not_has_some():
 def test_equal_questions_have_one_answer():
     assert choose(asked(), H100) is choose(asked(), H100)
     assert hash(choose(asked(), H100)) == hash(choose(asked(), H100))
+
+
+@pytest.mark.parametrize("problem", [PREFILL, DECODE], ids=["prefill", "decode"])
+def test_a_plan_is_the_same_in_another_process(problem):
+    chosen = choose(problem, H100)
+    hash(chosen)
+    assert b"_hash" not in pickle.dumps(chosen)
+    again = pickle.loads(pickle.dumps(chosen))
+    assert (again, hash(again)) == (chosen, hash(chosen))
+    assert replace(chosen, notes=("k is copied",)) != chosen
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -170,8 +190,8 @@ def test_a_plan_prints_how_the_work_is_cut_and_what_it_costs():
     chosen = choose(DECODE, H100)
     text = str(chosen)
     assert str(chosen.tile) in text
-    assert "splits     15" in text
-    assert "workers    120" in text
+    assert "splits     32" in text
+    assert "workers    256" in text
     assert "arithmetic float32, 1.34e+08 flop, 3.36e+07 bytes" in text
 
 
@@ -181,59 +201,41 @@ def test_a_plan_costs_what_its_problem_costs(device):
     assert (chosen.flops, chosen.bytes) == (DECODE.flops, DECODE.bytes)
 
 
+def test_a_plan_prints_what_its_peers_would_do_and_its_notes():
+    chosen = replace(choose(DECODE, H100), notes=("k is copied: its heads are not contiguous", "v is read as it is"))
+    lines = str(chosen).splitlines()
+    assert chosen.peers == (("flash-attn 2", 32), ("flash-attn 3", 15))
+    assert [line for line in lines if line.startswith("  flash-attn")] == [
+        "  flash-attn 2 would make 32 splits",
+        "  flash-attn 3 would make 15 splits",
+    ]
+    assert [lines.index(f"  {note}") for note in chosen.notes] == [7, 8]
+
+
+@pytest.mark.parametrize(("problem", "device"), [(PREFILL, H100), (DECODE, CPU), (DECODE, NAMED_DEVICES["T4"])])
+def test_where_nothing_is_split_peers_are_not_asked(problem, device):
+    chosen = choose(problem, device)
+    assert (chosen.peers, chosen.num_splits, chosen.split_size) == ((), 1, 0)
+    assert "flash-attn" not in str(chosen)
+
+
 # ---------------------------------------------------------------------------------------------------
-# Splits
+# Splits; the rules are tested in test_splits
 # ---------------------------------------------------------------------------------------------------
-
-
-def test_48_blocks_on_108_units_are_split_in_two():
-    # two splits fill 96/108 = 0.89 of a wave; three would need two waves for 144/216 = 0.67
-    assert splits_by_wave_efficiency(48, 108, key_blocks=100) == 2
-
-
-@pytest.mark.parametrize(
-    ("blocks", "units", "key_blocks"), [(87, 108, 100), (108, 108, 100), (1000, 108, 100), (1, 108, 4), (1, 108, 0)]
-)
-def test_nothing_is_split_where_the_units_are_busy_or_the_keys_are_few(blocks, units, key_blocks):
-    assert splits_by_wave_efficiency(blocks, units, key_blocks) == 1
-
-
-@pytest.mark.parametrize(
-    ("blocks", "expected"),
-    [
-        (8, [1, 6, 11, 14, 15, 15, 15]),
-        (16, [1, 6, 7, 7, 8, 8, 8]),
-        (32, [1, 4, 4, 4, 4, 4, 4]),
-        (64, [1, 2, 2, 2, 2, 2, 2]),
-        (96, [1, 4, 4, 4, 4, 4, 4]),
-        (128, [1, 1, 1, 1, 1, 1, 1]),
-        (1, [1, 6, 11, 21, 40, 109, 109]),
-    ],
-)
-def test_an_h100_splits_decoding_as_flash_attention_3_does(blocks, expected):
-    # its static rule for head_dim 128 in float16, with its tile of 176 keys, run on these lengths
-    lengths = (512, 1024, 2048, 4096, 8192, 32768, 131072)
-    assert [splits_by_wave_efficiency(blocks, 132, math.ceil(length / 176)) for length in lengths] == expected
-
-
-@settings(derandomize=True, deadline=None, max_examples=200)
-@given(st.integers(1, 500), st.integers(1, 200), st.integers(1, 1000), st.integers(1, 128))
-def test_the_splits_are_the_fewest_within_85_percent_of_the_best(blocks, units, key_blocks, most):
-    splits = splits_by_wave_efficiency(blocks, units, key_blocks, most)
-    assert 1 <= splits <= max(1, min(most, units, key_blocks))
-    if splits > 1:
-        filled = [
-            blocks * n / units / math.ceil(blocks * n / units) for n in range(1, min(most, units, key_blocks) + 1)
-        ]
-        assert filled[splits - 1] >= 0.85 * max(filled) > max(filled[: splits - 1])
 
 
 def test_split_keys_make_more_workers():
     chosen = choose(DECODE, H100)
-    assert (chosen.num_splits, chosen.num_workers) == (15, 8 * 15)
-    assert "15 splits" in chosen.reason
+    assert (chosen.num_splits, chosen.split_size, chosen.num_workers) == (32, 256, 8 * 32)
+    assert chosen.reason == "8 pieces on 264 slots: 32 splits of 256 keys fill 97% of one wave"
     busy = choose(asked(batch_shape=(64,), seqlens=(1, 8192)), H100)
-    assert (busy.num_splits, busy.num_workers) == (1, 64 * 8)
+    assert (busy.num_splits, busy.split_size, busy.num_workers) == (1, 8192, 64 * 8)
+    assert busy.reason == "512 pieces, no split: the GPU is busy or the keys are few"
+
+
+def test_all_batch_axes_make_workers():
+    chosen = choose(asked(batch_shape=(2, 3), seqlens=(1, 8192)), H100)
+    assert chosen == choose(asked(batch_shape=(6,), seqlens=(1, 8192)), H100)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -241,13 +243,66 @@ def test_split_keys_make_more_workers():
 # ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", sorted(NAMED_DEVICES.keys() - TOO_OLD))
-@pytest.mark.parametrize("head_dim", [8, 64, 96, 128, 192, 256])
-def test_the_tile_of_a_gpu_fits_in_its_shared_memory(name, head_dim):
-    tile = gpu_tile(asked(head_dims=(head_dim, head_dim)), NAMED_DEVICES[name])
-    assert (tile.block_q + 2 * tile.block_k) * head_dim * 2 <= NAMED_DEVICES[name].shared_memory
-    assert tile.block_q == 16 * tile.num_warps
-    assert tile.block_k % 16 == 0
+HEAD_DIMS = range(8, 257, 8)
+every_recent_gpu = pytest.mark.parametrize("name", sorted(NAMED_DEVICES.keys() - TOO_OLD))
+every_dtype = pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+
+
+def gpu_tiles(kernel, name, dtype):
+    """((head_dim, head_dim_v), tile) of all problems that a kernel takes on a GPU."""
+    device = NAMED_DEVICES[name]
+    for head_dims in itertools.product(HEAD_DIMS, HEAD_DIMS):
+        for seqlen_q in (1, 8, 16):  # of four heads in a group: one packed tile of rows, and several
+            problem = asked(seqlens=(seqlen_q, 8192), head_dims=head_dims, dtype=dtype)
+            if not plan.IMPLEMENTATIONS[kernel](problem, device):
+                yield head_dims, gpu_tile(problem, device, kernel)
+
+
+@every_recent_gpu
+@every_dtype
+@pytest.mark.parametrize("kernel", ["flash", "splitkv"])
+def test_the_tile_of_a_gpu_fits_in_its_shared_memory(kernel, name, dtype):
+    found = set(gpu_tiles(kernel, name, dtype))
+    too_large = {
+        (head_dims, tile)
+        for head_dims, tile in found
+        if shared_memory(kernel, dtype, *head_dims, tile) > NAMED_DEVICES[name].shared_memory
+    }
+    assert not too_large
+    small = kernel == "splitkv" and dtype == "float32" and NAMED_DEVICES[name].shared_memory < 100 * 1024
+    widest = 192 if small else 256
+    assert {head_dims for head_dims, _ in found} == set(itertools.product(range(8, widest + 1, 8), repeat=2))
+
+
+@every_recent_gpu
+@every_dtype
+def test_tiles_are_what_the_kernels_are_made_for(name, dtype):
+    for _, tile in gpu_tiles("flash", name, dtype):
+        assert tile.block_q == 16 * tile.num_warps
+        assert tile.block_k % 16 == 0
+        assert tile.num_stages >= 1
+    for _, tile in gpu_tiles("splitkv", name, dtype):
+        assert tile.block_q in (16, 32)
+        assert tile.block_k == 16 * tile.num_warps
+        assert tile.num_stages >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "head_dim", "tile"),
+    [
+        ("H100", "float16", 64, Tile(16, 64, 4, 4)),
+        ("H100", "float16", 128, Tile(16, 64, 4, 3)),
+        ("H100", "float16", 256, Tile(16, 64, 4, 3)),
+        ("L4", "float16", 128, Tile(16, 64, 4, 2)),
+        ("L4", "float16", 256, Tile(16, 32, 2, 2)),
+        ("L4", "float32", 128, Tile(16, 16, 1, 3)),
+        ("L4", "float32", 192, Tile(16, 16, 1, 2)),
+        ("H100", "float32", 256, Tile(16, 32, 2, 2)),
+    ],
+)
+def test_a_decode_has_as_many_warps_as_find_room(name, dtype, head_dim, tile):
+    problem = asked(seqlens=(1, 8192), head_dims=(head_dim, 8), dtype=dtype)
+    assert gpu_tile(problem, NAMED_DEVICES[name], "splitkv") == tile
 
 
 def test_a_prefill_has_one_worker_per_tile_of_rows():

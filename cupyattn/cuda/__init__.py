@@ -122,15 +122,14 @@ def _launch(
     seed: int,
 ) -> None:
     views = {name: memory.view(array, specs[name].dtype) for name, array in operands.items()}
-    num_units = _device(index).num_units
-    recipe = recipe_of(plan, problem, views, num_units)
+    recipe = recipe_of(plan, problem, views)
     kept = []
     if recipe.copies:
         for name in recipe.copies:
             copy = copied(memory, name, operands[name], problem.sizes.batch_shape)
             kept.append(copy)
             views[name] = memory.view(copy, "float32" if name in ("alibi_slopes", "sinks") else specs[name].dtype)
-        recipe = recipe_of(plan, problem, views, num_units)
+        recipe = recipe_of(plan, problem, views)
     stream = memory.stream(index)
     scratch, workspace = memory.scratch(recipe.workspace, index, stream, operands["q"])
     addresses = {name: memory.pointer(array) for name, array in results.items()}

@@ -18,7 +18,6 @@ from cupyattn.cuda import catalogue, params
 from cupyattn.cuda.module import Specialisation
 from cupyattn.plan import Plan, Tile
 from cupyattn.problem import ITEMSIZE, Problem, Shape
-from cupyattn.splits import BLOCKS_PER_UNIT
 
 LARGEST_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
 
@@ -77,11 +76,11 @@ def record_of(
     return params.record(pointers, recipe.tail)
 
 
-def recipe_of(plan: Plan, problem: Problem, operands: Mapping[str, View], num_units: int = 1) -> Recipe:
+def recipe_of(plan: Plan, problem: Problem, operands: Mapping[str, View]) -> Recipe:
     """The recipe, remembered by problem, strides and alignment; results are contiguous."""
     facts = tuple([(name, view[1:]) for name, view in operands.items()])
     aligned = (operands["q"].pointer | operands["k"].pointer | operands["v"].pointer) % 16 == 0
-    return _recipe(plan, problem, facts, aligned, num_units)
+    return _recipe(plan, problem, facts, aligned)
 
 
 def is_aligned(view: View) -> bool:
@@ -106,7 +105,7 @@ Fact = tuple[str, tuple[Shape, Strides, str]]
 
 
 @lru_cache(maxsize=4096)
-def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool, num_units: int) -> Recipe:
+def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool) -> Recipe:
     sizes, edits, layout = problem.sizes, problem.edits, problem.layout
     shapes = {name: shape for name, (shape, _, _) in facts}
     strides = {name: _broadcast_strides(shape, steps) for name, (shape, steps, _) in facts}
@@ -188,7 +187,7 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
         bias_dtype=params.BIAS_DTYPES.index(dtypes["bias"]) if "bias" in dtypes else 0,
         split_size=plan.split_size,
         num_splits=num_splits,
-        num_slots=BLOCKS_PER_UNIT * num_units,
+        num_slots=plan.num_slots,
         dropout_threshold=min(round(p * 2**32), 2**32 - 1),
         dropout_factor=0.0 if p == 1.0 else 1.0 / (1.0 - p),
         softmax_scale=min(edits.softmax_scale, LARGEST_FLOAT32),
@@ -219,7 +218,9 @@ def has_to_be_copied(name: str, shape: Shape, strides: Strides, dtype: str, batc
         return True
     if name in ("mask", "bias"):
         return False
-    gaps = bool(shape) and shape[-1] > 1 and strides[-1] != 1
+    gaps = (
+        bool(shape) and 0 not in shape and shape[-1] > 1 and strides[-1] != 1
+    )  # NumPy gives empty arrays strides of 0
     return gaps or (name in ("alibi_slopes", "sinks") and dtype != "float32")
 
 

@@ -10,7 +10,7 @@
 //     exponent of two they are relative to, and the sum of weights; counters [piece]: splits that are done.
 //
 // How many splits a sequence gets is decided here if lengths are data (split_size 0), by the rule of
-// plan.live_split_blocks, and by the host otherwise.
+// splits.live_split_blocks, and by the host otherwise.
 //
 // Twin     numpy_ref.flash and numpy_ref.merge.
 // Source   Dao, Haziza, Massa and Sizov, Flash-Decoding, 2023.
@@ -47,7 +47,7 @@ struct SplitTraits {
 constexpr int kFewestKeys = 256;  // of a split, unless there are fewer: below, starting and merging cost more
 
 // Shares of the GPU: the most key blocks a split may have so that all splits run at once.  Twin:
-// plan.live_split_blocks.
+// splits.live_split_blocks.
 DEVICE int live_split_blocks(int total, int pieces, int slots, int block_k) {
     // Every piece may have one split that is not full.
     const int room = larger(larger(slots - pieces, slots / 2), 1);
