@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -200,6 +200,8 @@ class KeyBlock:
     v: Array
     bias: Array | None = None
     hidden: Array | None = None
+    hidden_rows: slice = field(default_factory=partial(slice, None))
+    """The rows, of those above, that `hidden` is about; the others see all these keys."""
     keep: Array | None = None
     """(1 - dropout_p) ** -1 where a weight stays, 0 where it is dropped."""
     distance: Array | None = None
@@ -255,7 +257,7 @@ class Tile:
         if block.bias is not None:
             by_head += block.bias
         if block.hidden is not None:
-            np.copyto(by_head, -np.inf, where=block.hidden)
+            np.copyto(by_head[..., block.hidden_rows, :], -np.inf, where=block.hidden)
         return scores
 
 

@@ -270,6 +270,11 @@ def flash_attn_varlen_func(
     TypeError, ValueError, NotImplementedError
         As `attention`; also if cu_seqlens decrease, run past their array or exceed max_seqlen, or if
         block_table names a page that does not exist.
+
+    Notes
+    -----
+    On a GPU nobody waits for the values of cu_seqlens and block_table, so that wrong ones are not refused there: what
+    they name outside the arrays is cut off, and rows of `out` that they leave out are not set.
     """
     function = "flash_attn_varlen_func"
     arrays = {

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from cupyattn.problem import Device, Problem, Sizes
 from cupyattn.splits import BLOCKS_PER_UNIT, PEERS, split
 
-WORTH_THREADS = 100_000_000
-"""Floating-point operations from which starting threads pays on a CPU: one or two milliseconds."""
+WORTH_THREADS = 200_000_000
+"""Floating-point operations from which starting threads pays on a CPU: two or three milliseconds."""
 
 
 class CpuTile(NamedTuple):
@@ -101,8 +101,9 @@ class Plan:
 BLOCK_Q, BLOCK_K = 1024, 512
 """Rows and keys of a block of scores, the best of those tried: taller blocks make better matrix products and
 wider ones fewer steps of Python, until they leave a core's second-level cache too far behind."""
-SCORES_SIDE_BY_SIDE = 2**17
-"""Scores a tile may hold when it takes several small heads or many keys at once: 1 MB of float64."""
+SCORES_SIDE_BY_SIDE = 2**18
+"""Scores a tile may hold when it takes several small heads or many keys at once, 2 MB of float64; twice as many where
+only one thread works."""
 MOST_KEYS = 8192
 FEWEST_ROWS = 128
 """Splitting rows further over more threads costs more than it gains."""
@@ -118,17 +119,18 @@ def cpu_tile(sizes: Sizes, batch: int, seqlen_q: int, seqlen_k: int, num_workers
     group = sizes.queries_per_pair
     num_pairs = max(1, sizes.num_heads // group)
     enough = 3 * num_workers if num_workers > 1 else 1
+    room_for_scores = SCORES_SIDE_BY_SIDE * (1 if num_workers > 1 else 2)
     block_q = max(1, min(seqlen_q, BLOCK_Q))
     while block_q >= 2 * FEWEST_ROWS and batch * sizes.num_heads * -(-seqlen_q // block_q) < enough:
         block_q = -(-block_q // 2)
     tiles = batch * sizes.num_heads * -(-seqlen_q // block_q)
     heads = max(1, min(group, BLOCK_Q // block_q, tiles // num_workers))
     rows = block_q * heads
-    block_k = max(1, min(seqlen_k, MOST_KEYS, max(BLOCK_K, SCORES_SIDE_BY_SIDE // rows)))
+    block_k = max(1, min(seqlen_k, MOST_KEYS, max(BLOCK_K, room_for_scores // rows)))
     pairs = batches = 1
     each_has_its_keys = sizes.num_heads_k == sizes.num_heads_v == num_pairs
     if heads == group and each_has_its_keys and block_k == seqlen_k:
-        room = min(SCORES_SIDE_BY_SIDE // (rows * block_k), num_pairs * batch // enough)
+        room = min(room_for_scores // (rows * block_k), num_pairs * batch // enough)
         pairs = max(1, min(num_pairs, room))
         batches = max(1, min(batch, room // pairs)) if pairs == num_pairs else 1
     return CpuTile(block_q, block_k, heads, pairs, batches)
@@ -189,7 +191,8 @@ def objections_of_splitkv(problem: Problem, device: Device) -> tuple[str, ...]:
 
 
 def flash_tile(head_dim: int, dtype: str, shared_memory: int) -> Tile:
-    """The tile of the flash kernel: none of these spills registers, as the cubins' resource table shows."""
+    """The tile of the flash kernel, as large as registers allow; what spills all the same is in
+    ``tests/cuda/resources.json``."""
     if dtype == "float32":  # three planes an element
         rows = 64 if head_dim <= 128 else 32
         wide = head_dim <= 64 and shared_memory >= 100 * 1024

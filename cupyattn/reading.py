@@ -109,7 +109,10 @@ def flag(function: str, name: str, value: Any) -> bool:
 
 
 def choice(function: str, name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
-    if not any(value is option or (isinstance(value, str) and value == option) for option in allowed):
+    for option in allowed:
+        if value is option:
+            return value
+    if not (isinstance(value, str) and value in allowed):
         text = ", ".join(repr(option) for option in allowed)
         raise ValueError(refusal(function, f"{name} has to be one of {text}", (name, repr(value))))
     return value

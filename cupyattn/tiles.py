@@ -6,9 +6,10 @@ or one sequence of a ragged one.  A *tile* is some rows of some heads of a part,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from itertools import pairwise, product
 from typing import Any, NamedTuple
 
@@ -148,7 +149,7 @@ def cut_into_tiles(problem: Problem, cut: CpuTile, batch: int, seqlen_q: int, se
     return tuple(sorted(tiles, key=lambda tile: -tile.work))
 
 
-EDGE = 128
+EDGE = 256
 """Keys per block where the band ends inside a tile: small, so that few hidden scores are computed there."""
 
 
@@ -158,6 +159,8 @@ class Cut(NamedTuple):
     keys: slice
     rows: slice
     hidden: Array | None
+    hidden_rows: slice = slice(None)
+    """Those among `rows` that `hidden` is about; the others see all these keys."""
 
 
 @lru_cache(maxsize=256)
@@ -191,9 +194,14 @@ def band_cuts(mask: Mask, rows: Span, seqlen_q: int, seqlen_k: int, block_k: int
         inside = whole.start <= start and stop <= whole.stop
         diagonal = rows.start + first + shift - start
         hidden = None if inside else hidden_band(last - first, stop - start, diagonal, mask.left, mask.right)
-        if start < stop and first < last:
-            rows_here = slice(None) if stacked else slice(first, last)
-            cuts.append(Cut(slice(start, stop), rows_here, hidden))
+        if start >= stop or first >= last:
+            continue
+        if stacked or hidden is None:
+            cuts.append(Cut(slice(start, stop), slice(None) if stacked else slice(first, last), hidden))
+        else:
+            partly = np.flatnonzero(hidden.any(axis=-1))
+            edge = slice(int(partly[0]), int(partly[-1]) + 1) if partly.size else slice(0, 0)
+            cuts.append(Cut(slice(start, stop), slice(first, last), hidden[edge], edge))
     return tuple(cuts)
 
 
@@ -269,7 +277,7 @@ class Part:
         """The part, cut as the plan says; the most work first."""
         return cut_into_tiles(self.problem, self.cut, int(self.q.shape[0]), self.seqlen_q, self.seqlen_k)
 
-    @cached_property
+    @property
     def cut(self) -> CpuTile:
         """How the part is cut into tiles: as planned, or by its own lengths if it is one of many sequences."""
         if isinstance(self.plan.tile, CpuTile) and not self.problem.layout.ragged:
@@ -324,7 +332,8 @@ class Part:
     def attend(self, where: TileIndex, scratch: Scratch) -> State:
         tile, head_dim_v = self.tile(where, scratch), self.problem.sizes.head_dim_v
         state = numpy_ref.flash(tile, head_dim_v)
-        if not np.isfinite(state.out.sum()):  # maybe 0 * nan of a value nobody may look at: once more, with care
+        if not math.isfinite(np.add.reduce(state.out, axis=None)):
+            # Maybe 0 * nan of a value that nobody may look at: once more, with care.
             tile.suspicious = True
             state = numpy_ref.flash(tile, head_dim_v)
         return state
@@ -393,6 +402,7 @@ class Part:
                 self.k.block(where.batches, where.pairs, cut.keys, scratch, "k"),
                 self.v.block(where.batches, where.pairs, cut.keys, scratch, "v"),
                 hidden=hidden,
+                hidden_rows=cut.hidden_rows,
             )
             if self.bias is not None:
                 block.bias = widen(self.piece(self.bias, where, cut.keys, shape), self.compute_dtype)

@@ -153,7 +153,7 @@ class Call:
             self.results["lse"] = guarded(problem.lse_shape, np.float32)
         views = {name: view_of_numpy(x, x.dtype.name) for name, x in arrays.items()}
         homes = {name: x.ctypes.data for name, x in self.results.items()}
-        recipe = recipe_of(self.plan, problem, views, device.num_units)
+        recipe = recipe_of(self.plan, problem, views)
         workspace = recipe.workspace
         self.scratch = {
             "partial_out": guarded(workspace.partial_out, np.float32),
@@ -189,7 +189,6 @@ class Part(NamedTuple):
     """One sequence: where its rows lie in results with heads first, and what `numpy_ref.attention` is asked."""
 
     place: Any
-    lse_place: Any
     operands: dict
     edits: dict
 
@@ -263,7 +262,7 @@ def _part(arrays, problem, dropout_seed, index, place, operands):
         "keep": keep,
         "dropout_p": problem.dropout_p,
     }
-    return Part(place, place, {"q": q, "k": k, "v": v}, asked)
+    return Part(place, {"q": q, "k": k, "v": v}, asked)
 
 
 def _whole(arrays, problem, dropout_seed, compute):
@@ -271,7 +270,7 @@ def _whole(arrays, problem, dropout_seed, compute):
     out, lse = np.zeros(problem.out_shape), np.full(problem.lse_shape, -np.inf)
     by_head = heads_first(out, problem)
     for part in parts_of(arrays, problem, dropout_seed):
-        by_head[part.place], lse[part.lse_place] = compute(part)
+        by_head[part.place], lse[part.place] = compute(part)
     return out, lse
 
 

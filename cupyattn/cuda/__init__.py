@@ -48,13 +48,14 @@ def device_of(function: str, title: str, array: Any) -> Device:
 def _device(index: int) -> Device:
     import cupy
 
-    properties = cupy.cuda.runtime.getDeviceProperties(index)
+    device = cupy.cuda.Device(index)
+    numbers = device.attributes
     return Device(
-        properties["name"].decode(),
+        cupy.cuda.runtime.getDeviceProperties(index)["name"].decode(),
         "cuda",
-        properties["multiProcessorCount"],
-        (properties["major"], properties["minor"]),
-        properties["sharedMemPerBlockOptin"],
+        numbers["MultiProcessorCount"],
+        (numbers["ComputeCapabilityMajor"], numbers["ComputeCapabilityMinor"]),
+        numbers["MaxSharedMemoryPerBlockOptin"],
     )
 
 

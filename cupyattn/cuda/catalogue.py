@@ -120,7 +120,7 @@ def specialisations(target: str) -> list[Specialisation]:
             for rows in DECODE_ROWS:
                 tile = split_tile(head_dim, rows, dtype, limit)
                 found += [splitkv(dtype, head_dim, head_dim, tile, True, 0, paged) for paged in (False, True)]
-    return list(dict.fromkeys(found))
+    return [wanted for wanted in dict.fromkeys(found) if wanted.shared_memory <= limit]
 
 
 _SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_87": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}

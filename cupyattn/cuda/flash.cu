@@ -39,6 +39,7 @@ struct FlashTraits {
     static constexpr int kSharedBytes = kQueryBytes + kNumStages * (KeyTile::kBytes + ValueTile::kBytes);
 
     static_assert(kBlockQ % (16 * kNumWarps) == 0, "every warp has the same number of 16-row fragments");
+    static_assert(kBlockK < 128, "the strays of a block are counted in seven bits");
     static_assert(kNumStages == 1 || kNumStages == 2, "blocks of keys are loaded in one or two stages");
 };
 
@@ -271,7 +272,7 @@ struct FlashBlock {
         if (params.at.lse)
             lse_row = params.at.lse + sequence.index * params.lse_batch + head * params.lse_head + sequence.first_row;
         const float sink =
-            params.at.sinks && sequence.index < params.batch ? ptx::load_global(params.at.sinks + head) * kLog2e : -ptx::infinity();
+            params.at.sinks ? ptx::load_global(params.at.sinks + head) * kLog2e : -ptx::infinity();
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
             softmax[m].finish(scale_log2_of<Traits::kEdits>(params));
@@ -351,19 +352,18 @@ __global__ void __launch_bounds__(Traits::kThreads) flash_forward(const __grid_c
     const Sequence sequence = sequence_at(ptx::block_x() / tiles / params.num_heads, params);
     // Under a causal mask the last rows see the most keys: they start first, and short blocks fill the end.
     const int tile = params.right == kOpen ? place : tiles - 1 - place;
-    // One pass, or several where rows belong to no sequence and are only wiped.
-    for (int at = tile; at * Traits::kBlockQ < sequence.band.seqlen_q; at += tiles) {
-        FlashBlock<Traits, false> block(params, at, head, sequence);
-        block.load_queries();
-        ptx::commit_copies();
-        block.attend();
-        ptx::wait_copies<0>();  // where no key is seen the queries may still be on their way
-        if (block.is_suspicious())
-            flash_with_care<Traits>(params, at, head, sequence);
-        else
-            block.store();
-        ptx::barrier();  // the queries' memory is free for the next tile
-    }
+    if (sequence.index == params.batch)
+        return wipe<typename Traits::Element>(params, sequence, {head, head + 1}, place, tiles);
+    if (tile * Traits::kBlockQ >= sequence.band.seqlen_q) return;
+    FlashBlock<Traits, false> block(params, tile, head, sequence);
+    block.load_queries();
+    ptx::commit_copies();
+    block.attend();
+    ptx::wait_copies<0>();  // where no key is seen the queries may still be on their way
+    if (block.is_suspicious())
+        flash_with_care<Traits>(params, tile, head, sequence);
+    else
+        block.store();
 }
 
 }  // namespace cupyattn

@@ -11,6 +11,7 @@ namespace cupyattn::ptx {
 // ---- Who am I ---------------------------------------------------------------------------------------
 
 DEVICE int thread() { return threadIdx.x; }
+DEVICE int threads() { return blockDim.x; }
 DEVICE int lane() { return threadIdx.x % 32; }
 DEVICE int warp() { return threadIdx.x / 32; }
 DEVICE int block_x() { return blockIdx.x; }

@@ -13,6 +13,8 @@ struct RowPair {
     bool exists[2];
 };
 
+constexpr float kLowest = -3.4028234664e38f;
+
 // tanh to a relative error of 2^-22, since a softcap multiplies it: near zero, where exp2 would leave 1 - (1 - x), the
 // odd polynomial with the least relative error up to 0.55.
 DEVICE float tanh(float x) {
@@ -81,7 +83,9 @@ DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key,
                             const int64 index = row_of(params.mask, sequence.index, head, token) + key * params.mask.key;
                             hidden = !ptx::load_global(params.at.mask + index);
                         }
-                    x *= kLog2e;
+                    const float exponent = x * kLog2e;
+                    // A bias of the lowest number hides nothing by itself: a row of nothing else is a mean.
+                    x = exponent == -ptx::infinity() && x != exponent ? kLowest : exponent;
                 }
                 if (hidden) x = -ptx::infinity();
             }

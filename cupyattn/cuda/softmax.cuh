@@ -1,6 +1,7 @@
 // Rows: their running maximum and sum, and what becomes of them at the end.
 #pragma once
 
+#include "mask.cuh"
 #include "tile.cuh"
 
 namespace cupyattn {
@@ -76,6 +77,19 @@ DEVICE Finish finish_row(float row_max, float row_sum, float sink) {
     const float total = row_sum * shrink + ptx::exp2(sink - origin);
     if (total == 0.f) return {0.f, -ptx::infinity()};
     return {shrink / total, (origin + ptx::log2(total)) * kLn2};
+}
+
+// Rows that belong to no sequence, of some heads: out = 0, lse = -inf.  The whole block takes every `step`-th row.
+template <typename Element>
+DEVICE void wipe(const Params& params, const Sequence& rest, const Span& heads, int first, int step) {
+    for (int row = first; row < rest.band.seqlen_q; row += step)
+        for (int head = heads.start; head < heads.stop; ++head) {
+            const int64 place = (rest.first_row + row) * params.out.row + head * params.out.head;
+            for (int column = ptx::thread(); column < params.head_dim_v; column += ptx::threads())
+                store_rounded(static_cast<Element*>(params.at.out) + place + column, 0.f);
+            if (params.at.lse && ptx::thread() == 0)
+                ptx::store_global(params.at.lse + head * params.lse_head + rest.first_row + row, -ptx::infinity());
+        }
 }
 
 }  // namespace cupyattn

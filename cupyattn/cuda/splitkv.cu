@@ -282,14 +282,17 @@ struct SplitBlock {
 #pragma unroll
             for (int i = 0; i < kColumns; ++i) column[i] = 0.f;
         }
-        // Adds a state whose columns `read(i)` tells; the exponent is the largest of all already.
+        // Adds a state whose columns `read(i)` tells; the exponent is the largest of all already.  What is not finite
+        // counts however little it weighs.
         template <typename Read>
         DEVICE_METHOD void add(float its_exponent, float its_sum, const Read& read) {
             const float share = ptx::exp2(its_exponent - (exponent == -ptx::infinity() ? 0.f : exponent));
-            if (share == 0.f && its_sum == its_sum) return;  // 0 * inf would be nan; but a nan stays one
             sum += share * its_sum;
 #pragma unroll
-            for (int i = 0; i < kColumns; ++i) column[i] = ptx::fma(share, read(i), column[i]);
+            for (int i = 0; i < kColumns; ++i) {
+                const float x = read(i);
+                column[i] = ptx::fma(x - x == 0.f ? share : 1.f, x, column[i]);
+            }
         }
     };
 
@@ -374,8 +377,7 @@ struct SplitBlock {
 
     DEVICE_METHOD void store(const RowState& state, int row) const {
         const int head = head_of(row);
-        const bool has_sink = params.at.sinks && sequence.index < params.batch;
-        const float sink = has_sink ? ptx::load_global(params.at.sinks + head) * kLog2e : -ptx::infinity();
+        const float sink = params.at.sinks ? ptx::load_global(params.at.sinks + head) * kLog2e : -ptx::infinity();
         const Finish end = finish_row(state.exponent, state.sum, sink);
         Element* to = row_of<Element>(params.at.out, params.out, row);
 #pragma unroll
@@ -431,53 +433,55 @@ __global__ void __launch_bounds__(Traits::kThreads) split_forward(const __grid_c
     const int split = ptx::block_x() % params.num_splits, piece = ptx::block_x() / params.num_splits;
     const int group = piece / row_tiles % groups;
     const Sequence sequence = sequence_at(piece / row_tiles / groups, params);
+    const int tile = piece % row_tiles;
+    if (sequence.index == params.batch) {
+        const int head = group * params.queries_per_pair;
+        if (split == 0)
+            wipe<typename Traits::Element>(params, sequence, {head, head + params.queries_per_pair}, tile, row_tiles);
+        return;
+    }
+    if (tile * Traits::kBlockQ >= sequence.band.seqlen_q * params.queries_per_pair) return;
     int size = params.split_size / Traits::kBlockK;
     if (size == 0) size = live_size<Traits>(params, groups);
 
-    // One pass, or several where rows belong to no sequence and are only wiped.
-    const int packed_rows = sequence.band.seqlen_q * params.queries_per_pair;
-    for (int tile = piece % row_tiles; tile * Traits::kBlockQ < packed_rows; tile += row_tiles) {
-        SplitBlock<Traits, false> block(params, tile, group, sequence);
-        const Span blocks = block.blocks();
-        const int count = blocks.stop - blocks.start;
-        // Never more splits than the grid has; split_size 0 promises nothing about where they end, so they are even.
-        const int splits = smaller(params.num_splits, larger(1, ceil_div(count, size)));
-        const int each = params.split_size && splits * size >= count ? size : ceil_div(count, splits);
-        if (split >= splits) return;
-        const Span part{blocks.start + split * each, smaller(blocks.stop, blocks.start + (split + 1) * each)};
+    SplitBlock<Traits, false> block(params, tile, group, sequence);
+    const Span blocks = block.blocks();
+    const int count = blocks.stop - blocks.start;
+    // Never more splits than the grid has; split_size 0 promises nothing about where they end, so they are even.
+    const int splits = smaller(params.num_splits, larger(1, ceil_div(count, size)));
+    const int each = params.split_size && splits * size >= count ? size : ceil_div(count, splits);
+    if (split >= splits) return;
+    const Span part{blocks.start + split * each, smaller(blocks.stop, blocks.start + (split + 1) * each)};
 
-        block.load_queries();
-        block.attend(part);
-        if (block.is_suspicious())
-            split_with_care<Traits>(params, tile, group, sequence, part);
+    block.load_queries();
+    block.attend(part);
+    if (block.is_suspicious())
+        split_with_care<Traits>(params, tile, group, sequence, part);
+    else
+        block.leave_state();
+    ptx::barrier();
+    for (int row = ptx::warp(); row < block.num_rows; row += Traits::kNumWarps) {
+        const auto state = block.merged_warps(row);
+        if (splits == 1)
+            block.store(state, row);
         else
-            block.leave_state();
-        ptx::barrier();
-        for (int row = ptx::warp(); row < block.num_rows; row += Traits::kNumWarps) {
-            const auto state = block.merged_warps(row);
-            if (splits == 1)
-                block.store(state, row);
-            else
-                block.leave_partial(state, piece, split, row);
-        }
-        ptx::barrier();  // the states' memory is free
-        if (splits == 1) continue;
-
-        ptx::fence_gpu();
-        ptx::barrier();  // this block's partial results are out
-        const uint32 flag = ptx::shared_memory();
-        if (ptx::thread() == 0) {
-            const bool last = ptx::atomic_add(params.at.counters + piece, 1) == splits - 1;
-            if (last) ptx::store_global(params.at.counters + piece, 0);
-            ptx::store_shared(flag, static_cast<uint32>(last));
-        }
-        ptx::barrier();
-        if (!ptx::load_shared(flag)) return;
-        ptx::fence_gpu();
-        for (int row = ptx::warp(); row < block.num_rows; row += Traits::kNumWarps)
-            block.store(block.merged_splits(piece, splits, row), row);
-        return;
+            block.leave_partial(state, piece, split, row);
     }
+    if (splits == 1) return;
+
+    ptx::fence_gpu();
+    ptx::barrier();  // this block's partial results are out, and the states' memory is free
+    const uint32 flag = ptx::shared_memory();
+    if (ptx::thread() == 0) {
+        const bool last = ptx::atomic_add(params.at.counters + piece, 1) == splits - 1;
+        if (last) ptx::store_global(params.at.counters + piece, 0);
+        ptx::store_shared(flag, static_cast<uint32>(last));
+    }
+    ptx::barrier();
+    if (!ptx::load_shared(flag)) return;
+    ptx::fence_gpu();
+    for (int row = ptx::warp(); row < block.num_rows; row += Traits::kNumWarps)
+        block.store(block.merged_splits(piece, splits, row), row);
 }
 
 }  // namespace cupyattn

@@ -19,6 +19,7 @@ using emulator::Warp;
 // ---- Who am I ---------------------------------------------------------------------------------------
 
 DEVICE int thread() { return emulator::now->index; }
+DEVICE int threads() { return machine.num_threads; }
 DEVICE int lane() { return emulator::now->lane(); }
 DEVICE int warp() { return emulator::now->warp->index; }
 DEVICE int block_x() { return machine.block.x; }

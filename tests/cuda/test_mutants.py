@@ -1,0 +1,407 @@
+"""Planted bugs: each has to be noticed, as wrong numbers or by the emulator, in the group of calls named for it.
+
+A mutant is one piece of text in one source, which has to be there exactly once, and what takes its place. A group is a
+few calls of one specialisation under schedules of their own; the sources as they are have to pass every group.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call
+from emulated import Call, check, operands, options_of, paged, ragged_operands, ragged_options
+from emulator import CUDA, EmulatorError
+
+from cupyattn.plan import Tile
+
+SEED = 7
+
+
+class Mutant(NamedTuple):
+    name: str
+    source: str
+    old: str
+    new: str
+    group: str
+
+
+MUTANTS = [
+    # ---- Tiles in shared memory
+    Mutant("swizzle by other rows", "tile.cuh", "(row >> 1)", "(row >> 2)", "flash"),
+    Mutant("swizzle lost from step to step", "tile.cuh", "(step & 1) << 5", "(step & 1) << 4", "flash"),
+    Mutant("slab parity lost from step to step", "tile.cuh", " ^ ((step & 2) << 5)", "", "flash"),
+    Mutant("slab parity lost in addresses", "tile.cuh", "(row ^ (slab & 1))", "row", "flash"),
+    Mutant("slab parity lost in copies", "tile.cuh", "(there ^ (group & 1) << 6)", "there", "flash, 96"),
+    Mutant("fragments half as far down", "tile.cuh", "blocks * 16 * 64", "blocks * 8 * 64", "flash"),
+    Mutant("left operand's halves swapped", "tile.cuh", "first_row + ptx::lane() % 16, ptx::lane() / 16",
+           "first_row + ptx::lane() / 2, ptx::lane() % 2", "flash"),
+    Mutant("right operand's halves swapped", "tile.cuh", "ptx::lane() % 8 + ptx::lane() / 16 * 8, ptx::lane() / 8 % 2",
+           "ptx::lane() % 16, ptx::lane() / 16", "flash"),
+    Mutant("weights in another order", "tile.cuh", "from.value[2 * step + i / 2]", "from.value[2 * step + i % 2]",
+           "flash"),
+    Mutant("one row too many is loaded", "tile.cuh", "Its::kRowsAtOnce < num_rows;", "Its::kRowsAtOnce <= num_rows;",
+           "flash"),
+    Mutant("eight columns too many are loaded", "tile.cuh",
+           "exists && 8 * (share.chunk + Its::kLanes * group) < num_cols",
+           "exists && 8 * (share.chunk + Its::kLanes * group) <= num_cols", "flash"),
+    Mutant("eight columns too many are loaded from anywhere", "tile.cuh",
+           "row < num_rows && 8 * (share.chunk + Its::kLanes * group) < num_cols",
+           "row < num_rows && 8 * (share.chunk + Its::kLanes * group) <= num_cols", "split"),
+    Mutant("halves of an odd pair swapped", "tile.cuh", "low | high << 16", "high | low << 16", "flash, odd"),
+    # ---- Planes of float32
+    Mutant("low plane empty", "tile.cuh", "ptx::bits(rest - middle) & 0xffff0000u", "0u", "flash, float32"),
+    Mutant("a product of planes left out", "tile.cuh", "plane + right_plane < Planes<Element>::kCount",
+           "plane + right_plane < (Planes<Element>::kCount + 1) / 2", "flash, float32"),
+    Mutant("a low plane left out", "tile.cuh", "if (plane + right_plane < Planes<Element>::kCount)",
+           "if (plane + right_plane < Planes<Element>::kCount && plane < 2)", "split, float32"),
+    Mutant("planes of another tile", "tile.cuh", "Tile::advance(left, step) + plane * Tile::kPlane",
+           "Tile::advance(left, step)", "flash, float32"),
+    # ---- Values that are not finite
+    Mutant("nobody looks for nan", "flash.cu", "ptx::barrier_any(probe != 0.f)", "ptx::barrier_any(false)", "flash"),
+    Mutant("hidden strays are counted", "scores.cuh", "== -ptx::infinity() ? 0.f : 1.f;",
+           "== -ptx::infinity() ? 1.f : 1.f;", "flash"),
+    Mutant("strays stay among the values", "tile.cuh", "if (stray) pair &=", "if (false) pair &=", "flash"),
+    Mutant("strays are forgotten", "tile.cuh", "if (bits & 1u) sums.value", "if (false) sums.value", "flash"),
+    Mutant("strays of the last block alone", "tile.cuh", "word[i / 16] |= bits", "word[i / 16] = bits", "flash"),
+    Mutant("inf and -inf are inf", "tile.cuh", "(count >> 7 ? 2u : 0u)", "0u", "flash"),
+    Mutant("nan is inf", "tile.cuh", "!stray ? 0.f : nan ? kCodes[2]", "!stray ? 0.f : nan ? kCodes[0]", "flash"),
+    Mutant("strays counted over all blocks", "flash.cu", "mark_seen(scores[m]);\n                out[m].clear();",
+           "mark_seen(scores[m]);", "flash"),
+    Mutant("strays taken while others multiply", "flash.cu", "ptx::barrier();\n        }\n        multiply_values",
+           "}\n        multiply_values", "flash"),
+    Mutant("a walk before the last one ends", "flash.cu", "ptx::barrier();  // everybody is done with the walk before",
+           "", "flash, two stages"),
+    Mutant("strays taken while lanes multiply", "splitkv.cu",
+           "ptx::warp_barrier();\n        }\n        multiply_values", "}\n        multiply_values", "split"),
+    Mutant("nan outshone by finite warps", "splitkv.cu", "sum += share * its_sum;",
+           "if (share == 0.f) return;\n            sum += share * its_sum;", "split"),
+    Mutant("inf of little weight", "splitkv.cu", "x - x == 0.f ? share : 1.f", "share", "split"),
+    # ---- Who sees whom
+    Mutant("causal off by one", "mask.cuh", "add_capped(diagonal, right) + 1", "add_capped(diagonal, right)", "flash"),
+    Mutant("window one key short", "mask.cuh", "diagonal - left :", "diagonal - left + 1 :", "flash"),
+    Mutant("window wraps", "mask.cuh", "diagonal > left ? diagonal - left : 0", "larger(0, diagonal - left)", "flash"),
+    Mutant("diagonal one key late", "mask.cuh", "found.band.seqlen_k - found.band.seqlen_q;",
+           "found.band.seqlen_k - found.band.seqlen_q + 1;", "split"),
+    Mutant("blocks skipped by the first row", "mask.cuh", "visible_keys(first).start, visible_keys(last).stop",
+           "visible_keys(first).start, visible_keys(first).stop", "flash"),
+    Mutant("no band where some row sees all", "mask.cuh", "visible_keys(last).start, visible_keys(first).stop",
+           "visible_keys(first).start, visible_keys(last).stop", "flash"),
+    Mutant("keys of all sequences are the first's", "mask.cuh", ": keys.start;", ": 0;", "flash"),
+    Mutant("rows of all sequences are the first's", "mask.cuh", "found.first_row = rows.start;", "", "flash"),
+    Mutant("lengths may lie", "mask.cuh", "smaller(stop, start + smaller(longest, end - start))", "stop",
+           "split, pages"),
+    # ---- Edits
+    Mutant("softcap before the scale", "scores.cuh",
+           "x *= params.softmax_scale;\n"
+           "                    if constexpr (bool(kEdits & kSoftcap)) x = params.softcap *",
+           "if constexpr (bool(kEdits & kSoftcap)) x = params.softmax_scale * params.softcap *", "flash, edits"),
+    Mutant("tanh of large numbers for all", "scores.cuh", "if (square < 0.55f * 0.55f)", "if (square < 0.f)",
+           "flash, float32 edits"),
+    Mutant("alibi the other way", "scores.cuh", "x -= slope", "x += slope", "flash, edits"),
+    Mutant("alibi from the first key", "scores.cuh", "token + sequence.band.offset - key", "token - key",
+           "split, edits"),
+    Mutant("alibi of the first batch", "scores.cuh", " + sequence.index * params.alibi_slopes_batch", "",
+           "flash, edits"),
+    Mutant("bias of other keys", "scores.cuh", "key * params.bias.key", "key", "flash, edits"),
+    Mutant("bias and mask of other rows", "scores.cuh", "+ token * array.row", "", "flash, edits"),
+    Mutant("bias of -inf hides no nan", "scores.cuh", "hidden = bias == -ptx::infinity();", "", "flash, edits"),
+    Mutant("mask upside down", "scores.cuh", "hidden = !ptx::load_global", "hidden = ptx::load_global", "flash, edits"),
+    Mutant("mask of other keys", "scores.cuh", "key * params.mask.key", "key", "flash, edits"),
+    Mutant("tail rows read bias and mask", "scores.cuh", "if (!rows.exists[half]) visible.stop = 0;", "",
+           "flash, edits"),
+    Mutant("edited scores scaled twice", "scores.cuh", "kEdits & ~kDropout ? 1.f",
+           "kEdits & ~kDropout ? params.softmax_scale", "split, edits"),
+    Mutant("same dropout in every sixteen", "dropout.cuh", "(first_key / 16 + sixteen) * 4", "(first_key / 16) * 4",
+           "flash, edits"),
+    Mutant("same dropout in both rows", "dropout.cuh", "rows.token[half]", "rows.token[0]", "split, edits"),
+    Mutant("same dropout in all heads", "dropout.cuh", "rows.head[half]", "0", "flash, edits"),
+    Mutant("same dropout in all batches", "dropout.cuh", "static_cast<uint32>(batch)", "0", "split, edits"),
+    Mutant("nine rounds of Philox", "dropout.cuh", "round < 10", "round < 9", "flash, edits"),
+    # ---- Softmax
+    Mutant("rows of one lane's maximum", "softmax.cuh",
+           "over_row(highest, [](float a, float b) { return ptx::max(a, b); });", "", "flash"),
+    Mutant("rows of one lane's sum", "softmax.cuh", "over_row(row_sum, [](float a, float b) { return a + b; });", "",
+           "flash"),
+    Mutant("rows of two lanes", "softmax.cuh", "step <= 2", "step <= 1", "flash"),
+    Mutant("row_sum not rescaled", "softmax.cuh", "row_sum[half] *= shrink[half];", "", "flash"),
+    Mutant("-inf less -inf", "softmax.cuh", "highest[half] == -ptx::infinity() ? 0.f : highest[half] * scale_log2",
+           "highest[half] * scale_log2", "flash"),
+    Mutant("nothing divided by nothing", "softmax.cuh", "if (total == 0.f) return {0.f, -ptx::infinity()};", "",
+           "flash"),
+    Mutant("lse in powers of two", "softmax.cuh", "(origin + ptx::log2(total)) * kLn2", "origin + ptx::log2(total)",
+           "flash"),
+    Mutant("sink forgotten", "softmax.cuh", " + ptx::exp2(sink - origin)", "", "split"),
+    Mutant("sink in powers of e", "flash.cu", "ptx::load_global(params.at.sinks + head) * kLog2e",
+           "ptx::load_global(params.at.sinks + head)", "flash"),
+    Mutant("sink larger than all scores", "softmax.cuh", "{shrink / total,", "{1.f / total,", "flash"),
+    # ---- flash.cu
+    Mutant("out not rescaled", "flash.cu", "out[m].scale_rows(shrink);", "", "flash"),
+    Mutant("group of k by remainder", "flash.cu", "head / params.queries_per_k", "head % params.queries_per_k",
+           "flash"),
+    Mutant("v's head is k's", "flash.cu", "head / params.queries_per_v", "head / params.queries_per_k", "flash"),
+    Mutant("rows of v as far apart as k's", "flash.cu", "values + first_key * params.v.row",
+           "values + first_key * params.k.row", "flash"),
+    Mutant("keys are not waited for by all", "flash.cu",
+           "ptx::barrier();  // the keys are here, and everybody is done with the values before them", "", "flash"),
+    Mutant("values are not waited for by all", "flash.cu",
+           "ptx::barrier();  // the values are here, and everybody is done with the keys", "", "flash"),
+    Mutant("values are not committed", "flash.cu", "load_values(block);\n                ptx::commit_copies();",
+           "load_values(block);", "flash"),
+    Mutant("queries not waited for where nothing is seen", "flash.cu",
+           "ptx::wait_copies<0>();  // where no key is seen the queries may still be on their way", "", "flash"),
+    Mutant("keys of the next stage not waited for", "flash.cu", "ptx::wait_copies<1>();", "ptx::wait_copies<2>();",
+           "flash, two stages"),
+    Mutant("values of the next stage not waited for", "flash.cu", "ptx::wait_copies<2>();", "ptx::wait_copies<3>();",
+           "flash, two stages"),
+    Mutant("stages not met for", "flash.cu",
+           "ptx::barrier();  // the keys are here, and everybody is done with the block before", "",
+           "flash, two stages"),
+    Mutant("values of a stage not met for", "flash.cu",
+           "ptx::barrier();  // the values are here; the next block's keys and values may be under way", "",
+           "flash, two stages"),
+    Mutant("one stage for two", "flash.cu", "block % 2 ? kStageBytes : 0", "false ? kStageBytes : 0",
+           "flash, two stages"),
+    Mutant("queries kept too early", "flash.cu", "ptx::wait_copies<Traits::kNumStages>();",
+           "ptx::wait_copies<Traits::kNumStages + 1>();", "flash, two stages"),
+    Mutant("others' queries kept too early", "flash.cu",
+           "ptx::wait_copies<Traits::kNumStages>();\n        ptx::barrier();",
+           "ptx::wait_copies<Traits::kNumStages>();", "flash, two stages"),
+    Mutant("result read before it is written", "flash.cu", "ptx::warp_barrier();\n        constexpr", "constexpr",
+           "flash"),
+    Mutant("all rows behind are the first", "softmax.cuh", "(rest.first_row + row) * params.out.row",
+           "row * params.out.row", "flash"),
+    Mutant("some rows behind are left", "softmax.cuh", "row < rest.band.seqlen_q; row += step",
+           "row < rest.band.seqlen_q; row += 2 * step", "flash"),
+    Mutant("lse of rows behind", "softmax.cuh", "head * params.lse_head + rest.first_row + row, -ptx::infinity()",
+           "head * params.lse_head + rest.first_row + row, 0.f", "split"),
+    Mutant("heads of rows behind", "splitkv.cu", "{head, head + params.queries_per_pair}", "{head, head + 1}", "split"),
+    Mutant("result of columns that do not exist", "flash.cu", "row < num_rows() && 8 * chunk < params.head_dim_v",
+           "row < num_rows()", "flash"),
+    Mutant("result of rows that do not exist", "flash.cu", "row < num_rows() && 8 * chunk < params.head_dim_v",
+           "8 * chunk < params.head_dim_v", "flash"),
+    Mutant("lse of rows that do not exist", "flash.cu", " && rows(m).exists[half])", ")", "flash"),
+    Mutant("lse of another sequence", "flash.cu", "head * params.lse_head + sequence.first_row;",
+           "head * params.lse_head;", "flash"),
+    Mutant("last tile first, by one", "flash.cu", "tiles - 1 - place", "tiles - place", "flash"),
+    Mutant("no tiles at all", "flash.cu", "larger(1, ceil_div(params.seqlen_q, Traits::kBlockQ))",
+           "larger(2, ceil_div(params.seqlen_q, Traits::kBlockQ))", "flash"),
+    # ---- splitkv.cu
+    Mutant("out not rescaled while splitting", "splitkv.cu", "out[m].scale_rows(shrink);", "", "split"),
+    Mutant("heads of the first group", "splitkv.cu", "return first_head + (first_row + row)",
+           "return (first_row + row)", "split"),
+    Mutant("group of k by remainder while splitting", "splitkv.cu", "first_head / params.queries_per_k",
+           "first_head % params.queries_per_k", "split"),
+    Mutant("v's head is k's while splitting", "splitkv.cu", "first_head / params.queries_per_v",
+           "first_head / params.queries_per_k", "split"),
+    Mutant("queries not waited for", "splitkv.cu", "ptx::wait_copies<0>();\n        ptx::barrier();\n    }",
+           "ptx::barrier();\n    }", "split"),
+    Mutant("queries not met for", "splitkv.cu", "ptx::wait_copies<0>();\n        ptx::barrier();\n    }",
+           "ptx::wait_copies<0>();\n    }", "split"),
+    Mutant("states over the rings of others", "splitkv.cu", "return ptx::barrier_any(probe != 0.f);",
+           "return ptx::any(probe != 0.f);", "split"),
+    Mutant("states over the rings of others who take care", "splitkv.cu",
+           "ptx::barrier();  // everybody is done with the rings", "", "split"),
+    Mutant("a ring's tile not waited for", "splitkv.cu", "ptx::wait_copies<kAhead>();",
+           "ptx::wait_copies<kAhead + 1>();", "split"),
+    Mutant("a ring's tile not met for", "splitkv.cu", "ptx::warp_barrier();  // this tile is here, from all lanes", "",
+           "split"),
+    Mutant("a ring's tile overwritten", "splitkv.cu", "ptx::warp_barrier();  // all lanes are done with it", "",
+           "split"),
+    Mutant("a ring out of step", "splitkv.cu", "stage == 0 ? kAhead : stage - 1", "stage", "split"),
+    Mutant("keys behind the last", "splitkv.cu", "left = sequence.band.seqlen_k - key;",
+           "left = sequence.band.seqlen_k - key + 1;", "split"),
+    Mutant("states read before they are written", "splitkv.cu", "block.leave_state();\n    ptx::barrier();",
+           "block.leave_state();", "split"),
+    Mutant("sums merged without weights", "splitkv.cu", "sum += share * its_sum", "sum += its_sum", "split"),
+    Mutant("columns merged without weights", "splitkv.cu", "x - x == 0.f ? share : 1.f", "1.f", "split"),
+    Mutant("partial results not fenced", "splitkv.cu", "ptx::fence_gpu();\n    ptx::barrier();  // this",
+           "ptx::barrier();  // this", "split"),
+    Mutant("partial results of other threads still out", "splitkv.cu",
+           "ptx::barrier();  // this block's partial results are out, and the states' memory is free", "", "split"),
+    Mutant("flag read too early", "splitkv.cu", "ptx::barrier();\n    if (!ptx::load_shared(flag))",
+           "if (!ptx::load_shared(flag))", "split"),
+    Mutant("counter left where it is", "splitkv.cu", "if (last) ptx::store_global(params.at.counters + piece, 0);", "",
+           "split"),
+    Mutant("merged one split early", "splitkv.cu", "== splits - 1;", "== splits - 2;", "split"),
+    Mutant("one counter for all pieces", "splitkv.cu", "params.at.counters + piece, 1", "params.at.counters, 1",
+           "split"),
+    Mutant("splits overlap", "splitkv.cu", "blocks.start + (split + 1) * each", "blocks.start + (split + 1) * each + 1",
+           "split"),
+    Mutant("splits from the first key", "splitkv.cu", "const Span part{blocks.start + split * each,",
+           "const Span part{split * each,", "split"),
+    Mutant("uneven splits leave keys out", "splitkv.cu", ": ceil_div(count, splits);", ": count / splits;", "split"),
+    Mutant("partial results in each other's place", "splitkv.cu",
+           "partial_out +\n               ((piece * params.num_splits + split)",
+           "partial_out +\n               ((piece + split)", "split"),
+    Mutant("lse of another sequence while splitting", "splitkv.cu", "sequence.first_row + token_of(row),\n",
+           "token_of(row),\n", "split"),
+    Mutant("pages of sixteen keys", "splitkv.cu", "table + key / params.page_size", "table + key / 16", "split, pages"),
+    Mutant("first rows of a page", "splitkv.cu", " + key % params.page_size * strides.row;", ";", "split, pages"),
+    Mutant("rows of small pages", "splitkv.cu", "(key + row) % params.page_size * strides.row;",
+           "key % params.page_size * strides.row;", "split, pages"),
+    Mutant("page of the first key for all", "splitkv.cu", "page_of(key + row)", "page_of(key)", "split, pages"),
+    Mutant("pages that do not exist", "splitkv.cu", "params.num_pages - 1", "params.num_pages", "split, pages"),
+    Mutant("table of the first sequence", "splitkv.cu", "block_table + sequence.index * params.block_table_row",
+           "block_table", "split, pages"),
+]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------
+# Groups
+# ---------------------------------------------------------------------------------------------------
+
+BOTTOM = {"alignment": "bottom-right"}
+SMALL = {"tile": Tile(32, 32, 2, 1)}
+TWO_STAGES = {"tile": Tile(32, 32, 2, 2, True)}
+SPLIT = {"tile": Tile(16, 32, 2, 2)}
+
+
+def held(kernel, make, dtype, schedule, sources, **call):
+    """A call of a table, held to the definition."""
+    arrays, options, seed = make(np.random.default_rng(SEED), dtype)
+    check(arrays, options, kernel, schedule, dropout_seed=seed, sources=sources, **call)
+
+
+def ragged(kernel, schedule, sources, lengths_q, lengths_k, behind=(0, 0), page_size=None, **call):
+    rng = np.random.default_rng(SEED)
+    arrays = ragged_operands(rng, "float16", lengths_q, lengths_k, (4, 2, 2), behind=behind)
+    options = ragged_options(arrays, causal=True, **BOTTOM)
+    check(paged(rng, arrays, page_size) if page_size else arrays, options, kernel, schedule, sources=sources, **call)
+
+
+def lies(kernel, sources, page_size=None, **call):
+    """Lengths and pages beyond all arrays: nothing but addresses can be wrong."""
+    rng = np.random.default_rng(SEED)
+    arrays = ragged_operands(rng, "float16", (20, 20), (20, 20))
+    options = ragged_options(arrays)
+    arrays["cu_seqlens_q"][:] = [-5, 4, 2**31 - 1]
+    if page_size:
+        arrays = paged(rng, arrays, page_size)
+        arrays["block_table"][:] = 2**31 - 1
+        arrays["cu_seqlens_k"][1:] = [900, 1800]
+    else:
+        arrays["cu_seqlens_k"][:] = [3, 1, 1000]
+    Call(arrays, options, kernel, sources=sources, **call).run()
+
+
+def both(kernel, schedule, sources, seqlens, options=None, heads=(6, 3, 2), dims=(40, 56), **call):
+    """Different heads of k and v, and columns that do not fill a tile."""
+    rng = np.random.default_rng(SEED)
+    arrays = operands(rng, "float16", "bshd", 2, heads, seqlens, dims)
+    check(arrays, options_of(**(options or {})), kernel, schedule, sources=sources, **call)
+
+
+def flash(sources):
+    both("flash", 1, sources, (40, 97), {"causal": True, **BOTTOM}, **SMALL)
+    both("flash", 2, sources, (77, 30), {"window_size": (20, 3), **BOTTOM}, **SMALL)
+    for name in ("inf and -inf in one tile", "150 infs", "inf", "nan"):
+        held("flash", STRAYS[name], "float16", 1, sources, **SMALL)
+    held("flash", poisoned("behind the band"), "float16", 2, sources, **SMALL)
+    for name in ("window as wide as can be", "causal, more keys, top-left"):
+        held("flash", VISIBLE[name], "float16", 0, sources, **SMALL)
+    held("flash", EDITS["sinks"], "float16", 0, sources, **SMALL)
+    for schedule in (0, 1, 2):
+        ragged("flash", schedule, sources, (17, 0, 33), (40, 5, 70), (100, 7), **SMALL)
+
+
+def flash_of_96(sources):
+    both("flash", 1, sources, (20, 40), dims=(96, 72), **SMALL)
+
+
+def flash_of_two_stages(sources):
+    for schedule in (0, 1, 2):
+        both("flash", schedule, sources, (40, 170), {"causal": True, **BOTTOM}, **TWO_STAGES)
+        held("flash", STRAYS["inf"], "float16", schedule, sources, **TWO_STAGES)
+
+
+def flash_at_odd_addresses(sources):
+    held("flash", LAYOUTS["rows at odd addresses"], "float16", 0, sources, **SMALL)
+
+
+def flash_of_float32(sources):
+    held("flash", VISIBLE["causal, more keys, top-left"], "float32", 0, sources, **SMALL)
+    held("flash", STRAYS["inf"], "float32", 1, sources, **SMALL)
+
+
+def flash_of_edits(sources):
+    held("flash", EDITS["everything"], "float16", 1, sources, **SMALL)
+    held("flash", everything_broadcast, "float16", 0, sources, **SMALL)
+
+
+def flash_of_float32_edits(sources):
+    held("flash", EDITS["softcap 1000"], "float32", 1, sources, **SMALL)
+
+
+def split(sources):
+    for schedule in (0, 1, 2):
+        both("splitkv", schedule, sources, (1, 300), num_splits=4, **SPLIT)
+    both("splitkv", 1, sources, (7, 230), {"window_size": (90, 0), **BOTTOM}, num_splits=2, split_size=64, **SPLIT)
+    for name in ("sixteen keys of nan", "150 infs", "inf of little weight"):
+        held("splitkv", STRAYS[name], "float16", 1, sources, num_splits=2, **SPLIT)
+    held("splitkv", EDITS["sinks"], "float16", 0, sources, **SPLIT)
+    ragged("splitkv", 1, sources, (1, 0, 3), (400, 5, 70), (40, 7), num_splits=3, **SPLIT)
+    lies("splitkv", sources, **SPLIT)
+
+
+def split_of_pages(sources):
+    for page_size in (5, 48):
+        ragged("splitkv", page_size % 3, sources, (1, 2), (130, 70), page_size=page_size, num_splits=2, **SPLIT)
+        lies("splitkv", sources, page_size, **SPLIT)
+
+
+def split_of_edits(sources):
+    held("splitkv", EDITS["everything"], "float16", 2, sources, num_splits=2, **SPLIT)
+
+
+def split_of_float32(sources):
+    held("splitkv", VISIBLE["causal, more keys, top-left"], "float32", 0, sources, **SPLIT)
+
+
+def poisoned(name):
+    """A call of the table of hidden values, with those values."""
+
+    def make(rng, dtype):
+        _, arrays, options, seed = HIDDEN[name](rng, dtype)
+        return arrays, options, seed
+
+    return make
+
+
+def everything_broadcast(rng, dtype):
+    """All edits, with keys of nan behind a bias of -inf, and a mask and a bias repeated along the other axes."""
+    bias = rng.standard_normal((4, 13, 1)).astype("f4")
+    bias[:, 5] = -np.inf
+    arrays, options, seed = call(
+        rng, dtype, options={"softcap": 3.0, "dropout_p": 0.3, "window_size": (40, 9), **BOTTOM},
+        bias=bias, mask=rng.random((2, 1, 13, 1)) < 0.8, alibi_slopes=np.ones(4, "f4"),
+    )  # fmt: skip
+    arrays["q"][:, 5] = np.nan
+    return arrays, options, seed
+
+
+GROUPS = {
+    "flash": flash,
+    "flash, 96": flash_of_96,
+    "flash, two stages": flash_of_two_stages,
+    "flash, odd": flash_at_odd_addresses,
+    "flash, float32": flash_of_float32,
+    "flash, edits": flash_of_edits,
+    "flash, float32 edits": flash_of_float32_edits,
+    "split": split,
+    "split, pages": split_of_pages,
+    "split, edits": split_of_edits,
+    "split, float32": split_of_float32,
+}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_sources_as_they_are_pass(group):
+    GROUPS[group](None)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_planted_bug_is_caught(mutant):
+    text = (CUDA / mutant.source).read_text()
+    assert text.count(mutant.old) == 1, "the text to replace has to be there once"
+    with pytest.raises((AssertionError, EmulatorError)):
+        GROUPS[mutant.group]({mutant.source: text.replace(mutant.old, mutant.new)})

@@ -1,0 +1,70 @@
+"""The record Python packs is the struct C++ reads, field for field."""
+
+import re
+import struct
+from typing import get_type_hints
+
+import emulator
+import numpy as np
+import pytest
+
+from cupyattn.cuda import catalogue, params
+
+TAIL = {name: getattr(kind, "_fields", None) for name, kind in get_type_hints(params.Tail).items()}
+"""Each field behind the pointers, and its own fields if it is a struct."""
+FIELDS = [f"at.{name}" for name in params.POINTERS]
+"""All C++ names, in the order in which Python packs them."""
+for name, parts in TAIL.items():
+    FIELDS += [f"{name}.{part}" for part in parts] if parts else [name]
+
+
+def numbered():
+    """A record whose fields are 1, 2, 3 and so on."""
+    numbers = iter(range(1, len(FIELDS) + 1))
+    pointers = {name: next(numbers) for name in params.POINTERS}
+    tail = {name: tuple(next(numbers) for _ in parts) if parts else next(numbers) for name, parts in TAIL.items()}
+    return params.record(pointers, params.Tail(**tail).pack())
+
+
+@pytest.fixture(scope="module")
+def probe():
+    """A kernel that writes every field, read by its name, as a float64."""
+    emulator.require_compiler()
+    writes = "\n".join(f"write({index}, (double)(uint64)given.params.{name});" for index, name in enumerate(FIELDS))
+    source = f"""
+        #include "params.cuh"
+        #include "ptx.cuh"
+        namespace cupyattn {{
+        struct Given {{ Params params; double* out; }};
+        void probe(Given given) {{
+            if (ptx::thread()) return;
+            const auto write = [&](int index, double value) {{ ptx::store_global(given.out + index, value); }};
+            {writes}
+        }}
+        }}
+    """
+    return emulator.build("probe.cu", "cupyattn::probe", sources={"probe.cu": source})
+
+
+def test_every_field_is_where_the_kernel_reads_it(probe):
+    out = np.zeros(len(FIELDS))
+    record = numbered().tobytes() + struct.pack("<Q", out.ctypes.data)
+    probe.launch(record, (1, 1, 1), 32, 0, [(out, True)])
+    np.testing.assert_array_equal(out, np.arange(1, len(FIELDS) + 1))
+
+
+def test_both_have_the_same_size(probe):
+    assert probe.parameter_bytes - 8 == params.SIZE
+
+
+def test_an_open_side_of_a_band_is_what_the_kernel_takes_for_it():
+    text = (emulator.CUDA / "params.cuh").read_text()
+    assert int(re.search(r"kOpen = (\w+);", text)[1], 16) == params.OPEN
+
+
+def test_bits_of_edits_are_those_of_the_kernel():
+    text = (emulator.CUDA / "params.cuh").read_text()
+    bits = {name: int(value) for name, value in re.findall(r"k(\w+) = (\d+),", text)}
+    names = {"ScaleFirst": "SCALE_FIRST", "MaskArray": "MASK_ARRAY"}
+    assert bits == {name: getattr(catalogue, names.get(name, name.upper())) for name in bits}
+    assert len(bits) == 6

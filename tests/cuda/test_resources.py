@@ -1,0 +1,74 @@
+"""What the default kernels take of a multiprocessor, and which instructions they are made of; no GPU needed.
+
+A sample here; `python tests/resources.py` looks at all of them.
+"""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from resources import TARGETS, committed, measure, name_of, worse
+
+from cupyattn.cuda import catalogue, compiler, source
+from cupyattn.problem import NAMED_DEVICES
+
+FLASH_64, SPLIT_64 = 0, 1
+SAMPLE = [(target, index) for target in TARGETS for index in (FLASH_64, SPLIT_64)]
+
+
+def disassembler():
+    """nvdisasm, on the path or as the package nvidia-cuda-nvdisasm; None if neither is there."""
+    found = shutil.which("nvdisasm")
+    package = importlib.util.find_spec("nvidia")
+    places = package.submodule_search_locations if package and package.submodule_search_locations else []
+    others = [path for place in places for path in Path(place).glob("*/bin/nvdisasm")]
+    return found or (str(others[0]) if others else None)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_default_kernel_is_in_the_table(target):
+    assert list(committed()["kernels"][target]) == [name_of(wanted) for wanted in catalogue.specialisations(target)]
+
+
+@pytest.mark.parametrize(("target", "index"), SAMPLE)
+def test_kernels_take_no_more_than_they_did(nvrtc, target, index):
+    table = committed()
+    if table["nvrtc"] != nvrtc:
+        pytest.skip(f"the table was made by NVRTC {table['nvrtc']}, and this is {nvrtc}")
+    wanted = catalogue.specialisations(target)[index]
+    found, known = measure(wanted, target), table["kernels"][target][name_of(wanted)]
+    assert not worse(found, known), f"{name_of(wanted)}: (registers, spills) {found}, in the table {known}"
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != "sm_100a"])
+def test_flash_kernels_of_sixteen_bits_spill_nothing(target):
+    """On sm_100a ptxas spills 4 bytes for a head_dim of 96, and 40 for 128."""
+    kernels = committed()["kernels"][target].items()
+    assert [
+        name for name, (_, spills) in kernels if spills and name.startswith(("flash_forward<Half", "flash_forward<BF"))
+    ] == []
+
+
+@pytest.mark.parametrize("device", [device for device in NAMED_DEVICES.values() if device.compute_capability >= (8, 0)])
+def test_every_default_kernel_fits_into_shared_memory(device):
+    target = compiler.target_for(device.compute_capability)
+    too_large = [name_of(x) for x in catalogue.specialisations(target) if x.shared_memory > device.shared_memory]
+    assert too_large == []
+
+
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize("index", [FLASH_64, SPLIT_64])
+def test_tensor_cores_matrix_loads_and_asynchronous_copies_are_used(index, tmp_path):
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("needs nvdisasm (nvidia-cuda-nvdisasm)")
+    wanted = catalogue.specialisations("sm_90a")[index]
+    cubin = compiler.compile_cubin(source.join(wanted.source), wanted.expression, "sm_90a")
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(cubin.image)
+    text = subprocess.run([tool, "-c", str(path)], capture_output=True, text=True, check=True).stdout
+    found = set(re.findall(r"^\s*(?:/\*\w+\*/)?\s*(?:@!?\w+\s+)?([A-Z][A-Z0-9]+)", text, re.MULTILINE))
+    assert {"HMMA", "LDSM", "LDGSTS"} <= found

@@ -1,0 +1,333 @@
+"""The split-KV kernel under the emulator, held to the definition: splits, pages, lengths that are data, all edits."""
+
+import numpy as np
+import pytest
+from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call, turns
+from emulated import Call, check, operands, options_of, paged, ragged_operands, ragged_options, run
+from oracle import assert_same_bits
+
+from cupyattn import numpy_ref
+from cupyattn.plan import Tile
+from cupyattn.problem import Device
+from cupyattn.splits import live_split_blocks
+
+DECODE = (4, 2, 2)
+BOTTOM = {"causal": True, "alignment": "bottom-right"}
+SIZES = [
+    ("float16", 8, 8),
+    ("bfloat16", 40, 40),
+    ("float16", 64, 64),
+    ("bfloat16", 64, 64),
+    ("float32", 64, 64),
+    ("float16", 96, 96),
+    ("float32", 72, 72),
+    ("bfloat16", 128, 128),
+    ("float32", 128, 128),
+    ("float16", 160, 160),
+    ("bfloat16", 192, 192),
+    ("float16", 256, 256),
+    ("float32", 256, 256),
+    ("bfloat16", 192, 128),
+    ("float16", 64, 256),
+    ("float32", 128, 8),
+]
+TILES = [
+    ("float16", Tile(16, 64, 4, 2)),
+    ("bfloat16", Tile(16, 128, 8, 3)),
+    ("float16", Tile(16, 16, 1, 2)),
+    ("float16", Tile(32, 64, 4, 3)),
+    ("bfloat16", Tile(64, 32, 2, 2)),
+    ("float32", Tile(32, 64, 4, 2)),
+]
+SPLITS = [1, 2, 3, 5, 17]
+SMALL = Tile(16, 32, 2, 2)
+"""Two warps: many splits of few keys."""
+
+
+@pytest.mark.parametrize(
+    ("size", "lengths", "schedule"),
+    [
+        pytest.param(size, lengths, (i + j) % 3, id=f"{'-'.join(map(str, size))}-{lengths[0]}x{lengths[1]}")
+        for i, size in enumerate(SIZES)
+        for j, lengths in enumerate([(1, 1), (1, 700), (5, 83)])
+    ],
+)
+def test_every_dtype_and_head_dim_meets_the_bar(rng, size, lengths, schedule):
+    dtype, *dims = size
+    arrays = operands(rng, dtype, "bshd", 1, (4, 2, 1), lengths, dims)
+    check(arrays, options_of(**BOTTOM), "splitkv", schedule)
+
+
+@pytest.mark.parametrize("schedule", range(3))
+@pytest.mark.parametrize(("dtype", "tile"), TILES, ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else x)
+def test_every_tile_meets_the_bar(rng, dtype, tile, schedule):
+    seqlens = [(1, 300), (9, 131), (50, 129)][schedule]
+    arrays = operands(rng, dtype, "bshd", 1, DECODE, seqlens, (64, 40))
+    check(arrays, options_of(**BOTTOM), "splitkv", schedule, tile=tile, num_splits=2)
+
+
+@pytest.mark.parametrize(("make", "schedule"), turns(VISIBLE))
+def test_who_sees_whom_meets_the_bar(rng, make, schedule):
+    arrays, options, _ = make(rng, "bfloat16")
+    check(arrays, options, "splitkv", schedule, tile=SMALL, num_splits=1 + schedule)
+
+
+@pytest.mark.parametrize(("make", "schedule"), turns(EDITS))
+def test_edited_scores_meet_the_bar(rng, make, schedule):
+    arrays, options, seed = make(rng, "float16")
+    check(arrays, options, "splitkv", schedule, dropout_seed=seed, tile=SMALL, num_splits=3)
+
+
+@pytest.mark.parametrize("edit", ["softcap 50", "everything"])
+def test_edited_scores_meet_the_bar_of_float32(rng, edit):
+    arrays, options, seed = EDITS[edit](rng, "float32")
+    check(arrays, options, "splitkv", 1, dropout_seed=seed, tile=SMALL, num_splits=2)
+
+
+@pytest.mark.parametrize(("make", "schedule"), turns(LAYOUTS))
+def test_every_layout_meets_the_bar(rng, make, schedule):
+    arrays, options, seed = make(rng, "float16")
+    check(arrays, options, "splitkv", schedule, dropout_seed=seed, tile=SMALL, num_splits=2)
+
+
+@pytest.mark.parametrize(("make", "schedule"), turns(HIDDEN))
+def test_what_is_hidden_does_not_change_a_bit(rng, make, schedule):
+    arrays, poisoned, options, _ = make(rng, "float16")
+    clean, found = (run(x, options, "splitkv", schedule, tile=SMALL, num_splits=3) for x in (arrays, poisoned))
+    assert np.isfinite(found.out.astype(float)).all()
+    assert_same_bits(found.out, clean.out)
+    assert_same_bits(found.lse, clean.lse)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_hidden_does_not_change_a_bit_of_other_dtypes(rng, dtype):
+    arrays, poisoned, options, _ = HIDDEN["behind the mask"](rng, dtype)
+    clean, found = (run(x, options, "splitkv", 1, tile=SMALL) for x in (arrays, poisoned))
+    assert np.isfinite(found.out.astype(float)).all()
+    assert_same_bits(found.out, clean.out)
+
+
+@pytest.mark.parametrize(("make", "schedule"), turns(STRAYS))
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_what_is_not_finite_shows_where_it_is_seen(rng, dtype, make, schedule):
+    arrays, options, _ = make(rng, dtype)
+    check(arrays, options, "splitkv", schedule, tile=SMALL, num_splits=1 + schedule)
+
+
+def test_a_query_of_nan_spoils_its_own_row_alone(rng):
+    arrays, options, _ = call(rng, "bfloat16", seqlens=(4, 200))
+    clean = run(arrays, options, "splitkv", tile=SMALL, num_splits=2)
+    arrays["q"][1, 2, 2, 7] = np.nan
+    found = run(arrays, options, "splitkv", tile=SMALL, num_splits=2)
+    assert np.isnan(found.out[1, 2, 2].astype(float)).all()
+    assert np.isnan(found.lse[1, 2, 2])
+    found.out[1, 2, 2] = clean.out[1, 2, 2]
+    assert_same_bits(found.out, clean.out)
+
+
+def test_rows_that_see_nothing_are_zeros_without_a_sign(rng):
+    arrays, options, _ = VISIBLE["causal, more rows, bottom-right"](rng, "float16")
+    found = run(arrays, options, "splitkv", tile=SMALL)
+    assert_same_bits(found.out[:, : 90 - 23], np.zeros_like(found.out[:, : 90 - 23]))
+    assert np.isneginf(found.lse[..., : 90 - 23]).all()
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+def test_dropout_drops_what_the_reference_drops(rng, splits):
+    arrays, _, seed = call(rng, "float16", heads=(2, 1, 1), seqlens=(7, 64))
+    arrays["v"][...] = np.eye(64)[:, None]
+    options = options_of(dropout_p=0.5)
+    found = run(arrays, options, "splitkv", 2, dropout_seed=seed, tile=SMALL, num_splits=splits)
+    batch, head = np.arange(2)[:, None, None], np.arange(2)[:, None]
+    keep = numpy_ref.dropout_keep(0.5, seed, batch, head, np.arange(7), range(64))
+    np.testing.assert_array_equal(found.out.swapaxes(1, 2) != 0.0, keep)
+
+
+# ---- Splits -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", range(3))
+@pytest.mark.parametrize("splits", SPLITS)
+def test_any_number_of_splits_meets_the_bar(rng, splits, schedule):
+    arrays = operands(rng, "float16", "bshd", 2, DECODE, (1, 589), (64, 64))
+    found = check(arrays, options_of(), "splitkv", schedule, tile=SMALL, num_splits=splits)
+    assert found.plan.num_splits == splits
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 15, 16, 17, 33, 64])
+def test_any_number_of_packed_rows_meets_the_bar(rng, rows):
+    arrays = operands(rng, "bfloat16", "bshd", 1, (rows, 1, 1), (1, 200), (64, 64))
+    check(arrays, options_of(), "splitkv", rows % 3, tile=SMALL, num_splits=3)
+
+
+@pytest.mark.parametrize("seqlen_q", [2, 7, 23])
+def test_several_tiles_of_rows_under_a_band_meet_the_bar(rng, seqlen_q):
+    arrays = operands(rng, "float16", "bshd", 2, (6, 2, 2), (seqlen_q, 230), (64, 64))
+    options = options_of(window_size=(101, 0), alignment="bottom-right")
+    check(arrays, options, "splitkv", seqlen_q % 3, tile=SMALL, num_splits=4)
+
+
+def test_splits_that_get_no_keys_add_nothing(rng):
+    arrays = operands(rng, "float16", "bshd", 1, DECODE, (1, 100), (64, 64))
+    check(arrays, options_of(), "splitkv", 1, tile=SMALL, num_splits=9, split_size=32)
+
+
+@pytest.mark.parametrize("schedule", range(3))
+def test_splits_come_in_any_order_to_the_same_bits(rng, schedule):
+    arrays = operands(rng, "float16", "bshd", 2, DECODE, (1, 300), (64, 64))
+    calls = [run(arrays, options_of(), "splitkv", schedule, seed, tile=SMALL, num_splits=5) for seed in (1, 2, 3)]
+    for other in calls[1:]:
+        assert_same_bits(other.out, calls[0].out)
+        assert_same_bits(other.lse, calls[0].lse)
+
+
+def test_a_second_launch_on_the_same_counters_is_the_same(rng):
+    arrays = operands(rng, "float16", "bshd", 2, DECODE, (1, 300), (64, 64))
+    again = Call(arrays, options_of(), "splitkv", tile=SMALL, num_splits=5)
+    first = again.run(1).out.copy()
+    again.results["out"][...] = np.nan
+    assert_same_bits(again.run(2, seed=9).out, first)
+
+
+FIXED = 64
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_splits_of_fixed_size_do_not_depend_on_the_batch(rng, batch):
+    arrays = operands(rng, "float16", "bshd", batch, DECODE, (1, 300), (64, 64))
+    together = run(arrays, options_of(), "splitkv", 1, tile=SMALL, fixed_split_size=FIXED)
+    for index in range(batch):
+        one = {name: x[index : index + 1] for name, x in arrays.items()}
+        alone = run(one, options_of(), "splitkv", tile=SMALL, fixed_split_size=FIXED)
+        assert_same_bits(alone.out[0], together.out[index])
+        assert_same_bits(alone.lse[0], together.lse[index])
+
+
+def test_splits_of_fixed_size_do_not_depend_on_the_place_among_sequences(rng):
+    lengths = (300, 70, 1, 222)
+    arrays = ragged_operands(rng, "float16", (1, 1, 1, 1), lengths, DECODE)
+    fixed = {"tile": SMALL, "fixed_split_size": FIXED}
+    together = run(arrays, ragged_options(arrays, 1, 1000), "splitkv", 1, **fixed)
+    for index, start in enumerate(arrays["cu_seqlens_k"][:-1]):
+        one = {name: arrays[name][start : start + lengths[index]] for name in "kv"}
+        starts = {"cu_seqlens_q": np.array([0, 1], "i4"), "cu_seqlens_k": np.array([0, lengths[index]], "i4")}
+        one = {"q": arrays["q"][index : index + 1], **one, **starts}
+        alone = run(one, ragged_options(one), "splitkv", **fixed)
+        assert_same_bits(alone.out[0], together.out[index])
+        assert_same_bits(alone.lse[:, 0], together.lse[:, index])
+
+
+# ---- Lengths that are data --------------------------------------------------------------------------
+
+RAGGED = {
+    "one long among short": ((1,) * 5, (700, 3, 64, 65, 0), {}),
+    "empty sequences": ((0, 1, 0, 2), (4, 0, 0, 130), {}),
+    "several rows": ((3, 0, 7, 16), (400, 12, 7, 90), {"causal": True, "alignment": "bottom-right"}),
+    "windows": ((2, 2, 2), (500, 40, 1), {"window_size": (50, 0), "alignment": "bottom-right"}),
+    "no sequences": ((), (), {}),
+}
+
+
+@pytest.mark.parametrize(("case", "schedule"), turns(RAGGED))
+@pytest.mark.parametrize("behind", [(0, 0), (70, 9)], ids=["to the end", "rows behind"])
+def test_sequences_end_to_end_meet_the_bar(rng, case, behind, schedule):
+    lengths_q, lengths_k, options = case
+    arrays = ragged_operands(rng, "float16", lengths_q, lengths_k, DECODE, behind=behind)
+    check(arrays, ragged_options(arrays, **options), "splitkv", schedule, tile=SMALL)
+
+
+@pytest.mark.parametrize("num_splits", [2, 3, 7])
+def test_even_splits_by_live_lengths_meet_the_bar(rng, num_splits):
+    arrays = ragged_operands(rng, "bfloat16", (1, 2, 1), (1500, 0, 600), DECODE)
+    check(arrays, ragged_options(arrays), "splitkv", num_splits % 3, tile=SMALL, num_splits=num_splits)
+
+
+@pytest.mark.parametrize("lengths", [(3000, 5, 0), (900, 900, 900), (3000, 2000, 64)])
+def test_splits_by_live_lengths_are_those_of_the_planner(rng, lengths):
+    """Its rule, from lengths that only the device knows; a GPU of four multiprocessors."""
+    device = Device("small", "cuda", 4, (9, 0), 227 * 1024)
+    arrays = ragged_operands(rng, "float16", (1, 1, 1), lengths, (2, 1, 1))
+    launched = Call(arrays, ragged_options(arrays), "splitkv", device=device, tile=SMALL)
+    chosen = launched.run().plan
+    blocks = [-(-length // SMALL.block_k) for length in lengths]
+    size = live_split_blocks(sum(blocks), 3, 2 * device.num_units, SMALL.block_k)
+    sums = launched.scratch["partial_lse"].reshape(3, chosen.num_splits, SMALL.block_q, 2)
+    written = (~np.isnan(sums[:, :, 0, 1])).sum(axis=1)
+    expected = [-(-count // size) for count in blocks]
+    np.testing.assert_array_equal(written, [splits if splits > 1 else 0 for splits in expected])
+
+
+def test_rows_of_no_sequence_are_wiped_where_none_is_expected(rng):
+    arrays = ragged_operands(rng, "float16", (0, 0), (5, 3), behind=(40, 0))
+    check(arrays, ragged_options(arrays), "splitkv", tile=SMALL)
+
+
+@pytest.mark.parametrize("edit", ["slopes", "sinks", "dropout"])
+def test_edits_of_sequences_end_to_end_meet_the_bar(rng, edit):
+    arrays = ragged_operands(rng, "float16", (2, 0, 4), (700, 5, 40), DECODE, behind=(3, 0))
+    options = {"alignment": "bottom-right"}
+    if edit == "slopes":
+        arrays["alibi_slopes"] = rng.standard_normal((3, 4)).astype("f4")
+    elif edit == "sinks":
+        arrays["sinks"] = rng.standard_normal(4).astype("f4")
+    else:
+        options["dropout_p"] = 0.4
+    check(arrays, ragged_options(arrays, **options), "splitkv", 2, dropout_seed=77, tile=SMALL, num_splits=2)
+
+
+def test_lengths_that_lie_stay_inside_the_arrays(rng):
+    """On a GPU nobody looks at cu_seqlens before the kernel does; the emulator refuses every other address."""
+    arrays = ragged_operands(rng, "float16", (20, 20), (20, 20))
+    options = ragged_options(arrays)
+    arrays["cu_seqlens_q"][:] = [-5, 4, 2**31 - 1]
+    arrays["cu_seqlens_k"][:] = [3, 1, 1000]
+    Call(arrays, options, "splitkv", tile=SMALL).run()
+
+
+# ---- Pages ------------------------------------------------------------------------------------------
+
+LENGTHS = (70, 0, 257, 16, 48)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 48, 256])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_pages_of_any_size_give_the_bits_of_contiguous_keys(rng, dtype, page_size):
+    arrays = ragged_operands(rng, dtype, (1, 2, 1, 3, 1), LENGTHS, DECODE)
+    options = ragged_options(arrays, window_size=(200, 0), alignment="bottom-right")
+    in_pages = paged(rng, arrays, page_size)
+    found, straight = (run(x, options, "splitkv", page_size % 3, tile=SMALL) for x in (in_pages, arrays))
+    assert_same_bits(found.out, straight.out)
+    assert_same_bits(found.lse, straight.lse)
+
+
+@pytest.mark.parametrize("page_size", [7, 16])
+def test_pages_meet_the_bar(rng, page_size):
+    arrays = paged(rng, ragged_operands(rng, "bfloat16", (1, 20, 1, 3, 1), LENGTHS, DECODE, behind=(2, 0)), page_size)
+    check(arrays, ragged_options(arrays), "splitkv", page_size % 3, tile=SMALL, num_splits=3)
+
+
+def test_pages_may_lie_at_odd_addresses(rng):
+    arrays = paged(rng, ragged_operands(rng, "float16", (1, 2), (70, 31), DECODE), 5)
+    for name in "kv":
+        wide = np.full((*arrays[name].shape[:-1], 67), np.nan, np.float16)
+        wide[..., 1:65] = arrays[name]
+        arrays[name] = wide[..., 1:65]
+    check(arrays, ragged_options(arrays), "splitkv", tile=SMALL)
+
+
+@pytest.mark.parametrize("page_size", [3, 16])
+def test_pages_that_do_not_exist_are_not_read(rng, page_size):
+    """On a GPU nobody looks at the table before the kernel does; the emulator refuses every other address."""
+    arrays = paged(rng, ragged_operands(rng, "float16", (1, 2), (70, 31), DECODE), page_size)
+    arrays["block_table"][0] = 2**31 - 1
+    arrays["block_table"][1] = -(2**31)
+    Call(arrays, ragged_options(arrays), "splitkv", tile=SMALL).run()
+
+
+@pytest.mark.parametrize("page_size", [3, 16])
+def test_a_table_without_room_for_the_longest_sequence_is_not_left(rng, page_size):
+    """As above, for lengths."""
+    arrays = paged(rng, ragged_operands(rng, "float16", (1, 2), (70, 31), DECODE), page_size)
+    options = ragged_options(arrays, max_seqlen_k=1000)
+    arrays["cu_seqlens_k"][1:] = [900, 1800]
+    Call(arrays, options, "splitkv", tile=SMALL).run()

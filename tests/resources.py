@@ -1,0 +1,74 @@
+"""Registers and spills of the default kernels on every architecture, held to the table in cuda/resources.json.
+
+python tests/resources.py             # compile everything, minutes, and say what got worse
+python tests/resources.py --update    # and write the table anew
+"""
+
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+TABLE = Path(__file__).parent / "cuda" / "resources.json"
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
+
+
+def name_of(specialisation):
+    """ "flash_forward<Half, 64, ...>": the expression without what all of them share."""
+    expression = specialisation.expression.replace("cupyattn::", "")
+    return expression.replace("FlashTraits<", "").replace("SplitTraits<", "")[:-1]
+
+
+def committed():
+    return json.loads(TABLE.read_text())
+
+
+def measure(specialisation, target):
+    """(registers, bytes of spills) of a kernel, and of what it calls."""
+    from cupyattn.cuda import compiler, source
+
+    cubin = compiler.compile_cubin(source.join(specialisation.source), specialisation.expression, target)
+    return [cubin.resources.registers, cubin.spills]
+
+
+def worse(found, known):
+    """Whether a kernel takes more registers than it did, or spills more."""
+    return found[0] > known[0] or found[1] > known[1]
+
+
+def main(update):
+    from cupyattn.cuda import catalogue, compiler
+    from cupyattn.cuda.prebuild import num_workers
+
+    jobs = [(target, wanted) for target in TARGETS for wanted in catalogue.specialisations(target)]
+    with ThreadPoolExecutor(num_workers()) as pool:
+        found = list(pool.map(lambda job: measure(job[1], job[0]), jobs))
+    table = {target: {} for target in TARGETS}
+    for (target, wanted), numbers in zip(jobs, found, strict=True):
+        table[target][name_of(wanted)] = numbers
+    if update:
+        TABLE.write_text(dumps({"nvrtc": compiler.version(), "kernels": table}))
+        return 0
+    known = committed()["kernels"]
+    changed = [
+        f"{target} {name}: {numbers}, in the table {known.get(target, {}).get(name)}"
+        for target, kernels in table.items()
+        for name, numbers in kernels.items()
+        if worse(numbers, known.get(target, {}).get(name, [0, 0]))
+    ]
+    print("\n".join([*changed, f"{len(jobs)} kernels, {len(changed)} worse than the table"]))
+    return bool(changed)
+
+
+def dumps(table):
+    """JSON with a kernel to a line."""
+    lines = [f'{{"nvrtc": {json.dumps(table["nvrtc"])}, "kernels": {{']
+    for index, (target, kernels) in enumerate(table["kernels"].items()):
+        rows = ",\n".join(f"  {json.dumps(name)}: {numbers}" for name, numbers in kernels.items())
+        lines.append(f"{',' if index else ''}{json.dumps(target)}: {{\n{rows}}}")
+    return "\n".join(lines) + "\n}}\n"
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.exit(main("--update" in sys.argv[1:]))
