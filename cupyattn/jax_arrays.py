@@ -122,13 +122,12 @@ class Jax(Library):
 
         shapes = [struct(spec.shape, self._jax_dtype(spec.dtype)) for spec in job.results.values()]
 
-        @jax.jit
-        def call(*values: Any) -> Any:
+        def on_devices(*values: Any) -> Any:
             """Of arrays on many devices a bare callback leaves results that JAX can do nothing more with."""
             found = jax.pure_callback(on_host, shapes, *values, vmap_method="sequential")
             return cast(Any, jax.lax.optimization_barrier)(found)
 
-        return dict(zip(job.results, call(*arrays.values()), strict=True))
+        return dict(zip(job.results, jax.jit(on_devices)(*arrays.values()), strict=True))
 
 
 JAX = Jax()

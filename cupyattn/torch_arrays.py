@@ -92,7 +92,7 @@ class Torch(Library):
         """By torch.func or forward-mode differentiation: tensors may carry more than their values."""
         import torch
 
-        return torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+        return bool(torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active())
 
     def _records(self, arrays: Arrays) -> bool:
         """Gradients may be asked for later."""
@@ -128,7 +128,9 @@ def _bridge() -> Any:
     """
     import torch
 
-    class Step(torch.autograd.Function):
+    function: Any = torch.autograd.Function
+
+    class Step(function):  # type: ignore[misc]  # torch may not be there when this is checked
         """What both passes have in common; the operands are a job and tensors."""
 
         @staticmethod

@@ -7,11 +7,12 @@ or a closed form small enough to be seen through.
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from oracle import assert_matches, assert_same_bits, to_numpy
 
 import cupyattn
 from cupyattn import numpy_ref
+
+torch = pytest.importorskip("torch")
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SEED = 5

@@ -7,13 +7,14 @@ convention.  Finite differences check both, and what torch does not have.
 import ml_dtypes
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_correctly_rounded, assert_matches, assert_same_bits
 
 import cupyattn
 from cupyattn import numpy_ref
+
+torch = pytest.importorskip("torch")
 
 SEED = 20261121
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}
