@@ -23,6 +23,7 @@ struct BFloat16 {
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLowest = -3.4028234664e38f;  // of the finite ones
 
 DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }

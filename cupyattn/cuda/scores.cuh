@@ -13,8 +13,6 @@ struct RowPair {
     bool exists[2];
 };
 
-constexpr float kLowest = -3.4028234664e38f;
-
 // tanh to a relative error of 2^-22, since a softcap multiplies it: near zero, where exp2 would leave 1 - (1 - x), the
 // odd polynomial with the least relative error up to 0.55.
 DEVICE float tanh(float x) {

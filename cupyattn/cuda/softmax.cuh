@@ -76,7 +76,9 @@ DEVICE Finish finish_row(float row_max, float row_sum, float sink) {
     const float shrink = ptx::exp2(row_max - origin);
     const float total = row_sum * shrink + ptx::exp2(sink - origin);
     if (total == 0.f) return {0.f, -ptx::infinity()};
-    return {shrink / total, (origin + ptx::log2(total)) * kLn2};
+    // The lowest number stands for all that are lower as exponents of two, see scores.cuh.
+    const float lse = highest == kLowest ? kLowest : (origin + ptx::log2(total)) * kLn2;
+    return {shrink / total, lse};
 }
 
 // Rows that belong to no sequence, of some heads: out = 0, lse = -inf.  The whole block takes every `step`-th row.

@@ -239,3 +239,14 @@ def test_lengths_that_lie_stay_inside_the_arrays(rng):
     arrays["cu_seqlens_q"][:] = [-5, 4, 2**31 - 1]
     arrays["cu_seqlens_k"][:] = [3, 1, 1000]
     Call(arrays, options, "flash").run()
+
+
+@pytest.mark.parametrize("kernel", ["flash", "splitkv"])
+def test_a_row_whose_keys_all_have_the_lowest_bias_is_their_mean(rng, kernel):
+    # the way transformers writes masks: it hides a key beside others, and nothing by itself
+    arrays = operands(rng, "float16", seqlens=(5, 70))
+    arrays["bias"] = np.zeros((5, 70), np.float32)
+    arrays["bias"][3] = np.finfo(np.float32).min
+    arrays["bias"][4, 10:] = np.finfo(np.float32).min
+    out = check(arrays, options_of(), kernel).out
+    np.testing.assert_allclose(out[0, 3, 0], arrays["v"][0, :, 0].astype(np.float64).mean(axis=0), atol=1e-3)
