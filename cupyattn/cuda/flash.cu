@@ -96,22 +96,22 @@ struct FlashBlock {
                                               start_of<const Element>(params.at.q, params.q, head, sequence.first_row + first_row),
                                               params.q.row);
     }
-    DEVICE_METHOD void load_keys(int block) {
+    DEVICE_METHOD void load_keys(int block, int turn) {
         const int first_key = block * kBlockK;
-        load_rows<kThreads, Traits::kAligned>(stage(key_tile, block), ptx::thread(),
+        load_rows<kThreads, Traits::kAligned>(stage(key_tile, turn), ptx::thread(),
                                               sequence.band.seqlen_k - first_key, params.head_dim,
                                               keys + first_key * params.k.row, params.k.row);
     }
-    DEVICE_METHOD void load_values(int block) {
+    DEVICE_METHOD void load_values(int block, int turn) {
         const int first_key = block * kBlockK;
-        load_rows<kThreads, Traits::kAligned>(stage(value_tile, block), ptx::thread(),
+        load_rows<kThreads, Traits::kAligned>(stage(value_tile, turn), ptx::thread(),
                                               sequence.band.seqlen_k - first_key, params.head_dim_v,
                                               values + first_key * params.v.row, params.v.row);
     }
-    // A block's own tile among the stages.
+    // A block's own tile among the stages, which take turns.
     template <typename Tile>
-    DEVICE_METHOD static Tile stage(const Tile& tile, int block) {
-        return {tile.base + (Traits::kNumStages == 2 && block % 2 ? kStageBytes : 0)};
+    DEVICE_METHOD static Tile stage(const Tile& tile, int turn) {
+        return {tile.base + (Traits::kNumStages == 2 && turn % 2 ? kStageBytes : 0)};
     }
 
     // ---- The algorithm ----
@@ -123,43 +123,65 @@ struct FlashBlock {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) out[m].clear(), softmax[m].clear();
         if (touched.empty()) return;
-        const int first = touched.start / kBlockK, stop = ceil_div(touched.stop, kBlockK);
+        const int stop = ceil_div(touched.stop, kBlockK), first = next_visible(touched.start / kBlockK, stop);
+        if (first >= stop) return;
 
-        load_keys(first);
+        load_keys(first, 0);
         ptx::commit_copies();
         if constexpr (Traits::kNumStages == 2) {
-            load_values(first);
+            load_values(first, 0);
             ptx::commit_copies();
         }
         if constexpr (Traits::kQueriesInRegisters) keep_queries();
+        int turn = 0;
 #pragma unroll 1
-        for (int block = first; block < stop; ++block) {
+        for (int block = first, next; block < stop; block = next, ++turn) {
+            next = next_visible(block + 1, stop);
             if constexpr (Traits::kNumStages == 1) {
                 ptx::wait_copies<0>();
                 ptx::barrier();  // the keys are here, and everybody is done with the values before them
-                load_values(block);
+                load_values(block, turn);
                 ptx::commit_copies();
             } else {
                 ptx::wait_copies<1>();
                 ptx::barrier();  // the keys are here, and everybody is done with the block before
-                if (block + 1 < stop) load_keys(block + 1);
+                if (next < stop) load_keys(next, turn + 1);
                 ptx::commit_copies();
-                if (block + 1 < stop) load_values(block + 1);
+                if (next < stop) load_values(next, turn + 1);
                 ptx::commit_copies();
             }
             const bool inside = whole.start <= block * kBlockK && (block + 1) * kBlockK <= whole.stop;
             if (!kCare && inside)
-                absorb<false>(block, block + 1 < stop);
+                absorb<false>(block, next, stop, turn);
             else
-                absorb<true>(block, block + 1 < stop);
+                absorb<true>(block, next, stop, turn);
         }
+    }
+
+    // The first block from `block` on that a boolean mask does not hide from all rows; others are not even loaded.
+    DEVICE_METHOD int next_visible(int block, int stop) const {
+        if constexpr (bool(Traits::kEdits & kMaskArray))
+            while (block < stop && !ptx::barrier_any(mask_shows(block))) ++block;
+        return block;
+    }
+    // Whether this thread's share of a block's mask has a key that is seen.
+    DEVICE_METHOD bool mask_shows(int block) const {
+        const int num_keys = smaller(kBlockK, sequence.band.seqlen_k - block * kBlockK);
+        for (int i = ptx::thread(); i < Traits::kBlockQ * kBlockK; i += kThreads) {
+            const int row = i / kBlockK, key = i % kBlockK;
+            if (row >= num_rows() || key >= num_keys) continue;
+            const int64 index = row_of(params.mask, sequence.index, head, first_row + row) +
+                                (block * kBlockK + key) * params.mask.key;
+            if (ptx::load_global(params.at.mask + index)) return true;
+        }
+        return false;
     }
 
     // One block of keys.
     template <bool kBand>
-    DEVICE_METHOD void absorb(int block, bool more) {
+    DEVICE_METHOD void absorb(int block, int next, int stop, int turn) {
         Accumulator<kBlockK> scores[kRowTiles];
-        multiply_queries_by_keys(scores, stage(key_tile, block));
+        multiply_queries_by_keys(scores, stage(key_tile, turn));
         const float scale_log2 = scale_log2_of<Traits::kEdits>(params);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
@@ -168,7 +190,7 @@ struct FlashBlock {
         if constexpr (Traits::kNumStages == 1) {
             ptx::wait_copies<0>();
             ptx::barrier();  // the values are here, and everybody is done with the keys
-            if (more) load_keys(block + 1);
+            if (next < stop) load_keys(next, turn + 1);
             ptx::commit_copies();
         }
         Fragment<Element, kBlockK> weights[kRowTiles];
@@ -190,7 +212,7 @@ struct FlashBlock {
             ptx::wait_copies<2>();
             ptx::barrier();  // the values are here; the next block's keys and values may be under way
         }
-        const auto tile = stage(value_tile, block);
+        const auto tile = stage(value_tile, turn);
         if constexpr (kCare) {
             take_strays<kThreads, Element>(tile, ptx::thread(), counting);
             ptx::barrier();

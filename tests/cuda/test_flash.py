@@ -250,3 +250,15 @@ def test_a_row_whose_keys_all_have_the_lowest_bias_is_their_mean(rng, kernel):
     arrays["bias"][4, 10:] = np.finfo(np.float32).min
     out = check(arrays, options_of(), kernel).out
     np.testing.assert_allclose(out[0, 3, 0], arrays["v"][0, :, 0].astype(np.float64).mean(axis=0), atol=1e-3)
+
+
+@pytest.mark.parametrize("tile", [Tile(64, 64, 4, 1), Tile(64, 64, 4, 2)], ids=["one stage", "two stages"])
+def test_blocks_that_a_boolean_mask_hides_are_not_loaded(rng, tile):
+    arrays = operands(rng, "float16", "bhsd", seqlens=(70, 320))
+    arrays["mask"] = np.ones((70, 320), bool)
+    arrays["mask"][:, 64:128] = arrays["mask"][:, 192:256] = False
+    launch = Call(arrays, options_of(layout="bhsd"), "flash", tile=tile)
+    given = [(x, writable) for x, writable in launch.buffers if x is not arrays["k"] and x is not arrays["v"]]
+    seen = [arrays[name][:, :, span] for name in "kv" for span in (slice(0, 64), slice(128, 192), slice(256, 320))]
+    launch.buffers = given + [(x, False) for x in seen]  # any other access is an error
+    launch.run()
