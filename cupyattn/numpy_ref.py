@@ -288,20 +288,29 @@ def flash(tile: Tile, head_dim_v: int) -> State:
     rows = tile.q.shape[:-1]
     softmax = OnlineSoftmax(rows, tile.q.dtype, tile.sinks, tile.bounded)
     out = tile.scratch.array("out", (*rows, head_dim_v), tile.q.dtype)
-    out.fill(0.0)
+    started = False
     for block in tile.blocks():
         scores = tile.scores(block)
         unseen = np.isneginf(scores) if tile.suspicious else None
         shrink = softmax.fold(scores, block.rows)
+        if block.keep is not None:
+            tile.per_head(scores)[...] *= block.keep
+        if not started and unseen is None and scores.shape[:-1] == rows:
+            np.matmul(scores, block.v, out=out)
+            started = True
+            continue
+        if not started:
+            out.fill(0.0)
+            started = True
         part = out[..., block.rows, :]
         if shrink is not None:
             part *= shrink[..., None]
-        if block.keep is not None:
-            tile.per_head(scores)[...] *= block.keep
         if unseen is None:
             part += tile.matmul("product", scores, block.v)
         else:
             part += weighted_sum(scores, block.v, unseen)
+    if not started:
+        out.fill(0.0)
     return softmax.finish(out)
 
 

@@ -98,7 +98,7 @@ class Plan:
 # The CPU
 # ---------------------------------------------------------------------------------------------------
 
-BLOCK_Q, BLOCK_K = 1024, 512
+BLOCK_Q, BLOCK_K = 1024, 384
 """Rows and keys of a block of scores, the best of those tried: taller blocks make better matrix products and
 wider ones fewer steps of Python, until they leave a core's second-level cache too far behind."""
 SCORES_SIDE_BY_SIDE = 2**18

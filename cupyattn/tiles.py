@@ -356,21 +356,27 @@ class Part:
                 self._facts[known] = all(np.isfinite(part.sum()) for part in self.stretches(source, where, scratch))
         return bool(self._facts[known])
 
-    def largest_norm(self, where: TileIndex, scratch: Scratch) -> Array:
-        """For each row of a tile, the largest norm of the keys it sees: (batch, pairs, 1 or rows).
+    def largest_square(self, where: TileIndex, scratch: Scratch) -> Array:
+        """For each row of a tile, the largest squared norm of the keys it sees: (batch, pairs, 1 or rows).
 
         Of no other keys: what is hidden must not decide how something is computed.
         """
         known = ("norms", where.batches.start, where.pairs.start)
         if known not in self._facts:
             parts = [np.einsum("...d,...d->...", k, k) for k in self.stretches(self.k, where, scratch)]
-            norms = np.sqrt(np.concatenate([np.zeros_like(parts[0][..., :1]), *parts], axis=-1))
-            self._facts[known] = np.maximum.accumulate(norms, axis=-1)
+            squares = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+            if self.problem.mask.right is None:
+                squares = np.maximum.reduce(squares, axis=-1, keepdims=True)
+            else:
+                np.maximum.accumulate(squares, axis=-1, out=squares)
+            self._facts[known] = squares
         largest: Array = self._facts[known]
         right = self.problem.mask.right
         if right is None:
-            return largest[..., -1:]
-        return largest[..., np.clip(self.diagonal(where.rows) + right + 1, 0, self.seqlen_k)]
+            return largest
+        # Rows that see no key have no scores to be bounded: any number will do for them.
+        last = self.diagonal(where.rows) + right
+        return np.take(largest, last, axis=-1, mode="clip")
 
     def bounded_rows(self, where: TileIndex, q: Array, heads: int, scratch: Scratch) -> Array | None:
         """The rows none of whose scores can be large, by Cauchy-Schwarz; None where that is not worth knowing."""
@@ -379,9 +385,9 @@ class Part:
         worth = self.seqlen_q * sizes.queries_per_pair >= ROWS_WORTH_A_BOUND and self.seqlen_k > 0
         if edited or self.problem.mask.left is not None or not worth:
             return None
-        row_norm = np.sqrt(np.einsum("...d,...d->...", q, q)).reshape(*q.shape[:-2], heads, len(where.rows))
-        largest = self.largest_norm(where, scratch)[..., None, :]
-        bounded = row_norm * largest <= SCORE_LIMIT[self.compute_dtype]
+        row_square = np.einsum("...d,...d->...", q, q).reshape(*q.shape[:-2], heads, len(where.rows))
+        largest = self.largest_square(where, scratch)[..., None, :]
+        bounded = row_square * largest <= SCORE_LIMIT[self.compute_dtype] ** 2
         return np.asarray(bounded.reshape(q.shape[:-1]))
 
     def blocks(self, where: TileIndex, pairs: int, heads: int, scratch: Scratch) -> Iterator[KeyBlock]:
