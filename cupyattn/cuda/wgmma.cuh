@@ -97,6 +97,11 @@ WGMMA(224, 112, 113, 114, 115, 116, 117, 118)
 WGMMA(240, 120, 121, 122, 123, 124, 125, 126)
 WGMMA(256, 128, 129, 130, 131, 132, 133, 134)
 
+#undef WGMMA
+#undef FROM_REGISTERS
+#undef FROM_SHARED
+#undef INSTRUCTION
+#undef BLOCK
 // clang-format on
 
 }  // namespace cupyattn::ptx

@@ -883,7 +883,7 @@ def test_sums_are_rounded_down(rng):
     found = numbers(x, y)[0].view(np.float32)
     exact = x.astype(np.longdouble) + y
     assert (found <= exact).all()
-    assert (np.nextafter(np.delete(found, 1), np.float32(np.inf)) > np.delete(exact, 1)).all()
+    assert (np.nextafter(found[2:], np.float32(np.inf)) > exact[2:]).all()
     assert found[0] == np.nextafter(np.float32(12582912), np.float32(0))
     assert found[1] == np.finfo(np.float32).max
     assert np.signbit(found[2])
