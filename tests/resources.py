@@ -4,7 +4,9 @@ python tests/resources.py             # compile everything, minutes, and say wha
 python tests/resources.py --update    # and write the table anew
 """
 
+import importlib.util
 import json
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +36,15 @@ def measure(specialisation, target):
 def worse(found, known):
     """Whether a kernel takes more registers than it did, or spills more."""
     return found[0] > known[0] or found[1] > known[1]
+
+
+def disassembler():
+    """nvdisasm, on the path or as the package nvidia-cuda-nvdisasm; None if neither is there."""
+    found = shutil.which("nvdisasm")
+    package = importlib.util.find_spec("nvidia")
+    places = package.submodule_search_locations if package and package.submodule_search_locations else []
+    others = [path for place in places for path in Path(place).glob("*/bin/nvdisasm")]
+    return found or (str(others[0]) if others else None)
 
 
 def main(update):

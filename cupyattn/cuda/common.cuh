@@ -13,12 +13,15 @@ using uint64 = unsigned long long;
 #define DEVICE_METHOD __device__ __forceinline__
 #define DEVICE_APART static __device__ __noinline__  // registers and machine code of its own
 
-// 16-bit numbers travel as bits; these name what the bits mean.
+// Numbers of 16 and 8 bits travel as bits; these name what the bits mean.
 struct Half {
     uint16 bits;
 };
 struct BFloat16 {
     uint16 bits;
+};
+struct Float8 {  // e4m3: no infinities, 448 is the largest
+    uint8 bits;
 };
 
 constexpr float kLog2e = 1.4426950408889634f;

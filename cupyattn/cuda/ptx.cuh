@@ -1,4 +1,4 @@
-// Every instruction and every access to memory, one function each; the only file with asm.
+// Every instruction and every access to memory, one function each; asm is here and in ptx90.cuh, nowhere else.
 //
 // Kernels touch shared memory by its 32-bit shared address and global memory through load_global and
 // store_global, nothing else: tests/emulator/ptx.cuh has the same names for the host, and checks each access.

@@ -3,29 +3,17 @@
 A sample here; `python tests/resources.py` looks at all of them.
 """
 
-import importlib.util
 import re
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
-from resources import TARGETS, committed, measure, name_of, worse
+from resources import TARGETS, committed, disassembler, measure, name_of, worse
 
 from cupyattn.cuda import catalogue, compiler, source
 from cupyattn.problem import NAMED_DEVICES
 
 FLASH_64, SPLIT_64 = 0, 1
 SAMPLE = [(target, index) for target in TARGETS for index in (FLASH_64, SPLIT_64)]
-
-
-def disassembler():
-    """nvdisasm, on the path or as the package nvidia-cuda-nvdisasm; None if neither is there."""
-    found = shutil.which("nvdisasm")
-    package = importlib.util.find_spec("nvidia")
-    places = package.submodule_search_locations if package and package.submodule_search_locations else []
-    others = [path for place in places for path in Path(place).glob("*/bin/nvdisasm")]
-    return found or (str(others[0]) if others else None)
 
 
 @pytest.mark.parametrize("target", TARGETS)

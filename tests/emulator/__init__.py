@@ -1,7 +1,8 @@
 """The CUDA kernels of `cupyattn/cuda` on the CPU: compiled by g++, every CUDA thread a coroutine.
 
-`ptx.cuh` here takes the place of the file of that name there, where every instruction and every access to memory is a
-function. So each access is checked, and copies, blocks and threads come in an order that the caller chooses.
+`ptx.cuh` and `ptx90.cuh` here take the place of the files of these names there, where every instruction and every
+access to memory is a function. So each access is checked, and copies, blocks and threads come in an order that the
+caller chooses.
 
     kernel = build("flash.cu", "cupyattn::flash_forward<cupyattn::FlashTraits<...>>")
     kernel.launch(record, grid=(3, 2, 1), threads=128, shared_memory=49152,
@@ -9,6 +10,7 @@ function. So each access is checked, and copies, blocks and threads come in an o
 
 `record` is the kernel's parameter struct, as bytes or as a NumPy record, with addresses of host arrays as pointers;
 `buffers` are the arrays it may touch, and whether it may write them. Whatever is wrong raises `EmulatorError`.
+`encode_map` makes the record's TensorMaps.
 """
 
 import ctypes
@@ -22,6 +24,8 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from contextlib import suppress
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +33,16 @@ import pytest
 
 HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "cupyattn" / "cuda"
-FLAGS = ("-O2", "-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-fPIC", "-shared", "-fvisibility=hidden")
+FLAGS = ("-O2", "-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-fPIC", "-shared", "-fvisibility=hidden")
 FLAGS += ("-ffp-contract=off",)  # so that sums do not depend on what the machine can fuse
+with suppress(OSError):
+    if " avx2 " in Path("/proc/cpuinfo").read_text():
+        FLAGS += ("-mavx2",)  # for the products of warpgroups
 SCHEDULES = (0, 1, 2)
 MAX_SHARED_MEMORY = 232448
+
+
+_MAP_MARK = 0x50414D54  # `Map::kMark` of boxes.h
 
 
 class EmulatorError(Exception):
@@ -88,11 +98,11 @@ class Kernel:
     def launch(self, record, grid, threads, shared_memory, buffers, schedule=0, seed=0, check_races=True):
         """Runs all blocks, one after another.
 
-        schedule 0: copies happen when issued; threads and blocks run in order.
-        schedule 1: copies happen when waited for, and their destinations hold NaNs until then; threads run in random
-            order, and so do blocks. The copies' sources are read when the copies happen.
-        schedule 2: the same, but copies waited for together come in random order, and a warp runs as far as it can
-            before another does.
+        schedule 0: copies, boxes and products happen when issued; threads and blocks run in order.
+        schedule 1: they happen when waited for, and their destinations hold NaNs until then; threads run in random
+            order, and so do blocks. Sources are read when the copies happen.
+        schedule 2: the same, but copies waited for together come in random order, boxes one by one in random order when
+            no thread can run, and a warp runs as far as it can before another does.
         check_races: whether accesses must be in order. Without it a copy that nobody waited for shows as NaNs.
         """
         record = record if isinstance(record, bytes) else record.tobytes()
@@ -143,6 +153,39 @@ class _Request(ctypes.Structure):
         ("message", ctypes.c_void_p),
         ("message_bytes", ctypes.c_int64),
     )
+
+
+def encode_map(address, itemsize, dims, strides, box, swizzle):
+    """A TensorMap's 128 bytes, for the emulator's own ptx90.cuh; refuses what the driver refuses.
+
+    `dims` and `box` are five numbers of elements, fastest first, `strides` the bytes of a step along each but the
+    first; `swizzle` is the bytes of a tile's row, 32, 64 or 128, or 0 for none.
+    """
+    if itemsize not in (1, 2, 4, 8):
+        raise ValueError(f"itemsize must be 1, 2, 4 or 8; found {itemsize}")
+    if address % 16:
+        raise ValueError(f"address must be a multiple of 16; found {address:#x}")
+    if len(dims) != 5 or not all(1 <= dim <= 2**32 for dim in dims):
+        raise ValueError(f"dims must be five numbers from 1 to 2**32; found {dims}")
+    if len(strides) != 4 or not all(stride % 16 == 0 and 0 <= stride < 2**40 for stride in strides):
+        raise ValueError(f"strides must be four multiples of 16 below 2**40; found {strides}")
+    if len(box) != 5 or not all(1 <= size <= 256 for size in box):
+        raise ValueError(f"box must be five numbers from 1 to 256; found {box}")
+    if swizzle not in (0, 32, 64, 128):
+        raise ValueError(f"swizzle must be 0, 32, 64 or 128; found {swizzle}")
+    row = box[0] * itemsize
+    if row % 16 or (swizzle and row > swizzle):
+        limit = f" up to {swizzle}, the swizzle" if swizzle else ""
+        raise ValueError(f"the box's first row must have a multiple of 16 bytes{limit}; found {row}")
+    if prod(box) * itemsize > MAX_SHARED_MEMORY:
+        raise ValueError(f"a box must fit into {MAX_SHARED_MEMORY} bytes; found {box} of {itemsize} bytes")
+    words = np.zeros(16, np.uint64)
+    words[0] = address
+    words[1] = _MAP_MARK << 32 | swizzle << 8 | itemsize
+    words[2:7] = dims
+    words[7:11] = strides
+    words[11] = sum((size - 1) << 8 * axis for axis, size in enumerate(box))
+    return words.tobytes()
 
 
 def _buffer_table(buffers):

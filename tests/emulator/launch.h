@@ -1,7 +1,7 @@
 // What the library offers to Python: one launch of the kernel it was built for.
 #pragma once
 
-#include "memory.h"
+#include "products.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -80,7 +80,11 @@ inline int launch(const LaunchRequest& request, void (*kernel)()) {
         machine.block.number = index + 1;
         std::memset(memory.shared, 0xAA, memory.shared_bytes);
         if (machine.check_races) memory.words.assign(memory.shared_bytes / 4, Word{});
+        memory.readings.assign(1, {});
+        memory.free_readings = 0;
+        begin_beside();
         run_block();
+        end_beside();
     }
     munmap(stacks, stack_bytes);
     return machine.failed;

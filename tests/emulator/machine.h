@@ -14,11 +14,16 @@
 #include <vector>
 
 #include "fiber.h"
+#include "order.h"
 
 namespace emulator {
 
-constexpr int kLanes = 32;
 constexpr int kMaxThreads = 1024;
+constexpr int kMaxGroups = 8;
+constexpr int kGroupWarps = 4;
+constexpr int kGroupThreads = kGroupWarps * kLanes;
+constexpr int kNamedBarriers = 16;
+constexpr int kRegisterFile = 65536;
 // Touched pages only are paid for. No power of two, or the tops of all stacks would share the same cache lines.
 constexpr std::size_t kStackBytes = (256 << 10) + 576;
 
@@ -34,7 +39,7 @@ struct Site {
     }
 };
 
-// What the lanes of a warp do together.
+// What the lanes of a warp do together, and what a thread waits for alone.
 enum class Verb : std::uint8_t {
     kBarrier,
     kWarpBarrier,
@@ -45,10 +50,22 @@ enum class Verb : std::uint8_t {
     kLoadMatrices,
     kLoadMatricesTransposed,
     kMultiplyAdd,
+    kStoreMatrices,
+    kNamedBarrier,
+    kNamedBarrierArrive,
+    kWarpgroup,
+    kMoreRegisters,
+    kFewerRegisters,
+    kWgmmaFence,
+    kWgmma,
+    kWgmmaCommit,
+    kWgmmaWait,
+    kMbarrierWait,
 };
 constexpr const char* kVerbNames[] = {
     "barrier", "warp_barrier", "shuffle_xor", "shuffle", "any", "all", "load_matrices", "load_matrices_transposed",
-    "multiply_add",
+    "multiply_add", "store_matrices", "named_barrier", "named_barrier_arrive", "warpgroup", "more_registers",
+    "fewer_registers", "wgmma_fence", "wgmma", "wgmma_commit", "wgmma_wait", "mbarrier_wait",
 };
 
 // A copy from global to shared memory that may still be under way.
@@ -63,6 +80,7 @@ struct Operands {
     std::uint32_t* to;
     const std::uint32_t* a;
     float* c;
+    std::uint64_t left, right;  // descriptors
 };
 
 struct Warp {
@@ -71,20 +89,34 @@ struct Warp {
     std::uint32_t arrived;  // lanes that wait, all for the same `verb` at the same `site`
     Verb verb;
     Site site;
-    std::uint32_t interval;  // between two warp barriers; unique in the block
+    int number;  // of the barrier, or whatever else all lanes have to agree on
     Operands lanes[kLanes];
 };
 
-// When a thread did something, as far as others can tell.
-struct Moment {
-    std::uint32_t epoch;     // of the block, between two of its barriers; 0: never
-    std::uint32_t interval;  // of the warp, between two of its own or the block's
-    std::uint16_t thread;
+// Four warps, where they do something together.
+struct Group {
+    int warps_arrived;
+    int registers;  // of each thread
+};
+
+struct NamedBarrier {
+    int expected, arrived;  // threads
+    std::uint32_t waiting_warps;
+    Gathering gathering;
 };
 
 struct Fence {
     Moment moment;
     std::uint32_t time;  // 0: none
+    Known known;         // to its thread
+};
+
+// A wait of one thread, not of its warp.
+struct Wait {
+    Verb verb;
+    Site site;
+    std::uint32_t address;
+    int parity;
 };
 
 struct Thread {
@@ -92,6 +124,10 @@ struct Thread {
     int index;
     Warp* warp;
     bool exited;
+    bool waits_alone;
+    Wait wait;    // if so
+    Known known;  // of everybody; of itself it knows everything
+    std::vector<std::uint32_t> async_fences;  // stamps of its fences between its stores and others' boxes and products
     std::vector<Copy> copies;           // under way, oldest first
     std::vector<std::uint32_t> groups;  // copies in each committed group, oldest first; the rest is not committed
     Fence fence;                        // its last that no atomic has released yet
@@ -107,25 +143,36 @@ struct Block {
     int num_warps, warps_at_barrier, threads_left;
     std::uint32_t ready_warps;  // those with a ready lane
     std::uint32_t epoch;        // between two block barriers; from 1
-    std::uint32_t intervals;    // given out to warps
     struct {
         std::uint32_t epoch;
         bool any;
     } votes[2];  // of barrier_any, this epoch's and the one before
 };
 
+// What works beside the threads; `what` is a format of the number.
+struct Agent {
+    const char* what;
+    std::uint32_t number;
+};
+
 struct Machine {
     Thread threads[kMaxThreads];
     Warp warps[kMaxThreads / kLanes];
+    Group groups[kMaxGroups];
+    NamedBarrier named_barriers[kNamedBarriers];
     Block block;
     Fiber scheduler;
     char* stacks;
     void (*kernel)();
     int grid_x, grid_y, grid_z, num_threads;
+    int num_agents;             // threads and others, these if there are any
+    std::vector<Agent> agents;  // the others
     int schedule;
     bool check_races;
     std::uint64_t random;
-    std::uint32_t time;  // counts stores to global memory and fences
+    std::uint32_t time;   // counts stores to global memory and fences
+    std::uint32_t stamp;  // counts whenever somebody lets others know what it did
+    bool (*idle)();       // does one thing that works beside the threads; false if there is none
     bool failed;
     char* message;
     std::size_t message_bytes;
@@ -193,7 +240,8 @@ inline void wake(Warp& warp, std::uint32_t lanes) {
 // Schedule 0 takes threads in order, 1 any warp, and 2 lets one warp run as far as it can before another is drawn.
 inline Thread* next_thread() {
     Block& block = machine.block;
-    if (!block.ready_warps) return nullptr;
+    while (!block.ready_warps)
+        if (!machine.idle()) return nullptr;
     int index = __builtin_ctz(block.ready_warps);
     if (machine.schedule) {
         const bool may_stay = now && now->warp->ready;
@@ -228,16 +276,20 @@ inline void thread_main() {
 // ---- Waiting for each other -------------------------------------------------------------------------
 
 // The running lane joins its warp at `verb`; true if it is the last.
-inline bool arrive(Verb verb, Site site) {
+inline bool arrive(Verb verb, Site site, int number = 0) {
     Warp& warp = *now->warp;
     if (!warp.arrived) {
         warp.verb = verb;
         warp.site = site;
+        warp.number = number;
     } else if (warp.verb != verb || !(warp.site == site)) {
         const int first = warp.index * kLanes + __builtin_ctz(warp.arrived);
         fail(site, "the warp diverges: %s here, while thread %d waits in %s at %s:%d",
              kVerbNames[static_cast<int>(verb)], first, kVerbNames[static_cast<int>(warp.verb)], warp.site.file,
              warp.site.line);
+    } else if (warp.number != number) {
+        fail(site, "%s: %d here, while another thread of the warp says %d", kVerbNames[static_cast<int>(verb)], number,
+             warp.number);
     }
     warp.arrived |= now->bit();
     return warp.arrived == ~0u;
@@ -253,8 +305,25 @@ inline void together(Verb verb, Site site, Perform perform) {
     wake(warp, ~now->bit());
 }
 
+// What the running threads know and did, each of the others knows from now on.
+inline void meet(int first, int count) {
+    Gathering all;
+    all.start(machine.num_agents);
+    Thread* threads = machine.threads + first;
+    for (int index = 0; index < count; ++index) all.add(threads[index].known);
+    for (int index = 0; index < count; ++index) all.add(first + index, machine.stamp);
+    ++machine.stamp;
+    const Known known = all.freeze();
+    for (int index = 0; index < count; ++index) threads[index].known = known;
+}
+
 inline void warp_barrier(Site site) {
-    together(Verb::kWarpBarrier, site, [](Warp& warp) { warp.interval = ++machine.block.intervals; });
+    together(Verb::kWarpBarrier, site, [](Warp& warp) { meet(warp.index * kLanes, kLanes); });
+}
+
+inline void release_warp(Warp& warp) {
+    warp.arrived = 0;
+    wake(warp, ~0u);
 }
 
 inline void block_barrier(Site site) {
@@ -263,12 +332,8 @@ inline void block_barrier(Site site) {
     if (++block.warps_at_barrier < block.num_warps) return suspend();
     block.warps_at_barrier = 0;
     ++block.epoch;
-    for (int index = 0; index < block.num_warps; ++index) {
-        Warp& warp = machine.warps[index];
-        warp.interval = ++block.intervals;
-        warp.arrived = 0;
-        wake(warp, ~0u);
-    }
+    meet(0, machine.num_threads);
+    for (int index = 0; index < block.num_warps; ++index) release_warp(machine.warps[index]);
     suspend();  // the last to come is not always the first to go
 }
 
@@ -280,20 +345,125 @@ inline bool block_barrier_any(bool condition, Site site) {
     return vote.any;
 }
 
+// `waits`: for the others, else the warp goes on at once.
+inline void named_barrier(int id, int threads, bool waits, Site site) {
+    const Verb verb = waits ? Verb::kNamedBarrier : Verb::kNamedBarrierArrive;
+    const char* name = kVerbNames[static_cast<int>(verb)];
+    if (id < 1 || id >= kNamedBarriers) fail(site, "%s: %d is no number from 1 to 15", name, id);
+    if (threads % kLanes || threads < kLanes || threads > machine.num_threads)
+        fail(site, "%s: %d threads are no warps of this block", name, threads);
+    if (!arrive(verb, site, id)) return suspend();
+    Warp& warp = *now->warp;
+    NamedBarrier& barrier = machine.named_barriers[id];
+    if (!barrier.arrived) {
+        barrier.expected = threads;
+        barrier.waiting_warps = 0;
+        barrier.gathering.start(machine.num_agents);
+    }
+    if (barrier.expected != threads)
+        fail(site, "%s: %d threads at barrier %d, of which others say %d", name, threads, id, barrier.expected);
+    if (barrier.waiting_warps >> warp.index & 1) fail(site, "%s: the warp waits at barrier %d already", name, id);
+    barrier.arrived += kLanes;
+    for (int lane = 0; lane < kLanes; ++lane) {
+        const int index = warp.index * kLanes + lane;
+        barrier.gathering.add(machine.threads[index].known);
+        barrier.gathering.add(index, machine.stamp);
+    }
+    ++machine.stamp;
+    if (waits) barrier.waiting_warps |= 1u << warp.index;
+    const bool complete = barrier.arrived == barrier.expected;
+    if (complete) {
+        const Known known = barrier.gathering.freeze();
+        barrier.arrived = 0;
+        for (int index = 0; index < machine.block.num_warps; ++index) {
+            if (!(barrier.waiting_warps >> index & 1)) continue;
+            for (int lane = 0; lane < kLanes; ++lane) machine.threads[index * kLanes + lane].known = known;
+            release_warp(machine.warps[index]);
+        }
+    }
+    if (!waits) release_warp(warp);
+    suspend();
+}
+
+// All lanes of the four warps of a warpgroup together; `perform` runs once, when all have come.
+template <typename Perform>
+inline void group_together(Verb verb, Site site, int number, Perform perform) {
+    const int index = now->index / kGroupThreads;
+    const char* name = kVerbNames[static_cast<int>(verb)];
+    if ((index + 1) * kGroupThreads > machine.num_threads)
+        fail(site, "%s: the warpgroup of thread %d has fewer than four warps", name, now->index);
+    if (!arrive(verb, site, number)) return suspend();
+    Group& group = machine.groups[index];
+    Warp* warps = machine.warps + index * kGroupWarps;
+    for (const Warp* other = warps; other < warps + kGroupWarps; ++other) {
+        if (other->arrived != ~0u || other == now->warp || other->verb < Verb::kMoreRegisters) continue;
+        if (other->verb != verb || !(other->site == site) || other->number != number)
+            fail(site, "the warpgroup diverges: %s here, while warp %d waits in %s at %s:%d", name, other->index,
+                 kVerbNames[static_cast<int>(other->verb)], other->site.file, other->site.line);
+    }
+    if (++group.warps_arrived < kGroupWarps) return suspend();
+    group.warps_arrived = 0;
+    perform(index);
+    for (Warp* warp = warps; warp < warps + kGroupWarps; ++warp) release_warp(*warp);
+    suspend();
+}
+
 // ---- What came before what --------------------------------------------------------------------------
 
-inline Moment this_moment() {
-    return {machine.block.epoch, now->warp->interval, static_cast<std::uint16_t>(now->index)};
-}
-
-inline bool barrier_between(const Moment& earlier, const Moment& later) {
-    if (earlier.epoch < later.epoch) return true;
-    return earlier.thread / kLanes == later.thread / kLanes && earlier.interval < later.interval;
-}
-inline bool barrier_since(const Moment& moment) { return barrier_between(moment, this_moment()); }
+inline Moment this_moment() { return {machine.stamp, static_cast<std::uint16_t>(now->index)}; }
 
 // Whether what happened at a moment of this block is sure to have happened for the running thread.
-inline bool is_before_now(const Moment& moment) { return moment.thread == now->index || barrier_since(moment); }
+inline bool is_before_now(const Moment& moment) { return moment.agent == now->index || now->known->covers(moment); }
+
+// The running thread learns; threads of a warp usually learn the same one after another.
+inline void learn(Thread& thread, const Known& news) {
+    static Known before, told, after;
+    if (thread.known == news) return;
+    if (before != thread.known || told != news) {
+        Gathering both;
+        both.begin_common(thread.known);
+        both.add(news);
+        before = thread.known;
+        told = news;
+        after = both.freeze();
+    }
+    thread.known = after;
+}
+
+// What each of some threads knows.
+inline Known common_knowledge(int first, int count) {
+    const Known& known = machine.threads[first].known;
+    int same = 1;
+    while (same < count && machine.threads[first + same].known == known) ++same;
+    if (same == count) return known;
+    Gathering common;
+    common.begin_common(known);
+    for (int index = same; index < count; ++index) common.keep_common(machine.threads[first + index].known);
+    return common.freeze();
+}
+
+// An agent that is no thread: "what number".
+inline int new_agent(const char* what, std::uint32_t number) {
+    const int agent = machine.num_threads + static_cast<int>(machine.agents.size());
+    if (agent == machine.num_agents) {
+        report("more mbarriers, warpgroups and storing threads than the emulator is made for");
+        give_up();
+    }
+    machine.agents.push_back({what, number});
+    return agent;
+}
+
+struct AgentName {
+    char text[64];
+    explicit AgentName(int agent) {
+        if (agent < machine.num_threads) {
+            std::snprintf(text, sizeof text, "thread %d", agent);
+            return;
+        }
+        const Agent& other = machine.agents[agent - machine.num_threads];
+        std::snprintf(text, sizeof text, other.what, other.number);
+    }
+};
 
 // Of all threads when none can run: "threads 0-31 wait in barrier at flash.cu:7; threads 32-127 have exited".
 inline void report_deadlock() {
@@ -303,7 +473,9 @@ inline void report_deadlock() {
         const auto same_as_first = [first](int other) {
             const Thread &a = machine.threads[first], &b = machine.threads[other];
             if (a.exited || b.exited) return a.exited && b.exited;
-            return a.warp->verb == b.warp->verb && a.warp->site == b.warp->site;
+            if (a.waits_alone != b.waits_alone) return false;
+            if (a.waits_alone) return a.wait.address == b.wait.address && a.wait.site == b.wait.site;
+            return a.warp->verb == b.warp->verb && a.warp->site == b.warp->site && a.warp->number == b.warp->number;
         };
         int last = first;
         while (last + 1 < machine.num_threads && same_as_first(last + 1)) ++last;
@@ -312,12 +484,18 @@ inline void report_deadlock() {
         if (length + 1 < sizeof text) {
             char* end = text + length;
             const std::size_t room = sizeof text - length;
+            const Verb verb = thread.waits_alone ? thread.wait.verb : thread.warp->verb;
+            const Site site = thread.waits_alone ? thread.wait.site : thread.warp->site;
             if (thread.exited)
                 length += std::snprintf(end, room, "%sthreads %d-%d have exited", separator, first, last);
             else
                 length += std::snprintf(end, room, "%sthreads %d-%d wait in %s at %s:%d", separator, first, last,
-                                        kVerbNames[static_cast<int>(thread.warp->verb)], thread.warp->site.file,
-                                        thread.warp->site.line);
+                                        kVerbNames[static_cast<int>(verb)], site.file, site.line);
+            if (thread.waits_alone && length + 1 < sizeof text)
+                length += std::snprintf(text + length, sizeof text - length, " for parity %d of the mbarrier at 0x%x",
+                                        thread.wait.parity, thread.wait.address);
+            else if (!thread.exited && verb == Verb::kNamedBarrier && length + 1 < sizeof text)
+                length += std::snprintf(text + length, sizeof text - length, " for barrier %d", thread.warp->number);
         }
         first = last + 1;
     }
@@ -334,13 +512,19 @@ inline void run_block() {
     block.ready_warps = 0;
     block.epoch = 1;
     block.votes[0] = block.votes[1] = {};
-    block.intervals = 0;
+    machine.stamp = 1;
+    machine.agents.clear();
+    machine.num_agents = machine.num_threads + kUnits * kLanes;
+    Gathering nothing;
+    nothing.start(machine.num_agents);
+    const Known known = nothing.freeze();
+    for (Group& group : machine.groups) group = {0, kRegisterFile / machine.num_threads / 8 * 8};
+    for (NamedBarrier& barrier : machine.named_barriers) barrier.arrived = 0;
     for (int index = 0; index < block.num_warps; ++index) {
         Warp& warp = machine.warps[index];
         warp.index = index;
         warp.arrived = 0;
         warp.ready = 0;
-        warp.interval = ++block.intervals;
         wake(warp, ~0u);
     }
     for (int index = 0; index < machine.num_threads; ++index) {
@@ -348,6 +532,9 @@ inline void run_block() {
         thread.index = index;
         thread.warp = &machine.warps[index / kLanes];
         thread.exited = false;
+        thread.waits_alone = false;
+        thread.known = known;
+        thread.async_fences.clear();
         thread.copies.clear();
         thread.groups.clear();
         thread.fence = {};

@@ -1,7 +1,8 @@
 // Shared and global memory, and everything that can be wrong with an access.
 //
-// Two accesses of one block are in order if one thread made both, or a barrier of the block lies between them, or a
-// warp barrier of the warp that made both. Nothing else orders them: shuffles, votes and matrix instructions do not.
+// Two accesses of one block are in order if one thread made both, or barriers lie between them: of the block, of a warp,
+// named ones, or mbarriers, one after another if need be. Nothing else orders them: shuffles, votes and matrix
+// instructions do not. Boxes and products are agents of their own, and their accesses come before what waits for them.
 #pragma once
 
 #include <algorithm>
@@ -12,13 +13,27 @@ namespace emulator {
 
 constexpr std::uint32_t kSharedBase = 0x400;  // as on hardware, where the first KiB is the system's
 
+enum class State : std::uint8_t {
+    kPlain,
+    kCopy,      // the destination of a copy that the writer has not waited for
+    kBox,       // the destination of a box that is under way
+    kMbarrier,  // half of an mbarrier
+};
+
 // What is known of four bytes of shared memory.
 struct Word {
     Moment write;
-    std::uint32_t read_epoch, read_interval;
-    std::uint32_t reading_warps;  // in read_epoch
-    std::uint32_t reading_lanes;  // in read_interval
-    bool under_way;               // the writer has a copy to here that it has not waited for
+    State state;
+    bool stored;             // by a thread, not by a box
+    std::uint32_t readings;  // since then, a chain; 0: none
+};
+
+// Agents that read a word: some of 32 neighbours, all with the same stamp.
+struct Reading {
+    std::uint32_t unit;  // the first agent is 32 times this
+    std::uint32_t lanes;
+    std::uint32_t stamp;
+    std::uint32_t next;
 };
 
 // What is known of two bytes of global memory that the kernel may write.
@@ -39,6 +54,8 @@ struct Memory {
     std::uint8_t* shared;
     std::uint32_t shared_bytes;
     std::vector<Word> words;
+    std::vector<Reading> readings;  // the first is none
+    std::uint32_t free_readings;    // a chain
 
     const Buffer* buffers;
     int num_buffers;
@@ -61,56 +78,130 @@ inline std::uint8_t* shared_at(std::uint32_t address, std::uint32_t bytes, const
 
 // ---- Shared memory: order ---------------------------------------------------------------------------
 
-[[noreturn]] inline void fail_race(Site site, const char* verb, std::uint32_t address, const char* what, int who) {
-    fail(site, "%s: race on shared address 0x%x, which was %s %d with no barrier since", verb, address, what, who);
+[[noreturn]] inline void fail_race(Site site, const char* verb, std::uint32_t address, const char* what) {
+    fail(site, "%s: race on shared address 0x%x, which was %s with no barrier since", verb, address, what);
 }
-[[noreturn]] inline void fail_under_way(Site site, const char* verb, std::uint32_t address, int writer) {
+[[noreturn]] inline void fail_written(Site site, const char* verb, std::uint32_t address, int writer) {
+    char what[96];
+    std::snprintf(what, sizeof what, "written by %s", AgentName(writer).text);
+    fail_race(site, verb, address, what);
+}
+[[noreturn]] inline void fail_busy(Site site, const char* verb, std::uint32_t address, const Word& word) {
+    if (word.state == State::kMbarrier) fail(site, "%s: shared address 0x%x is part of an mbarrier", verb, address);
+    if (word.state == State::kBox)
+        fail(site, "%s: shared address 0x%x is the destination of a box that is under way", verb, address);
     fail(site, "%s: shared address 0x%x is the destination of a copy that thread %d has not waited for", verb, address,
-         writer);
+         word.write.agent);
 }
 
-enum class Reader { kThread, kWarp };  // the lanes of a warp that read for each other are one reader
+// Who accesses shared memory: some of 32 neighbouring agents, with what they all know.
+struct Party {
+    const Knowledge* known;
+    int self;  // the thread that needs no barrier after its own stores; -1: none
+    std::uint32_t unit, lanes;
+    bool is_async;  // sees what threads stored only after their fence_async_proxy
+};
+inline Party party_of(const Thread& thread) {
+    return {thread.known.get(), thread.index, static_cast<std::uint32_t>(thread.warp->index), thread.bit(), false};
+}
+inline Party this_thread() { return party_of(*now); }
+// The lanes of a warp that read for each other. `known` is what they all know.
+inline Party this_warp(const Known& known) {
+    return {known.get(), -1, static_cast<std::uint32_t>(now->warp->index), ~0u, false};
+}
+inline Party beside(int agent, const Known& known, int self) {
+    return {known.get(), self, static_cast<std::uint32_t>(agent / kLanes), 1u << agent % kLanes, true};
+}
 
-inline void note_read(std::uint32_t address, int bytes, Reader reader, const char* verb, Site site) {
+// Whether the thread that stored a word has fenced it since, before what the party knows of.
+inline bool is_fenced(const Word& word, const Party& party) {
+    const int writer = word.write.agent;
+    const std::vector<std::uint32_t>& fences = machine.threads[writer].async_fences;
+    const auto fence = std::lower_bound(fences.begin(), fences.end(), word.write.stamp);
+    return fence != fences.end() && (writer == party.self || party.known->last[writer] >= *fence);
+}
+
+// That the last write to a word came before what a party does with it.
+inline void check_written(const Word& word, const Party& party, const char* verb, std::uint32_t address, Site site) {
+    if (word.state != State::kPlain) fail_busy(site, verb, address, word);
+    if (word.write.agent != party.self && !party.known->covers(word.write))
+        fail_written(site, verb, address, word.write.agent);
+    if (party.is_async && word.stored && !is_fenced(word, party))
+        fail(site, "%s: thread %d stored to shared address 0x%x, with no fence_async_proxy and barrier since", verb,
+             word.write.agent, address);
+}
+
+inline void add_reading(Word& word, const Party& party) {
+    for (std::uint32_t index = word.readings; index; index = memory.readings[index].next) {
+        Reading& reading = memory.readings[index];
+        const bool is_later = (reading.lanes & ~party.lanes) == 0;  // of no other agents
+        if (reading.unit != party.unit || !(is_later || reading.stamp == machine.stamp)) continue;
+        reading.lanes |= party.lanes;
+        reading.stamp = machine.stamp;
+        return;
+    }
+    std::uint32_t index = memory.free_readings;
+    if (index) {
+        memory.free_readings = memory.readings[index].next;
+    } else {
+        index = memory.readings.size();
+        memory.readings.emplace_back();
+    }
+    memory.readings[index] = {party.unit, party.lanes, machine.stamp, word.readings};
+    word.readings = index;
+}
+
+inline void note_read(std::uint32_t address, int bytes, const Party& party, const char* verb, Site site) {
     if (!machine.check_races) return;
-    const Warp& warp = *now->warp;
-    const std::uint32_t lanes = reader == Reader::kWarp ? ~0u : now->bit();
     Word* word = &memory.words[(address - kSharedBase) / 4];
     for (; bytes > 0; bytes -= 4, address += 4, ++word) {
-        const int writer = word->write.thread;
-        if (word->under_way) fail_under_way(site, verb, address, writer);
-        if (!word->write.epoch) fail(site, "%s: nothing was ever written to shared address 0x%x", verb, address);
-        const bool is_own = reader == Reader::kThread && writer == now->index;
-        if (!is_own && !barrier_since(word->write)) fail_race(site, verb, address, "written by thread", writer);
-        if (word->read_epoch != machine.block.epoch) {
-            word->read_epoch = machine.block.epoch;
-            word->reading_warps = 0;
-        }
-        word->reading_warps |= 1u << warp.index;
-        if (word->read_interval != warp.interval) {
-            word->read_interval = warp.interval;
-            word->reading_lanes = 0;
-        }
-        word->reading_lanes |= lanes;
+        if (!word->write.stamp) fail(site, "%s: nothing was ever written to shared address 0x%x", verb, address);
+        check_written(*word, party, verb, address, site);
+        add_reading(*word, party);
     }
 }
 
-inline void note_write(std::uint32_t address, int bytes, bool under_way, const char* verb, Site site) {
+// That a reading came before what a party writes.
+inline void check_read(const Reading& reading, const Party& party, const char* verb, std::uint32_t address, Site site) {
+    const bool is_own = party.self >= 0 && reading.unit == static_cast<std::uint32_t>(party.self / kLanes);
+    if (party.known->least[reading.unit] >= reading.stamp) return;
+    for (std::uint32_t lanes = reading.lanes; lanes; lanes &= lanes - 1) {
+        const int agent = reading.unit * kLanes + __builtin_ctz(lanes);
+        if (agent == party.self || party.known->last[agent] >= reading.stamp) continue;
+        char what[96];
+        if (is_own || agent >= machine.num_threads)
+            std::snprintf(what, sizeof what, "read by %s", AgentName(agent).text);
+        else
+            std::snprintf(what, sizeof what, "read by warp %u", reading.unit);
+        fail_race(site, verb, address, what);
+    }
+}
+
+// `write` is who will have written, and when; for a thread that stores, this moment.
+inline void note_write(std::uint32_t address, int bytes, const Party& party, const Word& written, const char* verb,
+                       Site site) {
     if (!machine.check_races) return;
-    const Warp& warp = *now->warp;
     Word* word = &memory.words[(address - kSharedBase) / 4];
     for (; bytes > 0; bytes -= 4, address += 4, ++word) {
-        const int writer = word->write.thread;
-        if (word->under_way) fail_under_way(site, verb, address, writer);
-        if (!is_before_now(word->write)) fail_race(site, verb, address, "written by thread", writer);
-        if (word->read_epoch == machine.block.epoch) {
-            const std::uint32_t warps = word->reading_warps & ~(1u << warp.index);
-            if (warps) fail_race(site, verb, address, "read by warp", __builtin_ctz(warps));
-            const std::uint32_t lanes = word->read_interval == warp.interval ? word->reading_lanes & ~now->bit() : 0;
-            if (lanes) fail_race(site, verb, address, "read by thread", warp.index * kLanes + __builtin_ctz(lanes));
+        check_written(*word, party, verb, address, site);
+        if (word->readings) {
+            std::uint32_t last = 0;
+            for (std::uint32_t index = word->readings; index; index = memory.readings[index].next) {
+                check_read(memory.readings[index], party, verb, address, site);
+                last = index;
+            }
+            memory.readings[last].next = memory.free_readings;
+            memory.free_readings = word->readings;
         }
-        *word = {this_moment(), 0, 0, 0, 0, under_way};
+        *word = written;
     }
+}
+inline void note_store_of(int thread, std::uint32_t address, int bytes, const char* verb, Site site) {
+    const Moment moment = {machine.stamp, static_cast<std::uint16_t>(thread)};
+    note_write(address, bytes, party_of(machine.threads[thread]), {moment, State::kPlain, true, 0}, verb, site);
+}
+inline void note_store(std::uint32_t address, int bytes, const char* verb, Site site) {
+    note_store_of(now->index, address, bytes, verb, site);
 }
 
 // ---- Global memory: bounds --------------------------------------------------------------------------
@@ -144,10 +235,10 @@ inline bool holds(const Buffer& buffer, std::uint64_t address, std::uint64_t byt
 
 // Whether another block's thread let this store be seen, and the running thread has looked since.
 inline bool was_released(const Trace& trace) {
-    const auto looked = [](const Thread& thread) { return thread.atomic.epoch && is_before_now(thread.atomic); };
+    const auto looked = [](const Thread& thread) { return thread.atomic.stamp && is_before_now(thread.atomic); };
     const auto covers = [&trace](const Fence& fence) {
-        if (trace.write.thread == fence.moment.thread) return trace.time < fence.time;
-        return barrier_between(trace.write, fence.moment);
+        if (trace.write.agent == fence.moment.agent) return trace.time < fence.time;
+        return fence.known->covers(trace.write);
     };
     const std::vector<Fence>& fences = memory.released[trace.block];
     return std::any_of(machine.threads, machine.threads + machine.num_threads, looked) &&
@@ -162,7 +253,7 @@ inline void check_order(const Trace& trace, Access access, std::uint64_t offset,
     std::snprintf(what, sizeof what, "%s at offset %lld of buffer %d", verb, static_cast<long long>(offset), buffer);
     if (trace.atomic && is_plain) fail(site, "%s: an atomic wrote there, and the first-level cache may be stale", what);
     if (trace.block == machine.block.number)
-        fail(site, "%s: race: thread %d wrote there, with no barrier since", what, trace.write.thread);
+        fail(site, "%s: race: thread %d wrote there, with no barrier since", what, trace.write.agent);
     char other[64];
     const int index = trace.block - 1;
     std::snprintf(other, sizeof other, "block (%d, %d, %d)", index % machine.grid_x,
@@ -171,15 +262,11 @@ inline void check_order(const Trace& trace, Access access, std::uint64_t offset,
         fail(site, "%s: %s wrote there during this launch, and the first-level cache may be stale", what, other);
     if (!trace.atomic && access != Access::kAtomic && !was_released(trace))
         fail(site, "%s: thread %d of %s wrote there, and fence_gpu and atomic_add there, then atomic_add here, do not "
-             "come between", what, trace.write.thread, other);
+             "come between", what, trace.write.agent, other);
 }
 
-// The bytes at a global address, after every check of this access to them.
-inline std::uint8_t* global_at(const void* pointer, int bytes, Access access, const char* verb, Site site) {
-    const auto address = reinterpret_cast<std::uint64_t>(pointer);
-    if (address % bytes)
-        fail(site, "%s: global address %#llx is not a multiple of %d", verb, static_cast<unsigned long long>(address),
-             bytes);
+// The bytes at a global address, after every check of this access to them but that of alignment.
+inline std::uint8_t* global_range(std::uint64_t address, int bytes, Access access, const char* verb, Site site) {
     int index = memory.last_buffer;
     if (index >= memory.num_buffers || !holds(memory.buffers[index], address, bytes)) {
         for (index = 0; index < memory.num_buffers; ++index)
@@ -206,11 +293,19 @@ inline std::uint8_t* global_at(const void* pointer, int bytes, Access access, co
     return reinterpret_cast<std::uint8_t*>(address);
 }
 
-inline void fence() { now->fence = {this_moment(), ++machine.time}; }
+inline std::uint8_t* global_at(const void* pointer, int bytes, Access access, const char* verb, Site site) {
+    const auto address = reinterpret_cast<std::uint64_t>(pointer);
+    if (address % bytes)
+        fail(site, "%s: global address %#llx is not a multiple of %d", verb, static_cast<unsigned long long>(address),
+             bytes);
+    return global_range(address, bytes, access, verb, site);
+}
+
+inline void fence() { now->fence = {this_moment(), ++machine.time, now->known}; }
 
 // An atomic lets others see what its thread fenced, and what other threads fenced before a barrier.
 inline void release_and_acquire() {
-    if (!now->atomic.epoch) now->atomic = this_moment();
+    if (!now->atomic.stamp) now->atomic = this_moment();
     std::vector<Fence>& released = memory.released[machine.block.number];
     for (int index = 0; index < machine.num_threads; ++index) {
         Fence& fence = machine.threads[index].fence;
@@ -235,7 +330,7 @@ inline void issue(Copy copy, Site site) {
     constexpr const char* verb = "copy_async";
     std::uint8_t* to = shared_at(copy.to, 16, verb, site);
     if (copy.from) global_at(copy.from, 16, Access::kLoadFresh, verb, site);
-    note_write(copy.to, 16, true, verb, site);
+    note_write(copy.to, 16, this_thread(), {this_moment(), State::kCopy, true, 0}, verb, site);
     if (machine.schedule)
         std::memset(to, 0xFF, 16);
     else
@@ -265,7 +360,7 @@ inline void wait_for_copies(std::size_t pending_groups) {
         Word* words = &memory.words[(copy.to - kSharedBase) / 4];
         for (int word = 0; word < 4; ++word) {
             words[word].write = this_moment();
-            words[word].under_way = false;
+            words[word].state = State::kPlain;
         }
     }
     copies.erase(copies.begin(), copies.begin() + count);

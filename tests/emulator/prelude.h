@@ -1,6 +1,9 @@
 // What nvcc and NVRTC know without being told, for g++; included before everything else.
 #pragma once
 
+#include <map>  // these have __noinline__ of their own
+#include <memory>
+
 #define __global__
 #define __device__
 #define __host__

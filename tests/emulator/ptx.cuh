@@ -144,13 +144,13 @@ DEVICE uint32 shared_memory() { return emulator::kSharedBase; }
 template <int kWords>
 DEVICE void store_shared_words(uint32 address, const uint32 (&value)[kWords], Site site) {
     std::uint8_t* to = emulator::shared_at(address, 4 * kWords, "store_shared", site);
-    emulator::note_write(address, 4 * kWords, false, "store_shared", site);
+    emulator::note_store(address, 4 * kWords, "store_shared", site);
     std::memcpy(to, value, 4 * kWords);
 }
 template <int kWords>
 DEVICE void load_shared_words(uint32 (&value)[kWords], uint32 address, Site site) {
     const std::uint8_t* from = emulator::shared_at(address, 4 * kWords, "load_shared", site);
-    emulator::note_read(address, 4 * kWords, emulator::Reader::kThread, "load_shared", site);
+    emulator::note_read(address, 4 * kWords, emulator::this_thread(), "load_shared", site);
     std::memcpy(value, from, 4 * kWords);
 }
 DEVICE void store_shared(uint32 address, uint32 value, Site site = Site::here()) {
@@ -222,12 +222,13 @@ DEVICE void load_four_matrices(uint32 (&to)[4], uint32 row_address, Site site) {
     mine.value = row_address;
     emulator::together(verb, site, [site](Warp& warp) {
         constexpr const char* name = emulator::kVerbNames[static_cast<int>(verb)];
+        const emulator::Known known = emulator::common_knowledge(32 * warp.index, 32);
         for (int matrix = 0; matrix < 4; ++matrix) {
             uint16 elements[8][8];
             for (int row = 0; row < 8; ++row) {
                 const uint32 address = warp.lanes[8 * matrix + row].value;
                 std::memcpy(elements[row], emulator::shared_at(address, 16, name, site), 16);
-                emulator::note_read(address, 16, emulator::Reader::kWarp, name, site);
+                emulator::note_read(address, 16, emulator::this_warp(known), name, site);
             }
             for (int lane = 0; lane < 32; ++lane) {
                 const int row = lane / 4, column = 2 * (lane % 4);
