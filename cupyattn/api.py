@@ -254,7 +254,8 @@ def attention_backward(
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        As `attention`; also if `dout`, `out`, `lse` or `dlse` do not have the shapes above.
+        As `attention`; also if `dout`, `out`, `lse` or `dlse` do not have the shapes above, or q, k and v are
+        float8_e4m3fn.
 
     References
     ----------

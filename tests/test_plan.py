@@ -417,7 +417,15 @@ def test_shapes_are_of_float32_on_the_cpu_and_of_float16_on_a_gpu():
 def test_of_shapes_beside_float8_ones_float32_is_meant():
     shapes = {"bias": (5, 5), "sinks": (4,), "k_descale": (2, 2), "q_descale": ()}
     plan = cupyattn.explain((2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8), dtype="float8_e4m3fn", **shapes)
-    assert plan.notes == choose(asked(dtype="float8_e4m3fn"), CPU).notes
+    assert any("float8_e4m3fn" in note for note in plan.notes)
+
+
+def test_float8_arrays_are_explained_as_their_shapes_are():
+    shapes = (2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8)
+    kind = pytest.importorskip("ml_dtypes").float8_e4m3fn
+    plan = cupyattn.explain(*(np.zeros(shape, kind) for shape in shapes))
+    assert plan == cupyattn.explain(*shapes, dtype=kind)
+    assert plan.notes
 
 
 def test_an_explanation_is_the_plan_of_the_problem():
