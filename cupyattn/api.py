@@ -12,7 +12,7 @@ from cupyattn import numpy_ref, reading
 from cupyattn.arrays import Arrays, Visit, described, enter, untraced
 from cupyattn.corridor import Named, answer, gradients, plan_for
 from cupyattn.plan import Plan, choose
-from cupyattn.problem import ITEMSIZE, NAMED_DEVICES, Array, Axes, Spec
+from cupyattn.problem import FLOAT8, FLOATS, NAMED_DEVICES, Array, Axes, Spec
 from cupyattn.reading import Options, read, refusal
 from cupyattn.rounding import narrow, widen
 
@@ -33,6 +33,9 @@ def attention(
     softcap: float = 0.0,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    q_descale: Array | None = None,
+    k_descale: Array | None = None,
+    v_descale: Array | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
@@ -44,7 +47,7 @@ def attention(
     Parameters
     ----------
     q : array, shape (batch, seqlen_q, num_heads, head_dim)
-        Queries, float16, bfloat16, float32 or float64; any strides.
+        Queries, float16, bfloat16, float32, float64 or float8_e4m3fn; any strides.
     k, v : array, shapes (batch, seqlen_k, num_heads_kv, head_dim), (batch, seqlen_k, num_heads_kv, head_dim_v)
         Keys and values, of the library, device and dtype of `q`.  `num_heads_kv` divides `num_heads`;
         query head ``h`` uses key head ``h // (num_heads // num_heads_kv)``.  k and v may differ in
@@ -78,6 +81,9 @@ def attention(
         ``-slope * |diagonal - key|`` is added to the scores.
     sinks : array, shape (num_heads,), optional
         A logit per head that joins the softmax's denominator and has no value.
+    q_descale, k_descale, v_descale : array of float32, optional
+        Factors of q, k and v in float8_e4m3fn, and of no other dtype; they broadcast to (batch, num_heads_kv).
+        Those of q go by the key head that a query head uses.  Default 1.
     dropout_p : float
         Probability with which a weight is dropped; the others grow by ``1 / (1 - dropout_p)``.
     dropout_seed : int, optional
@@ -96,7 +102,7 @@ def attention(
     Returns
     -------
     out : array, shape of `q` with head_dim_v for head_dim
-        Library, device and dtype of `q`.  A query that sees no key gives zeros.
+        Library, device and dtype of `q`; bfloat16 if that is float8_e4m3fn.  A query that sees no key gives zeros.
     lse : array, shape (batch, num_heads, seqlen_q), only if `return_lse`
         Natural logarithm of the softmax's denominator; float32, or float64 if `q` is.  -inf for a
         query that sees no key (and has no sink).
@@ -116,6 +122,8 @@ def attention(
     Notes
     -----
     Keys that are not seen never reach the result, even if they hold nan.
+
+    float8_e4m3fn has no gradients.  On the CPU its numbers are taken as they are: nothing is rounded to 8 bits.
 
     On a GPU scores and sums are float32, weights are rounded to the dtype of `v`, and numbers under 2**-126 are
     zero.  float32 operands enter the products as exact sums of three bfloat16 numbers, of whose nine products
@@ -147,8 +155,11 @@ def attention(
         dropout_p,
         compute_dtype,
         return_lse,
-    )
-    arrays = _operands(q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+    )._replace(takes_float8=True)
+    arrays = _operands(
+        q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks,
+        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+    )  # fmt: skip
     size = reading.split_size("attention", fixed_split_size)
     found = answer("attention", arrays, options, reading.dropout_seed("attention", dropout_seed), size)
     return (found["out"], found["lse"]) if return_lse else found["out"]
@@ -243,7 +254,8 @@ def attention_backward(
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        As `attention`; also if `dout`, `out`, `lse` or `dlse` do not have the shapes above.
+        As `attention`; also if `dout`, `out`, `lse` or `dlse` do not have the shapes above, or q, k and v are
+        float8_e4m3fn.
 
     References
     ----------
@@ -314,6 +326,9 @@ def explain(
     softcap: float = 0.0,
     alibi_slopes: Any = None,
     sinks: Any = None,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
@@ -324,7 +339,7 @@ def explain(
 
     Parameters
     ----------
-    q, k, v, mask, bias, alibi_slopes, sinks : array or tuple of int
+    q, k, v, mask, bias, alibi_slopes, sinks, q_descale, k_descale, v_descale : array or tuple of int
         Arrays as `attention` takes them, or their shapes alone; or what has a shape and a dtype and no values,
         like a jax.ShapeDtypeStruct or a torch.Tensor on the meta device.
     dtype : str or dtype, optional
@@ -361,8 +376,11 @@ def explain(
     size = reading.split_size(function, fixed_split_size)
     options = _options(
         function, layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, compute_dtype, return_lse
-    )
-    given = _operands(q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+    )._replace(takes_float8=True)
+    given = _operands(
+        q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks,
+        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+    )  # fmt: skip
     shapes: dict[str, tuple[Any, str | None]] = {}
     for name, (_, what) in given.items():
         found = (what, None) if isinstance(what, (tuple, list)) else described(what)
@@ -385,14 +403,24 @@ def explain(
             raise TypeError(refusal(function, f"dtype has to be that of the arrays, {own}", ("dtype", name_of_dtype)))
     for name, (shape, kind) in shapes.items():
         sizes = tuple(reading.integer(function, name, size, low=0, high=2**63 - 1) for size in shape)
-        specs[name] = Spec(name, sizes, kind or ("bool" if name == "mask" else name_of_dtype))
+        specs[name] = Spec(name, sizes, kind or _unsaid_dtype(name, name_of_dtype))
     ordered = tuple((name, specs[name]) for name in given if name in specs)
     problem = read(function, ordered, options)
     if device is not None:
         return choose(problem, _cpu_device() if device == "cpu" else NAMED_DEVICES[device], size)
     if visit is None:
         return choose(problem, _cpu_device(), size)
-    return replace(choose(problem, visit.device(), size), notes=visit.notes(problem))
+    plan = choose(problem, visit.device(), size)
+    return replace(plan, notes=plan.notes + visit.notes(problem))
+
+
+def _unsaid_dtype(name: str, own: str) -> str:
+    """Of an argument of which only the shape is known, beside q, k and v in the dtype `own`."""
+    if name in ("q", "k", "v"):
+        return own
+    if name == "mask":
+        return "bool"
+    return "float32" if own == FLOAT8 or name in reading.DESCALES else own
 
 
 def _cpu_device() -> Any:
@@ -493,7 +521,7 @@ def _check_states(visit: Visit, count: int, layout: Axes) -> tuple[Spec, Spec]:
     head_axis, row_axis = (-3, -2) if layout == "bhsd" else (-2, -3)
     expected = (*out.shape[:-3], out.shape[head_axis], out.shape[row_axis])
     for spec in (out, lse):
-        if spec.dtype not in (("float32", "float64") if spec is lse else ITEMSIZE):
+        if spec.dtype not in (("float32", "float64") if spec is lse else FLOATS):
             rule = f"{spec.name} cannot be {spec.dtype}"
             raise TypeError(refusal(visit.function, rule, (spec.name, spec.shape, spec.dtype)))
     for i in range(count):

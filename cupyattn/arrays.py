@@ -27,6 +27,7 @@ from cupyattn.library import (
     Library,
     bits_of,
     check_no_overlap,
+    dtype_of_result,
     model_of,
     name_of,
 )
@@ -77,7 +78,7 @@ class NumPy(Library):
         return bits_of(np.asarray(array))
 
     def from_numpy(self, array: Array, dtype: str, like: Any) -> Any:
-        return array.view(like.dtype) if dtype == "bfloat16" else array
+        return array.view(dtype_of_result(dtype, like.dtype)) if dtype == "bfloat16" else array
 
     def check_writable(self, function: str, name: str, array: Any) -> None:
         if not array.flags.writeable:
@@ -120,9 +121,8 @@ class Dask(Library):
         from dask.delayed import delayed
 
         from_delayed: Any = dask.array.from_delayed
-        forward, dtypes = job.forward, {}
-        for name, spec in job.results.items():
-            dtypes[name] = model_of(name, arrays).dtype if spec.dtype == "bfloat16" else np.dtype(spec.dtype)
+        forward = job.forward
+        dtypes = {name: dtype_of_result(spec.dtype, model_of(name, arrays).dtype) for name, spec in job.results.items()}
 
         def compute(values: Arrays) -> Arrays:
             outcome = forward({name: bits_of(np.asarray(x)) for name, x in values.items()})
@@ -210,6 +210,9 @@ OPTIONAL = frozenset(
         "bias",
         "alibi_slopes",
         "sinks",
+        "q_descale",
+        "k_descale",
+        "v_descale",
         "block_table",
         "out",
         "lse",

@@ -17,7 +17,7 @@ from typing import Any
 from cupyattn import cpu
 from cupyattn.arrays import Arrays, Visit, enter
 from cupyattn.plan import Plan, choose
-from cupyattn.problem import Device, Problem
+from cupyattn.problem import FLOAT8, Device, Problem
 from cupyattn.reading import Options, check_sequences, read, refusal
 
 Named = Mapping[str, tuple[str, Any]]
@@ -54,6 +54,9 @@ def _run(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays:
         return cpu.run(plan, problem, operands, seed)
 
     def backward(operands: Arrays, known: Arrays) -> Arrays:
+        if problem.dtype == FLOAT8:
+            rule = f"has no gradients of {FLOAT8}, nor of what comes with it, and one was asked for"
+            raise NotImplementedError(refusal(visit.function, rule))
         return gradients(plan, problem, operands, known, seed)
 
     if visit.kind == "cuda":

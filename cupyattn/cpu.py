@@ -25,7 +25,7 @@ from cupyattn.tiles import Keys, Part, TileIndex, cut_into_parts, heads_first, p
 def run(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int = 0) -> dict[str, Array]:
     """Compute ``out``, ``lse`` (and ``dropout_mask`` if wanted) in the caller's layout."""
     results = {
-        "out": np.empty(problem.out_shape, STORAGE[problem.dtype]),
+        "out": np.empty(problem.out_shape, STORAGE[problem.out_dtype]),
         "lse": np.empty(problem.lse_shape, problem.lse_dtype),
     }
     if problem.layout.ragged:  # rows after the last sequence belong to no tile
@@ -56,8 +56,8 @@ def _forward_task(part: Part, where: TileIndex, out: Array, lse: Array, scratch:
     shape = (where.batch_size, where.num_heads, len(where.rows))
     problem = part.problem
     values = state.out.reshape(*shape, problem.sizes.head_dim_v)
-    if problem.dtype == "bfloat16":
-        values = narrow(values, problem.dtype)
+    if problem.out_dtype == "bfloat16":
+        values = narrow(values, problem.out_dtype)
     out[where.batches, where.heads, where.row_slice] = values
     lse[where.batches, where.heads, where.row_slice] = state.lse.reshape(shape)
 
@@ -78,7 +78,7 @@ def _dropout_mask(problem: Problem, parts: list[Part]) -> Array:
                 signed = signed.reshape(where.batch_size, where.num_heads, *signed.shape[-2:])
                 rows = range(where.rows.start, where.rows.stop)[block.rows]
                 weights[ids[where.batches], where.heads, rows.start : rows.stop, block.keys] = signed
-    return narrow(weights, problem.dtype)
+    return narrow(weights, problem.out_dtype)
 
 
 # ---------------------------------------------------------------------------------------------------

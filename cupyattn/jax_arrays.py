@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from cupyattn.library import Arrays, Job, Library, bits_of
-from cupyattn.problem import ITEMSIZE, Array, Shape, Spec
+from cupyattn.problem import FLOATS, Array, Shape, Spec
 from cupyattn.reading import refusal
 
 
@@ -90,7 +90,7 @@ class Jax(Library):
         assert backward is not None
         once = replace(job, backward=None)
         smooth = {
-            name: Spec(name, self.shape(x), self.dtype(x)) for name, x in arrays.items() if self.dtype(x) in ITEMSIZE
+            name: Spec(name, self.shape(x), self.dtype(x)) for name, x in arrays.items() if self.dtype(x) in FLOATS
         }
         names = job.names + tuple(f"d{name}" for name in job.results)
 

@@ -14,7 +14,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from cupyattn.problem import Array, Shape, Spec
+from cupyattn.problem import FLOAT8, Array, Shape, Spec
 from cupyattn.reading import dtype_name, refusal
 
 Arrays = dict[str, Any]
@@ -63,7 +63,7 @@ class Library:
         return None if hasattr(array, "__dlpack__") else "has no __dlpack__, by which its values could be read"
 
     def to_numpy(self, array: Any) -> Array:
-        """The same memory as a NumPy array; bfloat16 as its bits (see `rounding`)."""
+        """The same memory as a NumPy array; bfloat16 and float8 as their bits (see `rounding`)."""
         return bits_of(np.from_dlpack(array))
 
     def values(self, array: Any) -> Array:
@@ -121,7 +121,23 @@ def name_of(dtype: Any) -> str:
 
 
 def bits_of(array: Array) -> Array:
-    return array.view(np.uint16) if name_of(array.dtype) == "bfloat16" else array
+    """What NumPy has no dtype of its own for, as its bits."""
+    bits = BITS.get(name_of(array.dtype))
+    return array if bits is None else array.view(bits)
+
+
+BITS = {"bfloat16": np.uint16, FLOAT8: np.uint8}
+
+
+def dtype_of_result(name: str, like: Any) -> Any:
+    """The NumPy dtype of a result, in a call with an array of dtype `like`; NumPy's bfloat16 is somebody else's."""
+    if name != "bfloat16":
+        return np.dtype(name)
+    if name_of(like) == name:
+        return like
+    import ml_dtypes
+
+    return np.dtype(ml_dtypes.bfloat16)
 
 
 def check_no_overlap(function: str, name: str, shape: Shape, strides: Shape, itemsize: int) -> None:

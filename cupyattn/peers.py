@@ -114,6 +114,9 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
+    q_descale: Array | None = None,
+    k_descale: Array | None = None,
+    v_descale: Array | None = None,
     return_lse: bool = False,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
@@ -127,6 +130,8 @@ def flash_attn_func(
         `num_heads_kv` divides `num_heads`.
     dropout_p, softmax_scale, causal, softcap, alibi_slopes, dropout_seed, compute_dtype
         As for `attention`.
+    q_descale, k_descale, v_descale : array of float32, optional
+        Factors of q, k and v in float8_e4m3fn, broadcast to (batch, num_heads_kv); flash-attn 3's.
     window_size : (left, right)
         Query ``i`` sees keys from ``i + seqlen_k - seqlen_q - left`` to ``... + right``, both inclusive;
         -1 or None: no limit.  `causal` sets right to 0.
@@ -141,6 +146,7 @@ def flash_attn_func(
     Returns
     -------
     out : array, shape (batch, seqlen_q, num_heads, head_dim)
+        In the dtype of q, or bfloat16 if that is float8_e4m3fn.
     lse : array, shape (batch, num_heads, seqlen_q)
         -inf where a query sees no key (flash-attn 2 has +inf there, which cannot be merged).
 
@@ -150,11 +156,12 @@ def flash_attn_func(
         As `attention`.
     """
     function = "flash_attn_func"
-    arrays = {"q": ("q", q), "k": ("k", k), "v": ("v", v), "alibi_slopes": ("alibi_slopes", alibi_slopes)}
+    arrays = {"q": ("q", q), "k": ("k", k), "v": ("v", v)}
     options = _flash_options(
         function, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs,
         return_lse, compute_dtype,
     )  # fmt: skip
+    arrays |= _flash_extras(alibi_slopes, q_descale, k_descale, v_descale)
     found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
     return _flash_results(found, return_lse, return_attn_probs)
 
@@ -171,6 +178,9 @@ def flash_attn_qkvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
+    q_descale: Array | None = None,
+    k_descale: Array | None = None,
+    v_descale: Array | None = None,
     return_lse: bool = False,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
@@ -180,11 +190,12 @@ def flash_attn_qkvpacked_func(
     Parameters, results and errors as for `flash_attn_func`.
     """
     function = "flash_attn_qkvpacked_func"
-    arrays = {**_unpacked(function, "qkv", qkv, 3), "alibi_slopes": ("alibi_slopes", alibi_slopes)}
+    arrays = _unpacked(function, "qkv", qkv, 3)
     options = _flash_options(
         function, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs,
         return_lse, compute_dtype,
     )  # fmt: skip
+    arrays |= _flash_extras(alibi_slopes, q_descale, k_descale, v_descale)
     found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
     return _flash_results(found, return_lse, return_attn_probs)
 
@@ -202,6 +213,9 @@ def flash_attn_kvpacked_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     *,
+    q_descale: Array | None = None,
+    k_descale: Array | None = None,
+    v_descale: Array | None = None,
     return_lse: bool = False,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
@@ -211,11 +225,12 @@ def flash_attn_kvpacked_func(
     `kv` is (batch, seqlen_k, 2, num_heads_kv, head_dim).  Parameters, results and errors as for `flash_attn_func`.
     """
     function = "flash_attn_kvpacked_func"
-    arrays = {"q": ("q", q), **_unpacked(function, "kv", kv, 2), "alibi_slopes": ("alibi_slopes", alibi_slopes)}
+    arrays = {"q": ("q", q), **_unpacked(function, "kv", kv, 2)}
     options = _flash_options(
         function, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs,
         return_lse, compute_dtype,
     )  # fmt: skip
+    arrays |= _flash_extras(alibi_slopes, q_descale, k_descale, v_descale)
     found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
     return _flash_results(found, return_lse, return_attn_probs)
 
@@ -239,6 +254,9 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Array | None = None,
     *,
+    q_descale: Array | None = None,
+    k_descale: Array | None = None,
+    v_descale: Array | None = None,
     return_lse: bool = False,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
@@ -281,7 +299,6 @@ def flash_attn_varlen_func(
         "q": ("q", q),
         "k": ("k", k),
         "v": ("v", v),
-        "alibi_slopes": ("alibi_slopes", alibi_slopes),
         "cu_seqlens_q": ("cu_seqlens_q", cu_seqlens_q),
         "cu_seqlens_k": ("cu_seqlens_k", cu_seqlens_k),
         "block_table": ("block_table", block_table),
@@ -292,6 +309,7 @@ def flash_attn_varlen_func(
         max_seqlen_q=reading.integer(function, "max_seqlen_q", max_seqlen_q, low=0),
         max_seqlen_k=reading.integer(function, "max_seqlen_k", max_seqlen_k, low=0),
     )  # fmt: skip
+    arrays |= _flash_extras(alibi_slopes, q_descale, k_descale, v_descale)
     found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
     return _flash_results(found, return_lse, return_attn_probs)
 
@@ -320,8 +338,20 @@ def _flash_options(
         compute_dtype=reading.compute_dtype(function, compute_dtype),
         needs_lse=reading.flag(function, "return_lse", return_lse) or wants_probs,
         needs_dropout_mask=wants_probs,
+        takes_float8=True,
         **layout,
     )
+
+
+def _flash_extras(
+    alibi_slopes: Array | None, q_descale: Array | None, k_descale: Array | None, v_descale: Array | None
+) -> dict[str, tuple[str, Any]]:
+    return {
+        "alibi_slopes": ("alibi_slopes", alibi_slopes),
+        "q_descale": ("q_descale", q_descale),
+        "k_descale": ("k_descale", k_descale),
+        "v_descale": ("v_descale", v_descale),
+    }
 
 
 def _flash_results(found: Arrays, return_lse: bool, return_attn_probs: bool) -> Any:

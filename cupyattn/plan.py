@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from cupyattn.problem import Device, Problem, Sizes
+from cupyattn.problem import FLOAT8, Device, Problem, Sizes
 from cupyattn.splits import BLOCKS_PER_UNIT, PEERS, split
 
 WORTH_THREADS = 200_000_000
@@ -66,7 +66,7 @@ class Plan:
     peers: tuple[tuple[str, int], ...] = field(default=())
     """Splits that others would have made of it."""
     notes: tuple[str, ...] = field(default=())
-    """What else is done with these very arrays: which are copied, for instance."""
+    """What else is done: what float8 operands stand for, which of these very arrays are copied."""
 
     def __hash__(self) -> int:
         """Remembered: launches are looked up by their plan."""
@@ -167,8 +167,16 @@ def _objections_of_a_kernel(problem: Problem, device: Device) -> list[str]:
     return reasons
 
 
-def objections_of_flash(problem: Problem, device: Device) -> tuple[str, ...]:
+def _objections_of_16_bits(problem: Problem, device: Device) -> list[str]:
+    """What the kernels ask for whose products are of 16-bit numbers."""
     reasons = _objections_of_a_kernel(problem, device)
+    if device.kind == "cuda" and problem.dtype == FLOAT8:
+        reasons.append("has no float8 arithmetic; hopper has")
+    return reasons
+
+
+def objections_of_flash(problem: Problem, device: Device) -> tuple[str, ...]:
+    reasons = _objections_of_16_bits(problem, device)
     if device.kind == "cuda" and problem.layout.page_size is not None:
         reasons.append("reads k and v without a block_table")
     return tuple(reasons)
@@ -179,7 +187,7 @@ MOST_PACKED_ROWS = 64
 
 
 def objections_of_splitkv(problem: Problem, device: Device) -> tuple[str, ...]:
-    reasons = _objections_of_a_kernel(problem, device)
+    reasons = _objections_of_16_bits(problem, device)
     rows = problem.sizes.seqlen_q * problem.sizes.queries_per_pair
     paged = problem.layout.page_size is not None  # nobody else can read pages
     if device.kind == "cuda" and rows > MOST_PACKED_ROWS and not paged:
@@ -258,6 +266,12 @@ IMPLEMENTATIONS: dict[str, Callable[[Problem, Device], tuple[str, ...]]] = {
 """In the order tried: splitkv before flash, since it takes only what it is better at."""
 
 
+def _notes(problem: Problem) -> tuple[str, ...]:
+    if problem.dtype != FLOAT8:
+        return ()
+    return (f"q, k and v are {problem.dtype}, times their descales if there are any; out is {problem.out_dtype}",)
+
+
 @lru_cache(maxsize=4096)
 def choose(problem: Problem, device: Device, fixed_split_size: int | None = None) -> Plan:
     """The plan for a problem on a device; its kernel is "none" if every implementation objects.
@@ -309,4 +323,5 @@ def choose(problem: Problem, device: Device, fixed_split_size: int | None = None
         split_size,
         num_slots,
         peers,
+        _notes(problem),
     )

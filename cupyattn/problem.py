@@ -27,7 +27,11 @@ Shape: TypeAlias = tuple[int, ...]
 Alignment: TypeAlias = Literal["top-left", "bottom-right"]
 Axes: TypeAlias = Literal["bshd", "bhsd", "thd"]
 
-ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+"""What every function takes, and gives back in kind."""
+FLOAT8 = "float8_e4m3fn"
+"""What attention takes besides: 4 bits of exponent, 3 of fraction, no infinity.  Nothing is ever rounded to it."""
+ITEMSIZE = {FLOAT8: 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Spec(NamedTuple):
@@ -188,7 +192,7 @@ class Problem:
     sizes: Sizes
     layout: Layout
     dtype: str
-    """Of q, k, v and out: "float16", "bfloat16", "float32" or "float64"."""
+    """Of q, k and v: one of FLOATS, or FLOAT8."""
     mask: Mask
     edits: ScoreEdits
     dropout_p: float = 0.0
@@ -226,9 +230,14 @@ class Problem:
         sizes, item = self.sizes, ITEMSIZE[self.dtype]
         queries = sizes.batch * sizes.num_heads * sizes.seqlen_q
         keys = sizes.batch * sizes.seqlen_k
-        moved = queries * (sizes.head_dim + sizes.head_dim_v) * item
+        moved = queries * (sizes.head_dim * item + sizes.head_dim_v * ITEMSIZE[self.out_dtype])
         moved += keys * (sizes.num_heads_k * sizes.head_dim + sizes.num_heads_v * sizes.head_dim_v) * item
         return moved + (queries * ITEMSIZE[self.lse_dtype] if self.needs_lse else 0)
+
+    @property
+    def out_dtype(self) -> str:
+        """That of q, k and v; bfloat16 if that is FLOAT8, as flash-attn 3 has it."""
+        return "bfloat16" if self.dtype == FLOAT8 else self.dtype
 
     @property
     def lse_dtype(self) -> str:
@@ -255,13 +264,13 @@ class Problem:
     @cached_property
     def results(self) -> dict[str, Spec]:
         """Shape and dtype of each result, by name."""
-        results = {"out": Spec("out", self.out_shape, self.dtype)}
+        results = {"out": Spec("out", self.out_shape, self.out_dtype)}
         if self.needs_lse:
             results["lse"] = Spec("lse", self.lse_shape, self.lse_dtype)
         if self.needs_dropout_mask:
             sizes = self.sizes
             shape = (sizes.batch, sizes.num_heads, sizes.seqlen_q, sizes.seqlen_k)
-            results["dropout_mask"] = Spec("S_dmask", shape, self.dtype)
+            results["dropout_mask"] = Spec("S_dmask", shape, self.out_dtype)
         return results
 
 

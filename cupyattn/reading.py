@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupyattn.problem import (
-    ITEMSIZE,
+    FLOAT8,
+    FLOATS,
     Alignment,
     Array,
     Axes,
@@ -179,6 +180,8 @@ class Options(NamedTuple):
     """Any number of leading axes, broadcast against each other (torch)."""
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    takes_float8: bool = False
+    """q, k and v may be FLOAT8, and then have descales."""
 
     def edits(self, head_dim: int, specs: Mapping[str, Spec]) -> ScoreEdits:
         scale = self.softmax_scale
@@ -229,13 +232,14 @@ def read(function: str, specs: tuple[tuple[str, Spec], ...], options: Options) -
 @lru_cache(maxsize=4096)
 def _read(function: str, spec_items: tuple[tuple[str, Spec], ...], options: Options) -> Problem:
     specs = dict(spec_items)
-    _check_dtypes(function, specs)
+    _check_dtypes(function, specs, options.takes_float8)
     for spec in specs.values():
         if any(size > LARGEST_SIZE for size in spec.shape):
             rule = f"no axis may be longer than {LARGEST_SIZE}"
             raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
     sizes = _ragged_sizes(function, specs, options) if options.axes == "thd" else _sizes(function, specs, options)
     _check_edits(function, specs, sizes)
+    _check_descales(function, specs, sizes)
     k = specs["k"].shape
     problem = Problem(
         sizes,
@@ -260,12 +264,18 @@ def check_results(function: str, specs: Mapping[str, Spec], results: Mapping[str
             raise ValueError(refusal(function, rule, *((given.name, given.shape) for given in specs.values())))
 
 
-def _check_dtypes(function: str, specs: Mapping[str, Spec]) -> None:
-    floats = tuple(ITEMSIZE)
+DESCALES = ("q_descale", "k_descale", "v_descale")
+"""Of FLOAT8 operands: the factor that each head's numbers were divided by before they were rounded."""
+
+
+def _check_dtypes(function: str, specs: Mapping[str, Spec], takes_float8: bool) -> None:
     operands = [specs[name] for name in ("q", "k", "v")]
+    allowed = (*FLOATS, FLOAT8) if takes_float8 else FLOATS
     for spec in operands:
-        if spec.dtype not in floats:
-            rule = f"{spec.name} has to be one of {', '.join(floats)}"
+        if spec.dtype not in allowed:
+            rule = f"{spec.name} has to be one of {', '.join(allowed)}"
+            if spec.dtype == FLOAT8:
+                rule += f"; {FLOAT8} is for attention and flash-attn's functions, and has no gradients"
             raise TypeError(refusal(function, rule, (spec.name, spec.shape, spec.dtype)))
     if len({spec.dtype for spec in operands}) > 1:
         rule = f"{', '.join(spec.name for spec in operands)} have to be of one dtype"
@@ -273,8 +283,12 @@ def _check_dtypes(function: str, specs: Mapping[str, Spec]) -> None:
     for name, spec in specs.items():
         if name == "mask" and spec.dtype != "bool":
             rule = f"{spec.name} has to be boolean, True where a key may be seen"
-        elif name in ("bias", "alibi_slopes", "sinks") and spec.dtype not in floats:
-            rule = f"{spec.name} has to be one of {', '.join(floats)}"
+        elif name in ("bias", "alibi_slopes", "sinks") and spec.dtype not in FLOATS:
+            rule = f"{spec.name} has to be one of {', '.join(FLOATS)}"
+        elif name in DESCALES and spec.dtype != "float32":
+            rule = f"{spec.name} has to be float32"
+        elif name in DESCALES and operands[0].dtype != FLOAT8:
+            rule = f"{spec.name} is for operands of {FLOAT8}, and {operands[0].name} is {operands[0].dtype}"
         elif name in ("cu_seqlens_q", "cu_seqlens_k", "block_table") and spec.dtype != "int32":
             rule = f"{spec.name} has to be int32"
         else:
@@ -404,6 +418,15 @@ def _check_edits(function: str, specs: Mapping[str, Spec], sizes: Sizes) -> None
         spec = specs["sinks"]
         rule = f"{spec.name} has to hold one logit per query head, ({sizes.num_heads},)"
         raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
+
+
+def _check_descales(function: str, specs: Mapping[str, Spec], sizes: Sizes) -> None:
+    """Each against the batch and the key heads it belongs to; that of q goes by the heads of k."""
+    for name, heads in zip(DESCALES, (sizes.num_heads_k, sizes.num_heads_k, sizes.num_heads_v), strict=True):
+        if name in specs and not _broadcasts_to(specs[name].shape, (sizes.batch, heads)):
+            spec = specs[name]
+            rule = f"{spec.name} does not broadcast to (batch, num_heads_kv), {(sizes.batch, heads)}"
+            raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
 
 
 def _broadcast(*shapes: Shape) -> Shape:

@@ -6,7 +6,7 @@ import numpy as np
 
 from cupyattn import reading
 from cupyattn.arrays import Arrays, enter, untraced
-from cupyattn.problem import ITEMSIZE, Array, Spec
+from cupyattn.problem import FLOATS, Array, Spec
 from cupyattn.reading import refusal
 from cupyattn.rounding import narrow, widen
 
@@ -128,8 +128,8 @@ def _rotate(x: Array, cosine: Array, sine: Array, adjacent: bool) -> Array:
 def _check(function: str, specs: dict[str, Spec], max_seqlen: int | None) -> None:
     x, cos, sin = specs["x"], specs["cos"], specs["sin"]
     for spec in (x, cos, sin):
-        if spec.dtype not in ITEMSIZE:
-            rule = f"{spec.name} has to be one of {', '.join(ITEMSIZE)}"
+        if spec.dtype not in FLOATS:
+            rule = f"{spec.name} has to be one of {', '.join(FLOATS)}"
             raise TypeError(refusal(function, rule, (spec.name, spec.shape, spec.dtype)))
     packed = "cu_seqlens" in specs
     axes = reading.AXES["thd" if packed else "bshd"]

@@ -1,11 +1,12 @@
 """Into the compute dtype and back, rounding once.
 
-NumPy has no bfloat16.  In here it travels as its bits in a uint16 array, so that neither ml_dtypes nor
-torch is needed to compute with it; no other operand is ever uint16.
+NumPy has no bfloat16 and no float8.  In here they travel as their bits, in uint16 and uint8 arrays, so that
+neither ml_dtypes nor torch is needed to compute with them; no other operand is ever unsigned.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,34 @@ Array = NDArray[Any]
 
 STORAGE = {name: np.dtype(name) for name in ("float16", "float32", "float64", "bool", "int32", "int64")}
 STORAGE["bfloat16"] = np.dtype(np.uint16)
-"""The NumPy dtype in which each dtype name travels."""
+"""The NumPy dtype in which results of each dtype name travel."""
+
+
+def are_bits(array: Array) -> bool:
+    """Whether these are no numbers yet, but the bits of some."""
+    return array.dtype.kind == "u"
 
 
 def widen(array: Array, dtype: Any) -> Array:
     """`array` in `dtype` ("float32" or "float64"), exactly; no copy if it is there already."""
     if array.dtype == dtype:
         return array
+    if array.dtype == np.uint8:
+        return np.asarray(_e4m3fn(dtype)[array])
     if array.dtype == np.uint16:
         array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
     with np.errstate(invalid="ignore"):  # a signalling nan
         return array.astype(dtype, copy=False)
+
+
+@cache
+def _e4m3fn(dtype: Any) -> Array:
+    """What each of the 256 patterns of float8_e4m3fn means: sign, 4 bits of exponent, 3 of fraction; no infinity."""
+    bits = np.arange(128)
+    exponent, fraction = bits >> 3, bits & 7
+    numbers = np.where(exponent == 0, fraction * 2.0**-9, (8 + fraction) * 2.0 ** (exponent - 10.0))
+    numbers[127] = np.nan
+    return np.concatenate([numbers, -numbers]).astype(dtype)
 
 
 def narrow(values: Array, name: str) -> Array:

@@ -19,7 +19,7 @@ from cupyattn import numpy_ref
 from cupyattn.numpy_ref import Array, KeyBlock, State
 from cupyattn.plan import CpuTile, Plan, cpu_tile
 from cupyattn.problem import Mask, Problem, Span
-from cupyattn.rounding import widen
+from cupyattn.rounding import are_bits, widen
 from cupyattn.scratch import Scratch
 
 Index = tuple[Any, ...]
@@ -78,6 +78,8 @@ class Keys:
     compute_dtype: str
     pages: Array | None = None
     """The page of each page_size keys, if `array` is paged."""
+    descale: Array | None = None
+    """A factor of the numbers in `array`, (batch, heads)."""
 
     @property
     def num_heads(self) -> int:
@@ -108,10 +110,13 @@ class Keys:
             index = np.arange(keys.start, keys.stop)
             rows = self.array[self.pages[index // page_size], index % page_size, heads]
             block = rows.swapaxes(0, 1)[None]
-        if block.dtype == np.uint16:
+        if are_bits(block):
             block = widen(block, self.compute_dtype)
         tidy = scratch.array(name, block.shape, self.compute_dtype)
-        np.copyto(tidy, block)
+        if self.descale is None:
+            np.copyto(tidy, block)
+        else:
+            np.multiply(block, self.descale[batches, heads, None, None], out=tidy)
         return tidy
 
 
@@ -241,6 +246,8 @@ class Part:
     """Like `mask`, (..., heads | 1, seqlen_q | 1, seqlen_k | 1) over all batch axes, each of them | 1."""
     slopes: Array | None = None
     sinks: Array | None = None
+    q_descale: Array | None = None
+    """A factor of the numbers in `q`, (batch, heads)."""
     first_key: int = 0
     """Where the keys of a ragged sequence start in k."""
     _facts: dict[tuple[str, int, int], Any] = field(default_factory=dict)
@@ -323,8 +330,10 @@ class Part:
     def scaled_queries(self, where: TileIndex, pairs: int, scratch: Scratch) -> Array:
         """The tile's queries times the softmax scale, stacked: (batch, pairs, heads * rows, head_dim)."""
         piece = self.q[where.batches, where.heads, where.row_slice]
-        if piece.dtype == np.uint16:
+        if are_bits(piece):
             piece = widen(piece, self.compute_dtype)
+        if self.q_descale is not None:
+            piece = piece * self.q_descale[where.batches, where.heads, None, None]
         q = scratch.array("q", piece.shape, self.compute_dtype)
         np.multiply(piece, q.dtype.type(self.problem.edits.softmax_scale), out=q)
         return q.reshape(piece.shape[0], pairs, where.num_heads // pairs * len(where.rows), piece.shape[-1])
@@ -349,7 +358,7 @@ class Part:
         known = (name, where.batches.start, where.pairs.start)
         if known not in self._facts:
             source = self.k if name == "k" else self.v
-            if source.pages is None and source.array.dtype != np.uint16:
+            if source.pages is None and not are_bits(source.array):
                 whole = source.array[where.batches, source.head_slice(where.pairs)]
                 self._facts[known] = np.isfinite(whole.sum(dtype=self.compute_dtype))
             else:
@@ -465,6 +474,31 @@ def piece_index(array: Array, outer: Index, where: TileIndex, keys: slice) -> In
     return (*lead, *(_or_one(array, first + axis, part) for axis, part in enumerate(wanted)))
 
 
+class Descales(NamedTuple):
+    """Factors of the numbers in q, k and v, (batch, heads) each; None: they are what they are."""
+
+    q: Array | None
+    k: Array | None
+    v: Array | None
+
+    def of(self, ids: Array) -> Descales:
+        """Those of some sequences."""
+        return Descales(*(None if factors is None else factors[ids] for factors in self))
+
+
+def _descales(problem: Problem, operands: Mapping[str, Array], compute: str) -> Descales:
+    sizes = problem.sizes
+
+    def whole(name: str, heads: int) -> Array | None:
+        array = operands.get(name)
+        return None if array is None else np.broadcast_to(widen(array, compute), (sizes.batch, heads))
+
+    by_key_head = whole("q_descale", sizes.num_heads_k)
+    group = sizes.num_heads // max(1, sizes.num_heads_k)
+    by_head = None if by_key_head is None else np.repeat(by_key_head, group, axis=1)
+    return Descales(by_head, whole("k_descale", sizes.num_heads_k), whole("v_descale", sizes.num_heads_v))
+
+
 def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int) -> Iterator[Part]:
     """The parts of a problem, each with views of the operands."""
     sizes, compute = problem.sizes, plan.compute_dtype
@@ -475,8 +509,9 @@ def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], 
         slopes = slopes[None] if slopes.ndim == 1 else slopes
     if sinks is not None:
         sinks = widen(sinks, compute)
+    descales = _descales(problem, operands, compute)
     if problem.layout.ragged:
-        yield from _ragged_parts(plan, problem, operands, seed, pairs, compute, slopes, sinks)
+        yield from _ragged_parts(plan, problem, operands, seed, pairs, compute, slopes, sinks, descales)
         return
     lead = sizes.batch_shape or (1,)
     rank = len(lead) + 3
@@ -495,14 +530,15 @@ def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], 
     ids = np.arange(sizes.batch).reshape(lead)
     for outer in product(*map(range, lead[:-1])):
         slopes_here = slopes if slopes is None or slopes.shape[0] == 1 else slopes[ids[outer]]
+        factors = descales.of(ids[outer])
         yield Part(
             plan,
             problem,
             outer,
             slice(None),
             q[outer],
-            Keys(k[outer], pairs, compute),
-            Keys(v[outer], pairs, compute),
+            Keys(k[outer], pairs, compute, descale=factors.k),
+            Keys(v[outer], pairs, compute, descale=factors.v),
             sizes.seqlen_k,
             ids[outer],
             seed,
@@ -510,6 +546,7 @@ def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], 
             bias,
             slopes_here,
             sinks,
+            factors.q,
         )
 
 
@@ -522,6 +559,7 @@ def _ragged_parts(
     compute: str,
     slopes: Array | None,
     sinks: Array | None,
+    descales: Descales,
 ) -> Iterator[Part]:
     q = heads_first(operands["q"], problem)
     starts_q, starts_k = operands["cu_seqlens_q"].tolist(), operands["cu_seqlens_k"].tolist()
@@ -529,22 +567,28 @@ def _ragged_parts(
     for index in range(problem.sizes.batch):
         tokens = slice(starts_q[index], starts_q[index + 1])
         first, last = starts_k[index], starts_k[index + 1]
-        if table is not None:
-            k, v = (Keys(operands[name], pairs, compute, table[index]) for name in ("k", "v"))
-        else:
-            k, v = (Keys(heads_first(operands[name], problem)[:, :, first:last], pairs, compute) for name in ("k", "v"))
+        here = np.array([index])
+        factors = descales.of(here)
+
+        def keys(name: str, descale: Array | None, first: int = first, last: int = last, index: int = index) -> Keys:
+            if table is not None:
+                return Keys(operands[name], pairs, compute, table[index], descale)
+            array = heads_first(operands[name], problem)[:, :, first:last]
+            return Keys(array, pairs, compute, descale=descale)
+
         yield Part(
             plan,
             problem,
             (),
             tokens,
             q[:, :, tokens],
-            k,
-            v,
+            keys("k", factors.k),
+            keys("v", factors.v),
             last - first,
-            np.array([index]),
+            here,
             seed,
             slopes=slopes if slopes is None or slopes.shape[0] == 1 else slopes[index : index + 1],
             sinks=sinks,
+            q_descale=factors.q,
             first_key=first,
         )

@@ -46,6 +46,8 @@ class Torch(Library):
         plain = array.detach().resolve_neg()
         if plain.dtype == torch.bfloat16:
             return np.asarray(plain.view(torch.int16).numpy()).view(np.uint16)
+        if plain.dtype == torch.float8_e4m3fn:
+            return np.asarray(plain.view(torch.uint8).numpy())
         return np.asarray(plain.numpy())
 
     def values(self, array: Any) -> Array:

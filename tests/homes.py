@@ -78,6 +78,8 @@ class Torch(Home):
         torch = needs("torch")
         if array.dtype == ml_dtypes.bfloat16:
             return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+        if array.dtype == ml_dtypes.float8_e4m3fn:
+            return torch.from_numpy(array.view(np.uint8).copy()).view(torch.float8_e4m3fn)
         return torch.from_numpy(array.copy())
 
     def check(self, result, like):

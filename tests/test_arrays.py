@@ -241,6 +241,38 @@ def test_jax_in_64_bits_gives_numpys_result(call):
             assert_same_results(found, call(**operands))
 
 
+FLOAT8 = "float8_e4m3fn"
+
+
+def attention_of_float8(q, k, v, q_descale, k_descale, v_descale):
+    return cupyattn.attention(
+        q, k, v, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, causal=True, alignment="bottom-right",
+        return_lse=True,
+    )  # fmt: skip
+
+
+def float8_operands():
+    drawn = everything("float32")
+    descales = np.random.default_rng(4).uniform(0.5, 2, (3, 2, 2)).astype(np.float32)
+    return {name: drawn[name].astype(ml_dtypes.float8_e4m3fn) for name in ("q", "k", "v")} | {
+        f"{name}_descale": factors for name, factors in zip("qkv", descales, strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    "home", [Home(FLOAT8), Torch(FLOAT8), Jax(FLOAT8), Jax(FLOAT8, jit=True), Dask(FLOAT8)], ids=str
+)
+def test_float8_gives_the_same_bfloat16_in_every_library_that_has_it(home):
+    operands = float8_operands()
+    expected = attention_of_float8(**operands)
+    arrays = {name: home.make(array) for name, array in operands.items()}
+    found = home.call(attention_of_float8, arrays)
+    assert_same_results(found, expected)
+    assert [dtype_name(x) for x in found] == ["bfloat16", "float32"]
+    for result in found:
+        home.check(result, arrays["q"])
+
+
 EMPTIED = [Home("bfloat16"), BigEndian("float32"), Torch("float32"), Jax("float32"), Strict("float64"), Dask("float32")]
 
 
@@ -448,6 +480,13 @@ def expanded(tensor):
     return tensor if tensor.dtype in (needs("torch").int32, needs("torch").int64) else tensor[:1].expand(tensor.shape)
 
 
+@pytest.mark.parametrize("layout", [transposed, sliced], ids=lambda f: f.__name__)
+def test_float8_tensors_of_any_strides_give_the_same(layout):
+    operands = float8_operands()
+    found = attention_of_float8(**{name: layout(Torch(FLOAT8).make(array)) for name, array in operands.items()})
+    assert_same_results(found, attention_of_float8(**operands))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layout", [transposed, sliced, expanded], ids=lambda f: f.__name__)
 @calls
@@ -592,6 +631,15 @@ def test_second_derivatives_of_torch_raise_and_are_not_dropped():
     (dq,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises((RuntimeError, NotImplementedError)):
         (out.sum() + (dq**2).sum()).backward()
+
+
+@pytest.mark.parametrize("name", ["q", "v", "k_descale"])
+def test_gradients_of_float8_are_refused_in_words_once_they_are_asked_for(name):
+    tensors = {key: Torch(FLOAT8).make(array) for key, array in float8_operands().items()}
+    tensors[name].requires_grad_()
+    out, _ = attention_of_float8(**tensors)
+    with pytest.raises(NotImplementedError, match="attention: has no gradients of float8_e4m3fn"):
+        out.sum().backward()
 
 
 def test_backward_can_be_called_again_on_a_kept_graph():
@@ -907,6 +955,18 @@ def test_jaxs_gradients_are_those_of_attention_backward(dtype):
 
     found = jax.grad(loss, argnums=range(6))(*(jax.numpy.asarray(x) for x in operands.values()))
     assert_same_results(found, unmasked_attention_backward(dout, dlse, operands))
+
+
+@pytest.mark.parametrize("name", ["q", "k_descale"])
+def test_jaxs_gradients_of_float8_are_refused_in_words(name):
+    jax = needs("jax")
+    arrays = {key: Jax(FLOAT8).make(array) for key, array in float8_operands().items()}
+
+    def loss(array):
+        return attention_of_float8(**{**arrays, name: array})[0].astype("float32").sum()
+
+    with pytest.raises(NotImplementedError, match="attention: has no gradients of float8_e4m3fn"):
+        jax.grad(loss)(arrays[name])
 
 
 def test_jax_differentiates_what_is_asked_for_and_leaves_the_rest_alone():

@@ -107,6 +107,12 @@ def q_of(name):
     return {"q": floats(2, 5, 4, 8).astype(getattr(pytest.importorskip("ml_dtypes"), name))}
 
 
+def in_float8(call, *names):
+    """A good call's arrays, or some of them, in float8_e4m3fn."""
+    kind = pytest.importorskip("ml_dtypes").float8_e4m3fn
+    return {name: array.astype(kind) for name, array in good(call).items() if not names or name in names}
+
+
 def read_only():
     array = floats(2, 5, 4, 8)
     array.flags.writeable = False
@@ -618,6 +624,63 @@ GRADIENTS = [
     bad("backward_unknown_layout", BACKWARD, ValueError, "layout", "'thd'", layout="thd"),
 ]
 
+FLOAT8 = [
+    bad(
+        "float8_of_another_kind", ATTENTION, TypeError, "q", "float8_e5m2", "float8_e4m3fn",
+        made=lambda: q_of("float8_e5m2"),
+    ),
+    bad(
+        "float8_queries_of_wider_keys", ATTENTION, TypeError, "q", "k", "one dtype", "float8_e4m3fn", "float32",
+        made=lambda: q_of("float8_e4m3fn"),
+    ),
+    bad(
+        "sdpa_of_float8", SDPA, TypeError, "query", "float8_e4m3fn", "for attention and flash-attn's functions",
+        made=lambda: in_float8(SDPA),
+    ),
+    bad(
+        "gradients_of_float8", BACKWARD, TypeError, "q", "float8_e4m3fn", "has no gradients",
+        made=lambda: in_float8(BACKWARD, "q", "k", "v"),
+    ),
+    bad("rotation_of_float8", ROTARY, TypeError, "x", "float8_e4m3fn", made=lambda: in_float8(ROTARY, "x")),
+    bad(
+        "state_of_float8", MERGE, TypeError, "outs[0]", "float8_e4m3fn",
+        made=lambda: {"outs": [in_float8(ATTENTION)["q"]], "lses": [floats(2, 4, 5)]},
+    ),
+    bad(
+        "float8_bias", ATTENTION, TypeError, "bias", "float8_e4m3fn",
+        made=lambda: {**in_float8(ATTENTION), "bias": in_float8(ATTENTION)["q"][0, :, 0, :5]},
+    ),
+    bad(
+        "descale_of_float32", ATTENTION, TypeError, "q_descale", "float8_e4m3fn", "q is float32",
+        q_descale=floats(2, 2),
+    ),
+    bad("flash_descale_of_float32", FLASH, TypeError, "v_descale", "v_descale is for", v_descale=floats(2, 2)),
+    bad(
+        "descale_of_float64", ATTENTION, TypeError, "k_descale", "has to be float32", "float64",
+        made=lambda: {**in_float8(ATTENTION), "k_descale": floats(2, 2, dtype="float64")},
+    ),
+    bad(
+        "descale_of_query_heads", ATTENTION, ValueError, "q_descale", "(batch, num_heads_kv)", "(2, 4)", "(2, 2)",
+        made=lambda: {**in_float8(ATTENTION), "q_descale": floats(2, 4)},
+    ),
+    bad(
+        "descale_of_every_number", FLASH, ValueError, "k_descale", "(2, 5, 2, 8)",
+        made=lambda: {**in_float8(FLASH), "k_descale": floats(2, 5, 2, 8)},
+    ),
+    bad(
+        "descale_as_number", ATTENTION, TypeError, "v_descale", "float",
+        made=lambda: {**in_float8(ATTENTION), "v_descale": 0.5},
+    ),
+    bad(
+        "descale_of_tokens", VARLEN, ValueError, "k_descale", "(5, 2)", "(2, 2)",
+        made=lambda: {**in_float8(VARLEN, "q", "k", "v"), "k_descale": floats(5, 2)},
+    ),
+    bad(
+        "explained_descale_of_other_sizes", EXPLAIN, ValueError, "v_descale", "(3, 2)",
+        dtype="float8_e4m3fn", q=(2, 5, 4, 8), k=(2, 5, 2, 8), v=(2, 5, 2, 8), v_descale=(3, 2),
+    ),
+]
+
 PLANS = [
     bad("unknown_device", EXPLAIN, ValueError, "device", "'h100'", "H100", "cpu", device="h100"),
     bad("device_as_number", EXPLAIN, ValueError, "device", "0", device=0),
@@ -637,7 +700,7 @@ PLANS = [
 
 TABLE = [
     *SHAPES, *HUGE, *DIAGONALS, *MASKS, *NUMBERS, *KINDS, *LIBRARIES, *SEQUENCES, *STATES, *ROTATIONS, *PADDING,
-    *GRADIENTS, *PLANS,
+    *GRADIENTS, *FLOAT8, *PLANS,
 ]  # fmt: skip
 
 

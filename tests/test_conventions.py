@@ -7,7 +7,7 @@ or a closed form small enough to be seen through.
 import ml_dtypes
 import numpy as np
 import pytest
-from oracle import assert_matches, assert_same_bits, to_numpy
+from oracle import assert_correctly_rounded, assert_matches, assert_same_bits, to_numpy
 
 import cupyattn
 from cupyattn import numpy_ref
@@ -51,6 +51,113 @@ def assert_is_attention(actual, q, k, v, **options):
     out, lse = definition(q, k, v, **options)
     assert_matches(actual[0], out, rtol=1e-11, atol=1e-13)
     assert_matches(actual[1], lse, rtol=1e-12, atol=1e-13)
+
+
+# ---------------------------------------------------------------------------------------------------
+# float8
+# ---------------------------------------------------------------------------------------------------
+
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+
+
+def draw_float8(rng, *lengths, heads=(4, 2, 2), batch=2, head_dim=16):
+    """(q, k, v) in float8, and descales that no two heads share."""
+    seqlens = (lengths[0], lengths[1], lengths[1])
+    operands = [
+        rng.standard_normal((batch, length, count, head_dim)).astype(FLOAT8)
+        for length, count in zip(seqlens, heads, strict=True)
+    ]
+    shapes = dict(zip(("q_descale", "k_descale", "v_descale"), (heads[1], *heads[1:]), strict=True))
+    return operands, {name: rng.uniform(0.3, 3.0, (batch, n)).astype("f4") for name, n in shapes.items()}
+
+
+def dequantised(operands, descales):
+    """What float8 operands and full descales stand for, in float64."""
+    found = []
+    for array, factors in zip(operands, descales.values(), strict=True):
+        by_head = np.repeat(factors.astype(np.float64), array.shape[2] // factors.shape[1], axis=1)
+        found.append(array.astype(np.float64) * by_head[:, None, :, None])
+    return found
+
+
+FLOAT8_CALLS = {
+    "plain": {},
+    "causal": {"causal": True, "alignment": "bottom-right"},
+    "window": {"window_size": (3, 1), "alignment": "top-left"},
+    "scale": {"softmax_scale": 0.5},
+    "softcap": {"softcap": 2.0},
+    "alibi and sinks": {
+        "alignment": "top-left",
+        "alibi_slopes": np.float32([1, 0.5, 0.2, 0]),
+        "sinks": np.float32([0, 1, 2, 3]),
+    },
+    "float16 bias": {"bias": np.linspace(-3, 3, 7, dtype=np.float16)},
+    "mask": {"mask": np.arange(7) % 3 > 0},
+    "dropout": {"dropout_p": 0.4, "dropout_seed": 8},
+}
+
+
+@pytest.mark.parametrize("name", FLOAT8_CALLS)
+def test_float8_means_its_numbers_times_their_descales_and_gives_bfloat16(rng, name):
+    operands, descales = draw_float8(rng, 5, 7)
+    options = FLOAT8_CALLS[name]
+    out, lse = cupyattn.attention(*operands, **descales, **options, return_lse=True)
+    expected, expected_lse = cupyattn.attention(*dequantised(operands, descales), **options, return_lse=True)
+    assert (out.dtype, lse.dtype) == (BFLOAT16, np.float32)
+    assert_correctly_rounded(out, expected, "bfloat16")
+    assert_correctly_rounded(lse, expected_lse, "float32")
+
+
+@pytest.mark.parametrize("heads", [(4, 4, 4), (6, 2, 2), (6, 2, 3), (6, 3, 1), (5, 1, 5)], ids=str)
+@pytest.mark.parametrize("lengths", [(3, 5), (150, 600)], ids=str)
+def test_each_head_has_its_own_descale_and_that_of_q_goes_by_the_key_head(rng, heads, lengths):
+    operands, descales = draw_float8(rng, *lengths, heads=heads)
+    expected, expected_lse = definition(*dequantised(operands, descales))
+    out, lse = cupyattn.attention(*operands, **descales, return_lse=True)
+    assert_correctly_rounded(out, expected, "bfloat16")
+    assert_correctly_rounded(lse, expected_lse, "float32")
+
+
+def test_descales_broadcast_and_default_to_one(rng):
+    operands, _ = draw_float8(rng, 5, 7)
+    for factors in (np.array(2, np.float32), np.float32([2, 3]), np.float32([[2], [3]]), np.float32([[1]])):
+        for name in ("q_descale", "k_descale", "v_descale"):
+            whole = np.broadcast_to(factors, (2, 2))
+            found = cupyattn.attention(*operands, **{name: factors})
+            assert_same_bits(found, cupyattn.attention(*operands, **{name: whole}))
+            assert np.array_equal(found, cupyattn.attention(*operands)) == (factors == 1).all()
+
+
+def test_float8_in_heads_first_layout_is_the_same(rng):
+    operands, descales = draw_float8(rng, 5, 7)
+    expected = cupyattn.attention(*operands, **descales)
+    turned = cupyattn.attention(*heads_first(*operands), **descales, layout="bhsd")
+    assert_same_bits(turned.swapaxes(1, 2), expected)
+
+
+def test_one_batch_of_float8_keys_has_a_descale_for_each_batch_of_queries(rng):
+    (q, k, v), descales = draw_float8(rng, 5, 7)
+    out = cupyattn.attention(q, k[:1], v[:1], **descales)
+    assert_same_bits(out, cupyattn.attention(q, k[[0, 0]], v[[0, 0]], **descales))
+
+
+def test_float8_in_float32_arithmetic_is_off_by_float32s_rounding_only(rng):
+    operands, descales = draw_float8(rng, 30, 70)
+    exact, exact_lse = cupyattn.attention(*operands, **descales, return_lse=True)
+    found, lse = cupyattn.attention(*operands, **descales, compute_dtype="float32", return_lse=True)
+    assert found.dtype == BFLOAT16
+    assert_matches(found, exact, rtol=2.0**-7)
+    assert (found != exact).mean() < 0.01
+    assert_matches(lse, exact_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_a_hidden_float8_nan_changes_no_bit_and_a_seen_one_does(rng):
+    (q, k, v), descales = draw_float8(rng, 7, 7)
+    expected = cupyattn.attention(q, k, v, causal=True, **descales)
+    k[:, -1], v[:, -1] = np.nan, np.nan
+    found = cupyattn.attention(q, k, v, causal=True, **descales)
+    assert_same_bits(found[:, :-1], expected[:, :-1])
+    assert np.isnan(to_numpy(found[:, -1])).all()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -571,6 +571,84 @@ def test_sdpa_returns_lse_only_if_asked(rng):
 
 
 # ---------------------------------------------------------------------------------------------------
+# flash-attn 3's float8
+# ---------------------------------------------------------------------------------------------------
+
+FLOAT8 = ml_dtypes.float8_e4m3fn
+DESCALES = ("q_descale", "k_descale", "v_descale")
+
+
+def float8(rng, *shape):
+    return rng.standard_normal(shape).astype(FLOAT8)
+
+
+def factors(rng, *shape):
+    return dict(zip(DESCALES, rng.uniform(0.3, 3.0, (3, *shape)).astype(np.float32), strict=True))
+
+
+def times(array, factor):
+    """A float8 array, (..., heads, head_dim), times a factor for each key head, in float64."""
+    by_head = np.repeat(factor.astype(np.float64), array.shape[-2] // factor.shape[-1], axis=-1)
+    return array.astype(np.float64) * by_head[..., None]
+
+
+def test_flash_attn_func_takes_float8_and_a_descale_for_each_batch_and_key_head(rng):
+    q, k, v, descales = float8(rng, 2, 3, 4, 6), float8(rng, 2, 5, 2, 6), float8(rng, 2, 5, 2, 6), factors(rng, 2, 2)
+    wide = (times(x, descales[name][:, None]) for x, name in zip((q, k, v), DESCALES, strict=True))
+    expected_out, expected_lse, _ = batch_of_sequences(*wide, causal=True)
+    out, lse = cupyattn.flash_attn_func(q, k, v, causal=True, **descales, return_lse=True)
+    assert (out.dtype, lse.dtype) == (ml_dtypes.bfloat16, np.float32)
+    assert_correctly_rounded(out, expected_out, "bfloat16")
+    assert_matches(lse, expected_lse, rtol=FLOAT32_ROUNDING, atol=1e-12)
+
+
+def test_the_packed_functions_take_float8_too(rng):
+    qkv, descales = float8(rng, 2, 5, 3, 2, 6), factors(rng, 2, 2)
+    q, k, v = np.moveaxis(qkv, 2, 0)
+    expected = cupyattn.flash_attn_func(q, k, v, **descales)
+    assert_same_bits(cupyattn.flash_attn_qkvpacked_func(qkv, **descales), expected)
+    assert_same_bits(cupyattn.flash_attn_kvpacked_func(q, qkv[:, :, 1:], **descales), expected)
+    assert not np.array_equal(cupyattn.flash_attn_func(q, k, v), expected)
+
+
+@pytest.mark.parametrize("page_size", [None, 1, 3])
+def test_each_packed_or_paged_sequence_has_its_own_descales(rng, page_size):
+    lengths_q, lengths_k = [3, 0, 1, 40], [5, 9, 0, 70]
+    q, k, v = float8(rng, 44, 4, 8), float8(rng, 84, 2, 8), float8(rng, 84, 2, 8)
+    descales = factors(rng, 4, 2)
+    starts = starts_of(lengths_q), starts_of(lengths_k)
+    expected, expected_lse = np.zeros((44, 4, 8)), np.full((4, 44), -np.inf)
+    for b in range(4):
+        rows, keys = (slice(*found[b : b + 2]) for found in starts)
+        wide = (
+            times(x[at], descales[name][b]) for x, at, name in zip((q, k, v), (rows, keys, keys), DESCALES, strict=True)
+        )
+        expected[rows], expected_lse[:, rows], _ = one_sequence(*wide)
+    table = None
+    if page_size:
+        k, v, table = paged(k, v, lengths_k, page_size, rng)
+    out, lse = cupyattn.flash_attn_varlen_func(q, k, v, *starts, 40, 70, block_table=table, **descales, return_lse=True)
+    assert_correctly_rounded(out, expected, "bfloat16")
+    assert_matches(lse, expected_lse, rtol=FLOAT32_ROUNDING, atol=1e-12)
+
+
+def test_a_shared_page_is_taken_times_the_descale_of_each_sequence(rng):
+    q, k, v = float8(rng, 2, 2, 8), float8(rng, 1, 4, 2, 8), float8(rng, 1, 4, 2, 8)
+    table, starts = np.zeros((2, 1), np.int32), (starts_of([1, 1]), starts_of([4, 4]))
+    out = cupyattn.flash_attn_varlen_func(q, k, v, *starts, 1, 4, block_table=table, v_descale=np.float32([[1], [4]]))
+    plain = cupyattn.flash_attn_varlen_func(q, k, v, *starts, 1, 4, block_table=table)
+    assert_same_bits(to_numpy(out), to_numpy(plain) * np.array([1, 4])[:, None, None])
+
+
+def test_the_returned_weights_of_float8_are_bfloat16(rng):
+    q = float8(rng, 2, 5, 2, 8)
+    found = cupyattn.flash_attn_func(q, q, q, 0.3, dropout_seed=3, return_attn_probs=True)
+    wide = cupyattn.flash_attn_func(*[q.astype(np.float64)] * 3, 0.3, dropout_seed=3, return_attn_probs=True)
+    assert found[2].dtype == ml_dtypes.bfloat16
+    assert_correctly_rounded(found[2], wide[2], "bfloat16")
+
+
+# ---------------------------------------------------------------------------------------------------
 # Signatures
 # ---------------------------------------------------------------------------------------------------
 

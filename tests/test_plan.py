@@ -114,6 +114,19 @@ def test_no_kernel_takes_what_none_can_do(problem, word):
     assert objects(problem, word) == {"splitkv", "flash"}
 
 
+def test_kernels_of_16_bits_have_no_float8_arithmetic():
+    for problem in (PREFILL, DECODE):
+        assert objects(replace(problem, dtype="float8_e4m3fn"), "float8") >= {"splitkv", "flash"}
+        assert objects(problem, "float8") == set()
+
+
+def test_a_plan_prints_what_float8_becomes():
+    line = "q, k and v are float8_e4m3fn, times their descales if there are any; out is bfloat16"
+    for device in (CPU, H100):
+        assert line in str(choose(replace(PREFILL, dtype="float8_e4m3fn"), device))
+        assert "float8" not in str(choose(PREFILL, device))
+
+
 def test_all_reasons_are_listed_at_once():
     reasons = against(asked(dtype="float64", head_dims=(100, 264)), NAMED_DEVICES["T4"])["flash"]
     assert [any(word in reason for reason in reasons) for word in ("8.0", "float64", "not 100", "not 264")] == [
@@ -399,6 +412,20 @@ def test_the_arrays_of_every_library_are_explained_as_shapes_are(library):
 def test_shapes_are_of_float32_on_the_cpu_and_of_float16_on_a_gpu():
     assert cupyattn.explain(**SHAPES) == cupyattn.explain(**SHAPES, dtype="float32", device="cpu")
     assert cupyattn.explain(**SHAPES, device="H100") == cupyattn.explain(**SHAPES, dtype="float16", device="H100")
+
+
+def test_of_shapes_beside_float8_ones_float32_is_meant():
+    shapes = {"bias": (5, 5), "sinks": (4,), "k_descale": (2, 2), "q_descale": ()}
+    plan = cupyattn.explain((2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8), dtype="float8_e4m3fn", **shapes)
+    assert any("float8_e4m3fn" in note for note in plan.notes)
+
+
+def test_float8_arrays_are_explained_as_their_shapes_are():
+    shapes = (2, 5, 4, 8), (2, 5, 2, 8), (2, 5, 2, 8)
+    kind = pytest.importorskip("ml_dtypes").float8_e4m3fn
+    plan = cupyattn.explain(*(np.zeros(shape, kind) for shape in shapes))
+    assert plan == cupyattn.explain(*shapes, dtype=kind)
+    assert plan.notes
 
 
 def test_an_explanation_is_the_plan_of_the_problem():

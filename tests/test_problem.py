@@ -193,6 +193,17 @@ def test_bytes_count_fewer_value_heads_than_key_heads():
     assert asked(sizes=sizes(heads=(12, 6, 2))).bytes == (q + k + v + out) * 4
 
 
+def test_float8_operands_are_of_one_byte_and_their_results_of_two():
+    problem = asked(dtype="float8_e4m3fn", needs_lse=True, needs_dropout_mask=True)
+    q, k, v, out = 2 * 12 * 5 * 16, 2 * 4 * 7 * 16, 2 * 4 * 7 * 24, 2 * 12 * 5 * 24
+    assert problem.bytes == q + k + v + 2 * out + 4 * 2 * 12 * 5
+    assert {name: spec.dtype for name, spec in problem.results.items()} == {
+        "out": "bfloat16",
+        "lse": "float32",
+        "dropout_mask": "bfloat16",
+    }
+
+
 @pytest.mark.parametrize(
     "size", [{"batch_shape": (0,)}, {"seqlens": (0, 7)}, {"seqlens": (5, 0)}, {"heads": (0, 0, 0)}]
 )
@@ -210,6 +221,7 @@ def test_lse_is_at_least_float32(dtype, expected):
 def test_a_spec_knows_its_bytes():
     assert Spec("q", (2, 3, 4), "bfloat16").nbytes == 48
     assert Spec("q", (2, 0, 4), "float64").nbytes == 0
+    assert Spec("q", (2, 3, 4), "float8_e4m3fn").nbytes == 24
     assert Spec("mask", (), "bool").nbytes == 1
 
 

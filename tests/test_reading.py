@@ -1,5 +1,6 @@
 """What a caller's arguments turn into: defaults, spellings of one meaning, and the text of a refusal."""
 
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -13,6 +14,7 @@ from cupyattn.reading import Options, check_sequences, read, refusal
 def specs(dtype="float32", /, **shapes):
     """The specs of arrays under their own names; bool, int32 or `dtype`, as each has to be."""
     kinds = {"mask": "bool", "cu_seqlens_q": "int32", "cu_seqlens_k": "int32", "block_table": "int32"}
+    kinds |= dict.fromkeys(reading.DESCALES, "float32")
     return tuple((name, Spec(name, shape, kinds.get(name, dtype))) for name, shape in shapes.items())
 
 
@@ -166,6 +168,23 @@ def test_with_a_diagonal_and_different_lengths_the_alignment_has_to_be_chosen(ha
 def test_masks_and_biases_broadcast_to_the_scores(shape):
     assert asked({**LONGER_KEYS, "mask": shape}).mask.array == shape
     assert asked({**LONGER_KEYS, "bias": shape}).edits.bias == shape
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (1, 2), (3, 1), (3, 2)], ids=str)
+def test_descales_broadcast_to_batch_and_key_heads(shape):
+    shapes = {"q": (3, 5, 4, 8), "k": (3, 5, 2, 8), "v": (3, 5, 2, 8)}
+    described = {**shapes, **dict.fromkeys(reading.DESCALES, shape)}
+    assert asked(described, "float8_e4m3fn", takes_float8=True) == asked(shapes, "float8_e4m3fn", takes_float8=True)
+
+
+def test_the_descale_of_q_goes_by_the_heads_of_k_and_that_of_v_by_its_own():
+    shapes = {"q": (3, 5, 4, 8), "k": (3, 5, 2, 8), "v": (3, 5, 1, 8)}
+    asked({**shapes, "q_descale": (3, 2), "v_descale": (3, 1)}, "float8_e4m3fn", takes_float8=True)
+    for name, shape, wanted in (("q_descale", (3, 4), "(3, 2)"), ("v_descale", (3, 2), "(3, 1)")):
+        with pytest.raises(
+            ValueError, match=re.escape(f"{name} does not broadcast to (batch, num_heads_kv), {wanted}")
+        ):
+            asked({**shapes, name: shape}, "float8_e4m3fn", takes_float8=True)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -92,6 +92,14 @@ def test_every_pattern_widens_to_what_it_means(name, dtype):
     assert_identical(found, expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_every_pattern_of_float8_widens_to_what_ml_dtypes_takes_it_for(dtype):
+    patterns = np.arange(2**8, dtype=np.uint8)
+    found = widen(patterns.reshape(16, 16).T, dtype)
+    assert found.dtype == dtype
+    assert_identical(found, patterns.view(ml_dtypes.float8_e4m3fn).reshape(16, 16).T)
+
+
 @formats
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_pattern_survives_the_way_there_and_back(name, dtype):
