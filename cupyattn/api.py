@@ -411,7 +411,7 @@ def explain(
     if visit is None:
         return choose(problem, _cpu_device(), size)
     plan = choose(problem, visit.device(), size)
-    return replace(plan, notes=plan.notes + visit.notes(problem))
+    return replace(plan, notes=plan.notes + visit.notes(problem, plan))
 
 
 def _unsaid_dtype(name: str, own: str) -> str:

@@ -180,13 +180,13 @@ class Visit:
 
         return cuda.device_of(self.function, self.library.title, next(iter(self.arrays.values())))
 
-    def notes(self, problem: Problem) -> tuple[str, ...]:
+    def notes(self, problem: Problem, plan: Any) -> tuple[str, ...]:
         """What is done with these very arrays besides the plan."""
         if self.kind == "cpu":
             return ()
         from cupyattn import cuda
 
-        return cuda.notes(self.library.title, self.arrays, dict(self.specs), problem)
+        return cuda.notes(self.library.title, self.arrays, dict(self.specs), problem, plan)
 
     def run(
         self, forward: Forward, backward: Backward | None, results: Mapping[str, Spec], kept: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
+from cupyattn.hopper import HopperTile, hopper_tile, num_tiles
 from cupyattn.problem import FLOAT8, Device, Problem, Sizes
 from cupyattn.splits import BLOCKS_PER_UNIT, PEERS, split
 
@@ -46,10 +47,10 @@ class Plan:
     """What will run, and why nothing else."""
 
     kernel: str
-    """ "numpy", "flash" or "splitkv"; "none" if every implementation objects."""
+    """ "numpy", "hopper", "flash" or "splitkv"; "none" if every implementation objects."""
     device: str
     compute_dtype: str
-    tile: CpuTile | Tile | None
+    tile: CpuTile | Tile | HopperTile | None
     num_splits: int
     """Pieces into which the keys of one row are cut, to be merged at the end; the most, if lengths are data."""
     num_workers: int
@@ -67,6 +68,8 @@ class Plan:
     """Splits that others would have made of it."""
     notes: tuple[str, ...] = field(default=())
     """What else is done: what float8 operands stand for, which of these very arrays are copied."""
+    instead: Plan | None = field(default=None)
+    """What runs where the arrays lie so that the kernel cannot read them."""
 
     def __hash__(self) -> int:
         """Remembered: launches are looked up by their plan."""
@@ -171,7 +174,7 @@ def _objections_of_16_bits(problem: Problem, device: Device) -> list[str]:
     """What the kernels ask for whose products are of 16-bit numbers."""
     reasons = _objections_of_a_kernel(problem, device)
     if device.kind == "cuda" and problem.dtype == FLOAT8:
-        reasons.append("has no float8 arithmetic; hopper has")
+        reasons.append("has no float8 arithmetic")
     return reasons
 
 
@@ -195,6 +198,30 @@ def objections_of_splitkv(problem: Problem, device: Device) -> tuple[str, ...]:
     least = 5 * 16 * _padded(problem.sizes) * _bytes_in_a_tile(problem.dtype)  # queries, and two stages of one warp
     if device.kind == "cuda" and least > device.shared_memory:
         reasons.append(f"needs {least} bytes of shared memory for such heads; a block has {device.shared_memory}")
+    return tuple(reasons)
+
+
+def objections_of_hopper(problem: Problem, device: Device) -> tuple[str, ...]:
+    reasons = _objections_of_a_kernel(problem, device)
+    if device.kind != "cuda":
+        return tuple(reasons)
+    if device.compute_capability != (9, 0):
+        reasons.append("needs compute capability 9.0 (Hopper)")
+    elif not device.tensor_maps:
+        reasons.append("needs the package cuda-bindings, to have the driver encode tensor maps")
+    if problem.dtype == "float32":
+        reasons.append("has no float32 arithmetic")
+    if problem.dtype == FLOAT8:
+        reasons.append("has no float8 arithmetic yet")
+    if problem.layout.page_size is not None:
+        reasons.append("reads k and v without a block_table")
+    for wanted, what in (
+        (problem.mask.array is not None, "boolean mask"),
+        (problem.edits.bias is not None, "bias"),
+        (problem.dropout_p > 0.0, "dropout"),
+    ):
+        if wanted:
+            reasons.append(f"knows no {what}")
     return tuple(reasons)
 
 
@@ -261,9 +288,10 @@ def gpu_tile(problem: Problem, device: Device, kernel: str = "flash") -> Tile:
 IMPLEMENTATIONS: dict[str, Callable[[Problem, Device], tuple[str, ...]]] = {
     "numpy": objections_of_numpy,
     "splitkv": objections_of_splitkv,
+    "hopper": objections_of_hopper,
     "flash": objections_of_flash,
 }
-"""In the order tried: splitkv before flash, since it takes only what it is better at."""
+"""In the order tried: splitkv first, since it takes only what it is better at, and flash last, which takes the most."""
 
 
 def _notes(problem: Problem) -> tuple[str, ...]:
@@ -273,18 +301,24 @@ def _notes(problem: Problem) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: Problem, device: Device, fixed_split_size: int | None = None) -> Plan:
+def choose(problem: Problem, device: Device, fixed_split_size: int | None = None, without: str | None = None) -> Plan:
     """The plan for a problem on a device; its kernel is "none" if every implementation objects.
 
     With `fixed_split_size` keys to a split the result of a sequence does not depend on what else is in the batch.
+    The implementation `without` is not considered.
     """
-    asked = {name: objections(problem, device) for name, objections in IMPLEMENTATIONS.items()}
+    asked = {name: objections(problem, device) for name, objections in IMPLEMENTATIONS.items() if name != without}
     kernel = next((name for name, reasons in asked.items() if not reasons), "none")
     against = dict(asked)
     against.pop(kernel, None)
     if kernel == "splitkv":
-        against["flash"] = against["flash"] or ("would leave most of the GPU idle: too few query rows",)
-    tile: CpuTile | Tile | None = None
+        for name in ("flash", "hopper"):
+            if name in against:
+                against[name] = against[name] or ("would leave most of the GPU idle: too few query rows",)
+    elif kernel == "hopper":
+        against["flash"] = against["flash"] or ("takes what the Hopper kernel cannot: it is slower",)
+    instead: Plan | None = None
+    tile: CpuTile | Tile | HopperTile | None = None
     splits, workers, compute, reason, split_size = 1, 1, "float32", "every implementation objects", 0
     peers: tuple[tuple[str, int], ...] = ()
     num_slots = 0
@@ -297,6 +331,14 @@ def choose(problem: Problem, device: Device, fixed_split_size: int | None = None
         reason = f"{compute} reference arithmetic, " + (
             f"up to {workers} threads" if workers > 1 else "too little work for threads"
         )
+    elif kernel == "hopper":
+        tile = hopper_tile(problem)
+        count = num_tiles(tile, sizes)
+        workers = min(count, device.num_units) if tile.persistent else count
+        reason = f"{count} tiles of {tile.block_q} rows"
+        if tile.heads_per_unit > 1:
+            reason += f", of {tile.heads_per_unit} heads side by side"
+        instead = choose(problem, device, fixed_split_size, "hopper")
     elif kernel == "flash":
         tile = gpu_tile(problem, device)
         workers = sizes.batch * sizes.num_heads * math.ceil(sizes.seqlen_q / tile.block_q)
@@ -324,4 +366,5 @@ def choose(problem: Problem, device: Device, fixed_split_size: int | None = None
         num_slots,
         peers,
         _notes(problem),
+        instead,
     )

@@ -285,6 +285,8 @@ class Device:
     compute_capability: tuple[int, int] | None = None
     shared_memory: int = 0
     """Bytes of shared memory one thread block may use."""
+    tensor_maps: bool = True
+    """Whether the driver can be asked to encode tensor maps, which the Hopper kernel needs."""
 
 
 NAMED_DEVICES = {

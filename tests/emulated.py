@@ -20,7 +20,8 @@ from oracle import assert_matches
 from cupyattn import numpy_ref, plan
 from cupyattn.api import _options
 from cupyattn.cuda.launch import recipe_of, record_of, view_of_numpy
-from cupyattn.problem import NAMED_DEVICES, Spec
+from cupyattn.hopper import hopper_tile
+from cupyattn.problem import ITEMSIZE, NAMED_DEVICES, Spec
 from cupyattn.reading import Options, read
 from cupyattn.splits import split
 
@@ -126,19 +127,27 @@ def plan_of(problem, kernel, device=H100, fixed_split_size=None, **edits):
 
     Where only num_splits is replaced, the keys of a problem that is not ragged are cut into so many equal splits.
     """
-    tile = edits.get("tile") or plan.gpu_tile(problem, device, kernel)
+    tile = edits.get("tile") or (hopper_tile(problem) if kernel == "hopper" else plan.gpu_tile(problem, device, kernel))
     size, splits = 0, 1
     if kernel == "splitkv":
         size, splits, _, _ = split(problem, device, tile.block_q, tile.block_k, fixed_split_size)
         if "num_splits" in edits and size:
             size = -(-max(1, problem.sizes.seqlen_k) // (tile.block_k * edits["num_splits"])) * tile.block_k
     chosen = plan.choose(problem, device)
+    if kernel == "hopper":
+        edits.setdefault("num_workers", 2)  # fewer than there are tiles, so that a block that is to take several does
+        edits.setdefault("instead", plan_of(problem, "flash", device))
     return replace(chosen, **{"kernel": kernel, "tile": tile, "split_size": size, "num_splits": splits, **edits})
 
 
 def guarded(shape, dtype):
     """An array of nan: what a kernel forgets to write shows."""
     return np.full(shape, np.nan, dtype)
+
+
+def encode(wanted, address):
+    """A tensor map for the emulator instead of the driver."""
+    return emulator.encode_map(address, ITEMSIZE[wanted.dtype], wanted.dims, wanted.strides, wanted.box, wanted.swizzle)
 
 
 class Call:
@@ -161,7 +170,7 @@ class Call:
             "counters": np.zeros(workspace.counters, np.int32),
         }
         addresses = {name: x.ctypes.data for name, x in self.scratch.items()}
-        self.record = record_of(recipe, views, homes, dropout_seed, addresses)
+        self.record = record_of(recipe, views, homes, dropout_seed, addresses, encode)
         self.grid, self.wanted = recipe.grid, recipe.specialisation
         given = [(x, False) for x in arrays.values()]
         given += [(x, True) for x in (*self.results.values(), *self.scratch.values())]

@@ -17,7 +17,8 @@ from cupyattn.plan import CpuTile, Tile, choose, cpu_tile, gpu_tile
 from cupyattn.problem import NAMED_DEVICES, Device, Layout, Mask, Problem, ScoreEdits, Sizes
 
 CPU = Device("cpu", "cpu", 8)
-H100 = NAMED_DEVICES["H100"]
+H100, A100 = NAMED_DEVICES["H100"], NAMED_DEVICES["A100"]
+KERNELS = {"splitkv", "hopper", "flash"}
 TOO_OLD = {"T4", "V100"}
 """Named devices from before Ampere."""
 
@@ -61,8 +62,8 @@ def test_the_cpu_takes_everything_with_numpy(problem):
     assert chosen.kernel == "numpy"
     assert chosen.device == "cpu"
     assert isinstance(chosen.tile, CpuTile)
-    assert set(dict(chosen.objections)) == {"splitkv", "flash"}
-    assert objects(problem, "GPU", on=CPU) == {"splitkv", "flash"}
+    assert set(dict(chosen.objections)) == KERNELS
+    assert objects(problem, "GPU", on=CPU) == KERNELS
 
 
 def test_the_cpu_computes_in_float64_unless_told_otherwise():
@@ -77,13 +78,12 @@ def test_the_cpu_starts_threads_only_for_what_is_worth_them():
 
 
 @pytest.mark.parametrize("name", NAMED_DEVICES)
-def test_a_gpu_since_ampere_takes_a_prefill_with_flash_and_a_decode_with_splitkv(name):
-    expected = {"none"} if name in TOO_OLD else {"flash", "splitkv"}
+def test_a_gpu_since_ampere_takes_a_prefill_with_tiles_of_rows_and_a_decode_with_splitkv(name):
+    wanted = "hopper" if name in ("H100", "H200") else "flash"
     prefill, decode = (choose(problem, NAMED_DEVICES[name]) for problem in (PREFILL, DECODE))
-    assert {prefill.kernel, decode.kernel} == expected
-    assert prefill.kernel in ("none", "flash")
+    assert (prefill.kernel, decode.kernel) == (("none", "none") if name in TOO_OLD else (wanted, "splitkv"))
     assert prefill.device == decode.device == name
-    assert isinstance(prefill.tile, Tile) == (name not in TOO_OLD)
+    assert isinstance(decode.tile, Tile) == (name not in TOO_OLD)
 
 
 @pytest.mark.parametrize("name", NAMED_DEVICES)
@@ -93,7 +93,7 @@ def test_numpy_objects_to_every_gpu_by_name(name):
 
 @pytest.mark.parametrize("name", sorted(TOO_OLD))
 def test_a_gpu_before_ampere_is_too_old_for_every_kernel(name):
-    assert objects(PREFILL, "compute capability 8.0", on=NAMED_DEVICES[name]) == {"splitkv", "flash"}
+    assert objects(PREFILL, "compute capability 8.0", on=NAMED_DEVICES[name]) == KERNELS
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_a_gpu_before_ampere_is_too_old_for_every_kernel(name):
 )
 def test_no_kernel_takes_what_none_can_do(problem, word):
     assert choose(problem, H100).kernel == "none"
-    assert objects(problem, word) == {"splitkv", "flash"}
+    assert objects(problem, word) == KERNELS
 
 
 def test_kernels_of_16_bits_have_no_float8_arithmetic():
@@ -134,7 +134,7 @@ def test_all_reasons_are_listed_at_once():
     ] * 4
 
 
-@pytest.mark.parametrize(("seqlen_q", "kernel"), [(1, "splitkv"), (16, "splitkv"), (17, "flash"), (64, "flash")])
+@pytest.mark.parametrize(("seqlen_q", "kernel"), [(1, "splitkv"), (16, "splitkv"), (17, "hopper"), (64, "hopper")])
 def test_up_to_64_rows_per_key_head_are_decoding(seqlen_q, kernel):
     # four query heads share a key head, so 16 queries are 64 rows
     assert choose(asked(seqlens=(seqlen_q, 8192)), H100).kernel == kernel
@@ -142,15 +142,50 @@ def test_up_to_64_rows_per_key_head_are_decoding(seqlen_q, kernel):
 
 def test_dropout_and_several_batch_axes_are_no_objection():
     for problem, kernel in ((PREFILL, "flash"), (DECODE, "splitkv")):
-        assert choose(replace(problem, dropout_p=0.1), H100).kernel == kernel
-        assert choose(replace(problem, sizes=replace(problem.sizes, batch_shape=(2, 3))), H100).kernel == kernel
+        assert choose(replace(problem, dropout_p=0.1), A100).kernel == kernel
+        assert choose(replace(problem, sizes=replace(problem.sizes, batch_shape=(2, 3))), A100).kernel == kernel
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"dropout_p": 0.1}, "knows no dropout"),
+        ({"dtype": "float32"}, "has no float32 arithmetic"),
+        ({"mask": Mask(array=(1, 1))}, "knows no boolean mask"),
+        ({"edits": ScoreEdits(1.0, bias=(1, 1))}, "knows no bias"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_flash_takes_what_hopper_does_not_know(changes, reason):
+    problem = replace(PREFILL, **changes)
+    assert choose(problem, H100).kernel == "flash"
+    assert against(problem)["hopper"] == (reason,)
+
+
+def test_hopper_needs_the_driver_to_encode_tensor_maps():
+    device = replace(H100, tensor_maps=False)
+    assert choose(PREFILL, device).kernel == "flash"
+    assert "cuda-bindings" in against(PREFILL, device)["hopper"][0]
+
+
+def test_where_hopper_cannot_read_the_arrays_flash_runs_instead():
+    chosen = choose(PREFILL, H100)
+    assert chosen.instead.kernel == "flash"
+    assert chosen.instead.tile == choose(PREFILL, A100).tile
+    assert "hopper" not in dict(chosen.instead.objections)
+
+
+def test_hopper_runs_a_block_to_a_multiprocessor_where_all_tiles_are_alike():
+    chosen = choose(PREFILL, H100)
+    assert chosen.tile.persistent
+    assert chosen.num_workers == 132
 
 
 @pytest.mark.parametrize("problem", [PREFILL, DECODE], ids=["prefill", "decode"])
 def test_only_splitkv_reads_pages(problem):
     paged = replace(problem, layout=Layout("thd", page_size=16))
     assert choose(paged, H100).kernel == "splitkv"
-    assert objects(paged, "block_table") == {"flash"}
+    assert objects(paged, "block_table") == {"flash", "hopper"}
 
 
 @pytest.mark.parametrize(("head_dim", "kernel"), [(192, "splitkv"), (200, "flash"), (256, "flash")])
@@ -319,7 +354,7 @@ def test_a_decode_has_as_many_warps_as_find_room(name, dtype, head_dim, tile):
 
 
 def test_a_prefill_has_one_worker_per_tile_of_rows():
-    chosen = choose(asked(batch_shape=(3,), seqlens=(1000, 2048)), H100)
+    chosen = choose(asked(batch_shape=(3,), seqlens=(1000, 2048)), A100)
     assert chosen.num_splits == 1
     assert chosen.num_workers == 3 * 32 * math.ceil(1000 / chosen.tile.block_q)
 
@@ -431,7 +466,7 @@ def test_float8_arrays_are_explained_as_their_shapes_are():
 def test_an_explanation_is_the_plan_of_the_problem():
     chosen = cupyattn.explain((1, 2048, 32, 128), (1, 2048, 8, 128), (1, 2048, 8, 128), device="H100")
     assert chosen == choose(asked(edits=ScoreEdits(128**-0.5)), H100)
-    assert chosen.kernel == "flash"
+    assert chosen.kernel == "hopper"
 
 
 def test_options_change_what_is_explained():

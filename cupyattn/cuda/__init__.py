@@ -11,7 +11,16 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from cupyattn.cuda.launch import View, has_one_batch_axis, has_to_be_copied, is_aligned, recipe_of, record_of
+from cupyattn.cuda import maps
+from cupyattn.cuda.launch import (
+    View,
+    has_one_batch_axis,
+    has_to_be_copied,
+    is_aligned,
+    map_objections,
+    recipe_of,
+    record_of,
+)
 from cupyattn.cuda.memory import CuPyMemory, DLPackMemory, TorchMemory, copied
 from cupyattn.cuda.module import kernel
 from cupyattn.plan import Plan
@@ -56,6 +65,7 @@ def _device(index: int) -> Device:
         numbers["MultiProcessorCount"],
         (numbers["ComputeCapabilityMajor"], numbers["ComputeCapabilityMinor"]),
         numbers["MaxSharedMemoryPerBlockOptin"],
+        maps.can_be_encoded(),
     )
 
 
@@ -158,8 +168,8 @@ def _current(index: int) -> Any:
     return _NOTHING if cupy.cuda.runtime.getDevice() == index else cupy.cuda.Device(index)
 
 
-def notes(title: str, arrays: Arrays, specs: Mapping[str, Spec], problem: Problem) -> tuple[str, ...]:
-    """What `explain` says about these very arrays: which are copied, and how the others are read."""
+def notes(title: str, arrays: Arrays, specs: Mapping[str, Spec], problem: Problem, plan: Plan) -> tuple[str, ...]:
+    """What `explain` says about these very arrays: which are copied, how the others are read, and by which kernel."""
     memory = _memory(title)
     views = {name: memory.view(array, specs[name].dtype) for name, array in memory.bring(arrays).items()}
     found = []
@@ -168,6 +178,9 @@ def notes(title: str, arrays: Arrays, specs: Mapping[str, Spec], problem: Proble
             found.append(f"{name} is copied: {_why(name, view, problem.sizes.batch_shape)}")
         elif name in ("q", "k", "v") and not is_aligned(view):
             found.append(f"{name} is read number by number: its rows do not start at multiples of 16 bytes")
+    if plan.kernel == "hopper" and plan.instead is not None:
+        reasons = map_objections(problem, views)
+        found += [f"{plan.instead.kernel} runs instead: no tensor map, {reason}" for reason in reasons]
     return tuple(found)
 
 

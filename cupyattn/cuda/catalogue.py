@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cupyattn.cuda.module import Specialisation
+from cupyattn.hopper import HEAD_DIMS, HopperTile, base_tile
 from cupyattn.plan import Tile, flash_tile, split_tile
 from cupyattn.problem import ITEMSIZE, Problem
 
@@ -86,6 +87,35 @@ def splitkv(
     )
 
 
+def hopper(
+    dtype: str, head_dim: int, head_dim_v: int, tile: HopperTile, stores_boxes: bool, edits: int
+) -> Specialisation:
+    """The Hopper kernel of a tile and padded head_dims, ``hopper.cu``."""
+    arguments = (
+        ELEMENT[dtype],
+        head_dim,
+        head_dim_v,
+        tile.block_q,
+        tile.block_k,
+        tile.num_stages,
+        tile.reach,
+        tile.heads_per_unit > 1,
+        stores_boxes,
+        edits,
+        f"cupyattn::HopperSwitches<{', '.join(map(_literal, tile.switches))}>",
+    )
+    queries = tile.block_q * head_dim * 2
+    keys_and_values = tile.num_stages * tile.block_k * (head_dim + head_dim_v) * 2
+    weights = tile.block_q * tile.block_k * 2 if tile.switches.weights_in_shared else 0
+    barriers = 16 * tile.num_stages + 4 * 16 * tile.num_stages
+    return Specialisation(
+        "hopper.cu",
+        f"cupyattn::hopper_forward<cupyattn::HopperTraits<{', '.join(map(_literal, arguments))}>>",
+        32 * tile.num_warps,
+        queries + keys_and_values + weights + barriers,
+    )
+
+
 def shared_memory(kernel: str, dtype: str, head_dim: int, head_dim_v: int, tile: Tile) -> int:
     """Dynamic shared memory of a kernel's block in bytes."""
     if kernel == "flash":
@@ -102,7 +132,6 @@ def _literal(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-HEAD_DIMS = (64, 96, 128, 192, 256)
 DECODE_ROWS = (1, 32)
 """Packed rows of a decode for which there are different tiles."""
 
@@ -120,6 +149,11 @@ def specialisations(target: str) -> list[Specialisation]:
             for rows in DECODE_ROWS:
                 tile = split_tile(head_dim, rows, dtype, limit)
                 found += [splitkv(dtype, head_dim, head_dim, tile, True, 0, paged) for paged in (False, True)]
+    if target == "sm_90a":
+        for dtype in ("float16", "bfloat16"):
+            for head_dim, head_dim_v in (*((x, x) for x in HEAD_DIMS), (192, 128)):
+                for reach in range(3):
+                    found.append(hopper(dtype, head_dim, head_dim_v, base_tile(head_dim, head_dim_v, reach), True, 0))
     return [wanted for wanted in dict.fromkeys(found) if wanted.shared_memory <= limit]
 
 

@@ -7,15 +7,18 @@ under the emulator in the tests.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import struct
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupyattn.cuda import catalogue, params
+from cupyattn.cuda import catalogue, maps, params
+from cupyattn.cuda.maps import BoxMap
 from cupyattn.cuda.module import Specialisation
+from cupyattn.hopper import HopperTile, padded_dims
 from cupyattn.plan import Plan, Tile
 from cupyattn.problem import ITEMSIZE, Problem, Shape
 
@@ -52,6 +55,8 @@ class Recipe:
     workspace: Workspace
     copies: tuple[str, ...] = ()
     """Operands that no kernel can read as they are; if there are any, the rest is empty."""
+    maps: tuple[BoxMap, ...] = ()
+    """Of q, k, v and out, in front of the record, if the kernel goes by tensor maps."""
 
 
 Strides = tuple[int, ...]
@@ -63,24 +68,33 @@ def record_of(
     results: Mapping[str, int],
     seed: int = 0,
     scratch: Mapping[str, int] | None = None,
+    encode: Callable[[BoxMap, int], bytes] | None = None,
 ) -> np.void:
     """The kernel's one parameter, from the operands' views and the results' addresses.
 
-    `scratch` has the addresses that the recipe's workspace asks for.
+    `scratch` has the addresses that the recipe's workspace asks for; `encode` makes tensor maps, instead of the driver.
     """
     pointers = {name: view[0] for name, view in operands.items()}
     pointers.update(results)
     if scratch:
         pointers.update(scratch)
     pointers["dropout_seed"] = seed
-    return params.record(pointers, recipe.tail)
+    encode = encode or maps.encode
+    head = b"".join(
+        encode(wanted, pointers[name]) for name, wanted in zip(("q", "k", "v", "out"), recipe.maps, strict=False)
+    )
+    return params.record(pointers, recipe.tail, head.ljust(4 * maps.SIZE, b"\0") if recipe.maps else b"")
 
 
 def recipe_of(plan: Plan, problem: Problem, operands: Mapping[str, View]) -> Recipe:
     """The recipe, remembered by problem, strides and alignment; results are contiguous."""
     facts = tuple([(name, view[1:]) for name, view in operands.items()])
-    aligned = (operands["q"].pointer | operands["k"].pointer | operands["v"].pointer) % 16 == 0
-    return _recipe(plan, problem, facts, aligned)
+    return _recipe(plan, problem, facts, _are_aligned(operands))
+
+
+def _are_aligned(operands: Mapping[str, View]) -> bool:
+    """q, k and v start at multiples of 16 bytes."""
+    return (operands["q"].pointer | operands["k"].pointer | operands["v"].pointer) % 16 == 0
 
 
 def is_aligned(view: View) -> bool:
@@ -120,29 +134,40 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
     lead = len(sizes.batch_shape) if len(sizes.batch_shape) > 1 else 0
     for name, spec in problem.results.items():
         strides[name] = contiguous_strides((*one_batch, *spec.shape[lead:]) if lead else spec.shape)
-    tile = plan.tile
-    assert isinstance(tile, Tile)
     bits = catalogue.edits_of(problem)
     group = sizes.queries_per_pair
     batch, ragged = sizes.batch, layout.ragged
-    num_splits = plan.num_splits
     groups = batch * sizes.num_heads // group
-    if plan.kernel == "flash":
+    if plan.kernel == "hopper" and objections_to_maps(problem, strides, aligned):
+        assert plan.instead is not None
+        plan = plan.instead
+    tile, num_splits = plan.tile, plan.num_splits
+    box_maps: tuple[BoxMap, ...] = ()
+    behind = b""
+    workspace = Workspace()
+    if isinstance(tile, HopperTile):
+        box_maps = _maps(problem, shapes["k"][0] if ragged else 0, strides, tile)
+        specialisation = catalogue.hopper(problem.dtype, *padded_dims(sizes), tile, len(box_maps) == 4, bits)
+        tiles = max(1, -(-sizes.seqlen_q // tile.tokens))
+        count = tiles * (sizes.num_heads // tile.heads_per_unit) * (batch + ragged)
+        grid = (min(count, plan.num_workers) if tile.persistent else count, 1, 1)
+        behind = _HOPPER.pack(count, tiles, tile.tokens, tile.heads_per_unit, tile.units_per_section)
+    elif plan.kernel == "flash":
+        assert isinstance(tile, Tile)
         specialisation = catalogue.flash(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, aligned, bits)
         # Rows behind the last sequence of a ragged problem are wiped by one sequence more.
         tiles = max(1, -(-sizes.seqlen_q // tile.block_q))
         grid = (tiles * sizes.num_heads * (batch + ragged), 1, 1)
-        workspace = Workspace()
     else:
+        assert isinstance(tile, Tile)
         paged = layout.page_size is not None
         specialisation = catalogue.splitkv(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, aligned, bits, paged)
         row_tiles = max(1, -(-sizes.seqlen_q * group // tile.block_q))
         blocks = row_tiles * groups
         grid = (num_splits * row_tiles * (sizes.num_heads // group) * (batch + ragged), 1, 1)
         rows = blocks * num_splits * tile.block_q
-        workspace = (
-            Workspace(rows * catalogue.padded(sizes.head_dim_v), 2 * rows, blocks) if num_splits > 1 else Workspace()
-        )
+        if num_splits > 1:
+            workspace = Workspace(rows * catalogue.padded(sizes.head_dim_v), 2 * rows, blocks)
 
     def operand(name: str) -> params.Strides:
         return _operand_strides(name, problem, strides[name], name in ("k", "v") and layout.page_size is not None)
@@ -194,7 +219,58 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
         # Beyond these it makes no difference, and a kernel's division would flush it to zero.
         softcap=min(max(edits.softcap, 2.0**-100), 2.0**100) if edits.softcap else 0.0,
     )
-    return Recipe(specialisation, grid, tail.pack(), workspace)
+    return Recipe(specialisation, grid, tail.pack() + behind, workspace, maps=box_maps)
+
+
+_HOPPER = struct.Struct("<5i4x")
+"""What ``HopperParams`` has behind the record, filled up to its alignment."""
+
+
+def _map(
+    name: str, problem: Problem, total_k: int, strides: Strides, columns: int, rows: int, group: int = 1
+) -> BoxMap:
+    """The tensor map of q, k, v or out; `total_k` are the keys of all sequences, if they are ragged."""
+    sizes, ragged = problem.sizes, problem.layout.ragged
+    heads = {"k": sizes.num_heads_k, "v": sizes.num_heads_v}.get(name, sizes.num_heads)
+    head_dim = sizes.head_dim if name in ("q", "k") else sizes.head_dim_v
+    rows_of_all = total_k if name in ("k", "v") else sizes.total_q
+    seqlen = rows_of_all if ragged else sizes.seqlen_q if name in ("q", "out") else sizes.seqlen_k
+    shape = (1 if ragged else sizes.batch, seqlen, heads, head_dim)
+    dtype = problem.results["out"].dtype if name == "out" else problem.dtype
+    return maps.box_map(dtype, columns, rows, shape, _operand_strides(name, problem, strides, False), group)
+
+
+def _maps(problem: Problem, total_k: int, strides: Mapping[str, Strides], tile: HopperTile) -> tuple[BoxMap, ...]:
+    """The maps of q, k and v, and of out if whole boxes of it belong to one sequence and to whole tokens."""
+    wide, wide_v = padded_dims(problem.sizes)
+    group = tile.heads_per_unit
+    found = (
+        _map("q", problem, total_k, strides["q"], wide, tile.tokens, group),
+        _map("k", problem, total_k, strides["k"], wide, tile.block_k),
+        _map("v", problem, total_k, strides["v"], wide_v, tile.block_k),
+    )
+    if problem.layout.ragged or 16 % group:
+        return found
+    return (*found, _map("out", problem, total_k, strides["out"], wide_v, 16 // group, group))
+
+
+def objections_to_maps(problem: Problem, strides: Mapping[str, Strides], aligned: bool) -> tuple[str, ...]:
+    """Why TMA cannot read these arrays, if so."""
+    wide, wide_v = padded_dims(problem.sizes)
+    found = (
+        maps.objection(name, _map(name, problem, 1, strides[name], wide_v if name == "v" else wide, 1), aligned)
+        for name in ("q", "k", "v")
+    )
+    return tuple(reason for reason in found if reason)
+
+
+def map_objections(problem: Problem, operands: Mapping[str, View]) -> tuple[str, ...]:
+    """The same, from the operands' views."""
+    three = {name: operands[name] for name in ("q", "k", "v")}
+    if any(has_to_be_copied(name, *view[1:], problem.sizes.batch_shape) for name, view in three.items()):
+        return ()  # copies are as they should be
+    strides = {name: _broadcast_strides(view.shape, view.strides) for name, view in three.items()}
+    return objections_to_maps(problem, strides, _are_aligned(operands))
 
 
 def _longest_keys(problem: Problem, shapes: Mapping[str, Shape]) -> int:

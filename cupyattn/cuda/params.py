@@ -98,8 +98,8 @@ class Tail(NamedTuple):
         return _TAIL.pack(*values)
 
 
-def record(pointers: dict[str, int], tail: bytes) -> np.void:
-    """A record as a kernel takes it: by value, as one scalar of raw bytes."""
-    head = _POINTERS.pack(*[pointers.get(name, 0) for name in POINTERS])
-    void: np.void = np.frombuffer(head + tail, f"V{SIZE}")[0]
+def record(pointers: dict[str, int], tail: bytes, head: bytes = b"") -> np.void:
+    """A record as a kernel takes it: by value, as one scalar of raw bytes, behind what has to come first."""
+    whole = head + _POINTERS.pack(*[pointers.get(name, 0) for name in POINTERS]) + tail
+    void: np.void = np.frombuffer(whole, f"V{len(whole)}")[0]
     return void

@@ -52,6 +52,8 @@ DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key,
         Span visible{0, kOpen};
         if constexpr (kBand) visible = sequence.band.visible_keys(token);
         if (!rows.exists[half]) visible.stop = 0;
+        // Columns are constants, so that they are compared with what is left of the span at the first of them.
+        const int start = visible.start - first, stop = visible.stop - first;
         float slope = 0.f;
         if constexpr (bool(kEdits & kAlibi))
             slope = ptx::load_global(params.at.alibi_slopes + sequence.index * params.alibi_slopes_batch + head);
@@ -60,8 +62,8 @@ DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key,
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 float& x = scores.value[block][2 * half + i];
-                const int key = first + Accumulator<kCols>::column(block, i);
-                bool hidden = (kBand || kEdits) && (key < visible.start || key >= visible.stop);
+                const int column = Accumulator<kCols>::column(block, i), key = first + column;
+                bool hidden = (kBand || kEdits) && (column < start || column >= stop);
                 if constexpr (bool(kEdits & ~kDropout)) {
                     x *= params.softmax_scale;
                     if constexpr (bool(kEdits & kSoftcap)) x = params.softcap * tanh(ptx::divide(x, params.softcap));

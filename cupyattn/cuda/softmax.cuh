@@ -15,6 +15,11 @@ DEVICE void over_row(float (&value)[2], const Reduce& reduce) {
         for (int step = 1; step <= 2; step *= 2) value[half] = reduce(value[half], ptx::shuffle_xor(value[half], step));
 }
 
+// How the exponential of a thread's number `place` is computed: by the special function unit.
+struct FastExponential {
+    DEVICE_METHOD static float at(int, float x) { return ptx::exp2(x); }
+};
+
 // The running (row_max, row_sum) of 16 rows while their keys arrive block by block.  Twin:
 // numpy_ref.OnlineSoftmax, in powers of e.
 struct OnlineSoftmax {
@@ -28,20 +33,29 @@ struct OnlineSoftmax {
 
     // Turns scores into weights exp2(scale_log2 * (score - row_max)) in place, adds them to row_sum, and sets
     // `shrink`, by which all that was summed under the old row_max has to be multiplied.
-    template <int kCols>
+    //
+    // kLazy: the old row_max stays, and shrink is exactly 1, as long as no weight of the warp passes 2^8.
+    template <bool kLazy = false, typename Exponential = FastExponential, int kCols>
     DEVICE_METHOD void fold(Accumulator<kCols>& scores, float scale_log2, float (&shrink)[2]) {
         float highest[2] = {row_max[0], row_max[1]};
 #pragma unroll
         for (int block = 0; block < kCols / 8; ++block)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) highest[i / 2] = ptx::max(highest[i / 2], scores.value[block][i]);
+            for (int half = 0; half < 2; ++half) {
+                const float(&x)[4] = scores.value[block];
+                highest[half] = ptx::max(highest[half], ptx::max(x[2 * half], x[2 * half + 1]));
+            }
         over_row(highest, [](float a, float b) { return ptx::max(a, b); });
+        bool stays = kLazy;
+        if constexpr (kLazy)
+            stays = ptx::all((highest[0] - row_max[0]) * scale_log2 <= 8.f && (highest[1] - row_max[1]) * scale_log2 <= 8.f);
         float origin[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+            if (stays) highest[half] = row_max[half];
             // A row that has seen no key yet: -inf - -inf would be nan, 0 keeps its weights 0.
             origin[half] = highest[half] == -ptx::infinity() ? 0.f : highest[half] * scale_log2;
-            shrink[half] = ptx::exp2(ptx::fma(row_max[half], scale_log2, -origin[half]));
+            shrink[half] = stays ? 1.f : ptx::exp2(ptx::fma(row_max[half], scale_log2, -origin[half]));
             row_max[half] = highest[half];
             row_sum[half] *= shrink[half];
         }
@@ -50,7 +64,7 @@ struct OnlineSoftmax {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 float& x = scores.value[block][i];
-                x = ptx::exp2(ptx::fma(x, scale_log2, -origin[i / 2]));
+                x = Exponential::at(4 * block + i, ptx::fma(x, scale_log2, -origin[i / 2]));
                 row_sum[i / 2] += x;
             }
     }

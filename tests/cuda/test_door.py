@@ -6,10 +6,11 @@ import ctypes
 import emulator
 import numpy as np
 import pytest
+from emulated import encode
 
 import cupyattn
 from cupyattn import cuda
-from cupyattn.cuda import memory
+from cupyattn.cuda import maps, memory
 from cupyattn.problem import NAMED_DEVICES
 
 H100 = NAMED_DEVICES["H100"]
@@ -50,6 +51,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(cuda, "kernel", found.kernel)
     monkeypatch.setattr(cuda, "device_of", lambda function, title, array: H100)
     monkeypatch.setattr(cuda, "_device", lambda index: H100)
+    monkeypatch.setattr(maps, "encode", encode)
     monkeypatch.setattr(cuda, "_current", lambda index: cuda._NOTHING)
     monkeypatch.setattr(memory.CuPyMemory, "stream", lambda self, index: memory.Stream(0))
     monkeypatch.setattr(memory.TorchMemory, "stream", lambda self, index: memory.Stream(0))
@@ -80,9 +82,14 @@ def expected(*arrays, **options):
     return np.asarray(cupyattn.attention(*[x.double().numpy() for x in arrays], **options))
 
 
-@pytest.mark.parametrize("seqlen_q", [1, 70], ids=["splitkv", "flash"])
+@pytest.mark.parametrize(
+    ("seqlen_q", "device", "kernel"),
+    [(1, "H100", "splitkv"), (70, "H100", "hopper"), (70, "A100", "flash")],
+    ids=["splitkv", "hopper", "flash"],
+)
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
-def test_a_call_of_attention(torch, driver, seqlen_q, layout):
+def test_a_call_of_attention(torch, driver, monkeypatch, seqlen_q, device, kernel, layout):
+    monkeypatch.setattr(cuda, "device_of", lambda function, title, array: NAMED_DEVICES[device])
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, n, h, 64).half() for n, h in ((seqlen_q, 4), (600, 2), (600, 2)))
     if layout == "bhsd":
@@ -92,7 +99,7 @@ def test_a_call_of_attention(torch, driver, seqlen_q, layout):
     np.testing.assert_allclose(out.numpy(), exact, atol=2e-3)
     assert (out.dtype, out.shape, lse.dtype, lse.shape) == (torch.float16, q.shape, torch.float32, (2, 4, seqlen_q))
     (launch,) = driver.launches
-    assert launch[0].source == ("splitkv.cu" if seqlen_q == 1 else "flash.cu")
+    assert launch[0].source == f"{kernel}.cu"
 
 
 def test_any_number_of_batch_axes(torch, driver):

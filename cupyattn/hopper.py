@@ -1,0 +1,114 @@
+"""How the Hopper kernel cuts a problem: tile, switches, packing, and the order of tiles.
+
+The numbers are those of FlashAttention-3 where registers allow (kernels.md B.1), and registers were read from
+compiled kernels.  None has been timed yet: `make gpu` has the table of switches that will settle them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from cupyattn.problem import Problem, Sizes
+
+HEAD_DIMS = (64, 96, 128, 192, 256)
+"""Columns of its tiles; what lies between is filled up with zeros."""
+ALL_KEYS, RIGHT_EDGE, BOTH_EDGES = 0, 1, 2
+"""``Reach`` in ``hopper.cu``."""
+L2_FOR_KEYS = 32 * 2**20
+"""Bytes of keys and values that stay in the second-level cache of an H100 beside everything else."""
+
+
+class Switches(NamedTuple):
+    """What the kernel can do in two ways; see ``HopperSwitches``."""
+
+    ping_pong: bool = True
+    overlap: bool = True
+    pinned: bool = True
+    rescale_first: bool = False
+    lazy: bool = False
+    weights_in_shared: bool = False
+    polynomials: int = 0
+
+    def __str__(self) -> str:
+        words = [name.replace("_", " ") for name, value in self._asdict().items() if value is True]
+        return ", ".join([*words, f"{self.polynomials} of 32 exponentials by polynomial"])
+
+
+class HopperTile(NamedTuple):
+    """How one thread block of the Hopper kernel cuts the problem."""
+
+    block_q: int
+    """Rows: of one head, or of the tokens of ``heads_per_unit`` heads that share their keys."""
+    block_k: int
+    num_stages: int
+    reach: int
+    """Which keys can be hidden from a row: by the ends of its sequence, to the right, on both sides."""
+    heads_per_unit: int = 1
+    units_per_section: int = 1
+    """Units whose tiles take turns, so that their keys stay in the second-level cache."""
+    persistent: bool = False
+    """One thread block to a multiprocessor, which takes one tile after the other."""
+    switches: Switches = Switches()
+
+    @property
+    def num_warps(self) -> int:
+        return 4 * (1 + self.block_q // 64)
+
+    @property
+    def tokens(self) -> int:
+        """Whole tokens to a tile."""
+        return self.block_q // self.heads_per_unit
+
+
+def padded_dims(sizes: Sizes) -> tuple[int, int]:
+    """Columns of the tiles of keys and of values."""
+    wide, wide_v = (min(x for x in HEAD_DIMS if x >= size) for size in (sizes.head_dim, sizes.head_dim_v))
+    return (wide, wide_v) if (wide, wide_v) == (192, 128) else (max(wide, wide_v),) * 2
+
+
+def reach_of(problem: Problem) -> int:
+    mask = problem.mask
+    if mask.left is not None:
+        return BOTH_EDGES
+    return ALL_KEYS if mask.right is None else RIGHT_EDGE
+
+
+def base_tile(head_dim: int, head_dim_v: int, reach: int) -> HopperTile:
+    """The tile of padded head_dims under a mask of such a reach."""
+    local = reach == BOTH_EDGES
+    if head_dim == 64:
+        return HopperTile(192, 128, 2, reach)
+    if head_dim == 96:
+        return HopperTile(192, 112, 2, reach)
+    if head_dim == 128:
+        return HopperTile(128, 176 if reach == ALL_KEYS else 128, 2, reach)
+    # The longer products of wide heads hide the softmax without turns, and sums shrink while the first one runs.
+    wide = Switches(ping_pong=False, rescale_first=True)
+    if head_dim == 192:
+        return HopperTile(128, 96 if local else 128 if head_dim_v == 128 else 112, 2, reach, switches=wide)
+    return HopperTile(128, 64 if local else 80, 2, reach, switches=wide)
+
+
+def num_tiles(tile: HopperTile, sizes: Sizes) -> int:
+    """Row tiles of a batch."""
+    return -(-sizes.seqlen_q // tile.tokens) * (sizes.num_heads // tile.heads_per_unit) * sizes.batch
+
+
+def hopper_tile(problem: Problem) -> HopperTile:
+    """The tile of a problem, packed where that makes a tenth fewer of them."""
+    sizes = problem.sizes
+    head_dim, head_dim_v = padded_dims(sizes)
+    reach = reach_of(problem)
+    tile = base_tile(head_dim, head_dim_v, reach)
+    group = sizes.queries_per_pair
+    if 1 < group <= tile.block_q:
+        packed = tile._replace(heads_per_unit=group)
+        if num_tiles(packed, sizes) < 0.9 * num_tiles(tile, sizes):
+            tile = packed
+    if reach == ALL_KEYS:
+        return tile._replace(persistent=True)
+    # Longest first across the heads whose keys fit into the cache together.
+    keys = max(1, sizes.seqlen_k * (head_dim + head_dim_v) * 2)
+    heads = 1 << max(0, (L2_FOR_KEYS // keys).bit_length() - 1)
+    units = max(1, sizes.batch * sizes.num_heads // tile.heads_per_unit)
+    return tile._replace(units_per_section=min(units, heads * group // tile.heads_per_unit))

@@ -1,0 +1,284 @@
+"""The Hopper kernel under the emulator, held to the definition: sizes, switches, packing, what nobody may see."""
+
+import numpy as np
+import pytest
+from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, turns
+from emulated import Call, check, operands, options_of, plan_of, problem_of, ragged_operands, ragged_options, run
+from oracle import assert_same_bits
+
+from cupyattn.hopper import Switches, hopper_tile
+from cupyattn.plan import choose
+from cupyattn.problem import NAMED_DEVICES
+
+SIZES = [
+    ("float16", 8, 8),
+    ("bfloat16", 40, 64),
+    ("float16", 64, 64),
+    ("bfloat16", 72, 72),
+    ("float16", 96, 96),
+    ("bfloat16", 128, 128),
+    ("float16", 128, 40),
+    ("bfloat16", 192, 128),
+    ("float16", 160, 160),
+    ("bfloat16", 256, 256),
+]
+SHAPES = [
+    ((200, 300), {}),
+    ((193, 390), {"causal": True, "alignment": "bottom-right"}),
+    ((231, 265), {"window_size": (70, 20), "alignment": "top-left"}),
+]
+SWITCHES = [
+    Switches(),
+    Switches(ping_pong=False),
+    Switches(overlap=False, pinned=False),
+    Switches(ping_pong=False, overlap=False, pinned=False),
+    Switches(pinned=False),
+    Switches(rescale_first=True),
+    Switches(lazy=True),
+    Switches(lazy=True, rescale_first=True),
+    Switches(weights_in_shared=True),
+    Switches(overlap=False, pinned=False, weights_in_shared=True),
+    Switches(polynomials=5),
+]
+
+
+def small(arrays, options, **edits):
+    """The tile a call would get, but with blocks of 32 keys, so that a few keys make many blocks."""
+    return hopper_tile(problem_of(arrays, options))._replace(block_q=128, block_k=32)._replace(**edits)
+
+
+def held(arrays, options, schedule=0, num_workers=2, **edits):
+    """`check` with such a tile."""
+    return check(arrays, options, "hopper", schedule, tile=small(arrays, options, **edits), num_workers=num_workers)
+
+
+def left(arrays, options, schedule=0, seed=0, **edits):
+    """`run` with such a tile."""
+    return run(arrays, options, "hopper", schedule, seed, tile=small(arrays, options, **edits))
+
+
+# ---- Sizes and switches -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "schedule"),
+    [
+        pytest.param(size, shape, (i + j) % 3, id=f"{'-'.join(map(str, size))}-{shape[0][0]}x{shape[0][1]}")
+        for i, size in enumerate(SIZES)
+        for j, shape in enumerate(SHAPES)
+    ],
+)
+def test_every_head_dim_meets_the_bar(rng, size, shape, schedule):
+    dtype, *dims = size
+    seqlens, options = shape
+    check(operands(rng, dtype, "bshd", 1, (2, 1, 2), seqlens, dims), options_of(**options), "hopper", schedule)
+
+
+@pytest.mark.parametrize("schedule", range(3))
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_every_switch_meets_the_bar(rng, switches, schedule):
+    arrays = operands(rng, "bfloat16", "bshd", 1, (1, 1, 1), [(130, 200), (256, 90), (257, 257)][schedule])
+    options = options_of(**({"causal": True, "alignment": "bottom-right"} if schedule else {}))
+    held(arrays, options, schedule, switches=switches)
+
+
+@pytest.mark.parametrize(
+    ("block_q", "block_k", "num_stages"), [(128, 16, 3), (192, 48, 2), (128, 176, 1), (192, 64, 4)]
+)
+def test_every_tile_meets_the_bar(rng, block_q, block_k, num_stages):
+    arrays = operands(rng, "float16", "bshd", 1, (2, 2, 2), (200, 310), (64, 64))
+    options = options_of(window_size=(100, 0), alignment="bottom-right")
+    held(arrays, options, 2, block_q=block_q, block_k=block_k, num_stages=num_stages)
+
+
+@pytest.mark.parametrize("workers", [1, 3, 100])
+def test_blocks_take_one_tile_after_the_other(rng, workers):
+    arrays = operands(rng, "float16", "bshd", 2, (2, 1, 1), (300, 130))
+    held(arrays, options_of(), 1, workers, persistent=True)
+
+
+@pytest.mark.parametrize("units", [1, 2, 3, 100])
+def test_tiles_come_in_any_order_of_sections(rng, units):
+    arrays = operands(rng, "bfloat16", "bshd", 1, (5, 5, 5), (270, 150))
+    held(arrays, options_of(causal=True, alignment="top-left"), 1, units_per_section=units)
+
+
+def test_a_weight_may_grow_while_sums_stay_as_they_are(rng):
+    arrays = operands(rng, "float16", "bshd", 1, (1, 1, 1), (128, 400))
+    arrays["k"] *= np.linspace(3.0, 0.1, 400)[:, None, None].astype("f2")  # the largest scores come last
+    held(arrays, options_of(), 1, switches=Switches(lazy=True))
+
+
+# ---- Who sees whom, edits, layouts ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("make", "schedule"), turns(VISIBLE))
+def test_who_sees_whom_meets_the_bar(rng, make, schedule):
+    arrays, options, _ = make(rng, "bfloat16")
+    held(arrays, options, schedule)
+
+
+KNOWN = ("scale", "scale 0", "scale of nearly 0", "softcap 2", "softcap of nearly 0", "slopes by batch and head",
+         "slopes, top-left", "sinks", "sinks of rows that see nothing")  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "schedule"), turns({name: EDITS[name] for name in KNOWN}))
+def test_edited_scores_meet_the_bar(rng, make, schedule):
+    arrays, options, _ = make(rng, "float16")
+    held(arrays, options, schedule)
+
+
+READ = ("bhsd", "transposed", "every second row", "q, k and v in one array")
+
+
+@pytest.mark.parametrize(("make", "schedule"), turns({name: LAYOUTS[name] for name in READ}))
+def test_every_layout_meets_the_bar(rng, make, schedule):
+    arrays, options, _ = make(rng, "float16")
+    assert "hopper" in held(arrays, options, schedule).plan.kernel
+
+
+@pytest.mark.parametrize("name", ["rows backwards", "one row repeated", "k at an odd address", "rows at odd addresses"])
+def test_flash_runs_where_no_map_can_be_made(rng, name):
+    arrays, options, _ = LAYOUTS[name](rng, "float16")
+    launch = Call(arrays, options, "hopper")
+    assert launch.wanted.source == "flash.cu"
+    assert launch.run(1).problem is not None
+    check(arrays, options, "hopper", 1)
+
+
+# ---- Groups side by side ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("heads", "schedule"),
+    [((8, 2, 2), 0), ((7, 1, 1), 1), ((6, 2, 3), 2), ((32, 2, 2), 1), ((5, 1, 1), 2)],
+    ids=str,
+)
+def test_packed_heads_meet_the_bar(rng, heads, schedule):
+    arrays = operands(rng, "float16", "bshd", 2, heads, (19, 77))
+    options = options_of(causal=True, alignment="bottom-right")
+    group = problem_of(arrays, options).sizes.queries_per_pair
+    held(arrays, options, schedule, heads_per_unit=group)
+
+
+@pytest.mark.parametrize("schedule", range(3))
+def test_packed_heads_in_another_layout_meet_the_bar(rng, schedule):
+    arrays = operands(rng, "bfloat16", "bhsd", 1, (6, 2, 2), (90, 130))
+    arrays["sinks"] = rng.standard_normal(6).astype("f4")
+    options = options_of(layout="bhsd", window_size=(30, 3), alignment="top-left")
+    held(arrays, options, schedule, heads_per_unit=3)
+
+
+def test_few_tokens_of_many_heads_are_packed():
+    problem = problem_of(operands(np.random.default_rng(0), "float16", "bshd", 1, (32, 4, 4), (20, 512)), options_of())
+    assert hopper_tile(problem).heads_per_unit == 8
+
+
+# ---- Sequences end to end ---------------------------------------------------------------------------
+
+RAGGED = {
+    "equal lengths": ((20, 20), (20, 20), {}),
+    "empty sequences": ((0, 17, 0, 5, 0), (4, 0, 9, 130, 0), {}),
+    "causal": ((5, 164, 1, 77), (70, 64, 33, 12), {"causal": True, "alignment": "bottom-right"}),
+    "windows": ((40, 3), (40, 150), {"window_size": (20, 4), "alignment": "bottom-right"}),
+}
+
+
+@pytest.mark.parametrize(("case", "schedule"), turns(RAGGED))
+@pytest.mark.parametrize("behind", [(0, 0), (300, 9)], ids=["to the end", "rows behind"])
+def test_sequences_end_to_end_meet_the_bar(rng, case, behind, schedule):
+    lengths_q, lengths_k, options = case
+    arrays = ragged_operands(rng, "float16", lengths_q, lengths_k, (4, 2, 2), behind=behind)
+    held(arrays, ragged_options(arrays, **options), schedule)
+
+
+def test_packed_sequences_end_to_end_meet_the_bar(rng):
+    arrays = ragged_operands(rng, "bfloat16", (5, 0, 70), (33, 7, 90), (6, 2, 2), behind=(3, 0))
+    held(arrays, ragged_options(arrays, 80, 100), 1, heads_per_unit=3)
+
+
+def test_a_sequence_does_not_see_its_neighbours(rng):
+    arrays = ragged_operands(rng, "float16", (30, 17, 9), (30, 70, 9), (2, 2, 2))
+    options = ragged_options(arrays)
+    clean = left(arrays, options)
+    for name in "qkv":
+        arrays[name][:30] = np.nan
+        arrays[name][-9:] = np.nan
+    found = left(arrays, options, 1)
+    rows = slice(30, 47)
+    assert_same_bits(found.out[rows], clean.out[rows])
+    assert_same_bits(found.lse[:, rows], clean.lse[:, rows])
+
+
+def test_lengths_that_lie_stay_inside_the_arrays(rng):
+    arrays = ragged_operands(rng, "float16", (20, 20), (20, 20))
+    options = ragged_options(arrays)
+    arrays["cu_seqlens_q"][:] = [-5, 4, 2**31 - 1]
+    arrays["cu_seqlens_k"][:] = [3, 1, 1000]
+    Call(arrays, options, "hopper").run()
+
+
+# ---- Values that are not finite ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["behind the band", "beside the window", "behind the last key", "behind the last query"]
+)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_is_hidden_does_not_change_a_bit(rng, dtype, name):
+    arrays, poisoned, options, _ = HIDDEN[name](rng, dtype)
+    clean, found = left(arrays, options, 0), left(poisoned, options, 2)
+    assert np.isfinite(found.out.astype(float)).all()
+    assert_same_bits(found.out, clean.out)
+    assert_same_bits(found.lse, clean.lse)
+
+
+@pytest.mark.parametrize(("make", "schedule"), turns(STRAYS))
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_is_not_finite_shows_where_it_is_seen(rng, dtype, make, schedule):
+    arrays, options, _ = make(rng, dtype)
+    held(arrays, options, schedule)
+
+
+def test_strays_of_packed_sequences_show_where_they_are_seen(rng):
+    arrays = ragged_operands(rng, "float16", (5, 40), (33, 77), (6, 2, 2))
+    arrays["v"][50, 1, 3], arrays["v"][20, 0, 5] = np.inf, np.nan
+    held(arrays, ragged_options(arrays, causal=True, alignment="bottom-right"), 1, heads_per_unit=3)
+
+
+# ---- Being launched ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", range(3))
+def test_a_second_launch_is_the_same_bit_for_bit(rng, schedule):
+    arrays, options, _ = VISIBLE["window"](rng, "float16")
+    once, again = (left(arrays, options, schedule, seed) for seed in (1, 2))
+    assert_same_bits(once.out, again.out)
+    assert_same_bits(once.lse, again.lse)
+
+
+def test_a_launch_without_lse_is_the_same(rng):
+    arrays = operands(rng, "float16", "bshd", 1, (2, 1, 1), (33, 70))
+    found, other = (left(arrays, options_of(return_lse=wanted)) for wanted in (True, False))
+    assert other.lse is None
+    assert_same_bits(other.out, found.out)
+
+
+@pytest.mark.parametrize(
+    ("device", "kernel"), [("H100", "hopper"), ("H200", "hopper"), ("A100", "flash"), ("B200", "flash")]
+)
+def test_hopper_is_chosen_on_hopper_alone(device, kernel):
+    arrays = operands(np.random.default_rng(0), "bfloat16", seqlens=(256, 256))
+    assert choose(problem_of(arrays, options_of()), NAMED_DEVICES[device]).kernel == kernel
+
+
+def test_float32_is_left_to_flash():
+    arrays = operands(np.random.default_rng(0), "float32", seqlens=(256, 256))
+    assert choose(problem_of(arrays, options_of()), NAMED_DEVICES["H100"]).kernel == "flash"
+
+
+def test_a_plan_names_what_runs_instead():
+    arrays = operands(np.random.default_rng(0), "float16", seqlens=(256, 256))
+    chosen = choose(problem_of(arrays, options_of()), NAMED_DEVICES["H100"])
+    assert chosen.instead.kernel == "flash"
+    assert plan_of(problem_of(arrays, options_of()), "hopper").instead is not None
