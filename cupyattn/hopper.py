@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cupyattn.problem import Problem, Sizes
+from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Sizes
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
 """Columns of its tiles; what lies between is filled up with zeros."""
@@ -60,10 +60,12 @@ class HopperTile(NamedTuple):
         return self.block_q // self.heads_per_unit
 
 
-def padded_dims(sizes: Sizes) -> tuple[int, int]:
+def padded_dims(sizes: Sizes, dtype: str) -> tuple[int, int]:
     """Columns of the tiles of keys and of values."""
     wide, wide_v = (min(x for x in HEAD_DIMS if x >= size) for size in (sizes.head_dim, sizes.head_dim_v))
-    return (wide, wide_v) if (wide, wide_v) == (192, 128) else (max(wide, wide_v),) * 2
+    if (wide, wide_v) == (192, 128) and dtype != FLOAT8:
+        return wide, wide_v
+    return max(wide, wide_v), max(wide, wide_v)
 
 
 def reach_of(problem: Problem) -> int:
@@ -73,9 +75,11 @@ def reach_of(problem: Problem) -> int:
     return ALL_KEYS if mask.right is None else RIGHT_EDGE
 
 
-def base_tile(head_dim: int, head_dim_v: int, reach: int) -> HopperTile:
+def base_tile(head_dim: int, head_dim_v: int, reach: int, dtype: str) -> HopperTile:
     """The tile of padded head_dims under a mask of such a reach."""
     local = reach == BOTH_EDGES
+    if dtype == FLOAT8:
+        return _float8_tile(head_dim, reach)
     if head_dim == 64:
         return HopperTile(192, 128, 2, reach)
     if head_dim == 96:
@@ -89,6 +93,15 @@ def base_tile(head_dim: int, head_dim_v: int, reach: int) -> HopperTile:
     return HopperTile(128, 64 if local else 80, 2, reach, switches=wide)
 
 
+def _float8_tile(head_dim: int, reach: int) -> HopperTile:
+    """The same for float8: half the bytes leave room for more keys."""
+    if head_dim <= 96:
+        return HopperTile(192, 160 if head_dim == 64 else 128, 2, reach, switches=Switches(ping_pong=False))
+    if head_dim == 256:
+        return HopperTile(128, 64 if reach == BOTH_EDGES else 128, 2, reach)
+    return HopperTile(128, 192 if head_dim == 128 else 160, 2, reach)
+
+
 def num_tiles(tile: HopperTile, sizes: Sizes) -> int:
     """Row tiles of a batch."""
     return -(-sizes.seqlen_q // tile.tokens) * (sizes.num_heads // tile.heads_per_unit) * sizes.batch
@@ -97,9 +110,9 @@ def num_tiles(tile: HopperTile, sizes: Sizes) -> int:
 def hopper_tile(problem: Problem) -> HopperTile:
     """The tile of a problem, packed where that makes a tenth fewer of them."""
     sizes = problem.sizes
-    head_dim, head_dim_v = padded_dims(sizes)
+    head_dim, head_dim_v = padded_dims(sizes, problem.dtype)
     reach = reach_of(problem)
-    tile = base_tile(head_dim, head_dim_v, reach)
+    tile = base_tile(head_dim, head_dim_v, reach, problem.dtype)
     group = sizes.queries_per_pair
     if 1 < group <= tile.block_q:
         packed = tile._replace(heads_per_unit=group)
@@ -108,7 +121,7 @@ def hopper_tile(problem: Problem) -> HopperTile:
     if reach == ALL_KEYS:
         return tile._replace(persistent=True)
     # Longest first across the heads whose keys fit into the cache together.
-    keys = max(1, sizes.seqlen_k * (head_dim + head_dim_v) * 2)
+    keys = max(1, sizes.seqlen_k * (head_dim + head_dim_v) * ITEMSIZE[problem.dtype])
     heads = 1 << max(0, (L2_FOR_KEYS // keys).bit_length() - 1)
     units = max(1, sizes.batch * sizes.num_heads // tile.heads_per_unit)
     return tile._replace(units_per_section=min(units, heads * group // tile.heads_per_unit))

@@ -174,7 +174,7 @@ def _objections_of_16_bits(problem: Problem, device: Device) -> list[str]:
     """What the kernels ask for whose products are of 16-bit numbers."""
     reasons = _objections_of_a_kernel(problem, device)
     if device.kind == "cuda" and problem.dtype == FLOAT8:
-        reasons.append("has no float8 arithmetic")
+        reasons.append("has no float8 arithmetic; hopper has")
     return reasons
 
 
@@ -211,8 +211,10 @@ def objections_of_hopper(problem: Problem, device: Device) -> tuple[str, ...]:
         reasons.append("needs the package cuda-bindings, to have the driver encode tensor maps")
     if problem.dtype == "float32":
         reasons.append("has no float32 arithmetic")
-    if problem.dtype == FLOAT8:
-        reasons.append("has no float8 arithmetic yet")
+    for name in ("head_dim", "head_dim_v"):
+        size = getattr(problem.sizes, name)
+        if problem.dtype == FLOAT8 and size % 16:
+            reasons.append(f"needs {name} to be a multiple of 16 in float8, not {size}")
     if problem.layout.page_size is not None:
         reasons.append("reads k and v without a block_table")
     for wanted, what in (

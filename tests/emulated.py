@@ -25,7 +25,12 @@ from cupyattn.problem import ITEMSIZE, NAMED_DEVICES, Spec
 from cupyattn.reading import Options, read
 from cupyattn.splits import split
 
-STORED = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+STORED = {
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+    "float32": np.float32,
+    "float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+}
 BITS = {"float16": 10, "bfloat16": 7, "float32": 23}
 LOWEST = {"float16": -14, "bfloat16": -126, "float32": -126}
 H100 = NAMED_DEVICES["H100"]
@@ -119,7 +124,7 @@ class Result(NamedTuple):
 def problem_of(arrays, options):
     """The problem of NumPy arrays by our words, as the door would read it."""
     specs = tuple((name, Spec(name, x.shape, x.dtype.name)) for name, x in arrays.items())
-    return read("attention", specs, options)
+    return read("attention", specs, options._replace(takes_float8=True))
 
 
 def plan_of(problem, kernel, device=H100, fixed_split_size=None, **edits):
@@ -157,7 +162,7 @@ class Call:
         emulator.require_compiler()
         self.problem = problem = problem_of(arrays, options)
         self.plan = plan_of(problem, kernel, device, **plan_edits)
-        self.results = {"out": guarded(problem.out_shape, STORED[problem.dtype])}
+        self.results = {"out": guarded(problem.out_shape, STORED[problem.out_dtype])}
         if problem.needs_lse:
             self.results["lse"] = guarded(problem.lse_shape, np.float32)
         views = {name: view_of_numpy(x, x.dtype.name) for name, x in arrays.items()}
@@ -207,6 +212,15 @@ def heads_first(array, problem):
     return array if problem.layout.axes == "bhsd" else array.swapaxes(-3, -2)
 
 
+def descale(arrays, name, problem, index):
+    """What one sequence's float8 numbers of q, k or v are multiples of, by head: (heads, 1, 1)."""
+    sizes = problem.sizes
+    heads = sizes.num_heads_v if name == "v" else sizes.num_heads_k
+    factors = np.broadcast_to(arrays.get(f"{name}_descale", np.float32(1.0)), (sizes.batch, heads))[index]
+    repeats = sizes.num_heads // heads if name == "q" else 1
+    return np.repeat(factors, repeats).astype(np.float64)[:, None, None]
+
+
 def parts_of(arrays, problem, dropout_seed=0):
     """Every sequence of a call."""
     sizes = problem.sizes
@@ -232,7 +246,7 @@ def parts_of(arrays, problem, dropout_seed=0):
 
 def _part(arrays, problem, dropout_seed, index, place, operands):
     sizes, edits = problem.sizes, problem.edits
-    q, k, v = (heads_first(operands[name], problem) for name in "qkv")
+    q, k, v = (heads_first(operands[name], problem) * descale(arrays, name, problem, index) for name in "qkv")
     k = np.repeat(k, sizes.num_heads // sizes.num_heads_k, axis=0)
     v = np.repeat(v, sizes.num_heads // sizes.num_heads_v, axis=0)
     seqlen_q, seqlen_k = q.shape[-2], k.shape[-2]
@@ -300,11 +314,15 @@ def definition(arrays, problem, dropout_seed=0):
 
 def emulation(arrays, problem, block_k, dropout_seed=0):
     """`out` as the algorithm gives it, block by block, where weights and the result are rounded and nothing else."""
-    dtype = STORED[problem.dtype]
+    dtype = STORED[problem.out_dtype]
+    shift = 2.0**8 if problem.dtype == "float8_e4m3fn" else 1.0  # see cuda/float8.cuh
     inner = np.float32 if problem.dtype == "float32" else np.float64
 
     def rounded(x):
         return x.astype(dtype).astype(inner)
+
+    def rounded_weights(x):
+        return (x * shift).astype(STORED[problem.dtype]).astype(inner) / shift
 
     def compute(part):
         q, k, v = (x.astype(inner) for x in part.operands.values())
@@ -331,7 +349,7 @@ def emulation(arrays, problem, block_k, dropout_seed=0):
             scores = (np.float64(scores) - origin[..., None]).astype(inner)
             shrink, weights = np.exp2(row_max - origin), np.exp2(scores)
             row_max, row_sum = highest, row_sum * shrink + weights.sum(axis=-1)
-            kept = rounded(weights * np.where(keep[..., keys], grow, inner(0.0)))
+            kept = rounded_weights(weights * np.where(keep[..., keys], grow, inner(0.0)))
             values = np.where(np.isfinite(v[:, keys]), v[:, keys], inner(0.0))
             out = _add_product(out * shrink[..., None], kept, values.swapaxes(-1, -2))
         sink = inner(-np.inf) if asked["sinks"] is None else (asked["sinks"] * LOG2E).astype(inner)
@@ -407,5 +425,5 @@ def check(arrays, options, kernel, schedule=0, seed=0, dropout_seed=0, **call):
     emulated = emulation(arrays, problem, chosen.tile.block_k, dropout_seed)
     values = np.abs(np.asarray(arrays["v"]).astype(np.float64))
     largest = values[np.isfinite(values)].max(initial=0.0)
-    assert_within_the_bar(out, exact_out, emulated, problem.dtype, largest)
+    assert_within_the_bar(out, exact_out, emulated, problem.out_dtype, largest)
     return found

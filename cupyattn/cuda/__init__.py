@@ -24,7 +24,7 @@ from cupyattn.cuda.launch import (
 from cupyattn.cuda.memory import CuPyMemory, DLPackMemory, TorchMemory, copied
 from cupyattn.cuda.module import kernel
 from cupyattn.plan import Plan
-from cupyattn.problem import Device, Problem, Shape, Spec
+from cupyattn.problem import FLOAT8, Device, Problem, Shape, Spec
 from cupyattn.reading import refusal
 
 INSTALL = "install cupyattn[cuda12] or cupyattn[cuda13], whichever CUDA version your driver supports"
@@ -112,17 +112,21 @@ def run(
     if memory.gradients_wanted(arrays):
         rule = "has no gradients on the GPU yet; call it under torch.no_grad(), or on the CPU"
         raise NotImplementedError(refusal(function, rule))
+    if problem.dtype == FLOAT8 and not isinstance(memory, TorchMemory):
+        rule = "float8 arrays on a CUDA device are taken from torch only: CuPy has no such dtype"
+        raise NotImplementedError(refusal(function, rule))
     index = index_of(arrays["q"])
     with _current(index):
         operands = memory.bring(arrays)
         like = operands["q"]
         results = {name: memory.empty(spec.shape, spec.dtype, like) for name, spec in problem.results.items()}
         if problem.sizes.num_heads and 0 not in problem.out_shape:
-            _launch(memory, index, operands, specs, results, plan, problem, seed)
+            _launch(function, memory, index, operands, specs, results, plan, problem, seed)
         return memory.home(results)
 
 
 def _launch(
+    function: str,
     memory: CuPyMemory,
     index: int,
     operands: Arrays,
@@ -134,6 +138,9 @@ def _launch(
 ) -> None:
     views = {name: memory.view(array, specs[name].dtype) for name, array in operands.items()}
     recipe = recipe_of(plan, problem, views)
+    if recipe.refusals:
+        rule = "no kernel can read these arrays: no tensor map, " + "; ".join(recipe.refusals)
+        raise NotImplementedError(refusal(function, rule, *((name, specs[name].shape) for name in ("q", "k", "v"))))
     kept = []
     if recipe.copies:
         for name in recipe.copies:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from cupyattn.cuda.module import Specialisation
 from cupyattn.hopper import HEAD_DIMS, HopperTile, base_tile
 from cupyattn.plan import Tile, flash_tile, split_tile
-from cupyattn.problem import ITEMSIZE, Problem
+from cupyattn.problem import FLOAT8, ITEMSIZE, Problem
 
-ELEMENT = {"float16": "cupyattn::Half", "bfloat16": "cupyattn::BFloat16", "float32": "float"}
+ELEMENT = {
+    "float16": "cupyattn::Half",
+    "bfloat16": "cupyattn::BFloat16",
+    "float32": "float",
+    FLOAT8: "cupyattn::Float8",
+}
 SCALE_FIRST, SOFTCAP, ALIBI, BIAS, MASK_ARRAY, DROPOUT = 1, 2, 4, 8, 16, 32
 """Bits of ``Edit`` in ``params.cuh``."""
 
@@ -104,10 +109,12 @@ def hopper(
         edits,
         f"cupyattn::HopperSwitches<{', '.join(map(_literal, tile.switches))}>",
     )
-    queries = tile.block_q * head_dim * 2
-    keys_and_values = tile.num_stages * tile.block_k * (head_dim + head_dim_v) * 2
-    weights = tile.block_q * tile.block_k * 2 if tile.switches.weights_in_shared else 0
-    barriers = 16 * tile.num_stages + 4 * 16 * tile.num_stages
+    item = ITEMSIZE[dtype]
+    queries = tile.block_q * head_dim * item
+    values = 2 * head_dim_v if dtype == FLOAT8 else head_dim_v  # as they come, and turned
+    keys_and_values = tile.num_stages * tile.block_k * (head_dim + values) * item
+    weights = tile.block_q * tile.block_k * item if tile.switches.weights_in_shared else 0
+    barriers = 6 * 16 * tile.num_stages
     return Specialisation(
         "hopper.cu",
         f"cupyattn::hopper_forward<cupyattn::HopperTraits<{', '.join(map(_literal, arguments))}>>",
@@ -143,17 +150,20 @@ def specialisations(target: str) -> list[Specialisation]:
     """
     limit = _SHARED_MEMORY.get(target.rstrip("af"), 99 * 1024)
     found = []
-    for dtype in ELEMENT:
+    for dtype in ("float16", "bfloat16", "float32"):
         for head_dim in HEAD_DIMS:
             found.append(flash(dtype, head_dim, head_dim, flash_tile(head_dim, dtype, limit), True, 0))
             for rows in DECODE_ROWS:
                 tile = split_tile(head_dim, rows, dtype, limit)
                 found += [splitkv(dtype, head_dim, head_dim, tile, True, 0, paged) for paged in (False, True)]
     if target == "sm_90a":
-        for dtype in ("float16", "bfloat16"):
+        for dtype in ("float16", "bfloat16", FLOAT8):
             for head_dim, head_dim_v in (*((x, x) for x in HEAD_DIMS), (192, 128)):
+                if dtype == FLOAT8 and head_dim != head_dim_v:
+                    continue
                 for reach in range(3):
-                    found.append(hopper(dtype, head_dim, head_dim_v, base_tile(head_dim, head_dim_v, reach), True, 0))
+                    cut = base_tile(head_dim, head_dim_v, reach, dtype)
+                    found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0))
     return [wanted for wanted in dict.fromkeys(found) if wanted.shared_memory <= limit]
 
 

@@ -26,7 +26,8 @@ struct Float8 {  // e4m3: no infinities, 448 is the largest
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kLowest = -3.4028234664e38f;  // of the finite ones
+constexpr float kLowest = -3.4028234664e38f;        // of the finite ones
+constexpr float kLeastNormal = 1.1754943508e-38f;  // above zero
 
 DEVICE constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 DEVICE constexpr int smaller(int a, int b) { return a < b ? a : b; }
@@ -39,6 +40,15 @@ struct Same {
 template <typename A>
 struct Same<A, A> {
     static constexpr bool value = true;
+};
+
+template <bool kFirst, typename First, typename Second>
+struct Choice {
+    using Type = First;
+};
+template <typename First, typename Second>
+struct Choice<false, First, Second> {
+    using Type = Second;
 };
 
 }  // namespace cupyattn

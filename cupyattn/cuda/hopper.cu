@@ -19,241 +19,22 @@
 // Launch   any number of blocks: block i takes row tiles i, i + blocks, and so on, the longest first; kThreads
 //          threads; kSharedBytes.
 
+#include "fetch90.cuh"
 #include "softmax90.cuh"
-#include "tile90.cuh"
 
 namespace cupyattn {
-
-// Which keys can be hidden from a row: beyond the ends of its sequence, right of its diagonal, on both sides of it.
-enum Reach { kAllKeys, kRightEdge, kBothEdges };
-
-// What can be had in two ways, to be settled by measurements; the defaults are in plan.py.
-template <bool kPingPong_, bool kOverlap_, bool kPinned_, bool kRescaleFirst_, bool kLazy_, bool kWeightsInShared_,
-          int kPolynomials_>
-struct HopperSwitches {
-    static constexpr bool kPingPong = kPingPong_;  // warpgroups take turns at the tensor cores
-    static constexpr bool kOverlap = kOverlap_;    // a block's softmax runs beside the product before it
-    static constexpr bool kPinned = kPinned_;      // ... and the compiler is kept from undoing that, see ptx::pin
-    static constexpr bool kRescaleFirst = kRescaleFirst_;  // sums shrink before the product that is queued, not after it
-    static constexpr bool kLazy = kLazy_;                  // they shrink only where it matters, see OnlineSoftmax
-    static constexpr bool kWeightsInShared = kWeightsInShared_;  // not in registers
-    static constexpr int kPolynomials = kPolynomials_;  // of 32 exponentials of a thread, by arithmetic: see softmax90.cuh
-};
-
-template <typename Element_, int kHeadDim_, int kHeadDimV_, int kBlockQ_, int kBlockK_, int kNumStages_, int kReach_,
-          bool kPacked_, bool kStoresBoxes_, int kEdits_, typename Switches_>
-struct HopperTraits {
-    using Element = Element_;
-    using Switches = Switches_;
-    static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // as padded in the tiles
-    static constexpr int kBlockQ = kBlockQ_, kBlockK = kBlockK_, kNumStages = kNumStages_;
-    static constexpr int kReach = kReach_;
-    static constexpr bool kPacked = kPacked_;            // rows are (token, head of the group), the head fastest
-    static constexpr bool kStoresBoxes = kStoresBoxes_;  // by TMA, which clips; else row by row
-    static constexpr int kEdits = kEdits_;
-
-    static constexpr int kConsumers = kBlockQ / 64;  // warpgroups
-    static constexpr int kThreads = 128 * (1 + kConsumers);
-    // Multiples of 8 that add up to no more than 512 over all warpgroups; the fetching one needs few.
-    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
-    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 24;
-
-    using QueryTile = SwizzledTile<Element, kBlockQ, kHeadDim>;
-    using KeyTile = SwizzledTile<Element, kBlockK, kHeadDim>;
-    using ValueTile = SwizzledTile<Element, kBlockK, kHeadDimV>;
-    using WeightTile = SwizzledTile<Element, 64, kBlockK>;
-    using OutTile = SwizzledTile<Element, kBlockQ, kHeadDimV>;  // takes the queries' place at the end
-
-    static constexpr int kQueryBytes = QueryTile::kBytes;
-    static constexpr int kWeightBytes = Switches::kWeightsInShared ? kConsumers * WeightTile::kBytes : 0;
-    static constexpr int kKeys = kQueryBytes, kValues = kKeys + kNumStages * KeyTile::kBytes;
-    static constexpr int kWeights = kValues + kNumStages * ValueTile::kBytes;
-    static constexpr int kFound = kWeights + kWeightBytes;          // 16 bytes for each stage
-    static constexpr int kBarriers = kFound + 16 * kNumStages;
-    static constexpr int kSharedBytes = kBarriers + 4 * Ring<kNumStages>::kBytes;
-
-    static_assert(kBlockQ == 128 || kBlockQ == 192, "two or three warpgroups of 64 rows");
-    static_assert(kBlockK % 16 == 0 && kBlockK <= 256, "the sizes of a wgmma");
-    static_assert(kHeadDimV <= kHeadDim && OutTile::kSwizzle == QueryTile::kSwizzle,
-                  "a warpgroup's rows of the output lie where its own queries were");
-};
-
-// ---- What to do -------------------------------------------------------------------------------------
-
-struct HopperParams {
-    // (column, head of a group, row, group or head, sequence); boxes are a tile's slab, or 16 rows of it for `out`.
-    TensorMap q, k, v, out;
-    Params params;
-    int num_tiles;          // row tiles of all units
-    int tiles_per_unit;     // of the longest sequence
-    int tokens_per_tile;    // whole ones
-    int heads_per_unit;     // a unit is what a tile's rows are of: a head of a sequence, or a group of them if packed
-    int units_per_section;  // units whose keys are used side by side, so that they stay in the second-level cache
-};
-
-// The rows of a tile and the blocks of keys they see.  Producer and consumers go by this, and by nothing else.
-struct RowTile {
-    Sequence sequence;
-    int head;         // the first one
-    int first_token;  // within the sequence
-    Span blocks;      // those that some row sees
-    Span whole;       // those that every row sees wholly
-};
-
-// Tiles come in sections; within one the last rows come first, which see the most keys under a causal mask.
-template <typename Traits>
-DEVICE RowTile row_tile(int index, const HopperParams& given) {
-    const Params& params = given.params;
-    const int units = given.num_tiles / given.tiles_per_unit, per_section = given.tiles_per_unit * given.units_per_section;
-    const int section = index / per_section, first = section * given.units_per_section;
-    const int size = smaller(given.units_per_section, units - first), rest = index - section * per_section;
-    const int unit = first + rest % size, place = given.tiles_per_unit - 1 - rest / size;
-    const int units_per_sequence = params.num_heads / given.heads_per_unit;
-
-    RowTile tile{sequence_at(unit / units_per_sequence, params), unit % units_per_sequence * given.heads_per_unit,
-                 place * given.tokens_per_tile, {0, 0}, {0, 0}};
-    const Band& band = tile.sequence.band;
-    const int last = smaller(tile.first_token + given.tokens_per_tile, band.seqlen_q) - 1;
-    if (last < tile.first_token) return tile;
-    constexpr int kBlockK = Traits::kBlockK;
-    const Span touched = band.touched(tile.first_token, last), whole = band.whole(tile.first_token, last);
-    if (touched.empty()) return tile;
-    tile.blocks = {touched.start / kBlockK, ceil_div(touched.stop, kBlockK)};
-    tile.whole = {ceil_div(whole.start, kBlockK), whole.stop / kBlockK};
-    return tile;
-}
-
-// Shared memory, and the barriers in it.
-template <typename Traits>
-struct HopperMemory {
-    using Stages = Ring<Traits::kNumStages>;
-    uint32 base;
-
-    DEVICE_METHOD typename Traits::QueryTile queries() const { return {base}; }
-    DEVICE_METHOD typename Traits::OutTile out() const { return {base}; }
-    DEVICE_METHOD typename Traits::KeyTile keys(int use) const {
-        return {base + Traits::kKeys + Stages::slot(use) * Traits::KeyTile::kBytes};
-    }
-    DEVICE_METHOD typename Traits::ValueTile values(int use) const {
-        return {base + Traits::kValues + Stages::slot(use) * Traits::ValueTile::kBytes};
-    }
-    DEVICE_METHOD typename Traits::WeightTile weights(int consumer) const {
-        return {base + Traits::kWeights + consumer * Traits::WeightTile::kBytes};
-    }
-    // Four words: whether each of the inspecting warps found values that are not finite, and 0.
-    DEVICE_METHOD uint32 found(int use) const { return base + Traits::kFound + 16 * Stages::slot(use); }
-
-    DEVICE_METHOD Ring<1> query_ring() const { return {base + Traits::kBarriers}; }
-    DEVICE_METHOD Stages key_ring() const { return {base + Traits::kBarriers + Stages::kBytes}; }
-    DEVICE_METHOD Stages value_ring() const { return {base + Traits::kBarriers + 2 * Stages::kBytes}; }
-    // Of what was found in values that had to be inspected.
-    DEVICE_METHOD Stages inspected_ring() const { return {base + Traits::kBarriers + 3 * Stages::kBytes}; }
-
-    DEVICE_METHOD void init() const {
-        query_ring().init(1, 4 * Traits::kConsumers);
-        key_ring().init(1, Traits::kConsumers);
-        value_ring().init(1, Traits::kConsumers);
-        inspected_ring().init(kInspectors, 4 * Traits::kConsumers);
-        ptx::fence_mbarrier_init();
-        for (int use = 0; use < Traits::kNumStages; ++use) ptx::store_shared(found(use) + 4 * kInspectors, 0u);
-    }
-    static constexpr int kInspectors = 3;  // warps
-};
-
-// ---- The first warpgroup ----------------------------------------------------------------------------
-
-// One thread: has every tile loaded as soon as there is room for it.
-template <typename Traits>
-DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory) {
-    const Params& params = given.params;
-    const auto key_ring = memory.key_ring(), value_ring = memory.value_ring();
-    const auto query_ring = memory.query_ring();
-    const int query_bytes = given.tokens_per_tile * given.heads_per_unit * Traits::kHeadDim * sizeof(typename Traits::Element);
-    int use = 0, tile_use = 0;
-#pragma unroll 1
-    for (int index = ptx::block_x(); index < given.num_tiles; index += ptx::grid_x()) {
-        const RowTile tile = row_tile<Traits>(index, given);
-        if (tile.blocks.empty()) continue;
-        const int batch = params.at.cu_seqlens_q ? 0 : tile.sequence.index;
-        const int key_head = tile.head / params.queries_per_k, value_head = tile.head / params.queries_per_v;
-        const auto load_keys = [&](int block, int its_use) {
-            key_ring.wait_empty(its_use);
-            ptx::mbarrier_arrive_expect(key_ring.full(its_use), Traits::KeyTile::kBytes);
-            load_tile(memory.keys(its_use), given.k, key_ring.full(its_use),
-                      static_cast<int>(tile.sequence.first_key) + block * Traits::kBlockK, key_head, batch, ptx::kKeepInL2);
-        };
-        load_keys(tile.blocks.stop - 1, use);
-        query_ring.wait_empty(tile_use);
-        ptx::mbarrier_arrive_expect(query_ring.full(tile_use), query_bytes);
-        load_tile(memory.queries(), given.q, query_ring.full(tile_use),
-                  static_cast<int>(tile.sequence.first_row) + tile.first_token, tile.head / given.heads_per_unit, batch,
-                  ptx::kDropFromL2);
-        ++tile_use;
-#pragma unroll 1
-        for (int block = tile.blocks.stop - 1; block >= tile.blocks.start; --block, ++use) {
-            if (block > tile.blocks.start) load_keys(block - 1, use + 1);
-            value_ring.wait_empty(use);
-            ptx::mbarrier_arrive_expect(value_ring.full(use), Traits::ValueTile::kBytes);
-            load_tile(memory.values(use), given.v, value_ring.full(use),
-                      static_cast<int>(tile.sequence.first_key) + block * Traits::kBlockK, value_head, batch,
-                      ptx::kKeepInL2);
-        }
-    }
-}
-
-// Three warps: make values 0 that are not finite, in the blocks that some rows see only in part.
-template <typename Traits>
-DEVICE void inspect(const HopperParams& given, const HopperMemory<Traits>& memory) {
-    using Element = typename Traits::Element;
-    constexpr int kInspectors = HopperMemory<Traits>::kInspectors, kStep = 16 * 32 * kInspectors;
-    const auto value_ring = memory.value_ring(), inspected_ring = memory.inspected_ring();
-    const int inspector = ptx::warp() - 1;
-    int use = 0, inspected = 0;
-#pragma unroll 1
-    for (int index = ptx::block_x(); index < given.num_tiles; index += ptx::grid_x()) {
-        const RowTile tile = row_tile<Traits>(index, given);
-#pragma unroll 1
-        for (int block = tile.blocks.stop - 1; block >= tile.blocks.start; --block, ++use) {
-            value_ring.wait_full(use);  // those of whole blocks, too: a wait can only tell neighbouring phases apart
-            if (tile.whole.has(block)) continue;
-            const uint32 start = memory.values(use).base, stop = start + Traits::ValueTile::kBytes;
-            const uint32 mine = start + 16 * (ptx::thread() - 32);
-            uint32 probe = 0;
-#pragma unroll 2
-            for (uint32 at = mine; at < stop; at += kStep) {
-                uint32 eight[4];
-                ptx::load_shared(eight, at);
-#pragma unroll
-                for (int i = 0; i < 4; ++i) probe = ptx::probe_finite<Element>(eight[i], probe);
-            }
-            const bool found = ptx::any(probe & 0x7fff7fffu);
-            if (found) {
-#pragma unroll 1
-                for (uint32 at = mine; at < stop; at += kStep) {
-#pragma unroll 1
-                    for (uint32 word = at; word < at + 16; word += 4)
-                        ptx::store_shared(word, without_strays<Element>(ptx::load_shared(word), false));
-                }
-                ptx::fence_async_proxy();
-            }
-            inspected_ring.wait_empty(inspected);
-            if (ptx::lane() == 0) ptx::store_shared(memory.found(inspected) + 4 * inspector, uint32(found));
-            ptx::warp_barrier();
-            if (ptx::lane() == 0) ptx::mbarrier_arrive(inspected_ring.full(inspected));
-            ++inspected;
-        }
-    }
-}
-
-// ---- The other warpgroups ---------------------------------------------------------------------------
 
 constexpr int kTurnBarrier = 1;  // named barriers from here on: whose turn it is
 
 template <typename Traits>
 struct HopperRows {
     using Element = typename Traits::Element;
+    using Out = typename Traits::Out;
     using Switches = typename Traits::Switches;
+    static constexpr int kShift = Traits::kFloat8 ? kFloat8Shift : 0;  // weights are that many powers of two larger
+    static constexpr float kShrinkBack = 1.f / (1 << kShift);
     static constexpr int kBlockK = Traits::kBlockK;
+    static constexpr int kValueSteps = kBlockK * sizeof(Element) / 32;  // products of 32 bytes of keys
 
     const HopperParams& given;
     const Params& params;
@@ -266,6 +47,7 @@ struct HopperRows {
     float shrink[2];
     Fragment<Element, Switches::kWeightsInShared ? 16 : kBlockK> weights;
     uint32 strays;  // not 0: some values were made 0 that may be seen
+    float descaled;  // the softmax scale of float8 operands
 
     DEVICE_METHOD HopperRows(const HopperParams& given_, const HopperMemory<Traits>& memory_, int consumer_)
         : given(given_), params(given_.params), memory(memory_), consumer(consumer_), use(0), tile_use(0), inspected(0) {}
@@ -286,6 +68,24 @@ struct HopperRows {
         }
     }
 
+    DEVICE_METHOD float scale() const { return Traits::kFloat8 ? descaled : params.softmax_scale; }
+    // The softmax scale times what float8 queries and keys are multiples of.
+    DEVICE_METHOD float score_scale() const {
+        const int batch = tile.sequence.index, head = tile.head / params.queries_per_k;
+        const float product = params.softmax_scale *
+                              descale(given.q_descale, batch * given.q_descale_batch + head * given.q_descale_head) *
+                              descale(given.k_descale, batch * given.k_descale_batch + head * given.k_descale_head);
+        // Times a negative number the largest product is not the largest score: rather nan than wrong.
+        return product < 0.f ? ptx::nan() : ptx::max(product, kLeastNormal);
+    }
+    DEVICE_METHOD float value_scale() const {
+        const int head = tile.head / params.queries_per_v;
+        return descale(given.v_descale, tile.sequence.index * given.v_descale_batch + head * given.v_descale_head);
+    }
+    DEVICE_METHOD static float descale(const float* factors, int index) {
+        return factors ? ptx::load_global(factors + index) : 1.f;
+    }
+
     // This lane's two rows: 16 rows of a warp, 64 of a warpgroup.
     DEVICE_METHOD int row(int half) const { return 64 * consumer + 16 * (ptx::warp() % 4) + Accumulator<16>::row(half); }
     DEVICE_METHOD int num_rows() const { return given.tokens_per_tile * given.heads_per_unit; }
@@ -304,6 +104,7 @@ struct HopperRows {
         out.clear();
         softmax.clear();
         strays = 0;
+        if constexpr (Traits::kFloat8) descaled = score_scale();
         memory.query_ring().wait_full(tile_use);
         int block = tile.blocks.stop - 1;
         if constexpr (Switches::kOverlap) {
@@ -439,17 +240,20 @@ struct HopperRows {
 
     DEVICE_METHOD void multiply_weights_by_values() {
         using ValueTile = typename Traits::ValueTile;
-        const uint64 right = memory.values(use).by_columns();
+        const ValueTile values = memory.values(use);
+        const uint64 right = Traits::kFloat8 ? values.by_rows(0) : values.by_columns();
         ptx::wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < kBlockK / 16; ++step)
+        for (int step = 0; step < kValueSteps; ++step) {
+            const uint64 there = right + (Traits::kFloat8 ? ValueTile::along(step) : ValueTile::down(step));
             if constexpr (Switches::kWeightsInShared) {
                 using WeightTile = typename Traits::WeightTile;
-                const uint64 left = memory.weights(consumer).by_rows(0);
-                ptx::wgmma<Element, true>(out.value, left + WeightTile::along(step), right + ValueTile::down(step), true);
+                const uint64 left = memory.weights(consumer).by_rows(0) + WeightTile::along(step);
+                ptx::wgmma<Element, true>(out.value, left, there, true);
             } else {
-                ptx::wgmma<Element, true>(out.value, weights.value[step][0], right + ValueTile::down(step), true);
+                ptx::wgmma<Element, !Traits::kFloat8>(out.value, weights.value[step][0], there, true);
             }
+        }
         ptx::wgmma_commit();
     }
     // Around that product: what it reads and adds to stays where it is.
@@ -466,16 +270,16 @@ struct HopperRows {
     DEVICE_METHOD void hold_weights() {
         if constexpr (!Switches::kWeightsInShared)
 #pragma unroll
-            for (int step = 0; step < kBlockK / 16; ++step) ptx::hold(weights.value[step]);
+            for (int step = 0; step < kValueSteps; ++step) ptx::hold(weights.value[step]);
     }
 
     // Scores into weights.
     template <bool kEdge>
     DEVICE_METHOD void absorb(Accumulator<kBlockK>& scores, int block) {
         if constexpr (kEdge || Traits::kEdits)
-            edit<Traits::kEdits, kEdge>(scores, rows(), block * kBlockK, tile.sequence, params);
-        softmax.template fold<Switches::kLazy, Exponential<Switches::kPolynomials>>(
-            scores, scale_log2_of<Traits::kEdits>(params), shrink);
+            edit<Traits::kEdits, kEdge>(scores, rows(), block * kBlockK, tile.sequence, params, scale());
+        softmax.template fold<Switches::kLazy, Exponential<Switches::kPolynomials>, kShift>(
+            scores, scale_log2_of<Traits::kEdits>(scale()), shrink);
     }
     DEVICE_METHOD void rescale() {
         if (Switches::kLazy && ptx::all(shrink[0] == 1.f && shrink[1] == 1.f)) return;
@@ -506,66 +310,72 @@ struct HopperRows {
     // ---- The end ----
 
     DEVICE_METHOD void store() {
-        softmax.finish(scale_log2_of<Traits::kEdits>(params));
+        softmax.finish(scale_log2_of<Traits::kEdits>(scale()));
         float factor[2];
-        bool suspicious = strays;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+            if constexpr (kShift != 0) softmax.row_sum[half] *= kShrinkBack;
             const int head = head_of(row(half)), token = token_of(row(half));
             const Finish end = finish_row(softmax.row_max[half], softmax.row_sum[half], sink_of(head));
             factor[half] = end.factor;
+            if constexpr (Traits::kFloat8) factor[half] *= kShrinkBack * value_scale();
             if (params.at.lse && ptx::lane() % 4 == 0 && exists(row(half))) store_lse(head, token, end.lse);
         }
         out.scale_rows(factor);
-        suspicious |= out.times_zero() != 0.f;
+        const bool suspicious = ptx::any(strays || out.times_zero() != 0.f);
+#pragma unroll
+        for (int part = 0; part < Traits::kOutParts; ++part) store_part(part, suspicious);
+        if (ptx::lane() == 0) ptx::mbarrier_arrive(memory.query_ring().empty(tile_use));
+    }
 
-        // By way of the queries' place, of which a warp reads and writes its own 16 rows.
+    // Some columns, by way of the queries' place, of which a warp reads and writes its own 16 rows.
+    DEVICE_METHOD void store_part(int part, bool suspicious) {
+        constexpr int kCols = Traits::OutTile::kCols;
         const auto staged = memory.out();
         const int first = 64 * consumer + 16 * (ptx::warp() % 4);
 #pragma unroll
-        for (int step = 0; step < Traits::kHeadDimV / 16; ++step) {
-            const float(&left)[4] = out.value[2 * step], (&right)[4] = out.value[2 * step + 1];
+        for (int step = 0; step < kCols / 16; ++step) {
+            const int block = part * (kCols / 8) + 2 * step;
+            const float(&left)[4] = out.value[block], (&right)[4] = out.value[block + 1];
             ptx::store_matrices(staged.address(first + ptx::lane() % 16, 2 * step + ptx::lane() / 16),
-                                ptx::pack<Element>(left[0], left[1]), ptx::pack<Element>(left[2], left[3]),
-                                ptx::pack<Element>(right[0], right[1]), ptx::pack<Element>(right[2], right[3]));
+                                ptx::pack<Out>(left[0], left[1]), ptx::pack<Out>(left[2], left[3]),
+                                ptx::pack<Out>(right[0], right[1]), ptx::pack<Out>(right[2], right[3]));
         }
-        if (ptx::any(suspicious)) mend(staged, first);
+        if (suspicious) mend(staged, first, part * kCols);
         if constexpr (Traits::kStoresBoxes) {
             ptx::fence_async_proxy();
             ptx::warp_barrier();
             if (ptx::lane() == 0) {
-                const int batch = tile.sequence.index;
 #pragma unroll
                 for (int slab = 0; slab < Traits::OutTile::kSlabs; ++slab)
                     ptx::store_box(given.out, staged.address(first, 0) + slab * Traits::OutTile::kSlab,
-                                   slab * Traits::OutTile::kSlabCols, 0, token_of(first), tile.head / given.heads_per_unit,
-                                   batch);
+                                   part * kCols + slab * Traits::OutTile::kSlabCols, 0, token_of(first),
+                                   tile.head / given.heads_per_unit, tile.sequence.index);
                 ptx::commit_stores();
                 ptx::wait_stores_read<0>();
             }
         } else {
             ptx::warp_barrier();
-            constexpr int kChunks = Traits::kHeadDimV / 8;
+            constexpr int kChunks = kCols / 8;
 #pragma unroll 1
             for (int i = ptx::lane(); i < 16 * kChunks; i += 32) {
-                const int its_row = first + i / kChunks, chunk = i % kChunks;
-                if (exists(its_row) && 8 * chunk < params.head_dim_v) {
+                const int its_row = first + i / kChunks, column = part * kCols + i % kChunks * 8;
+                if (exists(its_row) && column < params.head_dim_v) {
                     uint32 eight[4];
-                    ptx::load_shared(eight, staged.address(its_row, chunk));
-                    ptx::store_global(static_cast<void*>(out_row(head_of(its_row), token_of(its_row)) + 8 * chunk), eight);
+                    ptx::load_shared(eight, staged.address(its_row, i % kChunks));
+                    ptx::store_global(static_cast<void*>(out_row(head_of(its_row), token_of(its_row)) + column), eight);
                 }
             }
             ptx::fence_async_proxy();  // before TMA puts the next queries here
-            ptx::warp_barrier();
         }
-        if (ptx::lane() == 0) ptx::mbarrier_arrive(memory.query_ring().empty(tile_use));
+        ptx::warp_barrier();
     }
 
     DEVICE_METHOD float sink_of(int head) const {
         return params.at.sinks ? ptx::load_global(params.at.sinks + head) * kLog2e : -ptx::infinity();
     }
-    DEVICE_METHOD Element* out_row(int head, int token) const {
-        return static_cast<Element*>(params.at.out) + tile.sequence.index * params.out.batch +
+    DEVICE_METHOD Out* out_row(int head, int token) const {
+        return static_cast<Out*>(params.at.out) + tile.sequence.index * params.out.batch +
                (tile.sequence.first_row + token) * params.out.row + head * params.out.head;
     }
     DEVICE_METHOD void store_lse(int head, int token, float lse) const {
@@ -598,7 +408,7 @@ struct HopperRows {
 
     // Puts inf and nan where rows of this warp see values that are not finite: two lanes to a row, a pair of columns
     // after the other through all keys, which is slow, and needed by no good data.
-    DEVICE_METHOD void mend(const typename Traits::OutTile& staged, int first) const {
+    DEVICE_METHOD void mend(const typename Traits::OutTile& staged, int first, int first_column) const {
         ptx::warp_barrier();
         const int its_row = first + ptx::lane() / 2, from = ptx::lane() / 2 % 8 * 4;
         const uint32 upper = ptx::shuffle(ptx::bits(softmax.row_sum[0]), from);
@@ -609,19 +419,20 @@ struct HopperRows {
         const Element* values = static_cast<const Element*>(params.at.v) + tile.sequence.index * params.v.batch +
                                 tile.sequence.first_key * params.v.row + tile.head / params.queries_per_v * params.v.head;
 #pragma unroll 1
-        for (int pair = ptx::lane() % 2; 2 * pair < params.head_dim_v; pair += 2) {
+        for (int pair = ptx::lane() % 2; 2 * pair < smaller(Traits::OutTile::kCols, params.head_dim_v - first_column);
+             pair += 2) {
             float sum[2] = {0.f, 0.f};
 #pragma unroll 1
             for (int key = keys.start; key < keys.stop; ++key)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const float value = ptx::widen(ptx::load_global(values + key * params.v.row + 2 * pair + i));
+                    const float value = ptx::widen(ptx::load_global(values + key * params.v.row + first_column + 2 * pair + i));
                     if (value * 0.f != 0.f) sum[i] += value;
                 }
             const uint32 place = staged.address(its_row, pair / 4) + pair % 4 * 4;
             uint32 bits = ptx::load_shared(place);
-            if (sum[0] != 0.f) bits = (bits & 0xffff0000u) | (ptx::pack<Element>(sum[0], 0.f) & 0xffffu);
-            if (sum[1] != 0.f) bits = (bits & 0xffffu) | (ptx::pack<Element>(0.f, sum[1]) & 0xffff0000u);
+            if (sum[0] != 0.f) bits = (bits & 0xffff0000u) | (ptx::pack<Out>(sum[0], 0.f) & 0xffffu);
+            if (sum[1] != 0.f) bits = (bits & 0xffffu) | (ptx::pack<Out>(0.f, sum[1]) & 0xffff0000u);
             ptx::store_shared(place, bits);
         }
     }

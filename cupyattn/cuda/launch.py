@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from cupyattn.hopper import HopperTile, padded_dims
 from cupyattn.plan import Plan, Tile
 from cupyattn.problem import ITEMSIZE, Problem, Shape
 
+DESCALES = ("q_descale", "k_descale", "v_descale")
 LARGEST_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
 
 
@@ -57,6 +58,10 @@ class Recipe:
     """Operands that no kernel can read as they are; if there are any, the rest is empty."""
     maps: tuple[BoxMap, ...] = ()
     """Of q, k, v and out, in front of the record, if the kernel goes by tensor maps."""
+    behind: bytes = b""
+    """What such a kernel is told besides."""
+    refusals: tuple[str, ...] = ()
+    """Why no kernel can read these arrays; if there are any, the rest is empty."""
 
 
 Strides = tuple[int, ...]
@@ -79,11 +84,14 @@ def record_of(
     if scratch:
         pointers.update(scratch)
     pointers["dropout_seed"] = seed
+    if not recipe.maps:
+        return params.record(pointers, recipe.tail)
     encode = encode or maps.encode
     head = b"".join(
         encode(wanted, pointers[name]) for name, wanted in zip(("q", "k", "v", "out"), recipe.maps, strict=False)
     )
-    return params.record(pointers, recipe.tail, head.ljust(4 * maps.SIZE, b"\0") if recipe.maps else b"")
+    descales = _DESCALES.pack(*(pointers.get(f"{name}_descale", 0) for name in ("q", "k", "v")))
+    return params.record(pointers, recipe.tail + descales + recipe.behind, head.ljust(4 * maps.SIZE, b"\0"))
 
 
 def recipe_of(plan: Plan, problem: Problem, operands: Mapping[str, View]) -> Recipe:
@@ -141,17 +149,25 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
     if plan.kernel == "hopper" and objections_to_maps(problem, strides, aligned):
         assert plan.instead is not None
         plan = plan.instead
+        if plan.kernel == "none":
+            nothing = Recipe(Specialisation("", "", 0, 0), (0, 0, 0), b"", Workspace())
+            return replace(nothing, refusals=objections_to_maps(problem, strides, aligned))
     tile, num_splits = plan.tile, plan.num_splits
     box_maps: tuple[BoxMap, ...] = ()
     behind = b""
     workspace = Workspace()
     if isinstance(tile, HopperTile):
         box_maps = _maps(problem, shapes["k"][0] if ragged else 0, strides, tile)
-        specialisation = catalogue.hopper(problem.dtype, *padded_dims(sizes), tile, len(box_maps) == 4, bits)
+        specialisation = catalogue.hopper(
+            problem.dtype, *padded_dims(sizes, problem.dtype), tile, len(box_maps) == 4, bits
+        )
         tiles = max(1, -(-sizes.seqlen_q // tile.tokens))
         count = tiles * (sizes.num_heads // tile.heads_per_unit) * (batch + ragged)
         grid = (min(count, plan.num_workers) if tile.persistent else count, 1, 1)
-        behind = _HOPPER.pack(count, tiles, tile.tokens, tile.heads_per_unit, tile.units_per_section)
+        steps = [(0, 0, *strides.get(f"{name}_descale", ()))[-2:] for name in ("q", "k", "v")]
+        behind = _HOPPER.pack(
+            count, tiles, tile.tokens, tile.heads_per_unit, tile.units_per_section, *(x for two in steps for x in two)
+        )
     elif plan.kernel == "flash":
         assert isinstance(tile, Tile)
         specialisation = catalogue.flash(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, aligned, bits)
@@ -219,11 +235,12 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
         # Beyond these it makes no difference, and a kernel's division would flush it to zero.
         softcap=min(max(edits.softcap, 2.0**-100), 2.0**100) if edits.softcap else 0.0,
     )
-    return Recipe(specialisation, grid, tail.pack() + behind, workspace, maps=box_maps)
+    return Recipe(specialisation, grid, tail.pack(), workspace, maps=box_maps, behind=behind)
 
 
-_HOPPER = struct.Struct("<5i4x")
-"""What ``HopperParams`` has behind the record, filled up to its alignment."""
+_DESCALES = struct.Struct("<3Q")
+_HOPPER = struct.Struct("<11i20x")
+"""What ``HopperParams`` has behind the record: addresses, and numbers filled up to its alignment."""
 
 
 def _map(
@@ -236,13 +253,13 @@ def _map(
     rows_of_all = total_k if name in ("k", "v") else sizes.total_q
     seqlen = rows_of_all if ragged else sizes.seqlen_q if name in ("q", "out") else sizes.seqlen_k
     shape = (1 if ragged else sizes.batch, seqlen, heads, head_dim)
-    dtype = problem.results["out"].dtype if name == "out" else problem.dtype
+    dtype = problem.out_dtype if name == "out" else problem.dtype
     return maps.box_map(dtype, columns, rows, shape, _operand_strides(name, problem, strides, False), group)
 
 
 def _maps(problem: Problem, total_k: int, strides: Mapping[str, Strides], tile: HopperTile) -> tuple[BoxMap, ...]:
     """The maps of q, k and v, and of out if whole boxes of it belong to one sequence and to whole tokens."""
-    wide, wide_v = padded_dims(problem.sizes)
+    wide, wide_v = padded_dims(problem.sizes, problem.dtype)
     group = tile.heads_per_unit
     found = (
         _map("q", problem, total_k, strides["q"], wide, tile.tokens, group),
@@ -251,12 +268,13 @@ def _maps(problem: Problem, total_k: int, strides: Mapping[str, Strides], tile: 
     )
     if problem.layout.ragged or 16 % group:
         return found
-    return (*found, _map("out", problem, total_k, strides["out"], wide_v, 16 // group, group))
+    parts = ITEMSIZE[problem.out_dtype] // ITEMSIZE[problem.dtype]  # ``kOutParts``
+    return (*found, _map("out", problem, total_k, strides["out"], wide_v // parts, 16 // group, group))
 
 
 def objections_to_maps(problem: Problem, strides: Mapping[str, Strides], aligned: bool) -> tuple[str, ...]:
     """Why TMA cannot read these arrays, if so."""
-    wide, wide_v = padded_dims(problem.sizes)
+    wide, wide_v = padded_dims(problem.sizes, problem.dtype)
     found = (
         maps.objection(name, _map(name, problem, 1, strides[name], wide_v if name == "v" else wide, 1), aligned)
         for name in ("q", "k", "v")
@@ -292,7 +310,7 @@ def has_to_be_copied(name: str, shape: Shape, strides: Strides, dtype: str, batc
     """Whether kernels cannot read an operand as it is."""
     if name in ("q", "k", "v", "mask", "bias") and not has_one_batch_axis(shape, batch_shape):
         return True
-    if name in ("mask", "bias"):
+    if name in ("mask", "bias", *DESCALES):
         return False
     gaps = (
         bool(shape) and 0 not in shape and shape[-1] > 1 and strides[-1] != 1

@@ -41,10 +41,10 @@ DEVICE int64 row_of(const ScoreStrides& array, int batch, int head, int token) {
 
 // Edits the scores of keys [first_key, first_key + kCols) in place; minus infinity where a key is not seen.
 // The results are exponents of two if anything but the band is edited, and products q k^T as they were if not.
-// kBand: some row may see less than all these keys.
+// kBand: some row may see less than all these keys.  `softmax_scale` is that of params, or another in its place.
 template <int kEdits, bool kBand, int kCols>
 DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key, const Sequence& sequence,
-                 const Params& params) {
+                 const Params& params, float softmax_scale) {
     const int first = first_key + Accumulator<kCols>::first_column();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -65,7 +65,7 @@ DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key,
                 const int column = Accumulator<kCols>::column(block, i), key = first + column;
                 bool hidden = (kBand || kEdits) && (column < start || column >= stop);
                 if constexpr (bool(kEdits & ~kDropout)) {
-                    x *= params.softmax_scale;
+                    x *= softmax_scale;
                     if constexpr (bool(kEdits & kSoftcap)) x = params.softcap * tanh(ptx::divide(x, params.softcap));
                     if constexpr (bool(kEdits & kAlibi)) {
                         const int distance = token + sequence.band.offset - key;
@@ -92,6 +92,12 @@ DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key,
     }
 }
 
+template <int kEdits, bool kBand, int kCols>
+DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key, const Sequence& sequence,
+                 const Params& params) {
+    edit<kEdits, kBand>(scores, rows, first_key, sequence, params, params.softmax_scale);
+}
+
 // 1 where a key is seen, 0 where it is not: the weights that count strays, see tile.cuh.
 template <int kCols>
 DEVICE void mark_seen(Accumulator<kCols>& scores) {
@@ -103,8 +109,12 @@ DEVICE void mark_seen(Accumulator<kCols>& scores) {
 
 // What the softmax multiplies such scores by, to make them exponents of two.
 template <int kEdits>
+DEVICE float scale_log2_of(float softmax_scale) {
+    return kEdits & ~kDropout ? 1.f : softmax_scale * kLog2e;
+}
+template <int kEdits>
 DEVICE float scale_log2_of(const Params& params) {
-    return kEdits & ~kDropout ? 1.f : params.softmax_scale * kLog2e;
+    return scale_log2_of<kEdits>(params.softmax_scale);
 }
 
 }  // namespace cupyattn

@@ -35,7 +35,8 @@ struct OnlineSoftmax {
     // `shrink`, by which all that was summed under the old row_max has to be multiplied.
     //
     // kLazy: the old row_max stays, and shrink is exactly 1, as long as no weight of the warp passes 2^8.
-    template <bool kLazy = false, typename Exponential = FastExponential, int kCols>
+    // kShift: weights, and so row_sum, come multiplied by 2^kShift.
+    template <bool kLazy = false, typename Exponential = FastExponential, int kShift = 0, int kCols>
     DEVICE_METHOD void fold(Accumulator<kCols>& scores, float scale_log2, float (&shrink)[2]) {
         float highest[2] = {row_max[0], row_max[1]};
 #pragma unroll
@@ -58,6 +59,7 @@ struct OnlineSoftmax {
             shrink[half] = stays ? 1.f : ptx::exp2(ptx::fma(row_max[half], scale_log2, -origin[half]));
             row_max[half] = highest[half];
             row_sum[half] *= shrink[half];
+            if constexpr (kShift != 0) origin[half] -= kShift;
         }
 #pragma unroll
         for (int block = 0; block < kCols / 8; ++block)

@@ -246,6 +246,72 @@ def test_strays_of_packed_sequences_show_where_they_are_seen(rng):
     held(arrays, ragged_options(arrays, causal=True, alignment="bottom-right"), 1, heads_per_unit=3)
 
 
+# ---- Float8 ------------------------------------------------------------------------------------------
+
+FLOAT8 = "float8_e4m3fn"
+BY_HEAD = {"q": (2, 2), "k": (1, 2), "v": (2, 1)}
+
+
+def descaled(rng, arrays, shapes):
+    """The same call with factors of those shapes."""
+    return arrays | {f"{name}_descale": rng.uniform(0.5, 2.0, shape).astype("f4") for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "shape", "schedule"),
+    [
+        pytest.param(head_dim, shape, (i + j) % 3, id=f"{head_dim}-{shape[0][0]}x{shape[0][1]}")
+        for i, head_dim in enumerate((16, 64, 96, 128, 192, 256))
+        for j, shape in enumerate(SHAPES)
+    ],
+)
+def test_float8_of_every_head_dim_meets_the_bar(rng, head_dim, shape, schedule):
+    seqlens, options = shape
+    arrays = operands(rng, FLOAT8, "bshd", 1, (2, 1, 2), seqlens, (head_dim, head_dim))
+    check(arrays, options_of(**options), "hopper", schedule)
+
+
+@pytest.mark.parametrize("schedule", range(3))
+@pytest.mark.parametrize("switches", [x for x in SWITCHES if not (x.lazy or x.weights_in_shared)], ids=str)
+def test_every_switch_of_float8_meets_the_bar(rng, switches, schedule):
+    arrays = operands(rng, FLOAT8, "bshd", 1, (1, 1, 1), [(130, 200), (256, 90), (257, 257)][schedule], (64, 48))
+    options = options_of(**({"causal": True, "alignment": "bottom-right"} if schedule else {}))
+    held(arrays, options, schedule, switches=switches)
+
+
+@pytest.mark.parametrize(
+    "shapes", [BY_HEAD, {"q": ()}, {"k": (2, 2), "v": (2,)}, {"v": (2, 2)}], ids=lambda x: " ".join(map(str, x.items()))
+)
+def test_float8_is_multiplied_by_its_descales(rng, shapes):
+    arrays = operands(rng, FLOAT8, "bshd", 2, (4, 2, 2), (70, 90))
+    held(descaled(rng, arrays, shapes), options_of(softcap=3.0 if "q" in shapes else 0.0), 1)
+
+
+def test_float8_of_packed_sequences_meets_the_bar(rng):
+    arrays = ragged_operands(rng, FLOAT8, (5, 0, 70), (33, 7, 90), (6, 2, 2), behind=(3, 0))
+    arrays = descaled(rng, arrays, {"q": (3, 2), "k": (3, 2), "v": (3, 2)})
+    held(arrays, ragged_options(arrays, 80, 100), 2, heads_per_unit=3)
+
+
+@pytest.mark.parametrize("schedule", range(3))
+def test_nan_of_float8_shows_where_it_is_seen(rng, schedule):
+    arrays = operands(rng, FLOAT8, "bshd", 1, (1, 1, 1), (40, 77))
+    arrays["v"][0, [3, 20, 76], 0, [5, 63, 0]] = np.nan
+    held(arrays, options_of(causal=True, alignment="top-left"), schedule)
+
+
+def test_a_negative_descale_of_scores_gives_nan(rng):
+    arrays = operands(rng, FLOAT8, "bshd", 1, (1, 1, 1), (40, 77))
+    arrays["k_descale"] = np.array([[-1.0]], "f4")
+    assert np.isnan(left(arrays, options_of()).out.astype(float)).all()
+
+
+def test_a_descale_of_zero_gives_the_mean(rng):
+    arrays = operands(rng, FLOAT8, "bshd", 1, (1, 1, 1), (40, 77))
+    arrays["q_descale"] = np.zeros((1, 1), "f4")
+    held(arrays, options_of(causal=True, alignment="top-left"))
+
+
 # ---- Being launched ---------------------------------------------------------------------------------
 
 

@@ -92,9 +92,9 @@ MUTANTS = [
            "split, pages"),
     # ---- Edits
     Mutant("softcap before the scale", "scores.cuh",
-           "x *= params.softmax_scale;\n"
+           "x *= softmax_scale;\n"
            "                    if constexpr (bool(kEdits & kSoftcap)) x = params.softcap *",
-           "if constexpr (bool(kEdits & kSoftcap)) x = params.softmax_scale * params.softcap *", "flash, edits"),
+           "if constexpr (bool(kEdits & kSoftcap)) x = softmax_scale * params.softcap *", "flash, edits"),
     Mutant("tanh of large numbers for all", "scores.cuh", "if (square < 0.55f * 0.55f)", "if (square < 0.f)",
            "flash, float32 edits"),
     Mutant("alibi the other way", "scores.cuh", "x -= slope", "x += slope", "flash, edits"),
@@ -110,7 +110,7 @@ MUTANTS = [
     Mutant("tail rows read bias and mask", "scores.cuh", "if (!rows.exists[half]) visible.stop = 0;", "",
            "flash, edits"),
     Mutant("edited scores scaled twice", "scores.cuh", "kEdits & ~kDropout ? 1.f",
-           "kEdits & ~kDropout ? params.softmax_scale", "split, edits"),
+           "kEdits & ~kDropout ? softmax_scale", "split, edits"),
     Mutant("same dropout in every sixteen", "dropout.cuh", "(first_key / 16 + sixteen) * 4", "(first_key / 16) * 4",
            "flash, edits"),
     Mutant("same dropout in both rows", "dropout.cuh", "rows.token[half]", "rows.token[0]", "split, edits"),

@@ -1,0 +1,115 @@
+// hopper.cu's first warpgroup: one thread fetches, three warps look after values.
+#pragma once
+
+#include "hopper.cuh"
+
+namespace cupyattn {
+
+// One thread: has every tile loaded as soon as there is room for it.
+template <typename Traits>
+DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory) {
+    const Params& params = given.params;
+    const auto key_ring = memory.key_ring(), value_ring = memory.fetched_ring();
+    const auto query_ring = memory.query_ring();
+    const int query_bytes = given.tokens_per_tile * given.heads_per_unit * Traits::kHeadDim * sizeof(typename Traits::Element);
+    int use = 0, tile_use = 0;
+#pragma unroll 1
+    for (int index = ptx::block_x(); index < given.num_tiles; index += ptx::grid_x()) {
+        const RowTile tile = row_tile<Traits>(index, given);
+        if (tile.blocks.empty()) continue;
+        const int batch = params.at.cu_seqlens_q ? 0 : tile.sequence.index;
+        const int key_head = tile.head / params.queries_per_k, value_head = tile.head / params.queries_per_v;
+        const auto load_keys = [&](int block, int its_use) {
+            key_ring.wait_empty(its_use);
+            ptx::mbarrier_arrive_expect(key_ring.full(its_use), Traits::KeyTile::kBytes);
+            load_tile(memory.keys(its_use), given.k, key_ring.full(its_use),
+                      static_cast<int>(tile.sequence.first_key) + block * Traits::kBlockK, key_head, batch, ptx::kKeepInL2);
+        };
+        load_keys(tile.blocks.stop - 1, use);
+        query_ring.wait_empty(tile_use);
+        ptx::mbarrier_arrive_expect(query_ring.full(tile_use), query_bytes);
+        load_tile(memory.queries(), given.q, query_ring.full(tile_use),
+                  static_cast<int>(tile.sequence.first_row) + tile.first_token, tile.head / given.heads_per_unit, batch,
+                  ptx::kDropFromL2);
+        ++tile_use;
+#pragma unroll 1
+        for (int block = tile.blocks.stop - 1; block >= tile.blocks.start; --block, ++use) {
+            if (block > tile.blocks.start) load_keys(block - 1, use + 1);
+            value_ring.wait_empty(use);
+            ptx::mbarrier_arrive_expect(value_ring.full(use), Traits::FetchedTile::kBytes);
+            load_tile(memory.fetched(use), given.v, value_ring.full(use),
+                      static_cast<int>(tile.sequence.first_key) + block * Traits::kBlockK, value_head, batch,
+                      ptx::kKeepInL2);
+        }
+    }
+}
+
+// Makes values 0 that are not finite, as one of several warps.
+template <typename Element, typename Tile>
+DEVICE bool clean_tile(const Tile& tile, int turn, int turns) {
+    const uint32 stop = tile.base + Tile::kBytes, first = tile.base + 16 * (32 * turn + ptx::lane());
+    uint32 probe = 0;
+#pragma unroll 2
+    for (uint32 at = first; at < stop; at += 16 * 32 * turns) {
+        uint32 eight[4];
+        ptx::load_shared(eight, at);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) probe = ptx::probe_finite<Element>(eight[i], probe);
+    }
+    const bool found = ptx::any(probe & 0x7fff7fffu);
+    if (found) {
+#pragma unroll 1
+        for (uint32 at = first; at < stop; at += 16 * 32 * turns)
+#pragma unroll 1
+            for (uint32 word = at; word < at + 16; word += 4)
+                ptx::store_shared(word, without_strays<Element>(ptx::load_shared(word), false));
+        ptx::fence_async_proxy();
+    }
+    return found;
+}
+
+// Three warps: look after values before they are multiplied.  In blocks that some rows see only in part, what is not
+// finite becomes 0; and float8 values are turned.
+template <typename Traits>
+DEVICE void inspect(const HopperParams& given, const HopperMemory<Traits>& memory) {
+    constexpr int kInspectors = HopperMemory<Traits>::kInspectors;
+    const auto fetched_ring = memory.fetched_ring(), value_ring = memory.value_ring();
+    const auto inspected_ring = memory.inspected_ring();
+    const int inspector = ptx::warp() - 1;
+    int use = 0, inspected = 0;
+#pragma unroll 1
+    for (int index = ptx::block_x(); index < given.num_tiles; index += ptx::grid_x()) {
+        const RowTile tile = row_tile<Traits>(index, given);
+#pragma unroll 1
+        for (int block = tile.blocks.stop - 1; block >= tile.blocks.start; --block, ++use) {
+            const bool whole = tile.whole.has(block);
+            bool found = false;
+            fetched_ring.wait_full(use);  // of whole blocks, too: a wait can only tell neighbouring phases apart
+            if constexpr (Traits::kFloat8) {
+                const auto from = memory.fetched(use);
+                const auto to = memory.values(use);
+                value_ring.wait_empty(use);
+                if (whole)
+                    turn_tile<false>(from, to, inspector, kInspectors);
+                else
+                    found = ptx::any(turn_tile<true>(from, to, inspector, kInspectors));
+                ptx::fence_async_proxy();
+                ptx::warp_barrier();
+                if (ptx::lane() == 0) {
+                    ptx::mbarrier_arrive(fetched_ring.empty(use));
+                    ptx::mbarrier_arrive(value_ring.full(use));
+                }
+            } else if (!whole) {
+                found = clean_tile<typename Traits::Element>(memory.values(use), inspector, kInspectors);
+            }
+            if (whole) continue;
+            inspected_ring.wait_empty(inspected);
+            if (ptx::lane() == 0) ptx::store_shared(memory.found(inspected) + 4 * inspector, uint32(found));
+            ptx::warp_barrier();
+            if (ptx::lane() == 0) ptx::mbarrier_arrive(inspected_ring.full(inspected));
+            ++inspected;
+        }
+    }
+}
+
+}  // namespace cupyattn

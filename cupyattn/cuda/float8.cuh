@@ -1,0 +1,67 @@
+// What is different where operands are float8: products of 32 keys at a time, whose operands both have to lie along
+// the keys.
+//
+// wgmma reads 8-bit values only in rows of keys, and TMA brings them in rows of columns: three warps turn every tile
+// of values.  In what order keys come does not matter to a product as long as both operands have the same, and the
+// order that is free is the one in which a lane has its weights (see `Fragment` below): of 16 keys,
+// 0 1 8 9  2 3 10 11  4 5 12 13  6 7 14 15.
+//
+// Source   Shah et al., FlashAttention-3, 2024, section 3.3.
+#pragma once
+
+#include "tile90.cuh"
+
+namespace cupyattn {
+
+// Weights are multiplied by it before they are rounded to float8, whose least normal number is 2^-6.
+constexpr int kFloat8Shift = 8;
+
+// 16 rows x kCols as the left operand of a product.
+template <int kCols>
+struct Fragment<Float8, kCols> {
+    uint32 value[kCols / 32][1][4];
+
+    DEVICE_METHOD void round_from(const Accumulator<kCols>& from) {
+#pragma unroll
+        for (int step = 0; step < kCols / 32; ++step)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int block = 4 * step + i / 2 * 2, first = 2 * (i % 2);
+                const float(&left)[4] = from.value[block], (&right)[4] = from.value[block + 1];
+                value[step][0][i] = ptx::pack_float8(left[first], left[first + 1], right[first], right[first + 1]);
+            }
+    }
+};
+
+// Four values with those that are nan made 0; the only ones that are not finite.
+DEVICE uint32 without_nans(uint32 four, uint32& found) {
+    const uint32 nans = ((four & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
+    found |= nans;
+    return four & ~((nans >> 7) * 0xffu);
+}
+
+// Columns of `from` into rows of `to`, by the warps of number `turn` out of `turns`.  kClean: nan becomes 0, and the
+// result is not 0 if there was any.
+template <bool kClean, typename From, typename To>
+DEVICE uint32 turn_tile(const From& from, const To& to, int turn, int turns) {
+    constexpr int kColumnGroups = From::kCols / 16, kGroups = From::kRows / 32 * kColumnGroups;
+    const int lane = ptx::lane();
+    uint32 found = 0;
+#pragma unroll 1  // more would need registers that the consumers have
+    for (int group = turn; group < kGroups; group += turns) {
+        const int key = group / kColumnGroups * 32, chunk = group % kColumnGroups;
+        uint32 four[4];  // pairs of columns of keys 0 to 7, 8 to 15, ...
+        ptx::load_matrices_transposed(four, from.address(key + lane, chunk));
+        if constexpr (kClean)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) four[i] = without_nans(four[i], found);
+        // Lanes 8i to 8i + 7 give the rows of matrix i: the even columns of 16 keys, the odd ones, and so again.
+        const int row = 16 * chunk + lane % 8 * 2 + lane / 8 % 2;
+        ptx::store_matrices(to.address(row, key / 16 + lane / 16), ptx::permute_bytes(four[0], four[1], 0x6420),
+                            ptx::permute_bytes(four[0], four[1], 0x7531), ptx::permute_bytes(four[2], four[3], 0x6420),
+                            ptx::permute_bytes(four[2], four[3], 0x7531));
+    }
+    return found;
+}
+
+}  // namespace cupyattn

@@ -1,0 +1,168 @@
+// What the warpgroups of hopper.cu have in common: traits, parameters, which rows and keys a tile has, shared memory.
+#pragma once
+
+#include "float8.cuh"
+#include "mask.cuh"
+
+namespace cupyattn {
+
+// Which keys can be hidden from a row: beyond the ends of its sequence, right of its diagonal, on both sides of it.
+enum Reach { kAllKeys, kRightEdge, kBothEdges };
+
+// What can be had in two ways, to be settled by measurements; the defaults are in plan.py.
+template <bool kPingPong_, bool kOverlap_, bool kPinned_, bool kRescaleFirst_, bool kLazy_, bool kWeightsInShared_,
+          int kPolynomials_>
+struct HopperSwitches {
+    static constexpr bool kPingPong = kPingPong_;  // warpgroups take turns at the tensor cores
+    static constexpr bool kOverlap = kOverlap_;    // a block's softmax runs beside the product before it
+    static constexpr bool kPinned = kPinned_;      // ... and the compiler is kept from undoing that, see ptx::pin
+    static constexpr bool kRescaleFirst = kRescaleFirst_;  // sums shrink before the product that is queued, not after it
+    static constexpr bool kLazy = kLazy_;                  // they shrink only where it matters, see OnlineSoftmax
+    static constexpr bool kWeightsInShared = kWeightsInShared_;  // not in registers
+    static constexpr int kPolynomials = kPolynomials_;  // of 32 exponentials of a thread, by arithmetic: see softmax90.cuh
+};
+
+template <typename Element_, int kHeadDim_, int kHeadDimV_, int kBlockQ_, int kBlockK_, int kNumStages_, int kReach_,
+          bool kPacked_, bool kStoresBoxes_, int kEdits_, typename Switches_>
+struct HopperTraits {
+    using Element = Element_;
+    using Switches = Switches_;
+    static constexpr bool kFloat8 = Same<Element, Float8>::value;
+    using Out = typename Choice<kFloat8, BFloat16, Element>::Type;
+    static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // as padded in the tiles
+    static constexpr int kBlockQ = kBlockQ_, kBlockK = kBlockK_, kNumStages = kNumStages_;
+    static constexpr int kReach = kReach_;
+    static constexpr bool kPacked = kPacked_;            // rows are (token, head of the group), the head fastest
+    static constexpr bool kStoresBoxes = kStoresBoxes_;  // by TMA, which clips; else row by row
+    static constexpr int kEdits = kEdits_;
+
+    static constexpr int kConsumers = kBlockQ / 64;  // warpgroups
+    static constexpr int kThreads = 128 * (1 + kConsumers);
+    // Multiples of 8 that add up to no more than 512 over all warpgroups; the fetching one needs few.
+    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
+    static constexpr int kProducerRegisters = kConsumers == 3 || kFloat8 ? 32 : 24;
+
+    using QueryTile = SwizzledTile<Element, kBlockQ, kHeadDim>;
+    using KeyTile = SwizzledTile<Element, kBlockK, kHeadDim>;
+    using FetchedTile = SwizzledTile<Element, kBlockK, kHeadDimV>;  // values as TMA brings them
+    using TurnedTile = SwizzledTile<Element, kHeadDimV, kBlockK>;
+    using ValueTile = typename Choice<kFloat8, TurnedTile, FetchedTile>::Type;  // as they are multiplied
+    using WeightTile = SwizzledTile<Element, 64, kBlockK>;
+    // Takes the queries' place at the end, with half of the columns at a time if they are twice as wide.
+    static constexpr int kOutParts = sizeof(Out) / sizeof(Element);
+    using OutTile = SwizzledTile<Out, kBlockQ, kHeadDimV / kOutParts>;
+
+    static constexpr int kQueryBytes = QueryTile::kBytes;
+    static constexpr int kFetchedBytes = kFloat8 ? kNumStages * FetchedTile::kBytes : 0;
+    static constexpr int kWeightBytes = Switches::kWeightsInShared ? kConsumers * WeightTile::kBytes : 0;
+    static constexpr int kKeys = kQueryBytes, kValues = kKeys + kNumStages * KeyTile::kBytes;
+    static constexpr int kFetched = kValues + kNumStages * ValueTile::kBytes;
+    static constexpr int kWeights = kFetched + kFetchedBytes;
+    static constexpr int kFound = kWeights + kWeightBytes;          // 16 bytes for each stage
+    static constexpr int kBarriers = kFound + 16 * kNumStages;
+    static constexpr int kSharedBytes = kBarriers + 5 * Ring<kNumStages>::kBytes;
+
+    static_assert(kBlockQ == 128 || kBlockQ == 192, "two or three warpgroups of 64 rows");
+    static_assert(kBlockK % 16 == 0 && kBlockK <= 256, "the sizes of a wgmma");
+    static_assert(OutTile::kBytes <= QueryTile::kBytes && OutTile::kSwizzle == QueryTile::kSwizzle,
+                  "a warpgroup's rows of the output lie where its own queries were");
+    static_assert(!kFloat8 || (kBlockK % 32 == 0 && !Switches::kLazy && !Switches::kWeightsInShared),
+                  "float8 weights use all the range there is, and lie as only registers let them");
+};
+
+// ---- What to do -------------------------------------------------------------------------------------
+
+struct HopperParams {
+    // (column, head of a group, row, group or head, sequence); boxes are a tile's slab, or 16 rows of it for `out`.
+    TensorMap q, k, v, out;
+    Params params;
+    const float *q_descale, *k_descale, *v_descale;  // what float8 numbers are multiples of; null: 1
+    int num_tiles;          // row tiles of all units
+    int tiles_per_unit;     // of the longest sequence
+    int tokens_per_tile;    // whole ones
+    int heads_per_unit;     // a unit is what a tile's rows are of: a head of a sequence, or a group of them if packed
+    int units_per_section;  // units whose keys are used side by side, so that they stay in the second-level cache
+    // Elements from sequence to sequence and head to head (of keys, or values) of those.
+    int q_descale_batch, q_descale_head, k_descale_batch, k_descale_head, v_descale_batch, v_descale_head;
+};
+
+// The rows of a tile and the blocks of keys they see.  Producer and consumers go by this, and by nothing else.
+struct RowTile {
+    Sequence sequence;
+    int head;         // the first one
+    int first_token;  // within the sequence
+    Span blocks;      // those that some row sees
+    Span whole;       // those that every row sees wholly
+};
+
+// Tiles come in sections; within one the last rows come first, which see the most keys under a causal mask.
+template <typename Traits>
+DEVICE RowTile row_tile(int index, const HopperParams& given) {
+    const Params& params = given.params;
+    const int units = given.num_tiles / given.tiles_per_unit, per_section = given.tiles_per_unit * given.units_per_section;
+    const int section = index / per_section, first = section * given.units_per_section;
+    const int size = smaller(given.units_per_section, units - first), rest = index - section * per_section;
+    const int unit = first + rest % size, place = given.tiles_per_unit - 1 - rest / size;
+    const int units_per_sequence = params.num_heads / given.heads_per_unit;
+
+    RowTile tile{sequence_at(unit / units_per_sequence, params), unit % units_per_sequence * given.heads_per_unit,
+                 place * given.tokens_per_tile, {0, 0}, {0, 0}};
+    const Band& band = tile.sequence.band;
+    const int last = smaller(tile.first_token + given.tokens_per_tile, band.seqlen_q) - 1;
+    if (last < tile.first_token) return tile;
+    constexpr int kBlockK = Traits::kBlockK;
+    const Span touched = band.touched(tile.first_token, last), whole = band.whole(tile.first_token, last);
+    if (touched.empty()) return tile;
+    tile.blocks = {touched.start / kBlockK, ceil_div(touched.stop, kBlockK)};
+    tile.whole = {ceil_div(whole.start, kBlockK), whole.stop / kBlockK};
+    return tile;
+}
+
+// Shared memory, and the barriers in it.
+template <typename Traits>
+struct HopperMemory {
+    using Stages = Ring<Traits::kNumStages>;
+    uint32 base;
+
+    DEVICE_METHOD typename Traits::QueryTile queries() const { return {base}; }
+    DEVICE_METHOD typename Traits::OutTile out() const { return {base}; }
+    DEVICE_METHOD typename Traits::KeyTile keys(int use) const {
+        return {base + Traits::kKeys + Stages::slot(use) * Traits::KeyTile::kBytes};
+    }
+    DEVICE_METHOD typename Traits::ValueTile values(int use) const {
+        return {base + Traits::kValues + Stages::slot(use) * Traits::ValueTile::kBytes};
+    }
+    DEVICE_METHOD typename Traits::FetchedTile fetched(int use) const {
+        constexpr int kThere = Traits::kFloat8 ? Traits::kFetched : Traits::kValues;
+        return {base + kThere + Stages::slot(use) * Traits::FetchedTile::kBytes};
+    }
+    DEVICE_METHOD typename Traits::WeightTile weights(int consumer) const {
+        return {base + Traits::kWeights + consumer * Traits::WeightTile::kBytes};
+    }
+    // Four words: whether each of the inspecting warps found values that are not finite, and 0.
+    DEVICE_METHOD uint32 found(int use) const { return base + Traits::kFound + 16 * Stages::slot(use); }
+
+    DEVICE_METHOD Ring<1> query_ring() const { return {base + Traits::kBarriers}; }
+    DEVICE_METHOD Stages key_ring() const { return {base + Traits::kBarriers + Stages::kBytes}; }
+    DEVICE_METHOD Stages value_ring() const { return {base + Traits::kBarriers + 2 * Stages::kBytes}; }
+    // Of what was found in values that had to be inspected.
+    DEVICE_METHOD Stages inspected_ring() const { return {base + Traits::kBarriers + 3 * Stages::kBytes}; }
+
+    // Of values as TMA brings them.
+    DEVICE_METHOD Stages fetched_ring() const {
+        return {base + Traits::kBarriers + (Traits::kFloat8 ? 4 : 2) * Stages::kBytes};
+    }
+
+    DEVICE_METHOD void init() const {
+        query_ring().init(1, 4 * Traits::kConsumers);
+        key_ring().init(1, Traits::kConsumers);
+        value_ring().init(Traits::kFloat8 ? kInspectors : 1, Traits::kConsumers);
+        if constexpr (Traits::kFloat8) fetched_ring().init(1, kInspectors);
+        inspected_ring().init(kInspectors, 4 * Traits::kConsumers);
+        ptx::fence_mbarrier_init();
+        for (int use = 0; use < Traits::kNumStages; ++use) ptx::store_shared(found(use) + 4 * kInspectors, 0u);
+    }
+    static constexpr int kInspectors = 3;  // warps
+};
+
+}  // namespace cupyattn
