@@ -1,8 +1,8 @@
 """Hopper's part of the emulator: what its instructions mean, in every schedule, and that every error is reported.
 
-Bodies of small kernels stand beside the test that runs them, as in test_emulator.py. They see: `in` and `out` (arrays of
-uint32 unless cast), `n`, `base` (shared memory, aligned to 1024 bytes), `thread`, `lane`, `warp`, and the parameter `p`
-with the maps `p.from` and `p.to`.
+Bodies of small kernels stand beside the test that runs them, as in test_emulator.py. They see: `in` and `out` (arrays
+of uint32 unless cast), `n`, `base` (shared memory, aligned to 1024 bytes), `thread`, `lane`, `warp`, and the parameter
+`p` with the maps `p.from` and `p.to`.
 """
 
 import functools
@@ -124,9 +124,7 @@ def aligned(shape, dtype, fill=None):
 
 def map_of(array, box, swizzle=0):
     """The map of an array of five axes, slowest first as NumPy has them; so is the box."""
-    return encode_map(
-        array.ctypes.data, array.itemsize, array.shape[::-1], array.strides[-2::-1], box[::-1], swizzle
-    )
+    return encode_map(array.ctypes.data, array.itemsize, array.shape[::-1], array.strides[-2::-1], box[::-1], swizzle)
 
 
 # ---- Boxes ------------------------------------------------------------------------------------------
@@ -674,7 +672,10 @@ WRONG_MBARRIERS = [
         ("ptx::mbarrier_wait(mbarrier(0), 0);", r"mbarrier_wait: there is no mbarrier at shared address 0x10400"),
         ("if (thread == 0) ptx::mbarrier_init(mbarrier(0) + 4, 1);", r"shared address 0x10404 is not a multiple of 8"),
         ("if (thread == 0) ptx::mbarrier_init(mbarrier(0), 0);", r"mbarrier_init: 0 arrivals"),
-        ("init_mbarriers(); if (thread == 0) ptx::mbarrier_init(mbarrier(3), 1);", r"the mbarrier at 0x10418 is in use"),
+        (
+            "init_mbarriers(); if (thread == 0) ptx::mbarrier_init(mbarrier(3), 1);",
+            r"the mbarrier at 0x10418 is in use",
+        ),
         ("init_mbarriers(); ptx::mbarrier_wait(mbarrier(0), 2);", r"mbarrier_wait: 2 is no parity"),
         (
             "init_mbarriers(); if (thread < 2) { ptx::mbarrier_arrive(mbarrier(0)); "
@@ -682,7 +683,8 @@ WRONG_MBARRIERS = [
             r"mbarrier_arrive: all 1 arrivals at the mbarrier at 0x10400 have been",
         ),
         (
-            "if (thread == 0) ptx::mbarrier_init(mbarrier(0), 1);\nptx::barrier();\nptx::mbarrier_wait(mbarrier(0), 1);",
+            "if (thread == 0) ptx::mbarrier_init(mbarrier(0), 1);\n"
+            "ptx::barrier();\nptx::mbarrier_wait(mbarrier(0), 1);",
             r"thread 0 initialised the mbarrier at 0x10400, with no fence_mbarrier_init since",
         ),
         (
@@ -911,7 +913,9 @@ def test_eight_bits_are_rounded_to_nearest_even_and_saturate(rng):
 @pytest.mark.parametrize("n", [0, 128])
 def test_eight_bits_are_widened_exactly(n):
     found = numbers(np.zeros(128), np.zeros(128), n)[3].view(np.float32)
-    np.testing.assert_array_equal(found, np.arange(n, n + 128, dtype="u1").view("V1").view(DTYPES["Float8"]).astype("f4"))
+    np.testing.assert_array_equal(
+        found, np.arange(n, n + 128, dtype="u1").view("V1").view(DTYPES["Float8"]).astype("f4")
+    )
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
