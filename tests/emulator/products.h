@@ -11,7 +11,7 @@ namespace emulator {
 
 constexpr int kProductRows = 64;
 constexpr int kOperandBytes = 32;  // of a row along the sum: 16 numbers of two bytes or 32 of one
-constexpr std::uint32_t kPoison = 0xFFFFFFFF;
+constexpr std::uint32_t kPoison = 0xFFBFFFFF;  // a NaN that signals: arithmetic makes it another
 
 // A matrix in shared memory: of 8-row (or, by columns, 8-deep) tiles.
 struct Descriptor {
