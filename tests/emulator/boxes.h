@@ -125,7 +125,8 @@ inline void arrive_at_mbarrier(std::uint32_t address, int bytes, const char* ver
 // ---- Boxes: what they are -----------------------------------------------------------------------------
 
 inline Map decode(const void* encoded, const char* verb, Site site) {
-    if (reinterpret_cast<std::uintptr_t>(encoded) % 64) fail(site, "%s: the map's address is not a multiple of 64", verb);
+    if (reinterpret_cast<std::uintptr_t>(encoded) % 64)
+        fail(site, "%s: the map's address is not a multiple of 64", verb);
     std::uint64_t words[16];
     std::memcpy(words, encoded, sizeof words);
     if (words[1] >> 32 != Map::kMark) fail(site, "%s: this is no map", verb);

@@ -305,7 +305,7 @@ inline void together(Verb verb, Site site, Perform perform) {
     wake(warp, ~now->bit());
 }
 
-// What the running threads know and did, each of the others knows from now on.
+// What each of some threads knows and did, all of them know from now on.
 inline void meet(int first, int count) {
     Gathering all;
     all.start(machine.num_agents);

@@ -1,7 +1,7 @@
 // Shared and global memory, and everything that can be wrong with an access.
 //
-// Two accesses of one block are in order if one thread made both, or barriers lie between them: of the block, of a warp,
-// named ones, or mbarriers, one after another if need be. Nothing else orders them: shuffles, votes and matrix
+// Two accesses of one block are in order if one thread made both, or barriers lie between them: of the block, of a
+// warp, named ones, or mbarriers, one after another if need be. Nothing else orders them: shuffles, votes and matrix
 // instructions do not. Boxes and products are agents of their own, and their accesses come before what waits for them.
 #pragma once
 
@@ -177,7 +177,7 @@ inline void check_read(const Reading& reading, const Party& party, const char* v
     }
 }
 
-// `write` is who will have written, and when; for a thread that stores, this moment.
+// `written` says who will have written, and when; for a thread that stores, this moment.
 inline void note_write(std::uint32_t address, int bytes, const Party& party, const Word& written, const char* verb,
                        Site site) {
     if (!machine.check_races) return;

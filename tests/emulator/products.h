@@ -11,7 +11,7 @@ namespace emulator {
 
 constexpr int kProductRows = 64;
 constexpr int kOperandBytes = 32;  // of a row along the sum: 16 numbers of two bytes or 32 of one
-constexpr std::uint32_t kPoison = 0xFFFFFFFF;
+constexpr std::uint32_t kPoison = 0xFFBFFFFF;  // a NaN that signals: arithmetic makes it another
 
 // A matrix in shared memory: of 8-row (or, by columns, 8-deep) tiles.
 struct Descriptor {
@@ -25,14 +25,19 @@ struct Sums {
     std::vector<float> numbers;  // 64 rows
 };
 
-struct Product {
+struct Product;
+
+// What all threads say.
+struct Instruction {
     void (*perform)(const Product& product, float* sums);
     std::uint64_t left, right;
-    bool has_fragments;
+    int blocks;
+    bool accumulates, by_columns, has_fragments;
+};
+
+struct Product : Instruction {
     const std::uint32_t* fragments[kGroupThreads];  // of the left operand, and what they held
     std::uint32_t held[kGroupThreads][4];
-    int blocks;
-    bool accumulates;
     Sums* sums;
     Site site;
 };
@@ -56,10 +61,11 @@ inline Products products_of[kMaxGroups];
 inline Descriptor decode(std::uint64_t bits, Site site) {
     constexpr std::uint64_t kUsed = 0xC00E3FFF3FFF3FFF;
     constexpr std::uint32_t kWidths[] = {0, 128, 64, 32};
-    Descriptor found = {static_cast<std::uint32_t>(bits & 0x3FFF) << 4, static_cast<std::uint32_t>(bits >> 16 & 0x3FFF) << 4,
-                        static_cast<std::uint32_t>(bits >> 32 & 0x3FFF) << 4, kWidths[bits >> 62]};
-    if (bits & ~kUsed) fail(site, "wgmma: descriptor %#llx has bits where there are none", static_cast<unsigned long long>(bits));
-    if (bits >> 49 & 7) fail(site, "wgmma: the base offset of descriptor %#llx is not 0", static_cast<unsigned long long>(bits));
+    const auto field = [bits](int place) { return static_cast<std::uint32_t>(bits >> place & 0x3FFF) << 4; };
+    const Descriptor found = {field(0), field(16), field(32), kWidths[bits >> 62]};
+    const auto written = static_cast<unsigned long long>(bits);
+    if (bits & ~kUsed) fail(site, "wgmma: descriptor %#llx has bits where there are none", written);
+    if (bits >> 49 & 7) fail(site, "wgmma: the base offset of descriptor %#llx is not 0", written);
     const std::uint32_t width = found.swizzle;
     if (width && found.start % (8 * width) >= width)
         fail(site, "wgmma: the operand at 0x%x does not start in the first row of a swizzled tile of %u bytes",
@@ -94,7 +100,7 @@ inline void visit_columns(const Descriptor& from, int columns, Visit visit) {
 inline const std::uint8_t* chunk_at(std::uint32_t address) { return memory.shared + (address - kSharedBase); }
 
 // That the operands may be read, by each warp what it reads.
-inline void note_operands(const Product& product, bool by_columns, int agent, Site site) {
+inline void note_operands(const Product& product, int agent, Site site) {
     constexpr const char* verb = "wgmma";
     const int first_thread = now->index / kGroupThreads * kGroupThreads;
     const auto read = [=](const Party& party, std::uint32_t address) {
@@ -113,8 +119,8 @@ inline void note_operands(const Product& product, bool by_columns, int agent, Si
     const Descriptor right = decode(product.right, site);
     const Known known = common_knowledge(first_thread, kGroupThreads);
     const auto visit = [&](int, int, std::uint32_t address) { read(beside(agent, known, -1), address); };
-    if (by_columns && !right.swizzle) fail(site, "wgmma: the emulator knows operands by columns only swizzled");
-    if (by_columns)
+    if (product.by_columns && !right.swizzle) fail(site, "wgmma: the emulator knows operands by columns only swizzled");
+    if (product.by_columns)
         visit_columns(right, 8 * product.blocks, visit);
     else
         visit_rows(right, 0, 8 * product.blocks, visit);
@@ -148,7 +154,7 @@ inline void multiply_rows(float* sums, const float (*left)[kDepth], const float 
         }
 }
 
-// `Widening` makes a float of the bits of an element.
+// `kWiden` makes a float of the bits of an element.
 template <typename Bits, float (*kWiden)(Bits), bool kByColumns>
 inline void perform_product(const Product& product, float* sums) {
     constexpr int kDepth = kOperandBytes / sizeof(Bits), kChunk = 16 / sizeof(Bits);
@@ -259,34 +265,34 @@ inline void fence_products(Site site) {
     group_together(Verb::kWgmmaFence, site, 0, [](int group) { products_of[group].is_fenced = true; });
 }
 
-// `instruction` has what is the same for all threads; they bring their registers.
-inline void multiply(Product instruction, bool by_columns, float* c, const std::uint32_t* a, Site site) {
+inline void multiply(const Instruction& instruction, float* c, const std::uint32_t* a, Site site) {
     Operands& mine = now->warp->lanes[now->lane()];
     mine.c = c;
     mine.a = a;
     mine.left = instruction.left;
     mine.right = instruction.right;
     mine.value = instruction.accumulates;
-    group_together(Verb::kWgmma, site, 0, [=](int group) mutable {
+    group_together(Verb::kWgmma, site, instruction.blocks, [&](int group) {
         Products& products = products_of[group];
         const Warp* warps = machine.warps + group * kGroupWarps;
-        instruction.has_fragments = a != nullptr;
-        instruction.site = site;
+        Product product;
+        static_cast<Instruction&>(product) = instruction;
+        product.site = site;
         for (int thread = 0; thread < kGroupThreads; ++thread) {
             const Operands& lane = warps[thread / kLanes].lanes[thread % kLanes];
-            if (lane.left != instruction.left || lane.right != instruction.right || lane.value != instruction.accumulates)
+            if (lane.left != product.left || lane.right != product.right || lane.value != product.accumulates)
                 fail(site, "wgmma: the threads of the warpgroup do not agree on descriptors and accumulation");
-            instruction.fragments[thread] = lane.a;
-            if (a) std::memcpy(instruction.held[thread], lane.a, 16);
+            product.fragments[thread] = lane.a;
+            if (product.has_fragments) std::memcpy(product.held[thread], lane.a, 16);
         }
         if (!products.is_fenced)
             fail(site, "wgmma: the warpgroup may have written registers, with no wgmma_fence since");
         if (!products.agent) products.agent = new_agent("a product of warpgroup %d", group);
-        note_operands(instruction, by_columns, products.agent, site);
-        instruction.sums = find_sums(products, warps, instruction.blocks, site);
-        ++instruction.sums->under_way;
-        if (!machine.schedule) finish(products, instruction);
-        products.open.push_back(instruction);
+        note_operands(product, products.agent, site);
+        product.sums = find_sums(products, warps, product.blocks, site);
+        ++product.sums->under_way;
+        if (!machine.schedule) finish(products, product);
+        products.open.push_back(product);
     });
 }
 

@@ -163,13 +163,9 @@ DEVICE void multiply_group(float (&c)[kBlocks][4], uint64 a, const uint32* fragm
                            Site site) {
     static_assert(!(kByColumns && Same<Element, Float8>::value), "only 16-bit numbers may lie by columns");
     static_assert(kBlocks % 2 == 0 && kBlocks >= 2 && kBlocks <= 32);
-    emulator::Product instruction{};
-    instruction.perform = emulator::perform_product<decltype(Element::bits), widen_bits<Element>, kByColumns>;
-    instruction.left = a;
-    instruction.right = b;
-    instruction.blocks = kBlocks;
-    instruction.accumulates = accumulate;
-    emulator::multiply(instruction, kByColumns, c[0], fragments, site);
+    using Bits = decltype(Element::bits);
+    constexpr auto perform = emulator::perform_product<Bits, widen_bits<Element>, kByColumns>;
+    emulator::multiply({perform, a, b, kBlocks, accumulate, kByColumns, fragments != nullptr}, c[0], fragments, site);
 }
 template <typename Element, bool kByColumns, int kBlocks>
 DEVICE void wgmma(float (&c)[kBlocks][4], uint64 a, uint64 b, bool accumulate, Site site = Site::here()) {

@@ -542,6 +542,7 @@ WRONG_PRODUCTS = [
         ({"barrier": ""}, r"wgmma: (race on|nothing was ever)", SCHEDULES),
         ({"fence": ""}, r"wgmma: the warpgroup may have written registers, with no wgmma_fence since", SCHEDULES),
         ({"between": "c[1][2] = 1;"}, r"wgmma: an accumulator was written while the product was under way", LATE),
+        ({"between": "c[1][2] = ptx::exp2(c[1][2]);"}, r"wgmma: an accumulator was written while", LATE),
         ({"between": "if (thread == 77) a[3] = 1;"}, r"wgmma: thread 77 of the warpgroup wrote its left operand", LATE),
         ({"wait": "ptx::wgmma_wait<1>();"}, r"warpgroup 0 has exited, and has not waited for its products", SCHEDULES),
         ({"accumulate": "lane == 3"}, r"the threads of the warpgroup do not agree", SCHEDULES),
