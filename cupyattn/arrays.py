@@ -79,8 +79,11 @@ class NumPy(Library):
     def from_numpy(self, array: Array, dtype: str, like: Any) -> Any:
         return array.view(like.dtype) if dtype == "bfloat16" else array
 
-    def scatter(self, array: Any, first: Array, second: Array, values: Any) -> Any:
-        array[first, second] = values
+    def places(self, pairs: Array, like: Any) -> Any:
+        return tuple(pairs)
+
+    def scatter(self, array: Any, places: Any, values: Any) -> Any:
+        array[places] = values
         return array
 
     def check_writable(self, function: str, name: str, array: Any) -> None:
@@ -142,8 +145,11 @@ class CuPy(Library):
     def place(self, array: Any) -> tuple[str, Any]:
         return "cuda", array.device
 
-    def scatter(self, array: Any, first: Array, second: Array, values: Any) -> Any:
-        array[self.index(first, array), self.index(second, array)] = values
+    def places(self, pairs: Array, like: Any) -> Any:
+        return tuple(self.index(pairs, like))
+
+    def scatter(self, array: Any, places: Any, values: Any) -> Any:
+        array[places] = values
         return array
 
 

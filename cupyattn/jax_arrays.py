@@ -56,8 +56,11 @@ class Jax(Library):
     def put(self, array: Any, index: Any, values: Any) -> Any:
         return array.at[index].set(values)
 
-    def scatter(self, array: Any, first: Array, second: Array, values: Any) -> Any:
-        return array.at[first, second].set(values)
+    def places(self, pairs: Array, like: Any) -> Any:
+        return tuple(pairs)
+
+    def scatter(self, array: Any, places: Any, values: Any) -> Any:
+        return array.at[places].set(values)
 
     def _sharding(self, shape: Shape, like: Any) -> Any:
         """That of `like` for an array of its shape; for another, whose axes are others, a copy on each device."""

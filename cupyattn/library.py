@@ -103,10 +103,14 @@ class Library:
         array[index] = values
         return array
 
-    def scatter(self, array: Any, first: Array, second: Array, values: Any) -> Any:
-        """The same at places of the first two axes, one for each row of `values`."""
-        for i, (a, b) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
-            array[a, b, ...] = values[i, ...]
+    def places(self, pairs: Array, like: Any) -> Any:
+        """Places of the first two axes, (2, count), in the form that `scatter` wants at the home of `like`."""
+        return pairs.T.tolist()
+
+    def scatter(self, array: Any, places: Any, values: Any) -> Any:
+        """The array with a row of `values` at each of the `places`: itself, or a new one as for `put`."""
+        for i, (first, second) in enumerate(places):
+            array[first, second, ...] = values[i, ...]
         return array
 
     def check_keepable(self, function: str, arrays: Arrays) -> None:

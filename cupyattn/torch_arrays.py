@@ -75,8 +75,11 @@ class Torch(Library):
     def take(self, array: Any, places: Array) -> Any:
         return array.index_select(0, self.index(places, array))
 
-    def scatter(self, array: Any, first: Array, second: Array, values: Any) -> Any:
-        array[self.index(first, array), self.index(second, array)] = values
+    def places(self, pairs: Array, like: Any) -> Any:
+        return tuple(self.index(pairs, like))
+
+    def scatter(self, array: Any, places: Any, values: Any) -> Any:
+        array[places] = values
         return array
 
     def check_keepable(self, function: str, arrays: Arrays) -> None:

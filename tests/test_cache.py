@@ -4,7 +4,7 @@ import inspect
 
 import numpy as np
 import pytest
-from homes import DTYPES, Dask, Jax, Strict, Torch, needs
+from homes import DTYPES, Dask, HostBackedCuPy, Jax, Strict, Torch, needs
 from oracle import assert_correctly_rounded, assert_matches, assert_same_bits, to_numpy
 
 import cupyattn
@@ -301,6 +301,15 @@ def test_traced_arrays_are_refused(make):
 
 
 @every_cache
+def test_a_gpus_arrays_need_a_gpu(make):
+    array = HostBackedCuPy("float32").make(np.ones((1, 2, 2, 4), np.float32))
+    cache = make()
+    with pytest.raises(RuntimeError, match=r"append: the arrays are on a CUDA device .* finds no NVIDIA driver"):
+        cache.append(array, array)
+    assert cache.nbytes == 0
+
+
+@every_cache
 def test_immutable_arrays_are_refused(make):
     xp = needs("array_api_strict")
     frozen = type("Frozen", (), {})  # an array in all but its writing
@@ -406,6 +415,14 @@ def test_the_memory_of_a_sliding_window_does_not_grow(window):
         largest = max(largest, cache.capacity)
     assert largest <= max(window + contiguous.SMALLEST, 1.25 * window)
     assert len(cache) == 7 * window + 200
+
+
+def test_the_memory_of_a_long_prompt_is_given_back_even_if_it_was_cut():
+    cache = SlidingWindowCache(10)
+    cache.append(*2 * [np.zeros((1, 1000, 1, 1), np.float32)])
+    cache.truncate(500)
+    cache.append(*2 * [np.zeros((1, 1, 1, 1), np.float32)])
+    assert cache.capacity == 9 + contiguous.SMALLEST
 
 
 def test_a_narrower_window_may_be_asked_for_and_a_wider_one_not(rng):
@@ -692,6 +709,12 @@ class RecordedLane:
     def save(self, host, index, values):
         assert not self.pending, "what is on its way might be overwritten"
         self.log.append("save")
+        host[index] = values
+        return host
+
+    def move(self, host, index, values):
+        assert self.log[-1] in ("settle", "move"), "the values might not have arrived"
+        self.log.append("move")
         host[index] = values
         return host
 

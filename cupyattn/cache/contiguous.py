@@ -97,8 +97,6 @@ class ContiguousCache(Cache):
         store = written(kind, roomy, k, v)
         self._gone, self._kind, self._store = len(self) + count - (store.stop - store.start), kind, store
 
-    append.__doc__ = Cache.append.__doc__
-
     def _with_room(self, function: str, kind: Kind, store: Store | None, batch: int, count: int) -> Store:
         """The store, or another one, that has room for `count` more tokens."""
         live = 0 if store is None else store.stop - store.start
@@ -127,8 +125,6 @@ class ContiguousCache(Cache):
             self._check_forgettable(function, length)
             self._store = self._store._replace(stop=self._store.start + length - self._gone)
 
-    truncate.__doc__ = Cache.truncate.__doc__
-
     def _check_forgettable(self, function: str, length: int) -> None:
         """Refuse to take back what can not be."""
 
@@ -141,9 +137,7 @@ class ContiguousCache(Cache):
         index = np.asarray(chosen, np.int64)
         k, v = (kind.library.take(array, index) for array in store.live())
         fresh = store if len(chosen) == store.batch else new_store(kind, len(chosen), store.capacity)
-        self._store = written(kind, fresh._replace(start=store.start, stop=store.start), k, v)
-
-    reorder.__doc__ = Cache.reorder.__doc__
+        self._store = written(kind, fresh._replace(start=0, stop=0), k, v)
 
     def _keys(self, function: str, q: Array, options: Options) -> tuple[Array, Array, Options]:
         self._known(function)

@@ -30,6 +30,9 @@ class HostLane:
     def save(self, host: Array, index: Any, values: Array) -> Array:
         return self._library.put(host, index, values)
 
+    def move(self, host: Array, index: Any, values: Array) -> Array:
+        return self._library.put(host, index, values)
+
     def load(self, targets: list[Array], index: Any, sources: list[Array]) -> list[Array]:
         return [self._library.put(a, index, b) for a, b in zip(targets, sources, strict=True)]
 
@@ -107,8 +110,6 @@ class OffloadedCache(Cache):
                 fetched = Fetched(*(kind.library.put(a, place, b) for a, b in zip(fetched, new, strict=True)))
         self._kind, self._lane, self._host, self._fetched, self._length = kind, lane, host, fetched, stop
 
-    append.__doc__ = Cache.append.__doc__
-
     def _with_room(self, lane: Any, kind: Kind, batch: int, needed: int) -> Fetched:
         """The host's memory, or new memory with the same tokens, for as many as needed."""
         host = self._host
@@ -126,7 +127,7 @@ class OffloadedCache(Cache):
         if source is None:
             return Fetched(*roomy)
         live = _slots(0, self._length)
-        return Fetched(*(lane.save(a, live, b[live]) for a, b in zip(roomy, source, strict=True)))
+        return Fetched(*(lane.move(a, live, b[live]) for a, b in zip(roomy, source, strict=True)))
 
     @untraced
     def prefetch(self) -> None:
@@ -156,8 +157,6 @@ class OffloadedCache(Cache):
     def truncate(self, length: int) -> None:
         self._length = reading.integer(self._named("truncate"), "length", length, low=0, high=self._length)
 
-    truncate.__doc__ = Cache.truncate.__doc__
-
     @untraced
     def reorder(self, sequences: Sequence[int] | Array) -> None:
         function = self._named("reorder")
@@ -169,8 +168,6 @@ class OffloadedCache(Cache):
         picked = Fetched(*(_picked(x[live], chosen) for x in host))
         self._host = self._moved(self._lane, kind, len(chosen), int(host.k.shape[0]), picked)
         self._fetched = None
-
-    reorder.__doc__ = Cache.reorder.__doc__
 
 
 def _lane(function: str, kind: Kind) -> Any:

@@ -107,17 +107,15 @@ class PagedCache(Cache):
             shown_lengths = reading.short(self._pages.lengths)
             came = (("seqlens", reading.short(counts)), ("lengths", shown_lengths), ("num_pages", self._num_pages))
             raise ValueError(refusal(function, str(error), *came)) from None
-        copies = np.array(growth.copied, np.int64).reshape(-1, 2)
+        places = kind.library.places(growth.places, kind.anchor)
         found = []
         for pages, new, features in ((self._k, k, kind.features_k), (self._v, v, kind.features_v)):
             if pages is None:
                 pages = kind.library.empty((self._num_pages, self.page_size, *features), kind.anchor)
-            for source, target in copies.tolist():
+            for source, target in growth.copied:
                 whole = (slice(target, target + 1), Ellipsis)
                 pages = kind.library.put(pages, whole, pages[source : source + 1, ...])
-            if growth.page.size:
-                pages = kind.library.scatter(pages, growth.page, growth.slot, _packed(new))
-            found.append(pages)
+            found.append(kind.library.scatter(pages, places, _packed(new)))
         if growth.taken or len(counts) != len(self._pages.lengths):
             self._table = None
         self._pages.grow(growth)
@@ -279,8 +277,6 @@ class PagedCache(Cache):
         function = self._named("reorder")
         self._pages.reorder(integers(function, "sequences", sequences, low=0, high=len(self._pages.lengths) - 1))
         self._table = None
-
-    reorder.__doc__ = Cache.reorder.__doc__
 
     def fork(self, sequence: int) -> int:
         """Let a new sequence go on from what `sequence` is; its number.  They share all pages until one writes."""

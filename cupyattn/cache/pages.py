@@ -31,10 +31,8 @@ class Growth:
     """The pages of a sequence from that of its first new token on."""
     taken: int = 0
     """Pages from the end of the free list."""
-    page: Array = field(default_factory=lambda: np.zeros(0, np.int64))
-    """The page of each new token, sequence after sequence."""
-    slot: Array = field(default_factory=lambda: np.zeros(0, np.int64))
-    """Its place in that page."""
+    places: Array = field(default_factory=lambda: np.zeros((2, 0), np.int64))
+    """The page of each new token, sequence after sequence, and its slot there."""
 
 
 class Pages:
@@ -56,7 +54,7 @@ class Pages:
         """
         growth = Growth(list(counts))
         left: dict[int, int] = {}  # references of shared pages, as they will be
-        pages, slots = [], []
+        places = []
         for sequence, count in enumerate(counts):
             if not count:
                 continue
@@ -70,13 +68,12 @@ class Pages:
             last = (length + count - 1) // self.page_size
             tail += [self._next(growth) for _ in range(last + 1 - first - len(tail))]
             growth.tables[sequence] = tail
-            places = np.arange(length, length + count)
-            pages.append(np.asarray(tail, np.int64)[places // self.page_size - first])
-            slots.append(places % self.page_size)
+            page, slot = np.divmod(np.arange(length, length + count), self.page_size)
+            places.append(np.stack([np.asarray(tail, np.int64)[page - first], slot]))
         if growth.taken > len(self.free):
             raise NoPagesError(f"{growth.taken} more pages are needed and {len(self.free)} are free")
-        if pages:
-            growth.page, growth.slot = np.concatenate(pages), np.concatenate(slots)
+        if places:
+            growth.places = np.concatenate(places, axis=1)
         return growth
 
     def _of(self, sequence: int) -> tuple[list[int], int]:

@@ -37,6 +37,11 @@ class TorchLane:
         host[index].copy_(values, non_blocking=True)
         return host
 
+    def move(self, host: Array, index: Any, values: Array) -> Array:
+        """The same for values of the host, which have to be there: see `settle`."""
+        host[index] = values
+        return host
+
     def load(self, targets: list[Array], index: Any, sources: list[Array]) -> list[Array]:
         """Contiguous parts of the host's memory to an index of the targets."""
         import torch
@@ -90,6 +95,10 @@ class CuPyLane:
 
         with self._device:
             cupy.ascontiguousarray(values).get(out=host[index], blocking=False)
+        return host
+
+    def move(self, host: Array, index: Any, values: Array) -> Array:
+        host[index] = values
         return host
 
     def load(self, targets: list[Array], index: Any, sources: list[Array]) -> list[Array]:
