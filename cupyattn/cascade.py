@@ -98,9 +98,14 @@ def cascade_attention(
     if shapes["q"][0] != shapes["k"][0] or shapes["q"][0] != shapes["v"][0]:
         rule = "q, k and v have to be of the same sequences"
         raise ValueError(refusal(function, rule, *((word, shapes[word]) for word in ("q", "k", "v"))))
-    if shapes["v"][-1] != shapes["v_prefix"][-1]:
-        rule = "v_prefix and v have to have one head_dim"
-        raise ValueError(refusal(function, rule, *((word, shapes[word]) for word in ("v_prefix", "v"))))
+    for word in ("k", "v"):
+        prefix_word = f"{word}_prefix"
+        if shapes[prefix_word][1:] != shapes[word][2:]:
+            rule = f"{prefix_word} has to have the heads and the head_dim of {word}"
+            raise ValueError(refusal(function, rule, (prefix_word, shapes[prefix_word]), (word, shapes[word])))
+    if shapes["k_prefix"][0] != shapes["v_prefix"][0]:
+        rule = "k_prefix and v_prefix have to hold the same tokens"
+        raise ValueError(refusal(function, rule, *((word, shapes[word]) for word in prefix)))
     if options.causal and shapes["q"][1] > shapes["k"][1]:
         rule = "there have to be at least as many own tokens as queries, seqlen_q <= seqlen_k"
         raise ValueError(refusal(function, rule, ("q", shapes["q"]), ("k", shapes["k"])))
@@ -114,5 +119,5 @@ def cascade_attention(
         },
         options._replace(causal=False),
     )
-    found = answer_in_parts(function, [common, (named, options)], needs_lse=options.needs_lse)
+    found = answer_in_parts(function, [(named, options), common], needs_lse=options.needs_lse)
     return (found["out"], found["lse"]) if return_lse else found["out"]

@@ -23,7 +23,7 @@ Part = tuple[Named, Options]
 
 
 def answer_in_parts(function: str, parts: Sequence[Part], needs_lse: bool) -> Arrays:
-    """The results over all parts, in the shape of the last one; the parts may be shaped differently.
+    """The results over all parts, in the shape of the first one; the parts may be shaped differently.
 
     On a GPU each part is rounded once, and their merge once more.
     """
@@ -36,7 +36,7 @@ def answer_in_parts(function: str, parts: Sequence[Part], needs_lse: bool) -> Ar
     device = visit.device()
     plans = [plan_for(function, problem, device) for problem in problems]
     exact = [replace(problem, dtype="float64", needs_lse=True) for problem in problems]
-    last = problems[-1]
+    first = problems[0]
     if visit.kind == "cuda":
         found = [answer(function, named, options._replace(needs_lse=True), None) for named, options in parts]
         return merged_at_home(found, problems)
@@ -56,9 +56,9 @@ def answer_in_parts(function: str, parts: Sequence[Part], needs_lse: bool) -> Ar
 
     def forward(everything: Arrays) -> Arrays:
         whole = merged(everything)
-        results = {"out": narrow(_as_asked(whole.out, last), last.dtype)}
+        results = {"out": narrow(_as_asked(whole.out, first), first.dtype)}
         if needs_lse:
-            results["lse"] = narrow(_lse_as_asked(whole.lse, last), last.lse_dtype)
+            results["lse"] = narrow(_lse_as_asked(whole.lse, first), first.lse_dtype)
         return results
 
     def backward(everything: Arrays, known: Arrays) -> Arrays:
@@ -73,13 +73,13 @@ def answer_in_parts(function: str, parts: Sequence[Part], needs_lse: bool) -> Ar
             if dout is not None:
                 there["dout"] = np.reshape(dout, problem.out_shape)
             if dlse is not None:
-                there["dlse"] = _lse_as_asked(_lse_heads_first(dlse, last), problem)
+                there["dlse"] = _lse_as_asked(_lse_heads_first(dlse, first), problem)
             operands = own(everything, i)
             here = cpu.run_backward(plan, problem, operands, there)
             gradients |= {f"{word}{i}": gradient for word, gradient in here.items()}
         return gradients
 
-    results = {name: spec for name, spec in last.results.items() if name == "out" or needs_lse}
+    results = {name: spec for name, spec in first.results.items() if name == "out" or needs_lse}
     return visit.run(forward, backward, results)
 
 
@@ -111,12 +111,12 @@ def _lse_as_asked(lse: Array, problem: Problem) -> Array:
 def merged_at_home(found: Sequence[Arrays], problems: Sequence[Problem]) -> Arrays:
     """`numpy_ref.merge` in the arithmetic of the arrays' own library, in the dtype of lse."""
     xp = array_api_compat.array_namespace(found[0]["out"])
-    last = problems[-1]
+    first = problems[0]
     outs, lses = [], []
     for state, problem in zip(found, problems, strict=True):
         lse = xp.permute_dims(state["lse"], (1, 0) if problem.layout.ragged else (0, 2, 1))
-        lses.append(xp.reshape(lse, last.out_shape[:-1]))
-        outs.append(xp.astype(xp.reshape(state["out"], last.out_shape), lse.dtype))
+        lses.append(xp.reshape(lse, first.out_shape[:-1]))
+        outs.append(xp.astype(xp.reshape(state["out"], first.out_shape), lse.dtype))
     lse = xp.stack(lses)
     highest = xp.max(lse, axis=0)
     weights = xp.exp(lse - xp.where(xp.isinf(highest), xp.zeros_like(highest), highest))
@@ -128,5 +128,5 @@ def merged_at_home(found: Sequence[Arrays], problems: Sequence[Problem]) -> Arra
         for i, part in enumerate(outs)
     )
     whole = xp.where(xp.isinf(highest), highest, highest + xp.log(total))
-    axes = (1, 0) if last.layout.ragged else (0, 2, 1)
+    axes = (1, 0) if first.layout.ragged else (0, 2, 1)
     return {"out": xp.astype(out, found[0]["out"].dtype), "lse": xp.permute_dims(whole, axes)}

@@ -655,6 +655,21 @@ def test_a_cascade_over_shared_pages_says_the_same(length, options, rng):
     assert_matches(lse, expected[1], rtol=2e-7)
 
 
+@pytest.mark.parametrize("home", [Torch("float32"), Jax("float32"), Strict("float32", "device1")], ids=str)
+def test_every_library_can_cascade(home, rng):
+    q, k, v = draw(rng, batch=3, seqlen=14)
+    found = []
+    for make in (np.asarray, home.make):
+        cache = PagedCache(num_pages=16, page_size=4)
+        cache.append(make(k[:1, :9]), make(v[:1, :9]))
+        cache.reorder([0, 0, 0])
+        cache.append(make(k[:, 9:]), make(v[:, 9:]))
+        found.append(cache.attend(make(q[:, 9:]), cascade=True, return_lse=True))
+    for actual, expected in zip(found[1], found[0], strict=True):
+        home.check(actual, home.make(q))
+        assert_same_bits(actual, expected)
+
+
 # ---------------------------------------------------------------------------------------------------
 # On the host
 # ---------------------------------------------------------------------------------------------------

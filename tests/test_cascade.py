@@ -123,7 +123,8 @@ def test_every_library_gets_its_own_arrays_back(home, rng):
     assert_same_bits(out, cascade_attention(*arrays))
 
 
-def test_torchs_gradients_are_those_of_attention(rng):
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 1)], ids=["out", "lse", "both"])
+def test_torchs_gradients_are_those_of_attention(used, rng):
     torch = needs("torch")
     arrays = draw(rng, dtype=np.float64)
     sinks = rng.standard_normal(4)
@@ -137,9 +138,10 @@ def test_torchs_gradients_are_those_of_attention(rng):
     expected = attention(q, whole_k, whole_v, causal=True, alignment="bottom-right", sinks=their_sinks, return_lse=True)
     weights = [torch.tensor(rng.standard_normal(x.shape)) for x in expected]
     for results in (found, expected):
-        sum((x * weight).sum() for x, weight in zip(results, weights, strict=True)).backward()
+        sum((results[i] * weights[i]).sum() for i in used).backward()
     for a, b in zip(ours, theirs, strict=True):
-        assert_matches(a.grad, to_numpy(b.grad), rtol=1e-12, atol=1e-13)
+        gradients = [np.zeros(x.shape) if x.grad is None else to_numpy(x.grad) for x in (a, b)]
+        assert_matches(*gradients, rtol=1e-12, atol=1e-13)
 
 
 def test_jaxs_gradients_are_those_of_attention(rng):
@@ -211,32 +213,3 @@ def test_the_merge_of_low_precision_is_in_float32(rng):
     assert merged["out"].dtype == torch.bfloat16
     assert merged["lse"].dtype == torch.float32
     assert_matches(merged["out"], to_numpy(expected), rtol=2.0**-7)
-
-
-# ---------------------------------------------------------------------------------------------------
-# Refused
-# ---------------------------------------------------------------------------------------------------
-
-
-def refusals():
-    q, k_prefix, v_prefix, k, v = draw(np.random.default_rng(0))
-    yield "no array", TypeError, "k_prefix has to be an array", (q, None, v_prefix, k, v), {}
-    yield "a batch of prefixes", ValueError, "k_prefix has to have 3 axes", (q, k, v_prefix, k, v), {}
-    yield "a packed tail", ValueError, "k has to have 4 axes", (q, k_prefix, v_prefix, k[0], v), {}
-    yield "other sequences", ValueError, "q, k and v have to be of the same", (q, k_prefix, v_prefix, k[:1], v), {}
-    yield "too many queries", ValueError, "at least as many own tokens", (q, k_prefix, v_prefix, k[:, :3], v[:, :3]), {}
-    yield "another head_dim", ValueError, "q and k_prefix have different", (q, k_prefix[..., :4], v_prefix, k, v), {}
-    yield "another head_dim_v", ValueError, "v_prefix and v have", (q, k_prefix, v_prefix[..., :4], k, v), {}
-    yield "prefixes of two lengths", ValueError, "k_prefix and v_prefix", (q, k_prefix[:5], v_prefix, k, v), {}
-    yield "tails of two lengths", ValueError, "k and v have different", (q, k_prefix, v_prefix, k, v[:, :5]), {}
-    yield "another dtype", TypeError, "k_prefix", (q, k_prefix.astype("f8"), v_prefix, k, v), {}
-    yield "a negative softcap", ValueError, "softcap", (q, k_prefix, v_prefix, k, v), {"softcap": -1}
-    yield "sinks of others", ValueError, "sinks", (q, k_prefix, v_prefix, k, v), {"sinks": np.ones(3)}
-
-
-@pytest.mark.parametrize(
-    ("error", "message", "arrays", "options"), [r[1:] for r in refusals()], ids=[r[0] for r in refusals()]
-)
-def test_what_cannot_be_meant_is_refused(error, message, arrays, options):
-    with pytest.raises(error, match=f"cascade_attention: .*{message}"):
-        cascade_attention(*arrays, **options)

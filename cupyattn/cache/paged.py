@@ -203,17 +203,17 @@ class PagedCache(Cache):
         return self._over(kind, q, rows, self._pages.lengths, 0, options, edits)
 
     def _parts(self, kind: Kind, q: Array, rows: list[int], options: Options, edits: Named) -> list[Part]:
-        """The same, for the pages that all sequences share and for those after them."""
+        """The same, for the pages after those that all sequences share and for these."""
         seen_by_all = [length - count for length, count in zip(self._pages.lengths, rows, strict=True)]
-        pages = max(0, min(self._pages.num_shared(), min(seen_by_all, default=0) // self.page_size))
-        if not pages:
+        pages = min(self._pages.num_shared(), min(seen_by_all, default=0) // self.page_size)
+        if pages < 1:
             return [self._whole(kind, q, rows, options, edits)]
         shared = pages * self.page_size
         tails = [length - shared for length in self._pages.lengths]
         over_all = options._replace(causal=False, window=(None, None))
         return [
-            self._over(kind, q, [sum(rows)], [shared], 0, over_all, {}),
             self._over(kind, q, rows, tails, pages, options, edits),
+            self._over(kind, q, [sum(rows)], [shared], 0, over_all, {}),
         ]
 
     def _over(

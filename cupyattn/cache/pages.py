@@ -130,9 +130,7 @@ class Pages:
             self.free.append(page)
 
     def num_shared(self) -> int:
-        """Pages at the start of every sequence that are the same in all, and full in all."""
-        if not self.tables:
-            return 0
-        full = min(self.lengths) // self.page_size
-        first = self.tables[0]
-        return next((i for i in range(full) if any(table[i] != first[i] for table in self.tables)), full)
+        """Pages at the start of every sequence that are the same in all."""
+        shortest = min(self.tables, key=len, default=[])
+        others = ((i, page) for i, page in enumerate(shortest) if any(table[i] != page for table in self.tables))
+        return next(others, (len(shortest), -1))[0]
