@@ -560,6 +560,12 @@ def test_when_pages_run_out_nothing_is_written(rng):
     assert_same_bits(cache.attend(q[:, :8]), whole(q[:, :8], k[:, :8], v[:, :8]))
 
 
+def test_more_tokens_than_there_can_be_are_refused_at_once():
+    endless = np.broadcast_to(np.zeros((), np.float32), (1, 2**30, 1, 2))
+    with pytest.raises(ValueError, match=f"append: {2**28} more pages are needed and 4 are free"):
+        PagedCache(num_pages=4, page_size=4).append(endless, endless)
+
+
 def test_a_fork_that_has_no_page_to_copy_to_is_refused(rng):
     q, k, v = draw(rng, batch=2, seqlen=3)
     cache = PagedCache(num_pages=1, page_size=4)

@@ -59,14 +59,17 @@ class Pages:
             if not count:
                 continue
             table, length = self._of(sequence)
-            first = length // self.page_size
-            tail = table[first:]
-            if tail and left.get(tail[0], self.references[tail[0]]) > 1:
-                left[tail[0]] = left.get(tail[0], self.references[tail[0]]) - 1
-                growth.copied.append((tail[0], self._next(growth)))
-                tail = [growth.copied[-1][1]]
-            last = (length + count - 1) // self.page_size
-            tail += [self._next(growth) for _ in range(last + 1 - first - len(tail))]
+            first, last = length // self.page_size, (length + count - 1) // self.page_size
+            begun = table[first:]  # the page that is not full, if there is one
+            new = last + 1 - first - len(begun)
+            if begun and (owners := left.get(begun[0], self.references[begun[0]])) > 1:
+                left[begun[0]] = owners - 1
+                own = self._take(growth, 1)
+                growth.copied += zip(begun, own, strict=False)
+                begun = own
+            tail = begun + self._take(growth, new)
+            if growth.taken > len(self.free):
+                continue
             growth.tables[sequence] = tail
             page, slot = np.divmod(np.arange(length, length + count), self.page_size)
             places.append(np.stack([np.asarray(tail, np.int64)[page - first], slot]))
@@ -79,10 +82,12 @@ class Pages:
     def _of(self, sequence: int) -> tuple[list[int], int]:
         return (self.tables[sequence], self.lengths[sequence]) if sequence < len(self.tables) else ([], 0)
 
-    def _next(self, growth: Growth) -> int:
-        """One more free page; any number where there is none, since the growth is refused in the end."""
-        growth.taken += 1
-        return self.free[-growth.taken] if growth.taken <= len(self.free) else -1
+    def _take(self, growth: Growth, count: int) -> list[int]:
+        """So many free pages; none where there are too few, since the growth is refused in the end."""
+        before, growth.taken = growth.taken, growth.taken + count
+        if growth.taken > len(self.free):
+            return []
+        return [self.free[-1 - i] for i in range(before, growth.taken)]
 
     def grow(self, growth: Growth) -> None:
         while len(self.tables) < len(growth.counts):
