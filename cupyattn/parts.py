@@ -16,7 +16,7 @@ from cupyattn.arrays import Arrays, enter
 from cupyattn.corridor import Named, answer, plan_for
 from cupyattn.numpy_ref import State, merge
 from cupyattn.problem import Array, Problem
-from cupyattn.reading import Options, check_sequences, read
+from cupyattn.reading import Options, read
 from cupyattn.rounding import narrow
 
 Part = tuple[Named, Options]
@@ -24,6 +24,8 @@ Part = tuple[Named, Options]
 
 def answer_in_parts(function: str, parts: Sequence[Part], needs_lse: bool) -> Arrays:
     """The results over all parts, in the shape of the first one; the parts may be shaped differently.
+
+    cu_seqlens and block_table are those of our own callers: their values are not looked at.
 
     On a GPU each part is rounded once, and their merge once more.
     """
@@ -47,10 +49,7 @@ def answer_in_parts(function: str, parts: Sequence[Part], needs_lse: bool) -> Ar
     def merged(everything: Arrays) -> State:
         states = []
         for i, (problem, plan) in enumerate(zip(exact, plans, strict=True)):
-            operands = own(everything, i)
-            if problem.layout.ragged:
-                check_sequences(function, {word: specs[f"{word}{i}"] for word in operands}, problem.sizes, operands)
-            state = cpu.run(plan, problem, operands)
+            state = cpu.run(plan, problem, own(everything, i))
             states.append(State(_heads_first(state["out"], problem), _lse_heads_first(state["lse"], problem)))
         return merge(states)
 

@@ -10,6 +10,7 @@ from oracle import assert_correctly_rounded, assert_matches, assert_same_bits, t
 import cupyattn
 from cupyattn import DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache, attention
 from cupyattn.cache import contiguous
+from cupyattn.parts import answer_in_parts
 
 CACHES = {
     "dynamic": DynamicCache,
@@ -659,6 +660,26 @@ def test_a_cascade_over_shared_pages_says_the_same(length, options, rng):
     out, lse = cache.attend(queries, rows, sinks=sinks, return_lse=True, cascade=True, **options)
     assert_correctly_rounded(out, to_numpy(expected[0]), "float32", share=0.95)
     assert_matches(lse, expected[1], rtol=2e-7)
+
+
+@pytest.mark.parametrize(("rows", "shared"), [(1, 2), (4, 2), (5, 1), (8, 1), (9, 0), (12, 0)])
+def test_a_cascade_reads_pages_once_that_all_queries_see_whole(rows, shared, rng, monkeypatch):
+    """Twelve tokens in common, in pages of four."""
+    q, k, v = draw(rng, batch=1, seqlen=12)
+    cache = PagedCache(num_pages=8, page_size=4)
+    cache.append(k, v)
+    cache.fork(0)
+    queries = np.repeat(q[:, 12 - rows :], 2, axis=0)
+    seen = []
+
+    def recorded(function, parts, needs_lse):
+        seen.append([int(named["cu_seqlens_k"][1][-1]) for named, _ in parts])
+        return answer_in_parts(function, parts, needs_lse)
+
+    monkeypatch.setattr("cupyattn.cache.paged.answer_in_parts", recorded)
+    out = cache.attend(queries, cascade=True)
+    assert seen == [[2 * (12 - 4 * shared)] + [4 * shared] * (shared > 0)]
+    assert_correctly_rounded(out, to_numpy(cache.attend(queries)), "float32", share=0.95)
 
 
 @pytest.mark.parametrize("home", [Torch("float32"), Jax("float32"), Strict("float32", "device1")], ids=str)
