@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 
-from benchmarks import SUITE, attention, memory, overhead
+from benchmarks import SUITE, attention, caches, memory, overhead
 from benchmarks.common import fastest
 
 from cupyattn.threads import num_cores
@@ -28,6 +28,9 @@ WANTED = (
     memory.Memory.track_peak,
     attention.Rounding.track_wrong,
     attention.Rounding.track_largest,
+    caches.Growth.track_appends,
+    caches.Decode.track_attend,
+    caches.Cascade.track_attend,
     overhead.Corridor.track_overhead,
     overhead.Rooms.time_call,
     overhead.Import.track_import,

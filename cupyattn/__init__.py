@@ -6,6 +6,8 @@ array-api-compat, and nothing else.
 """
 
 from cupyattn.api import Gradients, attention, attention_backward, explain, merge_states
+from cupyattn.cache import Cache, DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache
+from cupyattn.cascade import cascade_attention
 from cupyattn.padding import pad_input, unpad_input
 from cupyattn.peers import (
     flash_attn_func,
@@ -20,12 +22,19 @@ from cupyattn.rotary import apply_rotary_emb
 __version__ = "0.1.0"
 
 __all__ = [
+    "Cache",
+    "DynamicCache",
     "Gradients",
+    "OffloadedCache",
+    "PagedCache",
     "Plan",
+    "SlidingWindowCache",
+    "StaticCache",
     "__version__",
     "apply_rotary_emb",
     "attention",
     "attention_backward",
+    "cascade_attention",
     "explain",
     "flash_attn_func",
     "flash_attn_kvpacked_func",

@@ -36,7 +36,7 @@ from cupyattn.reading import check_results, refusal
 from cupyattn.threads import num_cores
 from cupyattn.torch_arrays import TORCH, Torch
 
-__all__ = ["OPTIONAL", "Arrays", "Visit", "described", "enter", "untraced"]
+__all__ = ["OPTIONAL", "Arrays", "Visit", "cuda_lane", "described", "enter", "untraced"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -79,6 +79,13 @@ class NumPy(Library):
 
     def from_numpy(self, array: Array, dtype: str, like: Any) -> Any:
         return array.view(dtype_of_result(dtype, like.dtype)) if dtype == "bfloat16" else array
+
+    def places(self, pairs: Array, like: Any) -> Any:
+        return tuple(pairs)
+
+    def scatter(self, array: Any, places: Any, values: Any) -> Any:
+        array[places] = values
+        return array
 
     def check_writable(self, function: str, name: str, array: Any) -> None:
         if not array.flags.writeable:
@@ -137,6 +144,13 @@ class CuPy(Library):
 
     def place(self, array: Any) -> tuple[str, Any]:
         return "cuda", array.device
+
+    def places(self, pairs: Array, like: Any) -> Any:
+        return tuple(self.index(pairs, like))
+
+    def scatter(self, array: Any, places: Any, values: Any) -> Any:
+        array[places] = values
+        return array
 
 
 _NUMPY, _DASK, _CUPY, _OTHER = NumPy(), Dask(), CuPy(), Library()
@@ -284,3 +298,10 @@ def described(array: Any) -> tuple[Shape, str] | None:
         is_one = isinstance(library, Torch) and library.has_no_values(array)
     library = library or _OTHER
     return (library.shape(array), library.dtype(array)) if is_one else None
+
+
+def cuda_lane(function: str, library: Library, like: Any) -> Any:
+    """Between the memory of a GPU, where `like` is, and the host's; see `cuda.lanes`."""
+    from cupyattn import cuda
+
+    return cuda.lane(function, library.title, like)

@@ -50,6 +50,18 @@ class Jax(Library):
 
         return jnp.zeros(shape, like.dtype, device=None if self.is_traced(like) else self._sharding(shape, like))
 
+    def empty(self, shape: Shape, like: Any) -> Any:
+        return self.zeros(shape, like)
+
+    def put(self, array: Any, index: Any, values: Any) -> Any:
+        return array.at[index].set(values)
+
+    def places(self, pairs: Array, like: Any) -> Any:
+        return tuple(pairs)
+
+    def scatter(self, array: Any, places: Any, values: Any) -> Any:
+        return array.at[places].set(values)
+
     def _sharding(self, shape: Shape, like: Any) -> Any:
         """That of `like` for an array of its shape; for another, whose axes are others, a copy on each device."""
         from jax.sharding import Mesh, NamedSharding, PartitionSpec

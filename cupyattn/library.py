@@ -80,6 +80,49 @@ class Library:
         xp = array_api_compat.array_namespace(like)
         return xp.zeros(shape, dtype=like.dtype, device=array_api_compat.device(like))
 
+    def empty(self, shape: Shape, like: Any) -> Any:
+        """Memory that nobody has written to, in the dtype and at the home of `like`."""
+        xp = array_api_compat.array_namespace(like)
+        return xp.empty(shape, dtype=like.dtype, device=array_api_compat.device(like))
+
+    def bring(self, values: Array, like: Any) -> Any:
+        """Numbers that were worked out on the host, to the home of `like`."""
+        return self.from_numpy(values, values.dtype.name, like)
+
+    def index(self, places: Array, like: Any) -> Any:
+        """Integers as an index into arrays at the home of `like`."""
+        return self.bring(places.astype(self.index_dtype()), like)
+
+    def take(self, array: Any, places: Array) -> Any:
+        """The rows of the first axis at `places`, in that order, in memory of their own."""
+        xp = array_api_compat.array_namespace(array)
+        return xp.take(array, self.index(places, array), axis=0)
+
+    def put(self, array: Any, index: Any, values: Any) -> Any:
+        """The array with `values` at an index of slices: itself, or a new one where arrays are immutable."""
+        array[index] = values
+        return array
+
+    def places(self, pairs: Array, like: Any) -> Any:
+        """Places of the first two axes, (2, count), in the form that `scatter` wants at the home of `like`."""
+        return pairs.T.tolist()
+
+    def scatter(self, array: Any, places: Any, values: Any) -> Any:
+        """The array with a row of `values` at each of the `places`: itself, or a new one as for `put`."""
+        for i, (first, second) in enumerate(places):
+            array[first, second, ...] = values[i, ...]
+        return array
+
+    def check_keepable(self, function: str, arrays: Arrays) -> None:
+        """Refuse arrays whose values cannot be kept beyond the call, by `put`."""
+        names = " and ".join(arrays)
+        if self.is_deferred(arrays):
+            raise TypeError(refusal(function, f"keeps the values of {names}, {self.when_deferred}"))
+        for name, array in arrays.items():
+            if not hasattr(type(array), "__setitem__"):
+                rule = f"{name} cannot be kept: arrays of {type(array).__name__} are immutable"
+                raise TypeError(refusal(function, rule, (name, self.shape(array))))
+
     def draw_seed(self, function: str) -> int:
         return int.from_bytes(os.urandom(8), "little")
 

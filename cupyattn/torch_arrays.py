@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cupyattn.library import Arrays, Job, Library, check_no_overlap
-from cupyattn.problem import Array
+from cupyattn.problem import Array, Shape
 from cupyattn.reading import refusal
 
 
@@ -63,6 +63,32 @@ class Torch(Library):
         if dtype == "bfloat16":
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
+
+    def empty(self, shape: Shape, like: Any) -> Any:
+        """Not an inference tensor, which could only be written to where it was made."""
+        import torch
+
+        with torch.inference_mode(False):
+            return torch.empty(shape, dtype=like.dtype, device=like.device)
+
+    def bring(self, values: Array, like: Any) -> Any:
+        return super().bring(values, like).to(like.device)
+
+    def take(self, array: Any, places: Array) -> Any:
+        return array.index_select(0, self.index(places, array))
+
+    def places(self, pairs: Array, like: Any) -> Any:
+        return tuple(self.index(pairs, like))
+
+    def scatter(self, array: Any, places: Any, values: Any) -> Any:
+        array[places] = values
+        return array
+
+    def check_keepable(self, function: str, arrays: Arrays) -> None:
+        super().check_keepable(function, arrays)
+        if self._records(arrays) or self.is_transformed():
+            rule = f"keeps {' and '.join(arrays)} without their gradients; call it under torch.no_grad()"
+            raise ValueError(refusal(function, rule))
 
     def write(self, function: str, name: str, array: Any, values: Any) -> None:
         array.copy_(values)

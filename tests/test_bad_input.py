@@ -24,6 +24,7 @@ FLASH, QKV, KV = "flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_kvp
 VARLEN, PAGED = "flash_attn_varlen_func", "flash_attn_varlen_func of pages"
 ROTARY, PACKED = "apply_rotary_emb", "apply_rotary_emb of a packed x"
 MERGE, UNPAD, PAD = "merge_states", "unpad_input", "pad_input"
+CASCADE = "cascade_attention"
 
 
 def floats(*shape, dtype="float32"):
@@ -57,6 +58,7 @@ def good(call):
         PAGED: {"q": q[0], **pages, **starts},
         ROTARY: {"x": q, **tables},
         PACKED: {"x": q[0], "cu_seqlens": ints(0, 2, 5), **tables},
+        CASCADE: {"q": q[:, :3], "k_prefix": k[0], "v_prefix": v[0], "k": k, "v": v},
         MERGE: {"outs": [q, q + 1], "lses": [floats(2, 4, 5), floats(2, 4, 5) + 1]},
         UNPAD: {"hidden_states": q, "attention_mask": np.ones((2, 5), bool)},
         PAD: {"hidden_states": floats(3, 8), "indices": ints(0, 2, 5), "batch": 2, "seqlen": 3},
@@ -696,11 +698,28 @@ PLANS = [
     bad("explain_seed_negative", EXPLAIN, ValueError, "dropout_seed", "-1", dropout_seed=-1),
     bad("explain_causal_as_number", EXPLAIN, TypeError, "causal", "1", causal=1),
 ]
+
+PREFIXES = [
+    bad("prefix_none", CASCADE, TypeError, "k_prefix", "NoneType", k_prefix=None),
+    bad("prefix_of_each_sequence", CASCADE, ValueError, "k_prefix", "(2, 5, 2, 8)", k_prefix=floats(2, 5, 2, 8)),
+    bad("prefix_of_another_head_dim", CASCADE, ValueError, "k_prefix", "(5, 2, 4)", k_prefix=floats(5, 2, 4)),
+    bad("prefix_of_another_dtype", CASCADE, TypeError, "k_prefix", "int32", k_prefix=np.ones((5, 2, 8), np.int32)),
+    bad("prefix_values_of_another_length", CASCADE, ValueError, "v_prefix", "(4, 2, 8)", v_prefix=floats(4, 2, 8)),
+    bad("prefix_values_of_another_head_dim", CASCADE, ValueError, "v_prefix", "(5, 2, 4)", v_prefix=floats(5, 2, 4)),
+    bad("prefix_of_other_heads", CASCADE, ValueError, "k_prefix", "(5, 1, 8)", k_prefix=floats(5, 1, 8)),
+    bad("cascade_heads_do_not_divide", CASCADE, ValueError, "k", "num_heads = 3", q=floats(2, 3, 3, 8)),
+    bad("cascade_q_of_another_head_dim", CASCADE, ValueError, "q", "(2, 3, 4, 4)", q=floats(2, 3, 4, 4)),
+    bad("tail_of_another_batch", CASCADE, ValueError, "k", "(1, 5, 2, 8)", k=floats(1, 5, 2, 8)),
+    bad("tail_packed", CASCADE, ValueError, "v", "(5, 2, 8)", v=floats(5, 2, 8)),
+    bad("more_queries_than_own_keys", CASCADE, ValueError, "seqlen_q", "(2, 6, 4, 8)", q=floats(2, 6, 4, 8)),
+    bad("cascade_causal_as_number", CASCADE, TypeError, "causal", "1", causal=1),
+    bad("cascade_sinks_of_key_heads", CASCADE, ValueError, "sinks", "(2,)", sinks=floats(2)),
+]
 # fmt: on
 
 TABLE = [
     *SHAPES, *HUGE, *DIAGONALS, *MASKS, *NUMBERS, *KINDS, *LIBRARIES, *SEQUENCES, *STATES, *ROTATIONS, *PADDING,
-    *GRADIENTS, *FLOAT8, *PLANS,
+    *GRADIENTS, *FLOAT8, *PLANS, *PREFIXES,
 ]  # fmt: skip
 
 

@@ -271,3 +271,74 @@ def test_small_shapes_for_the_sanitizer(cupy, rng, dtype, seqlen_q):
     out, lse = cupyattn.attention(*there, causal=True, alignment="bottom-right", return_lse=True)
     problem = problem_of(arrays, options_of(causal=True, alignment="bottom-right"))
     hold_to_the_definition(arrays, problem, out.get(), lse.get(), 64)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Caches
+# ---------------------------------------------------------------------------------------------------
+
+CACHES = {
+    "dynamic": cupyattn.DynamicCache,
+    "static": lambda: cupyattn.StaticCache(512),
+    "sliding": lambda: cupyattn.SlidingWindowCache(512),
+    "paged": lambda: cupyattn.PagedCache(num_pages=64, page_size=16),
+    "offloaded": cupyattn.OffloadedCache,
+}
+
+
+@pytest.mark.parametrize("make", CACHES.values(), ids=CACHES)
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+def test_caches_say_what_attention_over_all_tokens_says(request, library, make):
+    torch = request.getfixturevalue("torch")
+    q, k, v = (torch.randn((2, 300, heads, 64), device="cuda", dtype=torch.float16) for heads in (4, 2, 2))
+    there = [request.getfixturevalue("cupy").asarray(x) if library == "cupy" else x for x in (q, k, v)]
+    cache, stop = make(), 0
+    for count in (100, 1, 1, 150, 1, 1, 46):
+        start, stop = stop, stop + count
+        if start and isinstance(cache, cupyattn.OffloadedCache):
+            cache.prefetch()
+        cache.append(there[1][:, start:stop], there[2][:, start:stop])
+        out = torch.as_tensor(cache.attend(there[0][:, start:stop]), device="cuda")
+        expected = cupyattn.attention(q[:, start:stop], k[:, :stop], v[:, :stop], causal=True, alignment="bottom-right")
+        torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_an_offloaded_cache_keeps_nothing_on_the_gpu(torch):
+    k = torch.randn((1, 4096, 8, 128), device="cuda", dtype=torch.float16)
+    cache = cupyattn.OffloadedCache()
+    before = torch.cuda.memory_allocated()
+    cache.append(k, k)
+    assert torch.cuda.memory_allocated() == before
+    cache.attend(k[:, -1:])
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_prefetch_beside_other_work_brings_what_was_saved(torch):
+    """Many rounds, each with work queued before, between and after, so that a missing wait shows."""
+    busy = torch.randn((2048, 2048), device="cuda")
+    caches = [cupyattn.OffloadedCache() for _ in range(4)]
+    tokens = [torch.randn((1, 500, 2, 64), device="cuda", dtype=torch.float16) for _ in caches]
+    for start in (0, *range(400, 500)):
+        stop = start + (400 if start == 0 else 1)
+        for i, cache in enumerate(caches):
+            if start:
+                caches[(i + 1) % 4].prefetch()
+            busy = torch.tanh(busy @ busy)
+            cache.append(tokens[i][:, start:stop], tokens[i][:, start:stop])
+            out = cache.attend(tokens[i][:, stop - 1 : stop])
+            seen = tokens[i][:, :stop]
+            torch.testing.assert_close(out, cupyattn.attention(seen[:, -1:], seen, seen), rtol=2e-3, atol=2e-3)
+
+
+def test_a_cascade_says_what_attention_over_all_keys_says(torch):
+    q, k, v = (
+        torch.randn((8, rows, heads, 64), device="cuda", dtype=torch.float16)
+        for rows, heads in ((2, 8), (40, 2), (40, 2))
+    )
+    k_prefix, v_prefix = torch.randn((2, 1000, 2, 64), device="cuda", dtype=torch.float16)
+    out, lse = cupyattn.cascade_attention(q, k_prefix, v_prefix, k, v, return_lse=True)
+    whole = [torch.cat([x.expand(8, *x.shape), own], 1) for x, own in ((k_prefix, k), (v_prefix, v))]
+    expected = cupyattn.attention(q, *whole, causal=True, alignment="bottom-right", return_lse=True)
+    torch.testing.assert_close(out, expected[0], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(lse, expected[1], rtol=1e-5, atol=1e-5)

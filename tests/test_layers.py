@@ -36,8 +36,11 @@ MAY_IMPORT = {
     "padding": {"arrays", "problem", "reading"},
     "rotary": {"arrays", "problem", "reading", "rounding"},
     "peers": {"arrays", "corridor", "problem", "reading"},
+    "parts": {"arrays", "corridor", "cpu", "numpy_ref", "problem", "reading", "rounding"},
+    "cascade": {"arrays", "parts", "problem", "reading"},
+    "cache": {"arrays", "corridor", "parts", "problem", "reading"},
     "api": {*CORRIDOR, "numpy_ref", "rounding"},
-    "__init__": {"api", "padding", "peers", "plan", "rotary"},
+    "__init__": {"api", "cache", "cascade", "padding", "peers", "plan", "rotary"},
     "__main__": {"cuda"},
 }
 """The modules that a module may import from the package, and no others: nothing looks back up."""
@@ -52,6 +55,8 @@ PUBLIC = {
     *("attention", "attention_backward", "explain", "merge_states", "Gradients", "Plan"),
     *("scaled_dot_product_attention", "flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_kvpacked_func"),
     *("flash_attn_varlen_func", "apply_rotary_emb", "unpad_input", "pad_input", "__version__"),
+    *("Cache", "DynamicCache", "StaticCache", "SlidingWindowCache", "PagedCache", "OffloadedCache"),
+    "cascade_attention",
 }
 
 
@@ -63,7 +68,7 @@ class Import(NamedTuple):
 
 
 def module_of(file):
-    """The name under which the tables above have a file: "cuda" for all that is in that folder."""
+    """The name under which the tables above have a file: "cuda" for all that is in that folder, "cache" likewise."""
     return file.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -128,7 +133,7 @@ def test_no_row_leads_back_to_itself():
         graph = {name: may for name, may in graph.items() if name not in leaves}
 
 
-@pytest.mark.parametrize("name", ["api", "peers", "rotary", "padding"])
+@pytest.mark.parametrize("name", ["api", "peers", "rotary", "padding", "cascade", "cache"])
 def test_public_functions_know_no_implementation(name):
     assert MAY_IMPORT[name] & {"cpu", "cuda", "tiles", "scratch", "threads"} == set()
     assert name not in MAY_IMPORT_LATE

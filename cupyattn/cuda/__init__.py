@@ -3,6 +3,7 @@
 memory      whose arrays these are, and where they lie
 launch      kernel, grid and parameter record
 module      the kernel, from the cache of cubins or from NVRTC
+lanes       copies to the host and back, beside the caller's stream
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cupyattn.cuda import maps
+from cupyattn.cuda.lanes import CuPyLane, TorchLane
 from cupyattn.cuda.launch import (
     View,
     has_one_batch_axis,
@@ -155,6 +157,21 @@ def _launch(
     what = recipe.specialisation
     kernel(what, index)(recipe.grid, (what.threads, 1, 1), (record,), what.shared_memory, stream)
     del kept, workspace  # not earlier: their memory was in use until the launch was queued
+
+
+def lane(function: str, title: str, like: Any) -> CuPyLane | TorchLane:
+    """Copies between the GPU of `like` and the host.
+
+    Raises
+    ------
+    NotImplementedError
+        The library is not known on a GPU, or cannot be written to.
+    """
+    if title == "cupy.ndarray":
+        return CuPyLane(index_of(like))
+    if title == "torch.Tensor":
+        return TorchLane(like)
+    raise NotImplementedError(refusal(function, f"cannot keep arrays of {title} on the host"))
 
 
 class _Nothing:

@@ -1,0 +1,238 @@
+"""Caches in one array for keys and one for values, (batch, capacity, num_heads_kv, head_dim).
+
+The live tokens are one stretch of it, so that attention takes them as they are, and may start anywhere.  What a
+cache decides is how large its arrays are, and which tokens come along when they are replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cupyattn import reading
+from cupyattn.arrays import untraced
+from cupyattn.cache.protocol import Cache, Kind, integers, nbytes_of
+from cupyattn.problem import Array
+from cupyattn.reading import Options, refusal
+
+SMALLEST = 64
+"""Tokens of the smallest array: below, growing would come too often."""
+
+
+class Store(NamedTuple):
+    """Keys and values, and the stretch of slots that is live."""
+
+    k: Array
+    v: Array
+    start: int
+    stop: int
+
+    @property
+    def batch(self) -> int:
+        return int(self.k.shape[0])
+
+    @property
+    def capacity(self) -> int:
+        return int(self.k.shape[1])
+
+    def live(self) -> tuple[Array, Array]:
+        index = tokens(self.start, self.stop)
+        return self.k[index], self.v[index]
+
+
+def tokens(start: int, stop: int) -> tuple[Any, ...]:
+    """The index of some slots of every sequence."""
+    return slice(None), slice(start, stop), Ellipsis
+
+
+def new_store(kind: Kind, batch: int, capacity: int) -> Store:
+    k, v = (kind.library.empty((batch, capacity, *x), kind.anchor) for x in (kind.features_k, kind.features_v))
+    return Store(k, v, 0, 0)
+
+
+def written(kind: Kind, store: Store, k: Array, v: Array) -> Store:
+    """The store with tokens after its live ones, for which there is room."""
+    stop = store.stop + int(k.shape[1])
+    index = tokens(store.stop, stop)
+    return Store(kind.library.put(store.k, index, k), kind.library.put(store.v, index, v), store.start, stop)
+
+
+class ContiguousCache(Cache):
+    """What the caches below have in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._store: Store | None = None
+        self._gone = 0
+        """Tokens that have left."""
+
+    def __len__(self) -> int:
+        return 0 if self._store is None else self._gone + self._store.stop - self._store.start
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return () if self._store is None else (len(self),) * self._store.batch
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._store is None else nbytes_of(self._kind, self._store.k, self._store.v)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens for which there is memory."""
+        return 0 if self._store is None else self._store.capacity
+
+    @untraced
+    def append(self, k: Array, v: Array) -> None:
+        function = self._named("append")
+        kind = self._tokens(function, k, v, "bshd")
+        batch, count = int(k.shape[0]), int(k.shape[1])
+        store = self._store
+        if store is not None and batch != store.batch:
+            rule = f"k has to have the cache's batch, {store.batch}"
+            raise ValueError(refusal(function, rule, ("k", tuple(k.shape))))
+        roomy = self._with_room(function, kind, store, batch, count)
+        store = written(kind, roomy, k, v)
+        self._gone, self._kind, self._store = len(self) + count - (store.stop - store.start), kind, store
+
+    def _with_room(self, function: str, kind: Kind, store: Store | None, batch: int, count: int) -> Store:
+        """The store, or another one, that has room for `count` more tokens."""
+        live = 0 if store is None else store.stop - store.start
+        kept = self._kept(live)
+        capacity = self._capacity(function, kept, count)
+        if store is not None and store.stop + count <= store.capacity <= capacity:
+            return store
+        roomy = new_store(kind, batch, capacity)
+        if store is None:
+            return roomy
+        return written(kind, roomy, *store._replace(start=store.stop - kept).live())
+
+    def _kept(self, live: int) -> int:
+        """How many of the live tokens come along into another store."""
+        return live
+
+    def _capacity(self, function: str, kept: int, count: int) -> int:
+        """Of a store for as many tokens and `count` more; one that is larger is replaced."""
+        raise NotImplementedError
+
+    @untraced
+    def truncate(self, length: int) -> None:
+        function = self._named("truncate")
+        length = reading.integer(function, "length", length, low=0, high=len(self))
+        if self._store is not None:
+            self._check_forgettable(function, length)
+            self._store = self._store._replace(stop=self._store.start + length - self._gone)
+
+    def _check_forgettable(self, function: str, length: int) -> None:
+        """Refuse to take back what can not be."""
+
+    @untraced
+    def reorder(self, sequences: Sequence[int] | Array) -> None:
+        function = self._named("reorder")
+        kind, store = self._known(function), self._store
+        assert store is not None
+        chosen = integers(function, "sequences", sequences, low=0, high=store.batch - 1)
+        index = np.asarray(chosen, np.int64)
+        k, v = (kind.library.take(array, index) for array in store.live())
+        fresh = store if len(chosen) == store.batch else new_store(kind, len(chosen), store.capacity)
+        self._store = written(kind, fresh._replace(start=0, stop=0), k, v)
+
+    def _keys(self, function: str, q: Array, options: Options) -> tuple[Array, Array, Options]:
+        self._known(function)
+        assert self._store is not None
+        return *self._store.live(), options
+
+
+class DynamicCache(ContiguousCache):
+    """A cache that grows by half whenever it is full, so that a token is copied about twice, however many come.
+
+    At most a third of its memory is unused.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> cache = cupyattn.DynamicCache()
+    >>> for _ in range(3):
+    ...     q, k, v = np.ones((3, 2, 1, 4, 8), np.float32)  # (batch, seqlen, num_heads, head_dim)
+    ...     cache.append(k, v)
+    ...     out = cache.attend(q)
+    >>> len(cache), out.shape
+    (3, (2, 1, 4, 8))
+    """
+
+    def _capacity(self, function: str, kept: int, count: int) -> int:
+        needed, now = kept + count, self.capacity
+        return now if needed <= now else max(SMALLEST, needed, now + now // 2)
+
+
+class StaticCache(ContiguousCache):
+    """A cache of fixed capacity, whose memory stays where it is from the first tokens on, unless the batch changes.
+
+    Parameters
+    ----------
+    capacity : int
+        Tokens of each sequence.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._limit = reading.integer(type(self).__name__, "capacity", capacity, low=1)
+
+    def _capacity(self, function: str, kept: int, count: int) -> int:
+        if kept + count > self._limit:
+            rule = f"no room for {count} more tokens"
+            raise ValueError(refusal(function, rule, ("capacity", self._limit), ("tokens", kept)))
+        return self._limit
+
+
+class SlidingWindowCache(ContiguousCache):
+    """The last `window` tokens alone, in memory that does not grow with the number of tokens.
+
+    The live tokens slide through arrays somewhat longer than the window and are moved to the front when they reach the
+    end: so they are always one stretch in order, attention reads them as they are, and a token is moved a few times
+    at most.  Tokens appended at once are there until the next append, however many they are: a prompt may be
+    longer than the window.
+
+    Parameters
+    ----------
+    window : int
+        Tokens that a query sees, its own included.
+    rollback : int
+        So many tokens can be taken back by `truncate`, from the most that there have been.  Those that were appended
+        last always can.
+    """
+
+    def __init__(self, window: int, *, rollback: int = 0) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.window = reading.integer(name, "window", window, low=1)
+        self._back = self.window - 1 + reading.integer(name, "rollback", rollback, low=0)
+        self._room = max(SMALLEST, self._back // 4)
+
+    def _kept(self, live: int) -> int:
+        return min(live, self._back)
+
+    def _capacity(self, function: str, kept: int, count: int) -> int:
+        return max(self._back + self._room, kept + count)
+
+    def _check_forgettable(self, function: str, length: int) -> None:
+        least = self._gone + self.window - 1 if self._gone else 0
+        if length < least:
+            rule = "some of the tokens that the next one would see have left the window"
+            raise ValueError(refusal(function, rule, ("length", length), ("least", least), ("tokens", len(self))))
+
+    def _keys(self, function: str, q: Array, options: Options) -> tuple[Array, Array, Options]:
+        left, right = options.window
+        farthest = self.window - 1
+        if left is not None and left > farthest:
+            rule = f"window_size reaches back farther than the cache, {farthest} tokens"
+            raise ValueError(refusal(function, rule, ("window_size", options.window), ("window", self.window)))
+        left = farthest if left is None else left
+        k, v, options = super()._keys(function, q, options._replace(window=(left, right)))
+        rows = q.shape[1] if len(getattr(q, "shape", ())) == 4 else 0
+        if self._gone > max(0, len(self) - rows - left):
+            rule = f"the first of {rows} queries would see tokens that have left the window"
+            raise ValueError(refusal(function, rule, ("q", tuple(q.shape)), ("tokens left", k.shape[1])))
+        return k, v, options

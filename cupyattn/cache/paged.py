@@ -1,0 +1,322 @@
+"""A cache in pages, for sequences of different lengths that may have beginnings in common."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import array_api_compat
+import numpy as np
+
+from cupyattn import reading
+from cupyattn.arrays import enter, untraced
+from cupyattn.cache.pages import NoPagesError, Pages
+from cupyattn.cache.protocol import Cache, Kind, attend_options, integers, nbytes_of
+from cupyattn.corridor import Named, answer
+from cupyattn.parts import Part, answer_in_parts
+from cupyattn.problem import Array, Shape
+from cupyattn.reading import Options, refusal
+
+
+class PagedCache(Cache):
+    """A cache in pages: sequences may differ in length, and forks share what they have in common.
+
+    The first tokens appended say how many sequences there are; `fork`, `add_sequence` and `reorder` change that.
+    A page is copied when a sequence writes into one that it shares, so that a fork costs at most a page of memory.
+
+    Parameters
+    ----------
+    num_pages : int
+        Pages of all sequences together; their memory is asked for with the first tokens.
+    page_size : int
+        Tokens in a page.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> cache = cupyattn.PagedCache(num_pages=8, page_size=4)
+    >>> prompts = np.ones((5, 2, 16), np.float32)  # of three and of two tokens, packed
+    >>> cache.append(prompts, prompts, seqlens=[3, 2])
+    >>> cache.fork(0)
+    2
+    >>> cache.lengths, cache.num_free_pages
+    ((3, 2, 3), 6)
+    """
+
+    def __init__(self, num_pages: int, page_size: int = 64) -> None:
+        super().__init__()
+        num_pages = reading.integer("PagedCache", "num_pages", num_pages, low=1)
+        page_size = reading.integer("PagedCache", "page_size", page_size, low=1)
+        if num_pages * page_size > reading.LARGEST_SIZE:
+            rule = f"no more than {reading.LARGEST_SIZE} tokens can be told apart"
+            raise ValueError(refusal("PagedCache", rule, ("num_pages", num_pages), ("page_size", page_size)))
+        self._num_pages, self._pages = num_pages, Pages(num_pages, page_size)
+        self._k: Array | None = None
+        self._v: Array | None = None
+        self._table: Array | None = None
+        """block_table at the arrays' home; None: has to be made anew."""
+
+    def __len__(self) -> int:
+        return max(self._pages.lengths, default=0)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(self._pages.lengths)
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        return self._pages.page_size
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no sequence has."""
+        return len(self._pages.free)
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._k is None else nbytes_of(self._kind, self._k, self._v)
+
+    @untraced
+    def append(self, k: Array, v: Array, seqlens: Sequence[int] | Array | None = None) -> None:
+        """Add tokens to the end of sequences.
+
+        Parameters
+        ----------
+        k, v : array, shapes (batch, seqlen, num_heads_kv, head_dim), (batch, seqlen, num_heads_v, head_dim_v)
+            As many for every sequence; or packed one sequence after the other, (tokens, num_heads_kv, head_dim).
+        seqlens : sequence of int, or array of int, shape (batch,), optional
+            New tokens of each sequence, if packed; 0 is one of them.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `Cache.append`; the pages do not suffice, or seqlens do not sum up to the tokens.
+        """
+        function = self._named("append")
+        kind = self._tokens(function, k, v, "bshd" if seqlens is None else "thd")
+        counts = self._counts(function, "k", tuple(k.shape), seqlens)
+        if self._pages.lengths and len(counts) != len(self._pages.lengths):
+            rule = f"tokens have to be for {len(self._pages.lengths)} sequences"
+            shown = ("seqlens", counts) if seqlens is not None else ("k", tuple(k.shape))
+            raise ValueError(refusal(function, rule, shown))
+        try:
+            growth = self._pages.growth(counts)
+        except NoPagesError as error:
+            shown_lengths = reading.short(self._pages.lengths)
+            came = (("seqlens", reading.short(counts)), ("lengths", shown_lengths), ("num_pages", self._num_pages))
+            raise ValueError(refusal(function, str(error), *came)) from None
+        places = kind.library.places(growth.places, kind.anchor)
+        found = []
+        for pages, new, features in ((self._k, k, kind.features_k), (self._v, v, kind.features_v)):
+            if pages is None:
+                pages = kind.library.empty((self._num_pages, self.page_size, *features), kind.anchor)
+            for source, target in growth.copied:
+                whole = (slice(target, target + 1), Ellipsis)
+                pages = kind.library.put(pages, whole, pages[source : source + 1, ...])
+            found.append(kind.library.scatter(pages, places, _packed(new)))
+        if growth.taken or len(counts) != len(self._pages.lengths):
+            self._table = None
+        self._pages.grow(growth)
+        self._kind, (self._k, self._v) = kind, found
+
+    def _counts(self, function: str, name: str, shape: Shape, seqlens: Sequence[int] | Array | None) -> list[int]:
+        """New tokens, or rows, of each sequence."""
+        if seqlens is None:
+            return [shape[1]] * shape[0]
+        counts = integers(function, "seqlens", seqlens, low=0, high=reading.LARGEST_SIZE)
+        if sum(counts) != shape[0]:
+            rule = f"seqlens have to sum up to the tokens of {name}, {shape[0]}"
+            raise ValueError(refusal(function, rule, ("seqlens", reading.short(counts)), (name, shape)))
+        return counts
+
+    @untraced
+    def attend(
+        self,
+        q: Array,
+        seqlens: Sequence[int] | Array | None = None,
+        *,
+        cascade: bool = False,
+        causal: bool = True,
+        window_size: tuple[int | None, int | None] = (None, None),
+        softmax_scale: float | None = None,
+        softcap: float = 0.0,
+        alibi_slopes: Array | None = None,
+        sinks: Array | None = None,
+        compute_dtype: Any = None,
+        fixed_split_size: int | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """Attention of the last tokens' queries over all tokens of their sequence.
+
+        Parameters
+        ----------
+        q : array, shape (batch, seqlen_q, num_heads, head_dim)
+            Of the last seqlen_q tokens of each sequence; or packed, (rows, num_heads, head_dim).
+        seqlens : sequence of int, or array of int, shape (batch,), optional
+            Rows of each sequence, if packed.
+        cascade : bool
+            Read the pages that are the same at the start of all sequences once for all of them, and not once for each
+            (see `cascade_attention`).  Not together with a window to the left, ALiBi or fixed_split_size.
+        others
+            As for `Cache.attend`.
+
+        Returns
+        -------
+        out : array, shape (batch, seqlen_q, num_heads, head_dim_v), or (rows, num_heads, head_dim_v)
+        lse : array, shape (batch, num_heads, seqlen_q), or (num_heads, rows), only if `return_lse`
+
+        Raises
+        ------
+        TypeError, ValueError, NotImplementedError
+            As `flash_attn_varlen_func`; also if q has not as many sequences as the cache.
+        """
+        function = self._named("attend")
+        options = attend_options(function, causal, window_size, softmax_scale, softcap, compute_dtype, return_lse)
+        size = reading.split_size(function, fixed_split_size)
+        shares = reading.flag(function, "cascade", cascade)
+        kind = self._known(function)
+        shape = dict(enter(function, {"q": ("q", q), "kept": ("the cache", kind.anchor)}).specs)["q"].shape
+        rank = 4 if seqlens is None else 3
+        if len(shape) != rank:
+            rule = f"q has to have {rank} axes, {reading.AXES['bshd' if rank == 4 else 'thd']}"
+            raise ValueError(refusal(function, rule, ("q", shape)))
+        rows = self._counts(function, "q", shape, seqlens)
+        if len(rows) != len(self._pages.lengths):
+            rule = f"q has to be of {len(self._pages.lengths)} sequences"
+            raise ValueError(refusal(function, rule, ("q", shape), ("sequences", len(rows))))
+        edits = {"alibi_slopes": ("alibi_slopes", alibi_slopes), "sinks": ("sinks", sinks)}
+        packed = _packed(q) if seqlens is None else q
+        if shares:
+            if options.window[0] is not None or alibi_slopes is not None or size is not None:
+                rule = "cascade goes with neither a window to the left, nor alibi_slopes, nor fixed_split_size"
+                raise ValueError(refusal(function, rule, ("window_size", window_size)))
+            parts = self._parts(kind, packed, rows, options, edits)
+            found = answer_in_parts(function, parts, needs_lse=options.needs_lse)
+        else:
+            found = answer(function, *self._whole(kind, packed, rows, options, edits), None, size)
+        return _shaped(found, shape, return_lse)
+
+    def _whole(self, kind: Kind, q: Array, rows: list[int], options: Options, edits: Named) -> Part:
+        """Arrays and options of all queries over all tokens."""
+        return self._over(kind, q, rows, self._pages.lengths, 0, options, edits)
+
+    def _parts(self, kind: Kind, q: Array, rows: list[int], options: Options, edits: Named) -> list[Part]:
+        """The same, for the pages after those that all sequences share and for these."""
+        seen_by_all = [length - count for length, count in zip(self._pages.lengths, rows, strict=True)]
+        pages = min(self._pages.num_shared(), min(seen_by_all, default=0) // self.page_size)
+        if pages < 1:
+            return [self._whole(kind, q, rows, options, edits)]
+        shared = pages * self.page_size
+        tails = [length - shared for length in self._pages.lengths]
+        over_all = options._replace(causal=False, window=(None, None))
+        return [
+            self._over(kind, q, rows, tails, pages, options, edits),
+            self._over(kind, q, [sum(rows)], [shared], 0, over_all, {}),
+        ]
+
+    def _over(
+        self, kind: Kind, q: Array, rows: list[int], lengths: list[int], first: int, options: Options, edits: Named
+    ) -> Part:
+        """Of so many rows and tokens of each sequence, whose pages start in a column of the block table."""
+        table = self._block_table(kind)[: len(rows), first:]
+        named: Named = {
+            "q": ("q", q),
+            "k": ("k", self._k),
+            "v": ("v", self._v),
+            **edits,
+            "cu_seqlens_q": ("cu_seqlens_q", _starts(kind, rows)),
+            "cu_seqlens_k": ("cu_seqlens_k", _starts(kind, lengths)),
+            "block_table": ("block_table", table),
+        }
+        # in whole pages: the problem, and what is remembered of it, stays the same for page_size tokens
+        longest = math.ceil(max(lengths, default=0) / self.page_size) * self.page_size
+        options = options._replace(axes="thd", max_seqlen_q=max(rows, default=0), max_seqlen_k=longest)
+        return named, options
+
+    def _block_table(self, kind: Kind) -> Array:
+        if self._table is None:
+            tables = self._pages.tables
+            values = np.zeros((len(tables), max(map(len, tables), default=0)), np.int32)
+            for row, table in zip(values, tables, strict=True):
+                row[: len(table)] = table
+            self._table = _home(kind, values)
+        return self._table
+
+    @untraced
+    def truncate(self, length: int | Sequence[int] | Array) -> None:
+        """Forget all tokens after the first `length`, as after a rejected draft.
+
+        Parameters
+        ----------
+        length : int, or sequence or array of int, shape (batch,)
+            Of every sequence that is longer; or of each.
+
+        Raises
+        ------
+        ValueError
+            There are not as many.
+        """
+        function = self._named("truncate")
+        now = self._pages.lengths
+        if isinstance(length, (int, np.integer)):
+            most = reading.integer(function, "length", length, low=0, high=len(self))
+            lengths = [min(most, own) for own in now]
+        else:
+            lengths = integers(function, "length", length, low=0, high=len(self))
+            if len(lengths) != len(now) or any(new > own for new, own in zip(lengths, now, strict=True)):
+                rule = "length has to be at most the tokens of each sequence"
+                shown = (("length", reading.short(lengths)), ("lengths", reading.short(now)))
+                raise ValueError(refusal(function, rule, *shown))
+        self._pages.truncate(lengths)
+        self._table = None
+
+    @untraced
+    def reorder(self, sequences: Sequence[int] | Array) -> None:
+        function = self._named("reorder")
+        self._pages.reorder(integers(function, "sequences", sequences, low=0, high=len(self._pages.lengths) - 1))
+        self._table = None
+
+    def fork(self, sequence: int) -> int:
+        """Let a new sequence go on from what `sequence` is; its number.  They share all pages until one writes."""
+        count = len(self._pages.lengths)
+        sequence = reading.integer(self._named("fork"), "sequence", sequence, low=0, high=count - 1)
+        self._pages.fork(sequence)
+        self._table = None
+        return count
+
+    def add_sequence(self) -> int:
+        """Let a new sequence start without tokens; its number."""
+        count = len(self._pages.lengths)
+        self._pages.grow(self._pages.growth([0] * (count + 1)))
+        self._table = None
+        return count
+
+
+def _packed(rows: Array) -> Array:
+    """(batch, seqlen, heads, dim) as (tokens, heads, dim)."""
+    if len(rows.shape) == 3:
+        return rows
+    xp = array_api_compat.array_namespace(rows)
+    return xp.reshape(rows, (rows.shape[0] * rows.shape[1], *rows.shape[2:]))
+
+
+def _shaped(found: dict[str, Array], shape: Shape, return_lse: bool) -> Any:
+    """Packed results as the queries came."""
+    out, lse = found["out"], found.get("lse")
+    if len(shape) == 4:
+        xp = array_api_compat.array_namespace(out)
+        out = xp.reshape(out, (*shape[:3], out.shape[-1]))
+        if lse is not None:
+            lse = xp.permute_dims(xp.reshape(lse, (lse.shape[0], *shape[:2])), (1, 0, 2))
+    return (out, lse) if return_lse else out
+
+
+def _starts(kind: Kind, counts: list[int]) -> Array:
+    """cu_seqlens, at the arrays' home."""
+    return _home(kind, np.cumsum([0, *counts], dtype=np.int32))
+
+
+def _home(kind: Kind, values: Array) -> Array:
+    return kind.library.bring(values, kind.anchor)

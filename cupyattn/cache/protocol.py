@@ -1,0 +1,253 @@
+"""What every cache can do, and the door its arrays come through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupyattn import reading
+from cupyattn.arrays import enter, untraced
+from cupyattn.corridor import answer
+from cupyattn.problem import ITEMSIZE, Array, Shape, Spec
+from cupyattn.reading import AXES, Options, refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What all tokens of a cache have in common."""
+
+    library: Any
+    anchor: Any
+    """An array without elements, by whose library, device and dtype new arrays are judged and made."""
+    dtype: str
+    features_k: Shape
+    """(num_heads_kv, head_dim)."""
+    features_v: Shape
+    place: str
+    """ "cpu" or "cuda"."""
+
+
+class Cache:
+    """The keys and values of one layer's tokens so far.
+
+    What all caches can do.  A decoder has one for each layer, in a list: layers need not be alike.  Library, device,
+    dtype, heads and head_dim are those of the first tokens appended; arrays of any library that can be written to
+    will do, and those of JAX, which are copied at each append.  Values are kept, gradients are not.
+
+    A call that raises leaves the cache as it was.
+    """
+
+    def __init__(self) -> None:
+        self._kind: Kind | None = None
+
+    def __len__(self) -> int:
+        """Tokens so far, those that have left a window included; of the longest sequence, where lengths differ."""
+        raise NotImplementedError
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence."""
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all memory that is held, used or not."""
+        raise NotImplementedError
+
+    def append(self, k: Array, v: Array) -> None:
+        """Add tokens to the end of every sequence.
+
+        Parameters
+        ----------
+        k, v : array, shapes (batch, seqlen, num_heads_kv, head_dim), (batch, seqlen, num_heads_v, head_dim_v)
+            Copied.  Every time of the same library, device, dtype and shape, but for seqlen.
+
+        Raises
+        ------
+        TypeError
+            Not arrays, of another library or dtype than the cache's, without values (under a trace), or immutable.
+        ValueError
+            Shapes do not fit, another device, no room is left, or gradients are recorded.
+        """
+        raise NotImplementedError
+
+    def truncate(self, length: int) -> None:
+        """Forget all tokens after the first `length`, as after a rejected draft.
+
+        Raises
+        ------
+        ValueError
+            There are not as many, or some of those that the next token would see have left the window.
+        """
+        raise NotImplementedError
+
+    def reorder(self, sequences: Sequence[int] | Array) -> None:
+        """Let sequence ``i`` go on as a copy of what ``sequences[i]`` was; as many as there are entries.
+
+        For beams, ``reorder([0, 0, 2])``: the first went on twice, the second was dropped.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Not integers, or not from 0 to batch - 1.
+        """
+        raise NotImplementedError
+
+    @untraced
+    def attend(
+        self,
+        q: Array,
+        *,
+        causal: bool = True,
+        window_size: tuple[int | None, int | None] = (None, None),
+        softmax_scale: float | None = None,
+        softcap: float = 0.0,
+        alibi_slopes: Array | None = None,
+        sinks: Array | None = None,
+        compute_dtype: Any = None,
+        fixed_split_size: int | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """Attention of the last tokens' queries over all tokens.
+
+        Parameters
+        ----------
+        q : array, shape (batch, seqlen_q, num_heads, head_dim)
+            Of the last seqlen_q tokens, which have been appended: masks are aligned bottom-right.
+        causal : bool
+            A query sees no token after its own.
+        others
+            As for `attention`.
+
+        Returns
+        -------
+        out : array, shape (batch, seqlen_q, num_heads, head_dim_v)
+        lse : array, shape (batch, num_heads, seqlen_q), only if `return_lse`
+
+        Raises
+        ------
+        TypeError, ValueError, NotImplementedError
+            As `attention`; also if nothing has been appended yet.
+        """
+        function = self._named("attend")
+        options = attend_options(function, causal, window_size, softmax_scale, softcap, compute_dtype, return_lse)
+        size = reading.split_size(function, fixed_split_size)
+        keys, values, options = self._keys(function, q, options)
+        named = {
+            "q": ("q", q),
+            "k": ("k", keys),
+            "v": ("v", values),
+            "alibi_slopes": ("alibi_slopes", alibi_slopes),
+            "sinks": ("sinks", sinks),
+        }
+        try:
+            found = answer(function, named, options, None, size)
+        finally:
+            self._attended()
+        return (found["out"], found["lse"]) if return_lse else found["out"]
+
+    def _keys(self, function: str, q: Array, options: Options) -> tuple[Array, Array, Options]:
+        """Keys, values and what is asked of them, for these queries."""
+        raise NotImplementedError
+
+    def _attended(self) -> None:
+        """After the use of keys and values."""
+
+    def _named(self, method: str) -> str:
+        """What errors call a method."""
+        return f"{type(self).__name__}.{method}"
+
+    def _known(self, function: str) -> Kind:
+        if self._kind is None:
+            raise ValueError(refusal(function, "nothing has been appended yet"))
+        return self._kind
+
+    def _tokens(self, function: str, k: Array, v: Array, axes: str) -> Kind:
+        """Look at new tokens; refuse those that do not go with the others."""
+        named = {"k": ("k", k), "v": ("v", v)}
+        if self._kind is not None:
+            named["kept"] = ("the cache", self._kind.anchor)
+        visit = enter(function, named)
+        specs = dict(visit.specs)
+        _check_tokens(function, specs, axes)
+        visit.library.check_keepable(function, {"k": k, "v": v})
+        if visit.kind == "cuda":
+            visit.device()
+        if self._kind is not None:
+            _check_alike(function, specs, self._kind)
+            return self._kind
+        anchor = visit.library.empty((0,), k)
+        features = specs["k"].shape[-2:], specs["v"].shape[-2:]
+        return Kind(visit.library, anchor, specs["k"].dtype, *features, visit.kind)
+
+
+def _check_tokens(function: str, specs: dict[str, Spec], axes: str) -> None:
+    k, v = specs["k"], specs["v"]
+    rank = len(AXES[axes].split(","))
+    for spec in (k, v):
+        if spec.dtype not in ITEMSIZE:
+            rule = f"{spec.name} has to be one of {', '.join(ITEMSIZE)}"
+            raise TypeError(refusal(function, rule, (spec.name, spec.shape, spec.dtype)))
+        if len(spec.shape) != rank:
+            rule = f"{spec.name} has to have {rank} axes, {AXES[axes]}"
+            raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
+    if k.dtype != v.dtype:
+        rule = "k and v have to be of one dtype"
+        raise TypeError(refusal(function, rule, ("k", k.shape, k.dtype), ("v", v.shape, v.dtype)))
+    if k.shape[:-2] != v.shape[:-2]:
+        rule = "k and v have to hold the same tokens"
+        raise ValueError(refusal(function, rule, ("k", k.shape), ("v", v.shape)))
+
+
+def _check_alike(function: str, specs: dict[str, Spec], kind: Kind) -> None:
+    for spec, features in ((specs["k"], kind.features_k), (specs["v"], kind.features_v)):
+        if spec.dtype != kind.dtype:
+            rule = f"{spec.name} has to be of the cache's dtype, {kind.dtype}"
+            raise TypeError(refusal(function, rule, (spec.name, spec.shape, spec.dtype)))
+        if spec.shape[-2:] != features:
+            rule = f"{spec.name} has to have the cache's heads and head_dim, {features}"
+            raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
+
+
+def attend_options(
+    function: str,
+    causal: bool,
+    window_size: Any,
+    softmax_scale: float | None,
+    softcap: float,
+    compute_dtype: Any,
+    return_lse: bool,
+) -> Options:
+    return Options(
+        causal=reading.flag(function, "causal", causal),
+        window=reading.window(function, "window_size", window_size),
+        softmax_scale=reading.softmax_scale(function, "softmax_scale", softmax_scale),
+        softcap=reading.softcap(function, softcap),
+        compute_dtype=reading.compute_dtype(function, compute_dtype),
+        needs_lse=reading.flag(function, "return_lse", return_lse),
+    )
+
+
+def integers(function: str, name: str, values: Sequence[int] | Array, *, low: int, high: int) -> list[int]:
+    """A list of integers on the host, from a sequence of them or from an array of any library."""
+    if not isinstance(values, (list, tuple)):
+        visit = enter(function, {name: (name, values)})
+        spec = dict(visit.specs)[name]
+        if len(spec.shape) != 1 or not spec.dtype.startswith(("int", "uint")):
+            rule = f"{name} has to be a list of integers, or an array of one axis"
+            raise TypeError(refusal(function, rule, (name, spec.shape, spec.dtype)))
+        if visit.library.is_deferred(visit.arrays):
+            raise TypeError(refusal(function, f"needs the values of {name}, {visit.library.when_deferred}"))
+        values = np.asarray(visit.library.values(values)).tolist()
+    return [reading.integer(function, f"{name}[{i}]", value, low=low, high=high) for i, value in enumerate(values)]
+
+
+def nbytes_of(kind: Kind | None, *arrays: Array) -> int:
+    """Of arrays in the dtype of the cache."""
+    if kind is None:
+        return 0
+    return sum(math.prod(array.shape) * ITEMSIZE[kind.dtype] for array in arrays)
