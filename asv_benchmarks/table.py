@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 
-from benchmarks import SUITE, attention, caches, memory, overhead
+from benchmarks import SUITE, attention, caches, decode, memory, overhead
 from benchmarks.common import fastest
 
 from cupyattn.threads import num_cores
@@ -25,6 +25,7 @@ from cupyattn.threads import num_cores
 WANTED = (
     attention.AgainstTorch.track_time,
     attention.AgainstNaive.track_time,
+    decode.DecodeAgainstTorch.track_time,
     memory.Memory.track_peak,
     attention.Rounding.track_wrong,
     attention.Rounding.track_largest,

@@ -1,4 +1,4 @@
-"""The demo: its encoder agrees with its reference, its erf with Python's, and its check can fail."""
+"""The examples: their models agree with their references, and their checks can fail."""
 
 import argparse
 import math
@@ -90,3 +90,110 @@ def test_git_ignores_the_picture(demo, monkeypatch):
 def test_missing_package_says_what_to_install(demo):
     missing = ModuleNotFoundError("No module named 'tokenizers.models'", name="tokenizers.models")
     assert str(demo.embed.stop_for(missing)).endswith("pip install tokenizers")
+
+
+# ---------------------------------------------------------------------------------------------------
+# generate.py
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def decoding():
+    """generate.py and its decoder."""
+    if not EXAMPLES.is_dir():
+        pytest.skip("examples/ is not here (it is not in the sdist)")
+    pytest.importorskip("matplotlib")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        import decoder
+        import generate
+
+        yield SimpleNamespace(decoder=decoder, generate=generate)
+        for name in ("decoder", "generate"):
+            del sys.modules[name]
+
+
+def small_sizes(decoder, num_heads_kv=2):
+    return decoder.Sizes(num_heads_kv, num_heads=4, hidden_size=32, intermediate_size=48, num_layers=2, vocab_size=97)
+
+
+@pytest.fixture
+def tiny(decoding, monkeypatch):
+    """generate.py with a smaller model, shorter prompts and less to compare."""
+    monkeypatch.setattr(decoding.generate, "sizes_with", lambda heads: small_sizes(decoding.decoder, heads))
+    monkeypatch.setattr(decoding.generate, "KINDS", {"GQA": 2, "MQA": 1})
+    monkeypatch.setattr(decoding.generate, "PROMPT", 7)
+    monkeypatch.setattr(decoding.generate, "PATIENCE", 0.01)
+    return decoding
+
+
+def options_of_generate(tmp_path, **changes):
+    options = {"library": "numpy", "tokens": 6, "longest": 512, "device": "H100", "compute_dtype": "float64"}
+    return argparse.Namespace(**options, output=tmp_path / "picture.png", **changes)
+
+
+def test_generate_runs_and_says_what_transformers_says(tiny, tmp_path, capsys):
+    options = options_of_generate(tmp_path)
+    assert tiny.generate.run(options) == 0
+    printed = capsys.readouterr().out
+    if find_spec("transformers") and find_spec("torch"):
+        assert printed.count("the same 6 tokens") == 4
+    else:
+        assert "skipped: " in printed
+    assert options.output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_notices_other_tokens(tiny, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers", minversion="5.0")
+    monkeypatch.setattr(tiny.decoder, "rotate", lambda x, cos, sin: x)
+    assert tiny.generate.run(options_of_generate(tmp_path)) == 1
+    assert "FAILED: other tokens" in capsys.readouterr().out
+
+
+def test_a_growing_cache_gives_every_token_the_logits_of_a_whole_prefill(decoding):
+    sizes = small_sizes(decoding.decoder)
+    model = decoding.decoder.Decoder(decoding.decoder.draw_weights(sizes), sizes)
+    ids = np.arange(2 * 9).reshape(2, 9)
+    caches = [decoding.decoder.GrowingCache() for _ in range(sizes.num_layers)]
+    for stop in range(1, 10):
+        stepwise = model(ids[:, stop - 1 : stop], caches)
+        whole = model(ids[:, :stop], [decoding.decoder.GrowingCache() for _ in range(sizes.num_layers)])
+        np.testing.assert_allclose(stepwise, whole, rtol=1e-5, atol=1e-5)
+        assert len(caches[0]) == stop
+        assert caches[0].nbytes == 2 * 2 * stop * 2 * sizes.head_dim * 4  # k and v, batch, tokens, heads, float32
+
+
+def test_the_decoder_is_written_in_the_array_api(decoding):
+    strict = pytest.importorskip("array_api_strict")
+    sizes = small_sizes(decoding.decoder)
+    weights = decoding.decoder.draw_weights(sizes)
+    ids = np.arange(9).reshape(1, 9)
+    expected, _ = decoding.decoder.generate(decoding.decoder.Decoder(weights, sizes), ids, 4)
+    model = decoding.decoder.Decoder({name: strict.asarray(weight) for name, weight in weights.items()}, sizes)
+    actual, _ = decoding.decoder.generate(model, strict.asarray(ids), 4)
+    np.testing.assert_array_equal(np.asarray(actual), expected)
+
+
+def test_git_ignores_the_picture_of_generate(decoding, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    ignored = EXAMPLES.parent / ".gitignore"
+    if not ignored.exists():
+        pytest.skip(".gitignore is not here")
+    assert str(decoding.generate.parse_options().output) in ignored.read_text().splitlines()
+
+
+@pytest.mark.parametrize("gpu", ["H999", "V100"])
+def test_a_gpu_without_a_plan_stops_generate_before_it_starts(decoding, monkeypatch, capsys, gpu):
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--device", gpu])
+    with pytest.raises(SystemExit, match=gpu):
+        decoding.generate.main()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("wrong", [["--tokens", "0"], ["--longest", "128"]], ids=" ".join)
+def test_generate_refuses_too_little(decoding, monkeypatch, capsys, wrong):
+    monkeypatch.setattr(sys, "argv", ["generate.py", *wrong])
+    with pytest.raises(SystemExit):
+        decoding.generate.main()
+    assert "has to be at least" in capsys.readouterr().err

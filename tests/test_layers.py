@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "cascade": {"arrays", "parts", "problem", "reading"},
     "cache": {"arrays", "corridor", "parts", "problem", "reading"},
     "api": {*CORRIDOR, "numpy_ref", "rounding"},
+    "integrations": {"api", "reading"},
     "__init__": {"api", "cache", "cascade", "padding", "peers", "plan", "rotary"},
     "__main__": {"cuda"},
 }
@@ -48,8 +49,8 @@ MAY_IMPORT = {
 MAY_IMPORT_LATE = {"arrays": {"cuda"}, "corridor": {"cuda"}, "cuda": {"__version__"}}
 """Besides, inside a function only: the GPU's door is opened when an array lives there."""
 
-LIBRARIES = {"cupy", "cupyx", "dask", "jax", "jaxlib", "torch"}
-KNOW_LIBRARIES = {"arrays", "jax_arrays", "torch_arrays", "cuda"}
+LIBRARIES = {"cupy", "cupyx", "dask", "jax", "jaxlib", "torch", "transformers"}
+KNOW_LIBRARIES = {"arrays", "jax_arrays", "torch_arrays", "cuda", "integrations"}
 
 PUBLIC = {
     *("attention", "attention_backward", "explain", "merge_states", "Gradients", "Plan"),

@@ -1,0 +1,515 @@
+"""cupyattn under transformers: tiny models of random weights say and generate what they do with "eager"."""
+
+import copy
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+from cupyattn.integrations import transformers as integration  # noqa: E402 - skipped above where they are missing
+from cupyattn.integrations.transformers import attend, register  # noqa: E402
+
+TOLERANCE = 1e-5
+"""Of logits, in float32."""
+WORDS, PAD, NEW = 97, 0, 7
+TINY = {
+    "vocab_size": WORDS,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+GROUPED = {**TINY, "num_key_value_heads": 2}
+WINDOW = 6
+"""Shorter than the prompt: it slides in the prefill already."""
+SEQ2SEQ = {"d_model": 32, "pad_token_id": PAD, "decoder_start_token_id": PAD, "eos_token_id": None}
+DECODERS = {
+    "qwen2": lambda: transformers.Qwen2Config(**GROUPED),
+    "llama": lambda: transformers.LlamaConfig(**GROUPED),
+    "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=WINDOW),
+    "gemma2": lambda: transformers.Gemma2Config(
+        **GROUPED, head_dim=8, query_pre_attn_scalar=8, sliding_window=WINDOW, attn_logit_softcapping=1.5
+    ),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **GROUPED, head_dim=8, sliding_window=WINDOW, num_local_experts=4, num_experts_per_tok=2
+    ),
+}
+ENCODERS_DECODERS = {
+    "t5": lambda: transformers.T5Config(
+        **SEQ2SEQ, vocab_size=WORDS, d_kv=8, d_ff=48, num_layers=2, num_heads=4, relative_attention_num_buckets=8
+    ),
+    "whisper": lambda: transformers.WhisperConfig(
+        **SEQ2SEQ,
+        vocab_size=WORDS,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_mel_bins=8,
+        max_source_positions=12,
+        max_target_positions=32,
+        bos_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    ),
+}
+HEADS = {"t5": "AutoModelForSeq2SeqLM", "whisper": "AutoModelForSpeechSeq2Seq", "bert": "AutoModelForMaskedLM"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    transformers.utils.logging.set_verbosity_error()
+    register()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these models are too small to share
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def compiled():
+    torch._dynamo.reset()
+    yield lambda model: torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch._dynamo.reset()
+
+
+def both(name, config, **changes):
+    """The same weights under "eager" and under "cupyattn"; large enough for attention to be far from uniform."""
+    config = config()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    torch.manual_seed(20261121)
+    family = getattr(transformers, HEADS.get(name, "AutoModelForCausalLM"))
+    eager = family.from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in eager.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.4)
+    ours = copy.deepcopy(eager)
+    ours.set_attn_implementation("cupyattn")
+    return eager, ours
+
+
+def prompts(padded):
+    """(ids, attention_mask) of three prompts; `padded`: two of them are shorter, and padded on the left."""
+    torch.manual_seed(1)
+    ids = torch.randint(2, WORDS, (3, 11))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :5] = 0
+        mask[1, :1] = 0
+    return torch.where(mask.bool(), ids, PAD), mask
+
+
+def assert_same_generation(eager, ours, **arguments):
+    """Equal tokens, no two of them alike since that would show less, and close logits at every step."""
+    options = {"max_new_tokens": NEW, "do_sample": False, "no_repeat_ngram_size": 1}
+    expected, actual = (
+        model.generate(**arguments, **options, return_dict_in_generate=True, output_logits=True)
+        for model in (eager, ours)
+    )
+    assert torch.equal(actual.sequences, expected.sequences)
+    assert len(actual.logits) == NEW
+    for mine, theirs in zip(actual.logits, expected.logits, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+WAYS = {
+    "dynamic cache": {},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+    "beams": {"num_beams": 3},
+    "chunked prefill": {"prefill_chunk_size": 4},
+    "static cache, chunked prefill": {"cache_implementation": "static", "prefill_chunk_size": 4},
+    "static cache, beams": {"cache_implementation": "static", "num_beams": 2},
+}
+every_decoder = pytest.mark.parametrize("name", DECODERS)
+
+
+@every_decoder
+@pytest.mark.parametrize("padded", [False, True], ids=["alike", "padded"])
+def test_decoders_generate_what_eager_does(name, padded):
+    eager, ours = both(name, DECODERS[name])
+    ids, mask = prompts(padded)
+    for way in WAYS.values():
+        assert_same_generation(eager, ours, input_ids=ids, attention_mask=mask, **way)
+
+
+@pytest.mark.parametrize("way", [{}, {"cache_implementation": "static"}, {"num_beams": 3}], ids=str)
+@pytest.mark.parametrize("padded", [False, True], ids=["alike", "padded"])
+def test_t5_generates_what_eager_does(way, padded):
+    """Its encoder is bidirectional, its decoder crosses over, and position biases are added everywhere."""
+    eager, ours = both("t5", ENCODERS_DECODERS["t5"])
+    ids, mask = prompts(padded)
+    assert_same_generation(eager, ours, input_ids=ids, attention_mask=mask, **way)
+
+
+@pytest.mark.parametrize("way", [{}, {"cache_implementation": "static"}, {"num_beams": 3}], ids=str)
+def test_whisper_generates_what_eager_does(way):
+    eager, ours = both("whisper", ENCODERS_DECODERS["whisper"])
+    sound = torch.randn(2, 8, 24)
+    assert_same_generation(eager, ours, input_features=sound, attention_mask=torch.ones(2, 24), **way)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["alike", "padded"])
+def test_bert_says_what_eager_does(padded):
+    eager, ours = both("bert", lambda: transformers.BertConfig(**TINY))
+    ids, mask = prompts(padded)
+    with torch.no_grad():
+        expected, actual = (model(ids, attention_mask=mask).logits for model in (eager, ours))
+    np.testing.assert_allclose(actual[mask.bool()], expected[mask.bool()], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("seqlen", [5, 30])
+def test_a_window_on_both_sides_is_that_of_the_mask(seqlen):
+    """ModernBERT, with rows shorter and longer than its window; the shorter ones come without a mask."""
+    config = transformers.ModernBertConfig(
+        **{**TINY, "num_hidden_layers": 3},
+        local_attention=8,
+        global_attn_every_n_layers=3,
+        sep_token_id=2,
+        cls_token_id=1,
+    )
+    eager, ours = both("bert", lambda: config)
+    ids = torch.randint(2, WORDS, (2, seqlen))
+    with torch.no_grad():
+        expected, actual = (model(ids).logits for model in (eager, ours))
+    np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@every_decoder
+def test_logits_and_gradients_of_a_padded_batch_are_those_of_eager(name):
+    eager, ours = both(name, DECODERS[name])
+    ids, mask = prompts(padded=True)
+    follows_a_word = mask.cumsum(-1) > 1  # what padding foretells is nobody's loss
+    labels = torch.where(follows_a_word, ids, -100)
+    gradients = []
+    for model in (eager, ours):
+        model(ids, attention_mask=mask, labels=labels).loss.backward()
+        gradients.append({key: value.grad for key, value in model.named_parameters() if value.grad is not None})
+    expected, actual = gradients
+    assert expected.keys() == actual.keys()
+    for key in expected:
+        scale = float(expected[key].abs().max())
+        np.testing.assert_allclose(actual[key], expected[key], rtol=0, atol=TOLERANCE * max(scale, 1e-3), err_msg=key)
+
+
+def test_sequences_packed_into_one_row_do_not_see_each_other():
+    """Given position_ids that start again, transformers says so in the mask."""
+    eager, ours = both("qwen2", DECODERS["qwen2"])
+    ids = torch.randint(2, WORDS, (1, 11))
+    positions = torch.cat([torch.arange(4), torch.arange(7)])[None]
+    with torch.no_grad():
+        expected, actual = (model(ids, position_ids=positions, use_cache=False).logits for model in (eager, ours))
+        alone = ours(ids[:, 4:]).logits
+    np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    np.testing.assert_allclose(actual[:, 4:], alone, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_callers_own_mask_of_numbers_is_added():
+    eager, ours = both("llama", DECODERS["llama"])
+    ids, _ = prompts(padded=False)
+    seqlen = ids.shape[1]
+    mask = torch.where(torch.ones(seqlen, seqlen).tril().bool(), torch.randn(seqlen, seqlen), torch.finfo().min)
+    mask = mask.expand(3, 1, -1, -1)
+    with torch.no_grad():
+        expected, actual = (model(ids, attention_mask=mask).logits for model in (eager, ours))
+    np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_bfloat16_models_generate():
+    _, ours = both("qwen2", DECODERS["qwen2"])
+    ids, mask = prompts(padded=True)
+    exact = ours.generate(ids, attention_mask=mask, max_new_tokens=1, return_dict_in_generate=True, output_logits=True)
+    found = ours.bfloat16().generate(
+        ids, attention_mask=mask, max_new_tokens=1, return_dict_in_generate=True, output_logits=True
+    )
+    assert found.logits[0].isfinite().all()
+    assert (found.logits[0].float() - exact.logits[0]).abs().max() < 0.1 * exact.logits[0].abs().max()
+
+
+# ---------------------------------------------------------------------------------------------------
+# The contract, argument by argument
+# ---------------------------------------------------------------------------------------------------
+
+
+class Layer(torch.nn.Module):
+    """What `attend` asks of a module."""
+
+    def __init__(self, is_causal=True, training=False):
+        super().__init__()
+        self.is_causal = is_causal
+        self.train(training)
+
+
+def operands(seqlen_q=5, seqlen_k=5, batch=2):
+    torch.manual_seed(3)
+    q = torch.randn(batch, 4, seqlen_q, 8, dtype=torch.float64)
+    k, v = torch.randn(2, batch, 2, seqlen_k, 8, dtype=torch.float64)
+    return q, k, v
+
+
+def definition(q, k, v, visible=None, scale=8**-0.5, softcap=None, bias=0.0, sinks=None):
+    """Step by step, as "eager" does it: (batch, seqlen_q, num_heads, head_dim)."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = q @ k.mT * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores + bias
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[None, :, None, None].expand(*scores.shape[:3], 1)], dim=-1)
+    return (scores.softmax(-1)[..., : k.shape[2]] @ v).transpose(1, 2)
+
+
+def band(seqlen_q, seqlen_k, left, right, shift=0):
+    distance = torch.arange(seqlen_k) - torch.arange(seqlen_q)[:, None] - shift
+    return (distance >= -left) & (distance <= right)
+
+
+def assert_close(actual, expected):
+    np.testing.assert_allclose(actual.detach(), expected.detach(), rtol=1e-12, atol=1e-13)
+
+
+def test_the_result_has_queries_before_heads_and_no_holes():
+    out, weights = attend(Layer(), *operands(3, 7), None)
+    assert out.shape == (2, 3, 4, 8)
+    assert out.is_contiguous()
+    assert weights is None
+
+
+@pytest.mark.parametrize("seqlen_k", [5, 9])
+def test_no_mask_is_causal_from_the_first_key_on(seqlen_k):
+    """More keys than queries are a static cache's room for keys to come."""
+    q, k, v = operands(5, seqlen_k)
+    assert_close(attend(Layer(), q, k, v, None)[0], definition(q, k, v, band(5, seqlen_k, 99, 0)))
+
+
+def test_a_lone_query_without_a_mask_sees_all_keys():
+    q, k, v = operands(1, 9)
+    assert_close(attend(Layer(), q, k, v, None)[0], definition(q, k, v))
+
+
+@pytest.mark.parametrize("layer_is_causal", [False, True])
+def test_is_causal_overrules_the_layer(layer_is_causal):
+    q, k, v = operands()
+    out, _ = attend(Layer(layer_is_causal), q, k, v, None, is_causal=not layer_is_causal)
+    assert_close(out, definition(q, k, v, None if layer_is_causal else band(5, 5, 99, 0)))
+
+
+def test_a_mask_is_the_whole_truth():
+    q, k, v = operands(5, 9)
+    visible = torch.rand(2, 1, 5, 9) < 0.5
+    visible[..., 0] = True
+    out, _ = attend(Layer(), q, k, v, visible, sliding_window=2)
+    assert_close(out, definition(q, k, v, visible))
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 7])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_window_holds_where_there_is_no_mask(seqlen_q, is_causal):
+    q, k, v = operands(seqlen_q, 7)
+    visible = band(seqlen_q, 7, 2, 0 if is_causal else 2, shift=7 - seqlen_q)
+    assert_close(attend(Layer(is_causal), q, k, v, None, sliding_window=3)[0], definition(q, k, v, visible))
+
+
+def test_scaling_softcap_and_sinks_are_honoured():
+    q, k, v = operands()
+    sinks = torch.randn(4, dtype=torch.float64)
+    out, _ = attend(Layer(), q, k, v, None, scaling=0.7, softcap=0.9, s_aux=sinks)
+    assert_close(out, definition(q, k, v, band(5, 5, 99, 0), 0.7, 0.9, sinks=sinks))
+
+
+@pytest.mark.parametrize("mask", ["none", "boolean", "numbers"])
+def test_a_position_bias_joins_every_kind_of_mask(mask):
+    q, k, v = operands(5, 9)
+    bias, visible = torch.randn(1, 4, 5, 9, dtype=torch.float64), band(5, 9, 99, 0).expand(2, 1, 5, 9)
+    given = {"none": None, "boolean": visible, "numbers": torch.where(visible, 0.0, -torch.inf)}[mask]
+    assert_close(attend(Layer(), q, k, v, given, position_bias=bias)[0], definition(q, k, v, visible, bias=bias))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_queries_of_one_batch_serve_the_batches_of_the_keys(is_compiled, compiled):
+    q, k, v = operands()
+    call = compiled(attend) if is_compiled else attend
+    assert_close(call(Layer(False), q[:1], k, v, None)[0], definition(q[:1], k, v))
+
+
+def test_dropout_is_the_trainings_and_torchs_seed_governs_it():
+    arrays = operands()
+    plain, _ = attend(Layer(), *arrays, None, dropout=0.5)
+    assert_close(plain, definition(*arrays, band(5, 5, 99, 0)))
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        found.append(attend(Layer(training=True), *arrays, None, dropout=0.5)[0])
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], plain)
+
+
+def test_rows_that_see_nothing_are_zero():
+    visible = torch.ones(2, 1, 5, 5, dtype=torch.bool)
+    visible[1, :, :2] = False
+    out, _ = attend(Layer(), *operands(), visible)
+    assert (out[1, :2] == 0).all()
+    assert (out[0] != 0).all()
+
+
+@pytest.mark.parametrize("name", [*integration.REFUSED, *integration.PACKED])
+def test_what_changes_the_meaning_is_refused_by_name(name):
+    with pytest.raises(NotImplementedError, match=rf"(?s)cupyattn in transformers: {name}.*Layer"):
+        attend(Layer(), *operands(), None, **{name: torch.ones(1)})
+
+
+@pytest.mark.parametrize("name", integration.PACKED)
+def test_where_packed_sequences_start_may_be_said_besides_in_the_mask(name):
+    q, k, v = operands()
+    visible = band(5, 5, 1, 0).expand(2, 1, 5, 5)
+    assert_close(attend(Layer(), q, k, v, visible, **{name: torch.ones(1)})[0], definition(q, k, v, visible))
+
+
+def test_an_unknown_argument_is_refused_until_it_is_ignored():
+    with pytest.raises(TypeError, match="temperature is not known here"):
+        attend(Layer(), *operands(), None, temperature=2.0)
+    expected, _ = attend(Layer(), *operands(), None)
+    actual, _ = attend(Layer(), *operands(), None, temperature=2.0, ignored=frozenset({"temperature"}))
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("nothing", [None, False])
+def test_an_argument_that_asks_for_nothing_is_not_refused(nothing):
+    attend(Layer(), *operands(), None, output_attentions=nothing, temperature=nothing)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 5), object(), torch.ones(5)], ids=["two axes", "object", "one axis"])
+def test_a_mask_that_is_not_one_of_scores_is_refused(mask):
+    with pytest.raises(ValueError, match=r"(?s)attention_mask has to be a tensor \(batch,.*Layer"):
+        attend(Layer(), *operands(), mask)
+
+
+def test_a_mask_of_integers_is_refused():
+    with pytest.raises(TypeError, match="mask has to be boolean"):
+        attend(Layer(), *operands(), torch.ones(2, 1, 5, 5, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_models_asked_for_their_weights_refuse(name):
+    _, ours = both(name, DECODERS.get(name, lambda: transformers.BertConfig(**TINY)))
+    ids, _ = prompts(padded=False)
+    with pytest.raises(NotImplementedError, match="choose attn_implementation='eager'"):
+        ours(ids, output_attentions=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# register
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_another_name_and_compute_dtype(monkeypatch):
+    register("cupyattn_fast", compute_dtype="float32", ignored=["temperature"])
+    _, ours = both("llama", DECODERS["llama"])
+    ours.set_attn_implementation("cupyattn_fast")
+    seen = []
+    monkeypatch.setattr(
+        integration, "attention", lambda *arrays, **options: seen.append(options) or arrays[0].contiguous()
+    )
+    ours(torch.randint(2, WORDS, (1, 5)))
+    assert [options["compute_dtype"] for options in seen] == ["float32", "float32"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"name": 3}, TypeError, "name has to be a word"),
+        ({"name": ""}, TypeError, "name has to be a word"),
+        ({"ignored": [3]}, TypeError, "ignored has to hold names"),
+        ({"compute_dtype": "float16"}, ValueError, "compute_dtype has to be"),
+    ],
+)
+def test_register_refuses_nonsense(arguments, error, words):
+    with pytest.raises(error, match=f"register: {words}"):
+        register(**arguments)
+
+
+def test_an_old_transformers_is_refused(monkeypatch):
+    present = sys.modules["transformers"]  # which is not always the one imported above: it imports itself anew
+    monkeypatch.setattr(present, "__version__", "4.57.1")
+    with pytest.raises(ImportError, match=r"needs transformers 5\.0 or newer\n +transformers +4\.57\.1"):
+        register()
+
+
+def test_without_transformers_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="pip install 'transformers>=5'"):
+        register()
+
+
+# ---------------------------------------------------------------------------------------------------
+# torch.compile
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt_oss", "t5"])
+def test_a_compiled_model_is_one_graph(name, compiled):
+    eager, ours = both(name, {**DECODERS, **ENCODERS_DECODERS}[name])
+    ids, mask = prompts(padded=True)
+    arguments = {"attention_mask": mask, "use_cache": False}
+    if name == "t5":
+        arguments["decoder_input_ids"] = ids[:, :4]
+    real = slice(None) if name == "t5" else mask.bool()
+    with torch.no_grad():
+        expected, actual = (model(ids, **arguments).logits for model in (eager, compiled(ours)))
+    np.testing.assert_allclose(actual[real], expected[real], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_compiled_model_generates_over_a_static_cache(compiled):
+    eager, ours = both("qwen2", DECODERS["qwen2"])
+    ours.forward = compiled(ours.forward)
+    ids, mask = prompts(padded=True)
+    assert_same_generation(eager, ours, input_ids=ids, attention_mask=mask, cache_implementation="static")
+
+
+def test_a_compiled_call_has_the_gradients_of_a_plain_one(compiled):
+    q, k, v = (x.requires_grad_() for x in operands(5, 9))
+    bias = torch.randn(1, 4, 5, 9, dtype=torch.float64, requires_grad=True)
+    sinks = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    layer, found = Layer(), []
+
+    def loss(*tensors):
+        out, _ = attend(layer, *tensors[:3], None, position_bias=tensors[3], s_aux=tensors[4], softcap=2.0)
+        return (out * out).sum()
+
+    for call in (loss, compiled(loss)):
+        found.append(torch.autograd.grad(call(q, k, v, bias, sinks), (q, k, v, bias, sinks)))
+    for expected, actual in zip(*found, strict=True):
+        assert_close(actual, expected)
+
+
+def test_the_operator_keeps_the_rules_of_operators():
+    q, k, v = (x.transpose(1, 2).detach().requires_grad_() for x in operands(3, 4))
+    bias = torch.randn(1, 4, 3, 4, dtype=torch.float64, requires_grad=True)
+    seed = torch.tensor(7)
+    rest = (seed, None, 0, True, 0.5, 0.0, 0.25, None)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.cupyattn.attention.default, (q, k, v, None, bias, None, *rest), test_utils=tests)
+
+
+def test_compiled_dropout_is_drawn_anew_and_its_gradients_know_what_was_dropped(compiled):
+    q, k, v = operands()
+    v.requires_grad_()
+    layer = Layer(training=True)
+    call = compiled(lambda: attend(layer, q, k, v, None, dropout=0.5)[0])
+    first, second = call(), call()
+    assert not torch.equal(first, second)
+    (slope,) = torch.autograd.grad(first.sum(), v)
+    assert_close((slope * v).sum(), first.sum())  # out is linear in v
