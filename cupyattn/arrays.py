@@ -138,6 +138,12 @@ class CuPy(Library):
     def place(self, array: Any) -> tuple[str, Any]:
         return "cuda", array.device
 
+    def values(self, array: Any) -> Array:
+        return np.asarray(array.get())
+
+    def check_writable(self, function: str, name: str, array: Any) -> None:
+        check_no_overlap(function, name, array.shape, array.strides, array.itemsize)
+
 
 _NUMPY, _DASK, _CUPY, _OTHER = NumPy(), Dask(), CuPy(), Library()
 

@@ -78,6 +78,8 @@ class Keys:
     compute_dtype: str
     pages: Array | None = None
     """The page of each page_size keys, if `array` is paged."""
+    first: int = 0
+    """Where the part's keys start in its pages."""
 
     @property
     def num_heads(self) -> int:
@@ -105,7 +107,7 @@ class Keys:
             block = self.array[batches, heads, keys]
         else:
             page_size = self.array.shape[1]
-            index = np.arange(keys.start, keys.stop)
+            index = np.arange(self.first + keys.start, self.first + keys.stop)
             rows = self.array[self.pages[index // page_size], index % page_size, heads]
             block = rows.swapaxes(0, 1)[None]
         if block.dtype == np.uint16:
@@ -280,7 +282,7 @@ class Part:
     @property
     def cut(self) -> CpuTile:
         """How the part is cut into tiles: as planned, or by its own lengths if it is one of many sequences."""
-        if isinstance(self.plan.tile, CpuTile) and not self.problem.layout.ragged:
+        if isinstance(self.plan.tile, CpuTile) and not self.problem.layout.lengths_are_data:
             return self.plan.tile
         batch = int(self.q.shape[0])
         return cpu_tile(self.problem.sizes, batch, self.seqlen_q, self.seqlen_k, self.plan.num_workers)
@@ -469,8 +471,9 @@ def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], 
         slopes = slopes[None] if slopes.ndim == 1 else slopes
     if sinks is not None:
         sinks = widen(sinks, compute)
-    if problem.layout.ragged:
-        yield from _ragged_parts(plan, problem, operands, seed, pairs, compute, slopes, sinks)
+    if problem.layout.lengths_are_data:
+        make = _cached_parts if problem.layout.cached else _ragged_parts
+        yield from make(plan, problem, operands, seed, pairs, compute, slopes, sinks)
         return
     lead = sizes.batch_shape or (1,)
     rank = len(lead) + 3
@@ -541,4 +544,42 @@ def _ragged_parts(
             slopes=slopes if slopes is None or slopes.shape[0] == 1 else slopes[index : index + 1],
             sinks=sinks,
             first_key=first,
+        )
+
+
+def _cached_parts(
+    plan: Plan,
+    problem: Problem,
+    operands: Mapping[str, Array],
+    seed: int,
+    pairs: int,
+    compute: str,
+    slopes: Array | None,
+    sinks: Array | None,
+) -> Iterator[Part]:
+    """One part per sequence: its keys are those from first_key up to seqused_k, in its place or its pages."""
+    q, table = heads_first(operands["q"], problem), operands.get("block_table")
+    starts_q = operands["cu_seqlens_q"].tolist() if problem.layout.ragged else None
+    spans = zip(operands["first_key"].tolist(), operands["seqused_k"].tolist(), strict=True)
+    for index, (first, stop) in enumerate(spans):
+        if table is not None:
+            k, v = (Keys(operands[name], pairs, compute, table[index], first) for name in ("k", "v"))
+        else:
+            live = (operands["cache_batch_idx"][index], slice(first, stop))
+            k, v = (Keys(operands[name][live].swapaxes(0, 1)[None], pairs, compute) for name in ("k", "v"))
+        here = slice(index, index + 1)
+        tokens = slice(None) if starts_q is None else slice(starts_q[index], starts_q[index + 1])
+        yield Part(
+            plan,
+            problem,
+            () if starts_q is not None else (here,),
+            tokens,
+            q[:, :, tokens] if starts_q is not None else q[here],
+            k,
+            v,
+            stop - first,
+            np.array([index]),
+            seed,
+            slopes=slopes if slopes is None or slopes.shape[0] == 1 else slopes[here],
+            sinks=sinks,
         )
