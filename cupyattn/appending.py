@@ -88,6 +88,9 @@ def _check_tables(function: str, specs: Mapping[str, Spec], problem: Problem) ->
         if spec.dtype not in ITEMSIZE:
             rule = f"{spec.name} has to be one of {', '.join(ITEMSIZE)}"
             raise TypeError(refusal(function, rule, (spec.name, spec.shape, spec.dtype)))
+    if cos.dtype != sin.dtype:
+        rule = "rotary_cos and rotary_sin have to be of one dtype"
+        raise TypeError(refusal(function, rule, (cos.name, cos.dtype), (sin.name, sin.dtype)))
     if len(cos.shape) != 2 or cos.shape != sin.shape:
         rule = "rotary_cos and rotary_sin have to be of one shape, (positions, rotary_dim / 2)"
         raise ValueError(refusal(function, rule, (cos.name, cos.shape), (sin.name, sin.shape)))

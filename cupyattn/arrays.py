@@ -144,6 +144,9 @@ class CuPy(Library):
     def check_writable(self, function: str, name: str, array: Any) -> None:
         check_no_overlap(function, name, array.shape, array.strides, array.itemsize)
 
+    def check_in_place(self, function: str, name: str, array: Any) -> None:
+        """Kernels write to the array's own memory."""
+
 
 _NUMPY, _DASK, _CUPY, _OTHER = NumPy(), Dask(), CuPy(), Library()
 

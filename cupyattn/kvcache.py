@@ -10,7 +10,8 @@ import numpy as np
 from cupyattn import reading
 from cupyattn.appending import INDICES, Appended, check_new
 from cupyattn.arrays import Arrays, Visit, enter, untraced
-from cupyattn.corridor import answer_from_cache, plan_for
+from cupyattn.corridor import Rotation, answer_from_cache, plan_for
+from cupyattn.plan import with_num_splits
 from cupyattn.problem import Array, Spec
 from cupyattn.reading import Options, refusal
 
@@ -178,20 +179,25 @@ def flash_attn_with_kvcache(
         cached=True,
     )
     interleaved = reading.flag(FUNCTION, "rotary_interleaved", rotary_interleaved)
-    reading.integer(FUNCTION, "num_splits", num_splits, low=0)
-    reading.flag(FUNCTION, "check_indices", check_indices)
+    splits = reading.integer(FUNCTION, "num_splits", num_splits, low=0)
+    waits = reading.flag(FUNCTION, "check_indices", check_indices)
     problem = reading.read(FUNCTION, visit.specs, options)
     check_new(FUNCTION, visit.specs, problem, seqlen is not None)
     _check_caches(visit)
-    plan = plan_for(FUNCTION, problem, visit.device())
-    each_row = options.causal or left is not None or right is not None
+    plan = with_num_splits(plan_for(FUNCTION, problem, visit.device()), problem, splits)
+    rotation = Rotation(options.causal or left is not None or right is not None, interleaved)
 
     def append(operands: Arrays) -> Arrays:
         """On the CPU: what attention is asked of, once new keys are in the caches."""
         found = Appended.read(FUNCTION, specs, problem, _indices(operands), seqlen)
-        return found.append(FUNCTION, specs, problem, operands, each_row, interleaved)
+        return found.append(FUNCTION, specs, problem, operands, *rotation)
 
-    results = answer_from_cache(visit, problem, plan, append)
+    if visit.kind == "cuda" and waits:
+        values = {name: visit.library.values(array) for name, array in _indices(visit.arrays).items()}
+        found = Appended.read(FUNCTION, specs, problem, values, seqlen)
+        if rotary_cos is not None:
+            found.check_positions(FUNCTION, specs, problem, rotation.each_row)
+    results = answer_from_cache(visit, problem, plan, seqlen, rotation, append)
     if k is not None:
         for name in ("k", "v"):
             visit.library.note_overwritten(visit.arrays[name])
@@ -232,5 +238,4 @@ def _check_caches(visit: Visit) -> None:
     for word in ("k", "v"):
         name, array = dict(visit.specs)[word].name, visit.arrays[word]
         library.check_writable(FUNCTION, name, array)
-        if visit.kind == "cpu":
-            library.check_in_place(FUNCTION, name, array)
+        library.check_in_place(FUNCTION, name, array)

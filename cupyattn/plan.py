@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from cupyattn.problem import Device, Problem, Sizes
-from cupyattn.splits import BLOCKS_PER_UNIT, PEERS, split
+from cupyattn.splits import BLOCKS_PER_UNIT, FEWEST_KEYS, PEERS, split
 
 WORTH_THREADS = 200_000_000
 """Floating-point operations from which starting threads pays on a CPU: two or three milliseconds."""
@@ -310,3 +310,21 @@ def choose(problem: Problem, device: Device, fixed_split_size: int | None = None
         num_slots,
         peers,
     )
+
+
+ANY_NUMBER_OF_SLOTS = 2**30
+"""Enough that `splits.live_split_blocks` gives a piece all the splits it may have."""
+
+
+@lru_cache(maxsize=4096)
+def with_num_splits(plan: Plan, problem: Problem, num_splits: int) -> Plan:
+    """The plan with so many splits of a sequence at most, where lengths are data; 0: as it is.
+
+    A sequence gets as many as it has `splits.FEWEST_KEYS` for.
+    """
+    if plan.kernel != "splitkv" or num_splits == 0:
+        return plan
+    most = max(1, min(num_splits, math.ceil(problem.sizes.seqlen_k / FEWEST_KEYS)))
+    pieces = plan.num_workers // plan.num_splits
+    reason = f"up to {most} splits a sequence, as was asked"
+    return replace(plan, num_splits=most, num_workers=pieces * most, num_slots=ANY_NUMBER_OF_SLOTS, reason=reason)

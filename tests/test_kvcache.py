@@ -655,6 +655,8 @@ BAD = [
     ("new k of another dtype", good, TypeError, ["k and k_cache have to be of one dtype", "float16"],
      {"k": floats(2, 2, 2, 8, dtype="float16")}),
     ("integer q", good, TypeError, ["q has to be one of float16"], {"q": np.ones((2, 2, 4, 8), np.int32)}),
+    ("tables of two dtypes", good, TypeError, ["rotary_cos and rotary_sin have to be of one dtype", "float16"],
+     {**tables(), "rotary_sin": floats(24, 3, dtype="float16")}),
     ("complex tables", good, TypeError, ["rotary_sin has to be one of float16", "complex64"],
      {**tables(), "rotary_sin": floats(24, 3) * np.complex64(1j)}),
     ("cache_seqlens of int64", good, TypeError, ["cache_seqlens has to be int32", "int64"],

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "padding": {"arrays", "problem", "reading"},
     "rotary": {"arrays", "problem", "reading", "rounding"},
     "appending": {"problem", "reading", "rotary"},
-    "kvcache": {"appending", "arrays", "corridor", "problem", "reading"},
+    "kvcache": {"appending", *CORRIDOR},
     "peers": {"arrays", "corridor", "problem", "reading"},
     "api": {*CORRIDOR, "numpy_ref", "rounding"},
     "__init__": {"api", "kvcache", "padding", "peers", "plan", "rotary"},

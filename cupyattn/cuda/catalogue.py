@@ -86,6 +86,11 @@ def splitkv(
     )
 
 
+def append(dtype: str) -> Specialisation:
+    """The kernel that puts new keys into a cache, ``append.cu``."""
+    return Specialisation("append.cu", f"cupyattn::append<{ELEMENT[dtype]}>", 128, 0)
+
+
 def shared_memory(kernel: str, dtype: str, head_dim: int, head_dim_v: int, tile: Tile) -> int:
     """Dynamic shared memory of a kernel's block in bytes."""
     if kernel == "flash":
@@ -120,6 +125,7 @@ def specialisations(target: str) -> list[Specialisation]:
             for rows in DECODE_ROWS:
                 tile = split_tile(head_dim, rows, dtype, limit)
                 found += [splitkv(dtype, head_dim, head_dim, tile, True, 0, paged) for paged in (False, True)]
+    found += [append(dtype) for dtype in ELEMENT]
     return [wanted for wanted in dict.fromkeys(found) if wanted.shared_memory <= limit]
 
 
