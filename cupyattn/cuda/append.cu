@@ -48,7 +48,7 @@ struct Token {
     int sequence, number;
 };
 
-// By [starts[i], starts[i + 1]), whatever the numbers there say.
+// By [starts[i], starts[i + 1]); tokens before the first start and behind the last one belong to nobody.
 DEVICE Token token_at(int index, const int* starts, int each, int batch) {
     if (!starts) return {index / each, index % each};
     int low = 0, high = batch;  // the last start that is not behind the token is among [low, high]
@@ -61,8 +61,8 @@ DEVICE Token token_at(int index, const int* starts, int each, int batch) {
     }
     if (low == batch) return {-1, 0};
     const int start = ptx::load_global(starts + low);
-    const bool inside = start >= 0 && start <= index && index < ptx::load_global(starts + low + 1);
-    return {inside ? low : -1, index - start};
+    if (start < 0 || start > index) return {-1, 0};
+    return {low, index - start};
 }
 
 DEVICE int64 seqlen_of(int sequence, const AppendParams& params) {

@@ -65,7 +65,7 @@ DEVICE Span cached(int index, const Params& params) {
     } else {
         stop += params.seqlen_new;
     }
-    const int end = stop < 0 ? 0 : stop < params.seqlen_k ? static_cast<int>(stop) : params.seqlen_k;
+    const int end = stop < params.seqlen_k ? static_cast<int>(stop) : params.seqlen_k;
     const int start = params.at.cache_leftpad ? ptx::load_global(params.at.cache_leftpad + index) : 0;
     return {smaller(larger(start, 0), end), end};
 }
