@@ -8,6 +8,7 @@ array-api-compat, and nothing else.
 from cupyattn.api import Gradients, attention, attention_backward, explain, merge_states
 from cupyattn.cache import Cache, DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache
 from cupyattn.cascade import cascade_attention
+from cupyattn.kvcache import flash_attn_with_kvcache
 from cupyattn.padding import pad_input, unpad_input
 from cupyattn.peers import (
     flash_attn_func,
@@ -40,6 +41,7 @@ __all__ = [
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
     "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
     "merge_states",
     "pad_input",
     "scaled_dot_product_attention",

@@ -152,6 +152,15 @@ class CuPy(Library):
         array[places] = values
         return array
 
+    def values(self, array: Any) -> Array:
+        return np.asarray(array.get())
+
+    def check_writable(self, function: str, name: str, array: Any) -> None:
+        check_no_overlap(function, name, array.shape, array.strides, array.itemsize)
+
+    def check_in_place(self, function: str, name: str, array: Any) -> None:
+        """Kernels write to the array's own memory."""
+
 
 _NUMPY, _DASK, _CUPY, _OTHER = NumPy(), Dask(), CuPy(), Library()
 

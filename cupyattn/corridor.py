@@ -11,8 +11,8 @@ Each public function fills in the same two things, its arrays and its `Options`,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from cupyattn import cpu
 from cupyattn.arrays import Arrays, Visit, enter
@@ -34,6 +34,34 @@ def answer(
     if problem.dropout_p > 0.0 and seed is None:
         seed = visit.library.draw_seed(function)
     return _run(visit, problem, plan, seed or 0)
+
+
+class Rotation(NamedTuple):
+    """How q and new keys are rotated, where there are tables."""
+
+    each_row: bool
+    """Each row of q has a position of its own, not its sequence's first."""
+    interleaved: bool
+
+
+def answer_from_cache(
+    visit: Visit,
+    problem: Problem,
+    plan: Plan,
+    cache_seqlen: int | None,
+    rotation: Rotation,
+    append: Callable[[Arrays], Arrays],
+) -> Arrays:
+    """The results by name, "out" and "lse", of a call whose keys are in a cache.
+
+    On the CPU `append` checks all NumPy operands, puts new keys into the caches, and returns what `cpu.run` is asked.
+    """
+    if visit.kind == "cuda":
+        from cupyattn import cuda
+
+        found = visit.function, visit.library.title, visit.arrays, dict(visit.specs), plan, problem
+        return cuda.run_from_cache(*found, cache_seqlen, *rotation)
+    return visit.run(lambda operands: cpu.run(plan, problem, append(operands)), None, problem.results)
 
 
 def plan_for(function: str, problem: Problem, device: Device, fixed_split_size: int | None = None) -> Plan:

@@ -13,13 +13,14 @@ from functools import partial
 import numpy as np
 
 from cupyattn import numpy_ref
+from cupyattn.cutting import cut_into_parts
 from cupyattn.numpy_ref import Array, KeyBlock, State
 from cupyattn.plan import Plan
 from cupyattn.problem import Problem
 from cupyattn.rounding import STORAGE, narrow, widen
 from cupyattn.scratch import Scratch
 from cupyattn.threads import Task, run_all
-from cupyattn.tiles import Keys, Part, TileIndex, cut_into_parts, heads_first, piece_index
+from cupyattn.tiles import Keys, Part, TileIndex, heads_first, piece_index
 
 
 def run(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int = 0) -> dict[str, Array]:

@@ -144,6 +144,19 @@ class Library:
     def check_writable(self, function: str, name: str, array: Any) -> None:
         """Refuse before anything is computed."""
 
+    def check_in_place(self, function: str, name: str, array: Any) -> None:
+        """Refuse an array that is not overwritten when what `to_numpy` makes of it is."""
+        if not self.to_numpy(array).flags.writeable:
+            rule = f"{name} cannot be overwritten: {self.title} gives its memory for reading only"
+            raise TypeError(refusal(function, rule, (name, self.shape(array))))
+
+    def note_overwritten(self, array: Any) -> None:
+        """Tell the library that an array has other values than before, where it wants to know."""
+
+    def differentiates(self, arrays: Arrays) -> bool:
+        """Derivatives of the call's results may be asked for later, or are computed along with it."""
+        return False
+
     def run(self, job: Job, arrays: Arrays) -> Arrays:
         outcome = job.forward({name: self.to_numpy(array) for name, array in arrays.items()})
         return {

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from cupyattn.hopper import HopperTile, hopper_tile, num_tiles
 from cupyattn.problem import FLOAT8, Device, Problem, Sizes
-from cupyattn.splits import BLOCKS_PER_UNIT, PEERS, split
+from cupyattn.splits import BLOCKS_PER_UNIT, FEWEST_KEYS, PEERS, split
 
 WORTH_THREADS = 200_000_000
 """Floating-point operations from which starting threads pays on a CPU: two or three milliseconds."""
@@ -217,6 +217,8 @@ def objections_of_hopper(problem: Problem, device: Device) -> tuple[str, ...]:
             reasons.append(f"needs {name} to be a multiple of 16 in float8, not {size}")
     if problem.layout.page_size is not None:
         reasons.append("reads k and v without a block_table")
+    elif problem.layout.cached:
+        reasons.append("reads no cache whose places and lengths are data")
     for wanted, what in (
         (problem.mask.array is not None, "boolean mask"),
         (problem.edits.bias is not None, "bias"),
@@ -370,3 +372,21 @@ def choose(problem: Problem, device: Device, fixed_split_size: int | None = None
         _notes(problem),
         instead,
     )
+
+
+ANY_NUMBER_OF_SLOTS = 2**30
+"""Enough that `splits.live_split_blocks` gives a piece all the splits it may have."""
+
+
+@lru_cache(maxsize=4096)
+def with_num_splits(plan: Plan, problem: Problem, num_splits: int) -> Plan:
+    """The plan with so many splits of a sequence at most, where lengths are data; 0: as it is.
+
+    A sequence gets as many as it has `splits.FEWEST_KEYS` for.
+    """
+    if plan.kernel != "splitkv" or num_splits == 0:
+        return plan
+    most = max(1, min(num_splits, math.ceil(problem.sizes.seqlen_k / FEWEST_KEYS)))
+    pieces = plan.num_workers // plan.num_splits
+    reason = f"up to {most} splits a sequence, as was asked"
+    return replace(plan, num_splits=most, num_workers=pieces * most, num_slots=ANY_NUMBER_OF_SLOTS, reason=reason)

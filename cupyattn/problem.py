@@ -152,10 +152,17 @@ class Layout:
     "thd": (tokens, heads, head_dim), cut into sequences by cu_seqlens."""
     page_size: int | None = None
     """Keys per page if k and v are (pages, page_size, heads, head_dim), found through a block_table."""
+    cached: bool = False
+    """k and v are a cache: how many of its keys are live, and where a sequence lies in it, is data."""
 
     @property
     def ragged(self) -> bool:
         return self.axes == "thd"
+
+    @property
+    def lengths_are_data(self) -> bool:
+        """How many keys a sequence has is not known before arrays are looked at."""
+        return self.ragged or self.cached
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,13 @@ AXES = {
 }
 
 
+INDICES = (
+    *("cu_seqlens_q", "cu_seqlens_k", "block_table"),
+    *("cache_seqlens", "cache_batch_idx", "cache_leftpad", "cu_seqlens_k_new", "rotary_seqlens"),
+)
+"""Our words for arrays of int32, whose values are lengths and places."""
+
+
 def refusal(function: str, rule: str, *shown: tuple[str, object] | tuple[str, object, str]) -> str:
     """The text of an error: function and rule, then what came, one argument a line, aligned."""
     names = max((len(row[0]) for row in shown), default=0)
@@ -182,6 +189,8 @@ class Options(NamedTuple):
     max_seqlen_k: int = 0
     takes_float8: bool = False
     """q, k and v may be FLOAT8, and then have descales."""
+    cached: bool = False
+    """k and v are a cache, or the pages of one."""
 
     def edits(self, head_dim: int, specs: Mapping[str, Spec]) -> ScoreEdits:
         scale = self.softmax_scale
@@ -237,13 +246,16 @@ def _read(function: str, spec_items: tuple[tuple[str, Spec], ...], options: Opti
         if any(size > LARGEST_SIZE for size in spec.shape):
             rule = f"no axis may be longer than {LARGEST_SIZE}"
             raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
-    sizes = _ragged_sizes(function, specs, options) if options.axes == "thd" else _sizes(function, specs, options)
+    if options.cached:
+        sizes = _cached_sizes(function, specs, options)
+    else:
+        sizes = _ragged_sizes(function, specs, options) if options.axes == "thd" else _sizes(function, specs, options)
     _check_edits(function, specs, sizes)
     _check_descales(function, specs, sizes)
     k = specs["k"].shape
     problem = Problem(
         sizes,
-        Layout(options.axes, k[1] if "block_table" in specs else None),
+        Layout(options.axes, k[1] if "block_table" in specs else None, options.cached),
         specs["q"].dtype,
         options.mask(function, specs, sizes),
         options.edits(sizes.head_dim, specs),
@@ -289,7 +301,7 @@ def _check_dtypes(function: str, specs: Mapping[str, Spec], takes_float8: bool) 
             rule = f"{spec.name} has to be float32"
         elif name in DESCALES and operands[0].dtype != FLOAT8:
             rule = f"{spec.name} is for operands of {FLOAT8}, and {operands[0].name} is {operands[0].dtype}"
-        elif name in ("cu_seqlens_q", "cu_seqlens_k", "block_table") and spec.dtype != "int32":
+        elif name in INDICES and spec.dtype != "int32":
             rule = f"{spec.name} has to be int32"
         else:
             continue
@@ -396,6 +408,62 @@ def _ragged_sizes(function: str, specs: Mapping[str, Spec], options: Options) ->
         q.shape[-1],
         v.shape[-1],
         total_q=q.shape[0],
+    )
+
+
+def _cached_sizes(function: str, specs: Mapping[str, Spec], options: Options) -> Sizes:
+    """Of q before a cache; seqlen_k is the longest that a sequence can get there."""
+    q, k, v = (specs[name] for name in ("q", "k", "v"))
+    paged, ragged = "block_table" in specs, options.axes == "thd"
+    places = "(num_pages, page_size, num_heads_kv, head_dim)" if paged else "(batch, seqlen, num_heads_kv, head_dim)"
+    ranks = {"q": (3 if ragged else 4, AXES[options.axes]), "k": (4, places), "v": (4, places)}
+    if ragged:
+        ranks["cu_seqlens_q"] = (1, "(batch + 1,)")
+    _check_rank(function, specs, ranks)
+    if ragged and not specs["cu_seqlens_q"].shape[0]:
+        starts = specs["cu_seqlens_q"]
+        raise ValueError(refusal(function, f"{starts.name} has to be (batch + 1,)", (starts.name, starts.shape)))
+    batch = specs["cu_seqlens_q"].shape[0] - 1 if ragged else q.shape[0]
+    if q.shape[-1] != k.shape[-1]:
+        rule = f"{q.name} and {k.name} have different head_dim"
+        raise ValueError(refusal(function, rule, (q.name, q.shape), (k.name, k.shape)))
+    if k.shape[:2] != v.shape[:2]:
+        rule = f"{k.name} and {v.name} have to hold the same {'pages' if paged else 'sequences and places for keys'}"
+        raise ValueError(refusal(function, rule, (k.name, k.shape), (v.name, v.shape)))
+    for name in ("cache_seqlens", "cache_batch_idx", "cache_leftpad", "rotary_seqlens"):
+        if name in specs and specs[name].shape != (batch,):
+            rule = f"{specs[name].name} has to have one entry per sequence, ({batch},)"
+            raise ValueError(refusal(function, rule, (specs[name].name, specs[name].shape), (q.name, q.shape)))
+    longest = k.shape[1]
+    if paged:
+        table = specs["block_table"]
+        _check_rank(function, specs, {"block_table": (2, "(batch, pages of a sequence)")})
+        if table.shape[0] != batch:
+            rule = f"{table.name} has to have one row per sequence, {batch}"
+            raise ValueError(refusal(function, rule, (table.name, table.shape), (q.name, q.shape)))
+        if k.shape[1] < 1:
+            raise ValueError(refusal(function, "a page has to hold at least one key", (k.name, k.shape)))
+        if "cache_batch_idx" in specs:
+            rule = f"{table.name} and {specs['cache_batch_idx'].name} exclude each other: a table says where keys lie"
+            raise ValueError(refusal(function, rule, *((specs[x].name, specs[x].shape) for x in ("block_table", "k"))))
+        longest *= table.shape[1]
+        if longest > LARGEST_SIZE:
+            rule = f"no sequence may have room for more than {LARGEST_SIZE} keys"
+            raise ValueError(refusal(function, rule, (table.name, table.shape), (k.name, k.shape)))
+    elif "cache_batch_idx" not in specs and k.shape[0] != batch:
+        rule = f"{k.name} has to hold as many sequences as {q.name}, {batch}, if there is no cache_batch_idx"
+        raise ValueError(refusal(function, rule, (q.name, q.shape), (k.name, k.shape)))
+    heads = (q.shape[-2], k.shape[-2], v.shape[-2])
+    return Sizes(
+        (batch,),
+        _heads(function, specs, heads, grouped=True),
+        heads[1],
+        heads[2],
+        options.max_seqlen_q if ragged else q.shape[1],
+        longest,
+        q.shape[-1],
+        v.shape[-1],
+        total_q=q.shape[0] if ragged else 0,
     )
 
 

@@ -110,6 +110,12 @@ def apply_rotary_emb(
     return result
 
 
+def rotated(x: Array, cos: Array, sin: Array, positions: Array, adjacent: bool, dtype: str) -> Array:
+    """NumPy rows of `dtype`, (..., heads, head_dim), rotated at `positions`, (...), and rounded once."""
+    at = [widen(table[positions], "float64")[..., None, :] for table in (cos, sin)]
+    return narrow(_rotate(widen(x, "float64"), at[0], at[1], adjacent), dtype)
+
+
 def _pairs(rotary_dim: int, adjacent: bool) -> tuple[slice, slice]:
     if adjacent:
         return slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)

@@ -89,7 +89,7 @@ def flash_attn_2(problem: Problem, device: Device) -> int:
 def flash_attn_3(problem: Problem, device: Device, lengths: Sequence[int] | None = None) -> int:
     """Splits that flash-attn 3 would choose (with num_splits = 0); of the first sequence, given live `lengths`.
 
-    Without them, of a ragged problem: the most that a sequence may get.
+    Without them, where lengths are data: the most that a sequence may get.
 
     Source: flash-attn 3, hopper/heuristics.h, tile_size.h, flash_api.cpp and flash_prepare_scheduler.cu.
     """
@@ -105,7 +105,7 @@ def flash_attn_3(problem: Problem, device: Device, lengths: Sequence[int] | None
         seen = max(0, min(seen, before + after + 1 + block_q))
     key_blocks = math.ceil(seen / block_k)
     row_blocks = math.ceil(sizes.seqlen_q * (sizes.num_heads // max(1, sizes.num_heads_k)) / block_q)
-    batch = 1 if lengths is not None or problem.layout.ragged else sizes.batch
+    batch = 1 if lengths is not None or problem.layout.lengths_are_data else sizes.batch
     blocks, units = batch * sizes.num_heads_k * row_blocks, device.num_units
     ceiling = 1
     if blocks >= 0.8 * units:
@@ -163,17 +163,17 @@ def split(
     group = sizes.queries_per_pair
     row_tiles = max(1, math.ceil(sizes.seqlen_q * group / block_q))
     pieces = sizes.batch * (sizes.num_heads // group) * row_tiles
-    ragged = problem.layout.ragged
+    lengths_are_data = problem.layout.lengths_are_data
     touched = problem.mask.touched(Span(0, max(1, sizes.seqlen_q)), sizes.seqlen_q, sizes.seqlen_k)
     blocks = math.ceil(touched.stop / block_k) - touched.start // block_k if problem.flops else 0
-    if ragged:  # its own lengths may put a sequence's window anywhere
+    if lengths_are_data:  # its own lengths may put a sequence's window anywhere
         blocks = math.ceil(sizes.seqlen_k / block_k)
     if fixed_split_size is not None:
         size = math.ceil(fixed_split_size / block_k)
         splits = max(1, math.ceil(blocks / size))
         return size * block_k, splits, pieces * splits, f"splits of {size * block_k} keys, as was asked"
     slots = blocks_per_unit * device.num_units
-    if ragged:  # all other sequences may be empty
+    if lengths_are_data:  # all other sequences may be empty
         size = live_split_blocks(blocks * (pieces // max(1, sizes.batch)), pieces, slots, block_k)
         splits = max(1, math.ceil(blocks / size))
         return 0, splits, pieces * splits, f"up to {splits} splits a sequence, by the lengths on the device"

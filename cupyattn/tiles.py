@@ -7,10 +7,10 @@ or one sequence of a ragged one.  A *tile* is some rows of some heads of a part,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import pairwise, product
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -80,6 +80,8 @@ class Keys:
     """The page of each page_size keys, if `array` is paged."""
     descale: Array | None = None
     """A factor of the numbers in `array`, (batch, heads)."""
+    first: int = 0
+    """Where the part's keys start in its pages."""
 
     @property
     def num_heads(self) -> int:
@@ -107,7 +109,7 @@ class Keys:
             block = self.array[batches, heads, keys]
         else:
             page_size = self.array.shape[1]
-            index = np.arange(keys.start, keys.stop)
+            index = np.arange(self.first + keys.start, self.first + keys.stop)
             rows = self.array[self.pages[index // page_size], index % page_size, heads]
             block = rows.swapaxes(0, 1)[None]
         if are_bits(block):
@@ -287,7 +289,7 @@ class Part:
     @property
     def cut(self) -> CpuTile:
         """How the part is cut into tiles: as planned, or by its own lengths if it is one of many sequences."""
-        if isinstance(self.plan.tile, CpuTile) and not self.problem.layout.ragged:
+        if isinstance(self.plan.tile, CpuTile) and not self.problem.layout.lengths_are_data:
             return self.plan.tile
         batch = int(self.q.shape[0])
         return cpu_tile(self.problem.sizes, batch, self.seqlen_q, self.seqlen_k, self.plan.num_workers)
@@ -472,123 +474,3 @@ def piece_index(array: Array, outer: Index, where: TileIndex, keys: slice) -> In
     first = len(outer)
     wanted = (where.batches, where.heads, where.row_slice, keys)
     return (*lead, *(_or_one(array, first + axis, part) for axis, part in enumerate(wanted)))
-
-
-class Descales(NamedTuple):
-    """Factors of the numbers in q, k and v, (batch, heads) each; None: they are what they are."""
-
-    q: Array | None
-    k: Array | None
-    v: Array | None
-
-    def of(self, ids: Array) -> Descales:
-        """Those of some sequences."""
-        return Descales(*(None if factors is None else factors[ids] for factors in self))
-
-
-def _descales(problem: Problem, operands: Mapping[str, Array], compute: str) -> Descales:
-    sizes = problem.sizes
-
-    def whole(name: str, heads: int) -> Array | None:
-        array = operands.get(name)
-        return None if array is None else np.broadcast_to(widen(array, compute), (sizes.batch, heads))
-
-    by_key_head = whole("q_descale", sizes.num_heads_k)
-    group = sizes.num_heads // max(1, sizes.num_heads_k)
-    by_head = None if by_key_head is None else np.repeat(by_key_head, group, axis=1)
-    return Descales(by_head, whole("k_descale", sizes.num_heads_k), whole("v_descale", sizes.num_heads_v))
-
-
-def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int) -> Iterator[Part]:
-    """The parts of a problem, each with views of the operands."""
-    sizes, compute = problem.sizes, plan.compute_dtype
-    pairs = sizes.num_heads // sizes.queries_per_pair
-    slopes, sinks = operands.get("alibi_slopes"), operands.get("sinks")
-    if slopes is not None:
-        slopes = widen(slopes, compute)
-        slopes = slopes[None] if slopes.ndim == 1 else slopes
-    if sinks is not None:
-        sinks = widen(sinks, compute)
-    descales = _descales(problem, operands, compute)
-    if problem.layout.ragged:
-        yield from _ragged_parts(plan, problem, operands, seed, pairs, compute, slopes, sinks, descales)
-        return
-    lead = sizes.batch_shape or (1,)
-    rank = len(lead) + 3
-
-    def whole(name: str, heads: int) -> Array:
-        array = heads_first(operands[name], problem)
-        shape = (*lead, heads, *array.shape[-2:])
-        return array if array.shape == shape else np.broadcast_to(array, shape)
-
-    def with_rank(name: str) -> Array | None:
-        array = operands.get(name)
-        return None if array is None else array.reshape((1,) * (rank - array.ndim) + array.shape)
-
-    q, k, v = whole("q", sizes.num_heads), whole("k", sizes.num_heads_k), whole("v", sizes.num_heads_v)
-    mask, bias = with_rank("mask"), with_rank("bias")
-    ids = np.arange(sizes.batch).reshape(lead)
-    for outer in product(*map(range, lead[:-1])):
-        slopes_here = slopes if slopes is None or slopes.shape[0] == 1 else slopes[ids[outer]]
-        factors = descales.of(ids[outer])
-        yield Part(
-            plan,
-            problem,
-            outer,
-            slice(None),
-            q[outer],
-            Keys(k[outer], pairs, compute, descale=factors.k),
-            Keys(v[outer], pairs, compute, descale=factors.v),
-            sizes.seqlen_k,
-            ids[outer],
-            seed,
-            mask,
-            bias,
-            slopes_here,
-            sinks,
-            factors.q,
-        )
-
-
-def _ragged_parts(
-    plan: Plan,
-    problem: Problem,
-    operands: Mapping[str, Array],
-    seed: int,
-    pairs: int,
-    compute: str,
-    slopes: Array | None,
-    sinks: Array | None,
-    descales: Descales,
-) -> Iterator[Part]:
-    q = heads_first(operands["q"], problem)
-    starts_q, starts_k = operands["cu_seqlens_q"].tolist(), operands["cu_seqlens_k"].tolist()
-    table = operands.get("block_table")
-    for index in range(problem.sizes.batch):
-        tokens = slice(starts_q[index], starts_q[index + 1])
-        first, last = starts_k[index], starts_k[index + 1]
-        here = np.array([index])
-        factors = descales.of(here)
-
-        def keys(name: str, descale: Array | None, first: int = first, last: int = last, index: int = index) -> Keys:
-            if table is not None:
-                return Keys(operands[name], pairs, compute, table[index], descale)
-            array = heads_first(operands[name], problem)[:, :, first:last]
-            return Keys(array, pairs, compute, descale=descale)
-
-        yield Part(
-            plan,
-            problem,
-            (),
-            tokens,
-            q[:, :, tokens],
-            keys("k", factors.k),
-            keys("v", factors.v),
-            last - first,
-            here,
-            seed,
-            slopes=slopes if slopes is None or slopes.shape[0] == 1 else slopes[index : index + 1],
-            sinks=sinks,
-            q_descale=factors.q,
-            first_key=first,
-        )

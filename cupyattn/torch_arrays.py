@@ -55,7 +55,7 @@ class Torch(Library):
         import torch
 
         with torch._C._DisableFuncTorch():
-            return self.to_numpy(_without_gradients(array))
+            return self.to_numpy(_without_gradients(array).cpu())
 
     def from_numpy(self, array: Array, dtype: str, like: Any) -> Any:
         import torch
@@ -103,6 +103,20 @@ class Torch(Library):
             rule = f"{name} is a leaf that requires grad and was to be overwritten; pass inplace=False"
             raise ValueError(refusal(function, rule, (name, tuple(array.shape))))
         check_no_overlap(function, name, tuple(array.shape), array.stride(), 1)
+
+    def check_in_place(self, function: str, name: str, array: Any) -> None:
+        if array.is_neg():
+            rule = f"{name} was to be overwritten, and is a negated view of other memory; pass what resolve_neg() gives"
+            raise ValueError(refusal(function, rule, (name, tuple(array.shape))))
+
+    def note_overwritten(self, array: Any) -> None:
+        import torch
+
+        if not array.is_inference():
+            torch.autograd.graph.increment_version(array)
+
+    def differentiates(self, arrays: Arrays) -> bool:
+        return self.is_transformed() or self._records(arrays)
 
     def draw_seed(self, function: str) -> int:
         """From torch's own generator on the CPU, so that torch.manual_seed governs it."""

@@ -22,6 +22,7 @@ ATTENTION, BACKWARD, EXPLAIN = "attention", "attention_backward", "explain"
 SDPA = "scaled_dot_product_attention"
 FLASH, QKV, KV = "flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_kvpacked_func"
 VARLEN, PAGED = "flash_attn_varlen_func", "flash_attn_varlen_func of pages"
+KVCACHE = "flash_attn_with_kvcache"  # the other bad calls of it are in test_kvcache.py
 ROTARY, PACKED = "apply_rotary_emb", "apply_rotary_emb of a packed x"
 MERGE, UNPAD, PAD = "merge_states", "unpad_input", "pad_input"
 CASCADE = "cascade_attention"
@@ -56,6 +57,7 @@ def good(call):
         KV: {"q": q, "kv": floats(2, 5, 2, 2, 8)},
         VARLEN: {"q": q[0], "k": k[0], "v": v[0], **starts},
         PAGED: {"q": q[0], **pages, **starts},
+        KVCACHE: {"q": q, "k_cache": floats(2, 9, 2, 8), "v_cache": floats(2, 9, 2, 8), "cache_seqlens": 7},
         ROTARY: {"x": q, **tables},
         PACKED: {"x": q[0], "cu_seqlens": ints(0, 2, 5), **tables},
         CASCADE: {"q": q[:, :3], "k_prefix": k[0], "v_prefix": v[0], "k": k, "v": v},
@@ -464,6 +466,8 @@ LIBRARIES = [
 ]
 
 SEQUENCES = [
+    bad("cache_past_its_end", KVCACHE, ValueError, "10 keys", "room for 9", cache_seqlens=10),
+    bad("cache_of_int64", KVCACHE, TypeError, "cache_seqlens", "int64", cache_seqlens=ints(7, 7, dtype="int64")),
     bad("starts_decrease", VARLEN, ValueError, "cu_seqlens_q", "[0, 4, 3]", "decrease", cu_seqlens_q=ints(0, 4, 3)),
     bad("starts_not_at_zero", VARLEN, ValueError, "cu_seqlens_k", "[1, 3, 5]", cu_seqlens_k=ints(1, 3, 5)),
     bad("starts_below_zero", VARLEN, ValueError, "cu_seqlens_k", "[-1, 3, 5]", cu_seqlens_k=ints(-1, 3, 5)),

@@ -142,6 +142,63 @@ def test_packed_and_paged_sequences(torch, rng, lengths, page_size):
     hold_to_the_definition(arrays, problem, from_torch(torch, out), lse.cpu().numpy(), 64)
 
 
+@pytest.mark.parametrize("page_size", [None, 1, 16, 48, 256])
+@pytest.mark.parametrize("seqlen_q", [1, 5, 130])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_caches_take_keys_in_and_are_attended(torch, rng, seqlen_q, page_size, interleaved):
+    """On a GPU and on the CPU; what is not live is nan."""
+    lengths, capacity = np.array([600, 0, 64], np.int32), 768
+    caches = np.full((2, 3, capacity, 2, 64), np.nan, np.float16)
+    for b, length in enumerate(lengths):
+        caches[:, b, :length] = rng.standard_normal((2, length, 2, 64))
+    table = rng.permutation(3 * (capacity // (page_size or capacity)) + 5).astype(np.int32)
+    if page_size is not None:
+        table = table[: 3 * (capacity // page_size)].reshape(3, -1)
+        pages = np.full((2, table.max() + 1, page_size, 2, 64), np.nan, np.float16)
+        pages[:, table] = caches.reshape(2, 3, -1, page_size, 2, 64)
+        caches = pages
+    angles = np.arange(capacity)[:, None] * 1000.0 ** (-np.arange(24) / 24)
+    arrays = {
+        "q": rng.standard_normal((3, seqlen_q, 4, 64)).astype(np.float16),
+        "k_cache": caches[0],
+        "v_cache": caches[1],
+        "k": rng.standard_normal((3, seqlen_q, 2, 64)).astype(np.float16),
+        "v": rng.standard_normal((3, seqlen_q, 2, 64)).astype(np.float16),
+        "rotary_cos": np.cos(angles).astype(np.float16),
+        "rotary_sin": np.sin(angles).astype(np.float16),
+        "cache_seqlens": lengths,
+        **({} if page_size is None else {"block_table": table}),
+    }
+    there = {name: to_torch(torch, x.copy()) for name, x in arrays.items()}
+    options = {"causal": True, "rotary_interleaved": interleaved, "return_softmax_lse": True}
+    out, lse = cupyattn.flash_attn_with_kvcache(**there, **options)
+    exact, exact_lse = cupyattn.flash_attn_with_kvcache(**arrays, **options)
+    np.testing.assert_allclose(from_torch(torch, out), exact, atol=5e-3)
+    np.testing.assert_allclose(lse.cpu().numpy(), exact_lse, atol=5e-3)
+    np.testing.assert_array_equal(from_torch(torch, there["v_cache"]), arrays["v_cache"])
+    np.testing.assert_allclose(from_torch(torch, there["k_cache"]), arrays["k_cache"], rtol=2.0**-10, atol=1e-6)
+
+
+def test_a_step_with_a_cache_is_captured_in_a_graph_and_played_again(torch):
+    q, k, v = (torch.randn((2, 1, heads, 128), device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+    caches = [torch.randn((2, 4096, 2, 128), device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    lengths = torch.tensor([3000, 17], device="cuda", dtype=torch.int32)
+
+    def step(*caches):
+        return cupyattn.flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths, causal=True)
+
+    others = [cache.clone() for cache in caches]
+    step(*others)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step(*caches)
+    for length in (3001, 50):
+        lengths.fill_(length)
+        graph.replay()
+        assert torch.equal(out, step(*others))
+        assert torch.equal(caches[0], others[0])
+
+
 def test_what_is_hidden_may_hold_nan(cupy, rng):
     arrays = operands(rng, "float16", seqlens=(100, 100), heads=(2, 1, 1))
     arrays["k"][:, 60], arrays["v"][:, 60], arrays["v"][:, 70, :, 3] = np.nan, np.nan, np.inf

@@ -26,7 +26,8 @@ MAY_IMPORT = {
     "hopper": {"problem"},
     "plan": {"hopper", "problem", "splits"},
     "tiles": {"numpy_ref", "plan", "problem", "rounding", "scratch", "threads"},
-    "cpu": {"numpy_ref", "plan", "problem", "rounding", "scratch", "threads", "tiles"},
+    "cutting": {"numpy_ref", "plan", "problem", "rounding", "tiles"},
+    "cpu": {"cutting", "numpy_ref", "plan", "problem", "rounding", "scratch", "threads", "tiles"},
     "library": {"problem", "reading"},
     "torch_arrays": {"library", "problem", "reading"},
     "jax_arrays": {"library", "problem", "reading"},
@@ -35,13 +36,15 @@ MAY_IMPORT = {
     "cuda": {"hopper", "plan", "problem", "reading", "splits"},
     "padding": {"arrays", "problem", "reading"},
     "rotary": {"arrays", "problem", "reading", "rounding"},
+    "appending": {"problem", "reading", "rotary"},
+    "kvcache": {"appending", *CORRIDOR},
     "peers": {"arrays", "corridor", "problem", "reading"},
     "parts": {"arrays", "corridor", "cpu", "numpy_ref", "problem", "reading", "rounding"},
     "cascade": {"arrays", "parts", "problem", "reading"},
     "cache": {"arrays", "corridor", "parts", "problem", "reading"},
     "api": {*CORRIDOR, "numpy_ref", "rounding"},
     "integrations": {"api", "reading"},
-    "__init__": {"api", "cache", "cascade", "padding", "peers", "plan", "rotary"},
+    "__init__": {"api", "cache", "cascade", "kvcache", "padding", "peers", "plan", "rotary"},
     "__main__": {"cuda"},
 }
 """The modules that a module may import from the package, and no others: nothing looks back up."""
@@ -55,7 +58,8 @@ KNOW_LIBRARIES = {"arrays", "jax_arrays", "torch_arrays", "cuda", "integrations"
 PUBLIC = {
     *("attention", "attention_backward", "explain", "merge_states", "Gradients", "Plan"),
     *("scaled_dot_product_attention", "flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_kvpacked_func"),
-    *("flash_attn_varlen_func", "apply_rotary_emb", "unpad_input", "pad_input", "__version__"),
+    *("flash_attn_varlen_func", "flash_attn_with_kvcache"),
+    *("apply_rotary_emb", "unpad_input", "pad_input", "__version__"),
     *("Cache", "DynamicCache", "StaticCache", "SlidingWindowCache", "PagedCache", "OffloadedCache"),
     "cascade_attention",
 }
@@ -134,7 +138,7 @@ def test_no_row_leads_back_to_itself():
         graph = {name: may for name, may in graph.items() if name not in leaves}
 
 
-@pytest.mark.parametrize("name", ["api", "peers", "rotary", "padding", "cascade", "cache"])
+@pytest.mark.parametrize("name", ["api", "kvcache", "peers", "rotary", "padding", "cascade", "cache"])
 def test_public_functions_know_no_implementation(name):
     assert MAY_IMPORT[name] & {"cpu", "cuda", "tiles", "scratch", "threads"} == set()
     assert name not in MAY_IMPORT_LATE

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from cupyattn.cuda import maps
+from cupyattn.cuda import append, maps
 from cupyattn.cuda.lanes import CuPyLane, TorchLane
 from cupyattn.cuda.launch import (
     View,
@@ -127,6 +127,86 @@ def run(
         return memory.home(results)
 
 
+def run_from_cache(
+    function: str,
+    title: str,
+    arrays: Arrays,
+    specs: Mapping[str, Spec],
+    plan: Plan,
+    problem: Problem,
+    cache_seqlen: int | None,
+    each_row: bool,
+    interleaved: bool,
+) -> dict[str, Any]:
+    """Append what is new to a cache, in place, and attend over it: two launches, or one if nothing is new.
+
+    `cache_seqlen` is that of all sequences, where they have no cache_seqlens; if neither, all places are taken.
+    `each_row` and `interleaved` are about the rotation of q.
+
+    Raises
+    ------
+    ValueError
+        Kernels cannot reach the numbers of a cache where they lie.
+    RuntimeError
+        A kernel has to be compiled and cannot be.
+    """
+    memory = _memory(title)
+    index = index_of(arrays["q"])
+    with _current(index):
+        operands = dict(memory.bring(arrays))
+        for name in ("k", "v"):
+            view = memory.view(operands[name], specs[name].dtype)
+            if has_to_be_copied(name, *view[1:], problem.sizes.batch_shape):
+                rule = f"{specs[name].name} has to be contiguous along its last axis: a cache is not copied"
+                raise ValueError(refusal(function, rule, (specs[name].name, view.shape, f"strides {view.strides}")))
+        results = {name: memory.empty(x.shape, x.dtype, operands["q"]) for name, x in problem.results.items()}
+        seqlen = problem.sizes.seqlen_k if cache_seqlen is None else cache_seqlen
+        stream = memory.stream(index)
+        if "k_new" in operands:
+            _append(memory, index, stream, operands, specs, problem, seqlen, each_row, interleaved)
+        if problem.sizes.num_heads and 0 not in problem.out_shape:
+            of_attention = {name: array for name, array in operands.items() if name not in _OF_APPENDING}
+            _launch(function, memory, index, of_attention, specs, results, plan, problem, 0, seqlen)
+        return memory.home(results)
+
+
+_OF_APPENDING = ("v_new", "rotary_cos", "rotary_sin", "rotary_seqlens")
+"""Operands that attention knows nothing of; of k_new it has to know how many there are."""
+
+
+def _append(
+    memory: CuPyMemory,
+    index: int,
+    stream: Any,
+    operands: dict[str, Any],
+    specs: Mapping[str, Spec],
+    problem: Problem,
+    cache_seqlen: int,
+    each_row: bool,
+    interleaved: bool,
+) -> None:
+    """Launch ``append.cu``; where there are tables, "q" among the operands is a rotated copy afterwards."""
+    views = {}
+    for name in append.POINTERS:
+        if name in operands:
+            view = memory.view(operands[name], specs[name].dtype)
+            if has_to_be_copied("", *view[1:], problem.sizes.batch_shape):
+                operands[name] = memory.contiguous(operands[name])
+                view = memory.view(operands[name], specs[name].dtype)
+            views[name] = view
+    rotated = None
+    if "rotary_cos" in operands:
+        rotated = memory.empty(specs["q"].shape, specs["q"].dtype, operands["q"])
+        views["q_rotated"] = memory.view(rotated, specs["q"].dtype)
+    recipe = append.recipe_of(problem, views, each_row, interleaved)
+    if recipe.grid[0]:
+        record = append.record_of(recipe, views, cache_seqlen)
+        what = recipe.specialisation
+        kernel(what, index)(recipe.grid, (what.threads, 1, 1), (record,), what.shared_memory, stream)
+    if rotated is not None:
+        operands["q"] = rotated
+
+
 def _launch(
     function: str,
     memory: CuPyMemory,
@@ -137,6 +217,7 @@ def _launch(
     plan: Plan,
     problem: Problem,
     seed: int,
+    cache_seqlen: int = 0,
 ) -> None:
     views = {name: memory.view(array, specs[name].dtype) for name, array in operands.items()}
     recipe = recipe_of(plan, problem, views)
@@ -153,7 +234,7 @@ def _launch(
     stream = memory.stream(index)
     scratch, workspace = memory.scratch(recipe.workspace, index, stream, operands["q"])
     addresses = {name: memory.pointer(array) for name, array in results.items()}
-    record = record_of(recipe, views, addresses, seed, scratch)
+    record = record_of(recipe, views, addresses, seed, scratch, cache_seqlen)
     what = recipe.specialisation
     kernel(what, index)(recipe.grid, (what.threads, 1, 1), (record,), what.shared_memory, stream)
     del kept, workspace  # not earlier: their memory was in use until the launch was queued

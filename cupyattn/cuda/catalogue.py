@@ -123,6 +123,11 @@ def hopper(
     )
 
 
+def append(dtype: str) -> Specialisation:
+    """The kernel that puts new keys into a cache, ``append.cu``."""
+    return Specialisation("append.cu", f"cupyattn::append<{ELEMENT[dtype]}>", 128, 0)
+
+
 def shared_memory(kernel: str, dtype: str, head_dim: int, head_dim_v: int, tile: Tile) -> int:
     """Dynamic shared memory of a kernel's block in bytes."""
     if kernel == "flash":
@@ -164,6 +169,7 @@ def specialisations(target: str) -> list[Specialisation]:
                 for reach in range(3):
                     cut = base_tile(head_dim, head_dim_v, reach, dtype)
                     found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0))
+    found += [append(dtype) for dtype in ELEMENT]
     return [wanted for wanted in dict.fromkeys(found) if wanted.shared_memory <= limit]
 
 

@@ -73,8 +73,10 @@ struct FlashBlock {
         queries.base = memory;
         key_tile.base = memory + Traits::kQueryBytes;
         value_tile.base = key_tile.base + Traits::KeyTile::kBytes;
-        keys = start_of<const Element>(params.at.k, params.k, head / params.queries_per_k, sequence.first_key);
-        values = start_of<const Element>(params.at.v, params.v, head / params.queries_per_v, sequence.first_key);
+        keys = start_of<const Element>(params.at.k, params.k, sequence.place, head / params.queries_per_k,
+                                       sequence.first_key);
+        values = start_of<const Element>(params.at.v, params.v, sequence.place, head / params.queries_per_v,
+                                         sequence.first_key);
     }
 
     // The two rows of this lane in fragment `m`.
@@ -83,8 +85,8 @@ struct FlashBlock {
         return {{token, token + 8}, {head, head}, {token < end, token + 8 < end}};
     }
     template <typename To, typename From>
-    DEVICE_METHOD To* start_of(From* data, const Strides& strides, int its_head, int64 row) const {
-        return static_cast<To*>(data) + sequence.index * strides.batch + row * strides.row + its_head * strides.head;
+    DEVICE_METHOD static To* start_of(From* data, const Strides& strides, int place, int its_head, int64 row) {
+        return static_cast<To*>(data) + place * strides.batch + row * strides.row + its_head * strides.head;
     }
     DEVICE_METHOD static int warp_row(int m) { return (ptx::warp() * kRowTiles + m) * 16; }
     DEVICE_METHOD int num_rows() const { return smaller(Traits::kBlockQ, sequence.band.seqlen_q - first_row); }
@@ -93,7 +95,8 @@ struct FlashBlock {
 
     DEVICE_METHOD void load_queries() {
         load_rows<kThreads, Traits::kAligned>(queries, ptx::thread(), num_rows(), params.head_dim,
-                                              start_of<const Element>(params.at.q, params.q, head, sequence.first_row + first_row),
+                                              start_of<const Element>(params.at.q, params.q, sequence.index, head,
+                                                                      sequence.first_row + first_row),
                                               params.q.row);
     }
     DEVICE_METHOD void load_keys(int block, int turn) {
@@ -308,7 +311,8 @@ struct FlashBlock {
             }
             out[m].scale_rows(factor);
         }
-        Element* to = start_of<Element>(params.at.out, params.out, head, sequence.first_row + first_row);
+        Element* to =
+            start_of<Element>(params.at.out, params.out, sequence.index, head, sequence.first_row + first_row);
         if constexpr (kPlanes == 1)
             store_by_way_of_shared_memory(to);
         else

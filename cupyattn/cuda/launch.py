@@ -73,17 +73,20 @@ def record_of(
     results: Mapping[str, int],
     seed: int = 0,
     scratch: Mapping[str, int] | None = None,
+    cache_seqlen: int = 0,
     encode: Callable[[BoxMap, int], bytes] | None = None,
 ) -> np.void:
     """The kernel's one parameter, from the operands' views and the results' addresses.
 
-    `scratch` has the addresses that the recipe's workspace asks for; `encode` makes tensor maps, instead of the driver.
+    `scratch` has the addresses that the recipe's workspace asks for; `cache_seqlen` is that of all sequences of
+    a cache, where they have one; `encode` makes tensor maps, instead of the driver.
     """
     pointers = {name: view[0] for name, view in operands.items()}
     pointers.update(results)
     if scratch:
         pointers.update(scratch)
     pointers["dropout_seed"] = seed
+    pointers["cache_seqlen"] = cache_seqlen
     if not recipe.maps:
         return params.record(pointers, recipe.tail)
     encode = encode or maps.encode
@@ -91,7 +94,9 @@ def record_of(
         encode(wanted, pointers[name]) for name, wanted in zip(("q", "k", "v", "out"), recipe.maps, strict=False)
     )
     descales = _DESCALES.pack(*(pointers.get(f"{name}_descale", 0) for name in ("q", "k", "v")))
-    return params.record(pointers, recipe.tail + descales + recipe.behind, head.ljust(4 * maps.SIZE, b"\0"))
+    tail = recipe.tail + descales + recipe.behind
+    fill = bytes(-(params.SIZE + len(descales) + len(recipe.behind)) % _ALIGNMENT)
+    return params.record(pointers, tail + fill, head.ljust(4 * maps.SIZE, b"\0"))
 
 
 def recipe_of(plan: Plan, problem: Problem, operands: Mapping[str, View]) -> Recipe:
@@ -186,7 +191,8 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
             workspace = Workspace(rows * catalogue.padded(sizes.head_dim_v), 2 * rows, blocks)
 
     def operand(name: str) -> params.Strides:
-        return _operand_strides(name, problem, strides[name], name in ("k", "v") and layout.page_size is not None)
+        in_places = layout.page_size is not None or layout.cached
+        return _operand_strides(name, problem, strides[name], name in ("k", "v") and in_places)
 
     def over_scores(name: str) -> params.ScoreStrides:
         if name not in strides:
@@ -225,6 +231,8 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
         bottom_right=int(mask.alignment == "bottom-right"),
         page_size=layout.page_size or 0,
         num_pages=shapes["k"][0] if layout.page_size else 0,
+        num_places=(batch if layout.page_size else shapes["k"][0]) if layout.cached else params.NO_CACHE,
+        seqlen_new=shapes["k_new"][0 if "cu_seqlens_k_new" in shapes else 1] if "k_new" in shapes else 0,
         bias_dtype=params.BIAS_DTYPES.index(dtypes["bias"]) if "bias" in dtypes else 0,
         split_size=plan.split_size,
         num_splits=num_splits,
@@ -239,8 +247,9 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
 
 
 _DESCALES = struct.Struct("<3Q")
-_HOPPER = struct.Struct("<11i20x")
-"""What ``HopperParams`` has behind the record: addresses, and numbers filled up to its alignment."""
+_HOPPER = struct.Struct("<11i")
+"""What ``HopperParams`` has behind the record: addresses and numbers."""
+_ALIGNMENT = 64
 
 
 def _map(
@@ -310,7 +319,7 @@ def has_to_be_copied(name: str, shape: Shape, strides: Strides, dtype: str, batc
     """Whether kernels cannot read an operand as it is."""
     if name in ("q", "k", "v", "mask", "bias") and not has_one_batch_axis(shape, batch_shape):
         return True
-    if name in ("mask", "bias", *DESCALES):
+    if name in ("mask", "bias", "k_new", *DESCALES):  # of new keys only the number is looked at
         return False
     gaps = (
         bool(shape) and 0 not in shape and shape[-1] > 1 and strides[-1] != 1
@@ -323,10 +332,10 @@ def _broadcast_strides(shape: Shape, strides: Strides) -> Strides:
     return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
 
 
-def _operand_strides(name: str, problem: Problem, strides: Strides, paged: bool) -> params.Strides:
-    """(batch, row, head) of an array in the caller's layout, whose batch axes are one by now."""
+def _operand_strides(name: str, problem: Problem, strides: Strides, in_places: bool) -> params.Strides:
+    """(batch, row, head) of an array in the caller's layout, whose batch axes are one by now, or in a cache."""
     axes = problem.layout.axes
-    if paged:
+    if in_places:
         return params.Strides(strides[0], strides[1], strides[2])
     if axes == "thd":
         return params.Strides(0, strides[0], strides[1])

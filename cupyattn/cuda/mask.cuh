@@ -42,8 +42,9 @@ struct Band {
 // Where a sequence's rows and keys lie, and its band.
 struct Sequence {
     int index;
+    int place;        // among the sequences of k and v
     int64 first_row;  // within q and out: rows before this sequence's
-    int64 first_key;  // within k and v, unless they are paged
+    int64 first_key;  // within k and v; of pages and caches, behind the padding on the left
     Band band;
 };
 
@@ -55,9 +56,23 @@ DEVICE Span packed(const int* starts, int index, int64 total, int longest) {
     return {start, smaller(stop, start + smaller(longest, end - start))};
 }
 
+// The live keys of a sequence of a cache, those that are being appended among them; none outside of the cache.
+DEVICE Span cached(int index, const Params& params) {
+    int64 stop = params.at.cache_seqlens ? ptx::load_global(params.at.cache_seqlens + index) : params.at.cache_seqlen;
+    if (params.at.cu_seqlens_k_new) {
+        const Span tokens = packed(params.at.cu_seqlens_k_new, index, params.seqlen_new, params.seqlen_new);
+        stop += tokens.stop - tokens.start;
+    } else {
+        stop += params.seqlen_new;
+    }
+    const int end = stop < params.seqlen_k ? static_cast<int>(stop) : params.seqlen_k;
+    const int start = params.at.cache_leftpad ? ptx::load_global(params.at.cache_leftpad + index) : 0;
+    return {smaller(larger(start, 0), end), end};
+}
+
 // The sequence of this index.  Behind the last one come the rows that belong to none, which see no keys.
 DEVICE Sequence sequence_at(int index, const Params& params) {
-    Sequence found{index, 0, 0, {params.seqlen_q, params.seqlen_k, params.left, params.right, 0}};
+    Sequence found{index, index, 0, 0, {params.seqlen_q, params.seqlen_k, params.left, params.right, 0}};
     if (params.at.cu_seqlens_q) {
         Span rows{0, static_cast<int>(params.total_q)};
         if (index < params.batch)
@@ -69,6 +84,12 @@ DEVICE Sequence sequence_at(int index, const Params& params) {
     }
     if (index == params.batch) {
         found.band.seqlen_k = 0;
+    } else if (params.num_places != kNoCache) {
+        Span keys = cached(index, params);
+        if (params.at.cache_batch_idx) found.place = ptx::load_global(params.at.cache_batch_idx + index);
+        if (found.place < 0 || found.place >= params.num_places) found.place = 0, keys.stop = keys.start;
+        found.first_key = keys.start;
+        found.band.seqlen_k = keys.stop - keys.start;
     } else if (params.at.cu_seqlens_k) {
         // The keys of pages lie anywhere; only their number is told.
         const int64 total = params.at.block_table ? kOpen : params.total_k;

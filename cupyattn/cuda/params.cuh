@@ -16,6 +16,9 @@ struct Pointers {
     const void* bias;
     const int *cu_seqlens_q, *cu_seqlens_k;  // [batch + 1]
     const int* block_table;                  // [batch, pages of a sequence]
+    const int *cache_seqlens, *cache_batch_idx, *cache_leftpad;  // [batch], of a cache
+    const int* cu_seqlens_k_new;                                 // [batch + 1], of what is appended to it
+    int64 cache_seqlen;                                          // of all sequences, without cache_seqlens
     const float* alibi_slopes;
     const float* sinks;                // [num_heads]
     float *partial_out, *partial_lse;  // what splits leave for their merge, see splitkv.cu
@@ -50,7 +53,9 @@ struct Params {
     int left, right;                   // keys seen before and after the diagonal; kOpen: all
     int bottom_right;                  // the diagonal ends at the last key of the last row
     int page_size, num_pages;
-    int bias_dtype;  // 0 Half, 1 BFloat16, 2 float, 3 double
+    int num_places;  // sequences that k and v have room for, if they are a cache; otherwise kNoCache
+    int seqlen_new;  // appended to each sequence of a cache; to all together, if there are cu_seqlens_k_new
+    int bias_dtype;  // see number_at
     int split_size;  // keys of a split; 0: found on the device, from the lengths there
     int num_splits;  // of the grid
     int num_slots;   // thread blocks that fill the GPU once
@@ -61,6 +66,7 @@ struct Params {
 };
 
 constexpr int kOpen = 0x7fffffff;
+constexpr int kNoCache = -1;
 
 // What happens to scores before the softmax; bits of a trait, since each changes the machine code.
 enum Edit {

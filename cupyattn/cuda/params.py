@@ -1,6 +1,6 @@
 """The parameter record of a launch, field for field the structs of ``params.cuh``.
 
-What changes from call to call, the pointers, comes first: a record is those 16 words and a tail that is
+What changes from call to call, the pointers, comes first: a record is those 21 words and a tail that is
 made once for a problem and the strides of its arrays.
 """
 
@@ -22,6 +22,11 @@ POINTERS = (
     "cu_seqlens_q",
     "cu_seqlens_k",
     "block_table",
+    "cache_seqlens",
+    "cache_batch_idx",
+    "cache_leftpad",
+    "cu_seqlens_k_new",
+    "cache_seqlen",
     "alibi_slopes",
     "sinks",
     "partial_out",
@@ -30,8 +35,9 @@ POINTERS = (
     "dropout_seed",
 )
 _POINTERS = struct.Struct(f"<{len(POINTERS)}Q")
-_TAIL = struct.Struct("<12q8q6q18iIfff")
+_TAIL = struct.Struct("<12q8q6q20iIfff")
 OPEN = 2**31 - 1
+NO_CACHE = -1
 BIAS_DTYPES = ("float16", "bfloat16", "float32", "float64")
 SIZE = _POINTERS.size + _TAIL.size
 
@@ -82,6 +88,8 @@ class Tail(NamedTuple):
     bottom_right: int
     page_size: int
     num_pages: int
+    num_places: int
+    seqlen_new: int
     bias_dtype: int
     split_size: int
     num_splits: int

@@ -24,16 +24,6 @@ DEVICE float tanh(float x) {
     return 1.f - ptx::divide(2.f, ptx::exp2(2.f * kLog2e * x) + 1.f);
 }
 
-DEVICE float bias_at(const Params& params, int64 index) {
-    const void* data = params.at.bias;
-    switch (params.bias_dtype) {
-        case 0: return ptx::widen(ptx::load_global(static_cast<const Half*>(data) + index));
-        case 1: return ptx::widen(ptx::load_global(static_cast<const BFloat16*>(data) + index));
-        case 2: return ptx::load_global(static_cast<const float*>(data) + index);
-        default: return ptx::widen(ptx::load_global(static_cast<const double*>(data) + index));
-    }
-}
-
 // Where the scores of a row begin in a mask or bias.
 DEVICE int64 row_of(const ScoreStrides& array, int batch, int head, int token) {
     return batch * array.batch + head * array.head + token * array.row;
@@ -74,7 +64,8 @@ DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key,
                     if constexpr (bool(kEdits & kBias))
                         if (!hidden) {
                             const float bias =
-                                bias_at(params, row_of(params.bias, sequence.index, head, token) + key * params.bias.key);
+                                number_at(params.at.bias, params.bias_dtype,
+                                          row_of(params.bias, sequence.index, head, token) + key * params.bias.key);
                             x += bias;
                             hidden = bias == -ptx::infinity();  // even if the score is nan
                         }

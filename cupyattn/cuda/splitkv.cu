@@ -150,15 +150,18 @@ struct SplitBlock {
                                     int key, int left) const {
         const Element* base = static_cast<const Element*>(data) + head * strides.head;
         if constexpr (!Traits::kPaged) {
-            base += sequence.index * strides.batch + (sequence.first_key + key) * strides.row;
-            load_rows<32, Traits::kAligned>(tile, ptx::lane(), left, num_cols, base, strides.row);
-        } else if (params.page_size % 16 == 0) {
-            if (left > 0) base += page_of(key) * strides.batch + key % params.page_size * strides.row;
+            base += sequence.place * strides.batch + (sequence.first_key + key) * strides.row;
             load_rows<32, Traits::kAligned>(tile, ptx::lane(), left, num_cols, base, strides.row);
         } else {
-            load_rows_from<32, Traits::kAligned>(tile, ptx::lane(), left, num_cols, base, [&](int row) {
-                return base + page_of(key + row) * strides.batch + (key + row) % params.page_size * strides.row;
-            });
+            key += static_cast<int>(sequence.first_key);
+            if (params.page_size % 16 == 0 && key % 16 == 0) {  // all of the tile is in one page
+                if (left > 0) base += page_of(key) * strides.batch + key % params.page_size * strides.row;
+                load_rows<32, Traits::kAligned>(tile, ptx::lane(), left, num_cols, base, strides.row);
+            } else {
+                load_rows_from<32, Traits::kAligned>(tile, ptx::lane(), left, num_cols, base, [&](int row) {
+                    return base + page_of(key + row) * strides.batch + (key + row) % params.page_size * strides.row;
+                });
+            }
         }
     }
     // Kept inside the pages there are, whatever the table says.

@@ -220,6 +220,16 @@ DEVICE void store_rounded(Element* to, float x) {
     ptx::store_global(&to->bits, static_cast<uint16>(ptx::pack<Element>(x, 0.f)));
 }
 
+// A number of a dtype that is known only now: 0 Half, 1 BFloat16, 2 float, 3 double.
+DEVICE float number_at(const void* data, int dtype, int64 index) {
+    switch (dtype) {
+        case 0: return ptx::widen(ptx::load_global(static_cast<const Half*>(data) + index));
+        case 1: return ptx::widen(ptx::load_global(static_cast<const BFloat16*>(data) + index));
+        case 2: return ptx::load_global(static_cast<const float*>(data) + index);
+        default: return ptx::widen(ptx::load_global(static_cast<const double*>(data) + index));
+    }
+}
+
 // 16 rows x kCols as the left operand of a product, in 16-bit planes.
 template <typename Element, int kCols>
 struct Fragment {

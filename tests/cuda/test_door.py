@@ -199,3 +199,153 @@ def test_cupy_arrays_by_pointer_and_stride(driver):
     q = rng.standard_normal((2, 3, 40, 64)).astype(np.float16).swapaxes(1, 2)
     seen = memory.CuPyMemory().view(host_backed(q), "float16")
     assert seen == memory.View(q.ctypes.data, (2, 40, 3, 64), (7680, 64, 2560, 1), "float16")
+
+
+# ---- flash_attn_with_kvcache
+
+
+def cache_call(torch, pages=False, **changes):
+    """Two new tokens for each of three sequences, rotated, over a cache of 64 keys; contiguous or pages of 16."""
+    torch.manual_seed(0)
+    shape = (14, 16, 2, 64) if pages else (3, 64, 2, 64)
+    arguments = {
+        "q": torch.randn(3, 2, 4, 64).half(),
+        "k_cache": torch.randn(shape).half(),
+        "v_cache": torch.randn(shape).half(),
+        "k": torch.randn(3, 2, 2, 64).half(),
+        "v": torch.randn(3, 2, 2, 64).half(),
+        "rotary_cos": torch.randn(64, 16).half(),
+        "rotary_sin": torch.randn(64, 16).half(),
+        "cache_seqlens": torch.tensor([5, 0, 40], dtype=torch.int32),
+        "causal": True,
+    }
+    if pages:
+        table = [[3, 9, 1, 12], [2, 0, 13, 4], [7, 5, 6, 8]]
+        arguments["block_table"] = torch.tensor(table, dtype=torch.int32)
+    return {name: x for name, x in {**arguments, **changes}.items() if x is not None}
+
+
+def on_the_cpu(arguments):
+    """The same call of NumPy arrays, which are returned with its results."""
+    copies = {name: x.clone().numpy() if hasattr(x, "numpy") else x for name, x in arguments.items()}
+    return *cupyattn.flash_attn_with_kvcache(**copies, return_softmax_lse=True), copies
+
+
+CACHES = {
+    "contiguous": lambda torch: {},
+    "pages": lambda torch: {"pages": True},
+    "one length": lambda torch: {"cache_seqlens": 11},
+    "all of it": lambda torch: dict.fromkeys(("cache_seqlens", "k", "v", "rotary_cos", "rotary_sin")),
+    "elsewhere": lambda torch: {"cache_batch_idx": torch.tensor([2, 0, 1], dtype=torch.int32)},
+    "padding": lambda torch: {"cache_leftpad": torch.tensor([3, 0, 17], dtype=torch.int32)},
+    "tables of float32": lambda torch: {"rotary_cos": torch.randn(64, 16), "rotary_sin": torch.randn(64, 16)},
+    "columns of steps": lambda torch: {"k": torch.randn(3, 2, 2, 128).half()[..., ::2]},
+    "packed": lambda torch: {
+        "q": torch.randn(6, 4, 64).half(),
+        "cu_seqlens_q": torch.tensor([0, 1, 1, 5], dtype=torch.int32),
+        "max_seqlen_q": 4,
+        "k": torch.randn(5, 2, 64).half(),
+        "v": torch.randn(5, 2, 64).half(),
+        "cu_seqlens_k_new": torch.tensor([0, 1, 1, 5], dtype=torch.int32),
+    },
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_takes_keys_in_and_is_attended(torch, driver, name):
+    arguments = cache_call(torch, **CACHES[name](torch))
+    exact, exact_lse, after = on_the_cpu(arguments)
+    out, lse = cupyattn.flash_attn_with_kvcache(**arguments, return_softmax_lse=True)
+    np.testing.assert_allclose(out.numpy(), exact, atol=4e-3)
+    np.testing.assert_allclose(lse.numpy(), exact_lse, atol=4e-3)
+    np.testing.assert_array_equal(arguments["v_cache"].numpy(), after["v_cache"])
+    np.testing.assert_allclose(arguments["k_cache"].numpy(), after["k_cache"], rtol=2e-3, atol=1e-6)
+    sources = [launch[0].source for launch in driver.launches]
+    assert sources == (["append.cu", "splitkv.cu"] if "k" in arguments else ["splitkv.cu"])
+
+
+def test_q_is_not_rotated_in_place(torch, driver):
+    arguments = cache_call(torch)
+    before = arguments["q"].clone()
+    cupyattn.flash_attn_with_kvcache(**arguments)
+    assert torch.equal(arguments["q"], before)
+
+
+def test_a_prefill_into_a_cache_is_two_launches(torch, driver):
+    arguments = cache_call(torch, q=torch.randn(3, 40, 4, 64).half(), rotary_cos=None, rotary_sin=None)
+    exact, _, _ = on_the_cpu(arguments)
+    np.testing.assert_allclose(cupyattn.flash_attn_with_kvcache(**arguments).numpy(), exact, atol=4e-3)
+    assert [launch[0].source for launch in driver.launches] == ["append.cu", "flash.cu"]
+
+
+@pytest.mark.parametrize(("num_splits", "splits"), [(1, 1), (3, 3), (100, 8)])
+def test_splits_are_as_many_as_were_asked_or_as_there_are_keys_for(torch, driver, num_splits, splits):
+    arguments = cache_call(
+        torch,
+        k_cache=torch.randn(3, 2048, 2, 64).half(),
+        v_cache=torch.randn(3, 2048, 2, 64).half(),
+        rotary_cos=None,
+        rotary_sin=None,
+        cache_seqlens=torch.tensor([2000, 3, 700], dtype=torch.int32),
+    )
+    exact, _, _ = on_the_cpu(arguments)
+    out = cupyattn.flash_attn_with_kvcache(**arguments, num_splits=num_splits)
+    np.testing.assert_allclose(out.numpy(), exact, atol=4e-3)
+    (_, grid) = driver.launches[-1]
+    assert grid == (splits * 3 * 2, 1, 1)
+
+
+def test_nobody_waits_for_the_values_of_indices(torch, driver, monkeypatch):
+    arguments = cache_call(torch, pages=True)
+    for name in ("numpy", "tolist", "item", "cpu", "__bool__", "__array__"):
+
+        def waiting(self, *more, name=name):
+            raise AssertionError(f"{name} waits")
+
+        monkeypatch.setattr(torch.Tensor, name, waiting)
+    cupyattn.flash_attn_with_kvcache(**arguments)
+
+
+WRONG = [
+    ("63 new keys too many", {}, {"cache_seqlens": [5, 63, 0]}, "sequence 1 would have 65 keys"),
+    ("a page of others", {"pages": True}, {"block_table": [[14] * 4] * 3}, "names page 14, and there are 14"),
+    ("a place of nobody", {}, {"cache_batch_idx": [0, 1, 3]}, "cache_batch_idx has to be from 0 to 2"),
+    ("a position of nothing", {}, {"rotary_seqlens": [0, 63, 0]}, "positions have to be from 0 to 63"),
+]
+
+
+@pytest.mark.parametrize(("how", "indices", "says"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+def test_wrong_indices_are_refused_where_that_was_asked_for(torch, driver, how, indices, says):
+    wrong = {name: torch.tensor(values, dtype=torch.int32) for name, values in indices.items()}
+    arguments = {**cache_call(torch, **how), **wrong}
+    before = arguments["v_cache"].clone()
+    with pytest.raises(ValueError, match=says):
+        cupyattn.flash_attn_with_kvcache(**arguments, check_indices=True)
+    assert driver.launches == []
+    assert torch.equal(arguments["v_cache"], before)
+    cupyattn.flash_attn_with_kvcache(**arguments)
+
+
+def test_right_indices_pass_where_they_are_looked_at(torch, driver):
+    cupyattn.flash_attn_with_kvcache(**cache_call(torch, pages=True), check_indices=True)
+    assert len(driver.launches) == 2
+
+
+def test_a_cache_is_not_copied(torch, driver):
+    arguments = cache_call(torch, k_cache=torch.randn(3, 64, 2, 128).half()[..., ::2])
+    with pytest.raises(ValueError, match="k_cache has to be contiguous along its last axis"):
+        cupyattn.flash_attn_with_kvcache(**arguments)
+    assert driver.launches == []
+
+
+def test_a_cache_that_is_a_negated_view_is_refused(torch, driver):
+    negated = torch._neg_view(torch.zeros(3, 64, 2, 64).half())
+    with pytest.raises(ValueError, match="k_cache was to be overwritten, and is a negated view"):
+        cupyattn.flash_attn_with_kvcache(**cache_call(torch, k_cache=negated))
+
+
+def test_gradients_through_a_cache_are_refused(torch, driver):
+    arguments = cache_call(torch)
+    arguments["q"].requires_grad_()
+    with pytest.raises(NotImplementedError, match="has no gradients"):
+        cupyattn.flash_attn_with_kvcache(**arguments)

@@ -1,0 +1,241 @@
+"""flash-attn's flash_attn_with_kvcache: attention of new tokens over a cache, which takes their keys and values in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cupyattn import reading
+from cupyattn.appending import INDICES, Appended, check_new
+from cupyattn.arrays import Arrays, Visit, enter, untraced
+from cupyattn.corridor import Rotation, answer_from_cache, plan_for
+from cupyattn.plan import with_num_splits
+from cupyattn.problem import Array, Spec
+from cupyattn.reading import Options, refusal
+
+FUNCTION = "flash_attn_with_kvcache"
+
+
+@untraced
+def flash_attn_with_kvcache(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    k: Array | None = None,
+    v: Array | None = None,
+    rotary_cos: Array | None = None,
+    rotary_sin: Array | None = None,
+    cache_seqlens: int | Array | None = None,
+    cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None,
+    block_table: Array | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Array | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    *,
+    cu_seqlens_q: Array | None = None,
+    max_seqlen_q: int | None = None,
+    cu_seqlens_k_new: Array | None = None,
+    rotary_seqlens: Array | None = None,
+    page_table: Array | None = None,
+    q_descale: Array | None = None,
+    k_descale: Array | None = None,
+    v_descale: Array | None = None,
+    sinks: Array | None = None,
+    compute_dtype: Any = None,
+    check_indices: bool = False,
+) -> Any:
+    """flash-attn's flash_attn_with_kvcache: append to a cache in place, then attend over old keys and new.
+
+    Positional order and defaults are flash-attn 2's; after ``*`` come flash-attn 3's additions, from `cu_seqlens_q`
+    to `v_descale`, and then what is ours.
+
+    Parameters
+    ----------
+    q : array, shape (batch, seqlen_q, num_heads, head_dim)
+        Or (total_q, num_heads, head_dim) with `cu_seqlens_q`.
+    k_cache : array, shape (batch, seqlen, num_heads_kv, head_dim)
+        Or pages, (num_pages, page_size, num_heads_kv, head_dim), any page size, if `block_table` is given.
+    v_cache : array, shape (batch, seqlen, num_heads_kv, head_dim_v)
+        Or pages.
+    k, v : array, shapes (batch, seqlen_new, num_heads_kv, head_dim), (batch, seqlen_new, num_heads_kv, head_dim_v)
+        Optional: written into the caches, places ``cache_seqlens .. cache_seqlens + seqlen_new - 1`` of each
+        sequence.  Or (total_new, ...) with `cu_seqlens_k_new`.
+    rotary_cos, rotary_sin : array, shape (positions, rotary_dim / 2), optional
+        Rotate `k` at positions from cache_seqlens on, and `q` likewise if there is a causal mask or a window; without
+        one, all rows of `q` at cache_seqlens.  At least as many rows as a sequence has places.  Only with `k`.
+    cache_seqlens : int or array of int32, shape (batch,), optional
+        Places of each sequence that are taken, its left padding included.  Default: all; needed if `k` is given.
+    cache_batch_idx : array of int32, shape (batch,), optional
+        The sequence of the cache that each sequence of `q` is.  Not with `block_table`.
+    cache_leftpad : array of int32, shape (batch,), optional
+        Places at the start of each sequence that hold no keys.
+    block_table : array of int32, shape (batch, pages of a sequence), optional
+        The page of each page_size places; entries past a sequence's last page are not looked at.
+    softmax_scale, causal, softcap, alibi_slopes, sinks, compute_dtype
+        As for `attention`; causal masks are aligned bottom-right, to the last key after appending.
+    window_size : (left, right)
+        As for `flash_attn_func`.
+    rotary_interleaved : bool
+        Pairs of features are neighbours (GPT-J), not halves (GPT-NeoX, Llama).
+    num_splits : int
+        Splits of a sequence's keys on a GPU, at most; 0: chosen there.  With 1 the result of a sequence does not
+        depend on the rest of the batch.  The CPU does not split.
+    return_softmax_lse : bool
+        Return (out, lse).
+    cu_seqlens_q, cu_seqlens_k_new : array of int32, shape (batch + 1,), optional
+        Where each sequence starts in a packed `q`, in packed `k` and `v`.
+    max_seqlen_q : int, optional
+        At least the longest sequence of a packed `q`; needed for one.
+    rotary_seqlens : array of int32, shape (batch,), optional
+        The position of each sequence's first new token, instead of cache_seqlens.
+    page_table
+        `block_table`, as flash-attn 3 calls it.
+    q_descale, k_descale, v_descale
+        Belong to float8 arrays.
+    check_indices : bool
+        On a GPU, wait for the values of all index arrays and refuse wrong ones, as the CPU always does.
+
+    Returns
+    -------
+    out : array, shape (batch, seqlen_q, num_heads, head_dim_v) or (total_q, num_heads, head_dim_v)
+    lse : array, shape (batch, num_heads, seqlen_q) or (num_heads, total_q)
+        -inf where a query sees no key.
+
+    Raises
+    ------
+    TypeError
+        As `attention`; an index array is not int32, or the caches cannot be overwritten: JAX's and dask's cannot.
+    ValueError
+        As `attention`; a cache is read-only or has no room, an index leads out of an array, or two new tokens would be
+        written to one place.  The caches are as they were.
+    NotImplementedError
+        Gradients are wanted, which there are none.
+
+    Notes
+    -----
+    Two sequences may share pages, and append to different rows of one.  All appending is done before
+    any of it is read, on the CPU; on a GPU a sequence that reads what another appends in the same call may see either.
+    On a GPU nobody waits for the values of index arrays, unless `check_indices`: what they name outside of the arrays
+    is neither read nor written.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> k_cache, v_cache = np.zeros((2, 1, 16, 2, 8), np.float32)
+    >>> q = k = v = np.ones((1, 1, 2, 8), np.float32)
+    >>> cupyattn.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=3).shape
+    (1, 1, 2, 8)
+    >>> k_cache[0, :5, 0, 0]
+    array([0., 0., 0., 1., 0.], dtype=float32)
+    """
+    if page_table is not None and block_table is not None:
+        rule = "page_table is another word for block_table: give one of them"
+        raise ValueError(refusal(FUNCTION, rule, ("block_table", "given"), ("page_table", "given")))
+    table = ("block_table", block_table) if page_table is None else ("page_table", page_table)
+    named: dict[str, tuple[str, Any]] = {
+        "q": ("q", q),
+        "k": ("k_cache", k_cache),
+        "v": ("v_cache", v_cache),
+        "k_new": ("k", k),
+        "v_new": ("v", v),
+        "rotary_cos": ("rotary_cos", rotary_cos),
+        "rotary_sin": ("rotary_sin", rotary_sin),
+        "cache_batch_idx": ("cache_batch_idx", cache_batch_idx),
+        "cache_leftpad": ("cache_leftpad", cache_leftpad),
+        "block_table": table,
+        "alibi_slopes": ("alibi_slopes", alibi_slopes),
+        "sinks": ("sinks", sinks),
+        "cu_seqlens_q": ("cu_seqlens_q", cu_seqlens_q),
+        "cu_seqlens_k_new": ("cu_seqlens_k_new", cu_seqlens_k_new),
+        "rotary_seqlens": ("rotary_seqlens", rotary_seqlens),
+    }
+    seqlen = None
+    if isinstance(cache_seqlens, (int, np.integer)):
+        seqlen = reading.integer(FUNCTION, "cache_seqlens", cache_seqlens, low=0)
+    else:
+        named["cache_seqlens"] = ("cache_seqlens", cache_seqlens)
+    needed = ("q", "k", "v")
+    visit = enter(FUNCTION, {word: entry for word, entry in named.items() if entry[1] is not None or word in needed})
+    specs = dict(visit.specs)
+    _check_descales(specs, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    left, right = reading.window(FUNCTION, "window_size", window_size)
+    options = Options(
+        axes="bshd" if cu_seqlens_q is None else "thd",
+        causal=reading.flag(FUNCTION, "causal", causal),
+        window=(left, right),
+        softmax_scale=reading.softmax_scale(FUNCTION, "softmax_scale", softmax_scale),
+        softcap=reading.softcap(FUNCTION, softcap),
+        compute_dtype=reading.compute_dtype(FUNCTION, compute_dtype),
+        needs_lse=reading.flag(FUNCTION, "return_softmax_lse", return_softmax_lse),
+        max_seqlen_q=_longest_of(max_seqlen_q, cu_seqlens_q is not None),
+        cached=True,
+    )
+    interleaved = reading.flag(FUNCTION, "rotary_interleaved", rotary_interleaved)
+    splits = reading.integer(FUNCTION, "num_splits", num_splits, low=0)
+    waits = reading.flag(FUNCTION, "check_indices", check_indices)
+    problem = reading.read(FUNCTION, visit.specs, options)
+    check_new(FUNCTION, visit.specs, problem, seqlen is not None)
+    _check_caches(visit)
+    plan = with_num_splits(plan_for(FUNCTION, problem, visit.device()), problem, splits)
+    rotation = Rotation(options.causal or left is not None or right is not None, interleaved)
+
+    def append(operands: Arrays) -> Arrays:
+        """On the CPU: what attention is asked of, once new keys are in the caches."""
+        found = Appended.read(FUNCTION, specs, problem, _indices(operands), seqlen)
+        return found.append(FUNCTION, specs, problem, operands, *rotation)
+
+    if visit.kind == "cuda" and waits:
+        values = {name: visit.library.values(array) for name, array in _indices(visit.arrays).items()}
+        found = Appended.read(FUNCTION, specs, problem, values, seqlen)
+        if rotary_cos is not None:
+            found.check_positions(FUNCTION, specs, problem, rotation.each_row)
+    results = answer_from_cache(visit, problem, plan, seqlen, rotation, append)
+    if k is not None:
+        for name in ("k", "v"):
+            visit.library.note_overwritten(visit.arrays[name])
+    return (results["out"], results["lse"]) if return_softmax_lse else results["out"]
+
+
+def _indices(arrays: Arrays) -> Arrays:
+    return {name: arrays[name] for name in INDICES if name in arrays}
+
+
+def _longest_of(max_seqlen_q: Any, packed: bool) -> int:
+    if not packed:
+        if max_seqlen_q is not None:
+            rule = "max_seqlen_q belongs to a packed q, with cu_seqlens_q"
+            raise ValueError(refusal(FUNCTION, rule, ("max_seqlen_q", max_seqlen_q)))
+        return 0
+    if max_seqlen_q is None:
+        raise ValueError(refusal(FUNCTION, "max_seqlen_q is needed for a packed q", ("cu_seqlens_q", "given")))
+    return reading.integer(FUNCTION, "max_seqlen_q", max_seqlen_q, low=0)
+
+
+def _check_descales(specs: Mapping[str, Spec], **descales: Any) -> None:
+    for name, descale in descales.items():
+        whose = specs[name[0]]
+        if descale is not None and not whose.dtype.startswith("float8"):
+            rule = f"{name} belongs to float8 arrays, and {whose.name} is {whose.dtype}"
+            raise ValueError(refusal(FUNCTION, rule, (whose.name, whose.shape, whose.dtype)))
+
+
+def _check_caches(visit: Visit) -> None:
+    """Refuse what would lose gradients, and caches that cannot take keys in."""
+    library = visit.library
+    if library.differentiates(visit.arrays):
+        rule = "has no gradients, as in flash-attn, and knows no transforms; call it under torch.no_grad()"
+        raise NotImplementedError(refusal(FUNCTION, rule))
+    if "k_new" not in visit.arrays:
+        return
+    for word in ("k", "v"):
+        name, array = dict(visit.specs)[word].name, visit.arrays[word]
+        library.check_writable(FUNCTION, name, array)
+        library.check_in_place(FUNCTION, name, array)
