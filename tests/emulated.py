@@ -175,7 +175,7 @@ class Call:
             "counters": np.zeros(workspace.counters, np.int32),
         }
         addresses = {name: x.ctypes.data for name, x in self.scratch.items()}
-        self.record = record_of(recipe, views, homes, dropout_seed, addresses, encode)
+        self.record = record_of(recipe, views, homes, dropout_seed, addresses, encode=encode)
         self.grid, self.wanted = recipe.grid, recipe.specialisation
         given = [(x, False) for x in arrays.values()]
         given += [(x, True) for x in (*self.results.values(), *self.scratch.values())]

@@ -1,0 +1,224 @@
+"""Planted bugs in the Hopper kernel: each has to be noticed in the group of calls named for it; see test_mutants.py."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from cases import HIDDEN, STRAYS
+from emulated import check, operands, options_of, problem_of, ragged_operands, ragged_options
+from emulator import CUDA, EmulatorError
+
+from cupyattn.hopper import Switches, hopper_tile
+
+SEED = 7
+BOTTOM = {"alignment": "bottom-right"}
+
+
+class Mutant(NamedTuple):
+    name: str
+    source: str
+    old: str
+    new: str
+    group: str
+
+
+MUTANTS = [
+    # ---- Tiles, maps and rings
+    Mutant("swizzle by other rows", "tile90.cuh", "place >> 7 & (kChunks - 1)", "place >> 8 & (kChunks - 1)", "tiles"),
+    Mutant("slabs on top of each other", "tile90.cuh", "return descriptor(base, kSlab);",
+           "return descriptor(base, kSwizzle);", "wide"),
+    Mutant("half a step along", "tile90.cuh", "step % kSteps * 32) >> 4", "step % kSteps * 16) >> 4", "tiles"),
+    Mutant("no step into the next slab", "tile90.cuh", "step / kSteps * kSlab", "step / kSteps * 32", "wide"),
+    Mutant("half a step down", "tile90.cuh", "return 16 * step * kSwizzle >> 4;", "return 8 * step * kSwizzle >> 4;",
+           "tiles"),
+    Mutant("eight rows too near", "tile90.cuh", "static_cast<uint64>(kAlignment >> 4) << 32",
+           "static_cast<uint64>(kAlignment >> 5) << 32", "tiles"),
+    Mutant("first columns in all slabs", "tile90.cuh", "barrier, slab * Tile::kSlabCols, 0,", "barrier, 0, 0,", "wide"),
+    Mutant("phases of single uses", "tile90.cuh", "return use / kNumStages & 1;", "return use & 1;", "tiles"),
+    Mutant("nothing is empty at first", "tile90.cuh", "parity(use) ^ 1", "parity(use)", "tiles"),
+    # ---- The first warpgroup
+    Mutant("half of the keys expected", "fetch90.cuh", "expect(key_ring.full(its_use), Traits::KeyTile::kBytes)",
+           "expect(key_ring.full(its_use), Traits::KeyTile::kBytes / 2)", "tiles"),
+    Mutant("values of the keys' head", "fetch90.cuh", "tile.head / params.queries_per_v", "tile.head / params.queries_per_k",
+           "tiles"),
+    Mutant("keys one block ahead of nobody", "fetch90.cuh", "load_keys(block - 1, use + 1)", "load_keys(block, use + 1)",
+           "tiles"),
+    Mutant("keys of all sequences are the first's", "fetch90.cuh",
+           "static_cast<int>(tile.sequence.first_row) + tile.first_token", "tile.first_token", "ragged"),
+    Mutant("values are loaded before there is room", "fetch90.cuh", "value_ring.wait_empty(use);\n            ptx::mbarrier",
+           "ptx::mbarrier", "tiles"),
+    Mutant("nan stays among hidden values", "fetch90.cuh", "    if (found) {", "    if (false) {", "strays"),
+    Mutant("clean values are not told of", "fetch90.cuh", "        ptx::fence_async_proxy();\n    }\n    return found;",
+           "    }\n    return found;", "strays"),
+    Mutant("values inspected before they come", "fetch90.cuh", "fetched_ring.wait_full(use);  //", "//", "tiles"),
+    Mutant("found by one warp alone", "fetch90.cuh", "memory.found(inspected) + 4 * inspector", "memory.found(inspected)",
+           "strays"),
+    # ---- Which rows and keys
+    Mutant("an edge taken for whole", "hopper.cuh", "whole.stop / kBlockK}", "ceil_div(whole.stop, kBlockK)}", "tiles"),
+    Mutant("a left edge taken for whole", "hopper.cuh", "{ceil_div(whole.start, kBlockK),", "{whole.start / kBlockK,",
+           "tiles"),
+    Mutant("first block left out", "hopper.cuh", "{touched.start / kBlockK,", "{ceil_div(touched.start, kBlockK),", "tiles"),
+    Mutant("tiles of a short section", "hopper.cuh", "smaller(given.units_per_section, units - first)",
+           "given.units_per_section", "tiles"),
+    Mutant("one consumer empties all", "hopper.cuh", "key_ring().init(1, Traits::kConsumers);",
+           "key_ring().init(1, 1);", "tiles"),
+    # ---- The other warpgroups
+    Mutant("nobody begins", "hopper.cu", "if (Switches::kPingPong && consumer == 0)", "if (false)", "tiles"),
+    Mutant("scores of keys that have not come", "hopper.cu", "memory.key_ring().wait_full(use + 1);", "", "tiles"),
+    Mutant("scores read while they are summed", "hopper.cu", "ptx::wgmma_wait<1>();", "", "tiles"),
+    Mutant("weights overwritten while they are read", "hopper.cu",
+           "softmax.row_sum[1], memory.base);\n        ptx::wgmma_wait<0>();", "softmax.row_sum[1], memory.base);", "tiles"),
+    Mutant("another slot of keys released", "hopper.cu", "release(memory.key_ring().empty(use + 1));",
+           "release(memory.key_ring().empty(use));", "tiles"),
+    Mutant("values never released", "hopper.cu", "release(memory.value_ring().empty(use));", "", "tiles"),
+    Mutant("sums never shrink", "hopper.cu", "if constexpr (!Switches::kRescaleFirst) rescale();", "", "tiles"),
+    Mutant("sums never shrink first", "hopper.cu",
+           "if constexpr (Switches::kRescaleFirst) rescale();\n        wait_for_values(block + 1);",
+           "wait_for_values(block + 1);", "switches"),
+    Mutant("queries replaced while results leave", "hopper.cu", "ptx::wait_stores_read<0>();", "", "tiles"),
+    Mutant("results not told of", "hopper.cu",
+           "if constexpr (Traits::kStoresBoxes) {\n            ptx::fence_async_proxy();",
+           "if constexpr (Traits::kStoresBoxes) {", "tiles"),
+    Mutant("results of rows not told of", "hopper.cu",
+           "ptx::fence_async_proxy();  // before TMA puts the next queries here", "", "ragged"),
+    Mutant("inspected values not waited for", "hopper.cu", "memory.inspected_ring().wait_full(inspected);", "", "strays"),
+    Mutant("every warp has the first rows", "hopper.cu", "64 * consumer + 16 * (ptx::warp() % 4) + Accumulator<16>",
+           "64 * consumer + Accumulator<16>", "tiles"),
+    Mutant("tokens of packed rows", "hopper.cu", "Traits::kPacked ? row / given.heads_per_unit : row",
+           "Traits::kPacked ? row % given.heads_per_unit : row", "packed"),
+    Mutant("heads of packed rows", "hopper.cu", "Traits::kPacked ? row % given.heads_per_unit : 0", "0", "packed"),
+    Mutant("spare rows of anything", "hopper.cu", "if constexpr (Traits::kPacked) clear_spare_rows(given, memory);", "",
+           "packed"),
+    Mutant("rows behind the last sequence", "hopper.cu",
+           "tile.sequence.index == params.batch ? given.tiles_per_unit * given.tokens_per_tile : kOpen - end",
+           "kOpen - end", "ragged"),
+    Mutant("empty rows with sinks", "hopper.cu", "finish_row(-ptx::infinity(), 0.f, sink).lse", "-ptx::infinity()",
+           "tiles"),
+    Mutant("weights in shared memory not told of", "hopper.cu",
+           "ptx::fence_async_proxy();\n            ptx::warp_barrier();  // wgmma has each warp read its own 16 rows",
+           "ptx::warp_barrier();", "switches"),
+    # ---- Values that are not finite
+    Mutant("nobody mends", "hopper.cu", "if (suspicious) mend(", "if (false) mend(", "strays"),
+    Mutant("inf where the scores are nan", "hopper.cu", "|| row_sum * 0.f != 0.f) return;", ") return;", "strays"),
+    Mutant("the last stray alone", "hopper.cu", "sum[i] += value;", "sum[i] = value;", "strays"),
+    Mutant("strays of hidden keys", "hopper.cu", "key = keys.start; key < keys.stop; ++key",
+           "key = 0; key < tile.sequence.band.seqlen_k; ++key", "strays"),
+    # ---- The softmax
+    Mutant("weights may grow beyond all bounds", "softmax.cuh",
+           "(highest[0] - row_max[0]) * scale_log2 <= 8.f", "(highest[0] - row_max[0]) * scale_log2 <= 800.f", "switches"),
+    Mutant("half of an exponent", "softmax90.cuh", "ptx::bits(shifted) << 23", "ptx::bits(shifted) << 22", "switches"),
+    Mutant("a polynomial without its end", "softmax90.cuh", "0.077119089663028717f", "0.f", "switches"),
+    # ---- Float8
+    Mutant("weights of float8 as they are", "softmax.cuh", "if constexpr (kShift != 0) origin[half] -= kShift;", "",
+           "float8"),
+    Mutant("lse of larger weights", "hopper.cu", "if constexpr (kShift != 0) softmax.row_sum[half] *= kShrinkBack;", "",
+           "float8"),
+    Mutant("keys in another order", "float8.cuh", "ptx::permute_bytes(four[0], four[1], 0x6420)",
+           "ptx::permute_bytes(four[0], four[1], 0x5410)", "float8"),
+    Mutant("columns in another order", "float8.cuh", "lane % 8 * 2 + lane / 8 % 2", "lane % 8 + lane / 8 % 2 * 8",
+           "float8"),
+    Mutant("weights in another order", "float8.cuh", "block = 4 * step + i / 2 * 2", "block = 4 * step + i / 2", "float8"),
+    Mutant("nan of float8 stays", "float8.cuh", "return four & ~((nans >> 7) * 0xffu);", "return four;", "float8"),
+    Mutant("turned values not told of", "fetch90.cuh",
+           "ptx::fence_async_proxy();\n                ptx::warp_barrier();", "ptx::warp_barrier();", "float8"),
+    Mutant("turned into a slot in use", "fetch90.cuh", "                value_ring.wait_empty(use);\n", "", "float8"),
+    Mutant("descale of one head", "hopper.cu", "batch * given.k_descale_batch + head * given.k_descale_head",
+           "batch * given.k_descale_batch", "float8"),
+    Mutant("values without their descale", "hopper.cu", "kShrinkBack * value_scale();", "kShrinkBack;", "float8"),
+]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------
+# Groups
+# ---------------------------------------------------------------------------------------------------
+
+
+def held(sources, arrays, options, schedule, **edits):
+    """A call with blocks of 32 keys, held to the definition."""
+    tile = hopper_tile(problem_of(arrays, options))._replace(block_q=128, block_k=32)._replace(**edits)
+    check(arrays, options, "hopper", schedule, tile=tile, sources=sources, num_workers=2)
+
+
+def dense(sources, schedule, seqlens, heads=(6, 3, 2), dims=(64, 56), dtype="float16", batch=2, extra=None, options=None,
+          **edits):  # fmt: skip
+    arrays = operands(np.random.default_rng(SEED), dtype, "bshd", batch, heads, seqlens, dims)
+    held(sources, arrays | (extra or {}), options_of(**(options or {})), schedule, **edits)
+
+
+def tiles(sources):
+    for schedule in (1, 2):
+        dense(sources, schedule, (150, 130), options={"causal": True, **BOTTOM}, units_per_section=5)
+        dense(sources, schedule, (200, 90), options={"window_size": (40, 3), **BOTTOM})
+    sinks = {"sinks": np.arange(6, dtype="f4")}
+    dense(sources, 1, (130, 60), extra=sinks, options={"causal": True, **BOTTOM})
+    dense(sources, 2, (130, 100), persistent=True)
+
+
+def wide(sources):
+    dense(sources, 1, (20, 70), (2, 1, 1), (96, 72), batch=1)
+    dense(sources, 2, (20, 70), (2, 1, 1), (128, 128), batch=1)
+
+
+def switches(sources):
+    dense(sources, 1, (130, 130), (1, 1, 1), batch=1, switches=Switches(rescale_first=True))
+    dense(sources, 1, (130, 130), (1, 1, 1), batch=1, switches=Switches(weights_in_shared=True))
+    arrays = operands(np.random.default_rng(SEED), "float16", "bshd", 1, (1, 1, 1), (128, 400), (64, 64))
+    arrays["k"] *= np.linspace(9.0, 0.1, 400)[:, None, None].astype("f2")
+    held(sources, arrays, options_of(), 1, switches=Switches(lazy=True))
+    held(sources, arrays, options_of(), 0, switches=Switches(polynomials=16))
+
+
+def strays(sources):
+    for name in ("inf and -inf in one tile", "a key of nan", "inf", "nan", "inf to the left of a window"):
+        arrays, options, _ = STRAYS[name](np.random.default_rng(SEED), "float16")
+        held(sources, arrays, options, 1)
+    arrays, options, _ = STRAYS["a query of nan"](np.random.default_rng(SEED), "float16")
+    arrays["v"][0, 3, 0, 5] = np.inf
+    held(sources, arrays, options, 2)
+    _, arrays, options, _ = HIDDEN["behind the band"](np.random.default_rng(SEED), "float16")
+    held(sources, arrays, options, 2)
+    # a stray in each third of a tile, for each of the three inspecting warps to find
+    for key in (0, 8, 16, 24):
+        arrays = operands(np.random.default_rng(SEED), "float16", "bshd", 1, (1, 1, 1), (130, 32), (64, 64))
+        arrays["v"][0, key, 0, 5] = np.nan
+        held(sources, arrays, options_of(causal=True, alignment="top-left"), 1)
+
+
+def packed(sources):
+    for heads in ((6, 2, 2), (5, 1, 1)):
+        dense(sources, 1, (50, 70), heads, options={"causal": True, **BOTTOM}, heads_per_unit=heads[0] // heads[1])
+
+
+def ragged(sources):
+    arrays = ragged_operands(
+        np.random.default_rng(SEED), "float16", (17, 0, 33), (40, 5, 70), (4, 2, 2), behind=(700, 7)
+    )
+    for schedule in (1, 2):
+        held(sources, arrays, ragged_options(arrays, causal=True, **BOTTOM), schedule)
+    held(sources, arrays, ragged_options(arrays), 1, persistent=True)
+
+
+def float8(sources):
+    rng = np.random.default_rng(SEED)
+    factors = {f"{name}_descale": rng.uniform(0.5, 2.0, (2, 2)).astype("f4") for name in "qkv"}
+    for schedule in (1, 2):
+        dense(sources, schedule, (70, 150), (4, 2, 2), (64, 64), "float8_e4m3fn", extra=factors)
+    arrays = operands(rng, "float8_e4m3fn", "bshd", 1, (1, 1, 1), (40, 77), (64, 64))
+    arrays["v"][0, [3, 20, 38], 0, [5, 63, 0]] = np.nan
+    held(sources, arrays, options_of(causal=True, alignment="top-left"), 1)
+
+
+GROUPS = {group.__name__: group for group in (tiles, wide, switches, strays, packed, ragged, float8)}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_sources_as_they_are_pass(group):
+    GROUPS[group](None)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_a_planted_bug_is_caught(mutant):
+    text = (CUDA / mutant.source).read_text()
+    assert text.count(mutant.old) == 1, "the text to replace has to be there once"
+    with pytest.raises((AssertionError, EmulatorError)):
+        GROUPS[mutant.group]({mutant.source: text.replace(mutant.old, mutant.new)})
