@@ -173,6 +173,14 @@ def test_splits_that_are_asked_for_are_the_most_and_of_256_keys_at_least(num_spl
     assert live_split_blocks(10**6, 8, found.num_slots, found.tile.block_k) * found.tile.block_k == 256
 
 
+def test_the_cpu_starts_threads_only_for_live_keys_that_are_worth_them():
+    problem = asked(seqlens=(1, 2**20), layout=Layout("bshd", cached=True))
+    found = choose(problem, CPU)
+    assert found.num_workers > 1
+    assert plan.for_live_keys(found, problem, 2**20) is found
+    assert plan.for_live_keys(found, problem, 100) == replace(found, num_workers=1)
+
+
 @pytest.mark.parametrize("device", [CPU, H100])
 def test_a_plan_that_does_not_split_stays_as_it_is(device):
     problem = asked(layout=Layout("bshd", cached=True))
