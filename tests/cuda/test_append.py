@@ -572,7 +572,7 @@ MUTANTS = [
     ("mask.cuh", "found.first_key = keys.start;\n        found.band", "found.band", "layouts"),
     ("splitkv.cu", "base += sequence.place * strides.batch", "base += sequence.index * strides.batch", "layouts"),
     ("splitkv.cu", "key += static_cast<int>(sequence.first_key);", "", "layouts"),
-    ("splitkv.cu", " && key % 16 == 0) {", ") {", "layouts"),
+    ("splitkv.cu", "(params.page_size | key) % 16 == 0", "params.page_size % 16 == 0", "layouts"),
     ("flash.cu", "params.k, sequence.place,", "params.k, sequence.index,", "layouts of flash"),
     ("flash.cu", "params.v, sequence.place,", "params.v, sequence.index,", "layouts of flash"),
 ]  # fmt: skip
