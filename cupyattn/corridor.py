@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from cupyattn import cpu
 from cupyattn.arrays import Arrays, Visit, enter
-from cupyattn.plan import Plan, choose
+from cupyattn.plan import Plan, choose, for_live_keys
 from cupyattn.problem import FLOAT8, Device, Problem
 from cupyattn.reading import Options, check_sequences, read, refusal
 
@@ -61,7 +61,12 @@ def answer_from_cache(
 
         found = visit.function, visit.library.title, visit.arrays, dict(visit.specs), plan, problem
         return cuda.run_from_cache(*found, cache_seqlen, *rotation)
-    return visit.run(lambda operands: cpu.run(plan, problem, append(operands)), None, problem.results)
+
+    def forward(operands: Arrays) -> Arrays:
+        asked = append(operands)
+        return cpu.run(for_live_keys(plan, problem, int(asked["seqused_k"].sum())), problem, asked)
+
+    return visit.run(forward, None, problem.results)
 
 
 def plan_for(function: str, problem: Problem, device: Device, fixed_split_size: int | None = None) -> Plan:

@@ -121,10 +121,11 @@ def flash_attn_with_kvcache(
 
     Notes
     -----
-    Two sequences may share pages, and append to different rows of one.  All appending is done before
-    any of it is read, on the CPU; on a GPU a sequence that reads what another appends in the same call may see either.
-    On a GPU nobody waits for the values of index arrays, unless `check_indices`: what they name outside of the arrays
-    is neither read nor written.
+    Two sequences may share pages, and append to different rows of one; all appending is done before any of it is read.
+
+    On a GPU it is two launches, or one if nothing is appended, and nobody waits for the values of index arrays, unless
+    `check_indices`: what they name outside of the arrays is neither read nor written.  Two new tokens for one place
+    leave either of them there, and `k` and `v` must not lie in the caches themselves.
 
     Examples
     --------

@@ -390,3 +390,11 @@ def with_num_splits(plan: Plan, problem: Problem, num_splits: int) -> Plan:
     pieces = plan.num_workers // plan.num_splits
     reason = f"up to {most} splits a sequence, as was asked"
     return replace(plan, num_splits=most, num_workers=pieces * most, num_slots=ANY_NUMBER_OF_SLOTS, reason=reason)
+
+
+def for_live_keys(plan: Plan, problem: Problem, live_keys: int) -> Plan:
+    """The CPU's plan, made for all keys that a cache has room for, once those that are live are known."""
+    room = problem.sizes.batch * problem.sizes.seqlen_k
+    if plan.num_workers == 1 or problem.flops * live_keys >= WORTH_THREADS * room:
+        return plan
+    return replace(plan, num_workers=1)

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import SEED
+from homes import HostBackedCuPy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_correctly_rounded, assert_matches, assert_same_bits, to_numpy
@@ -555,6 +556,17 @@ def test_immutable_arrays_are_refused_in_words_and_may_be_read(name):
     reading = good(k=None, v=None)
     found = flash_attn_with_kvcache(**{word: xp.asarray(x) for word, x in reading.items()})
     assert_same_bits(np.asarray(found), flash_attn_with_kvcache(**reading))
+
+
+def test_rows_of_a_cupy_cache_that_share_memory_are_refused():
+    cupy = pytest.importorskip("cupy")
+    if cupy.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    arguments = {name: HostBackedCuPy("float32").make(x) for name, x in good().items()}
+    cache = arguments["k_cache"]
+    arguments["k_cache"] = cupy.ndarray(cache.shape, cache.dtype, cache.data, strides=(0, *cache.strides[1:]))
+    with pytest.raises(ValueError, match="k_cache was to be overwritten, and its elements share memory"):
+        flash_attn_with_kvcache(**arguments)
 
 
 def test_a_cache_of_foreign_byte_order_is_written_in_it():

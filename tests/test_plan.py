@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 import cupyattn
 from cupyattn import plan
 from cupyattn.cuda.catalogue import shared_memory
-from cupyattn.plan import CpuTile, Tile, choose, cpu_tile, gpu_tile
+from cupyattn.plan import CpuTile, Tile, choose, cpu_tile, gpu_tile, with_num_splits
 from cupyattn.problem import NAMED_DEVICES, Device, Layout, Mask, Problem, ScoreEdits, Sizes
+from cupyattn.splits import live_split_blocks
 
 CPU = Device("cpu", "cpu", 8)
 H100, A100 = NAMED_DEVICES["H100"], NAMED_DEVICES["A100"]
@@ -202,6 +203,40 @@ def test_what_runs_has_no_objections_and_what_does_not_has_some():
             chosen = choose(problem, device)
             assert dict(chosen.objections).keys() == plan.IMPLEMENTATIONS.keys() - {chosen.kernel}
             assert all(reasons for _, reasons in chosen.objections)
+
+
+CACHED = asked(seqlens=(1, 8192), layout=Layout("bshd", cached=True))
+
+
+def test_a_decode_over_a_cache_is_split_by_the_lengths_on_the_device():
+    found = choose(CACHED, H100)
+    assert (found.kernel, found.split_size) == ("splitkv", 0)
+    assert "by the lengths on the device" in found.reason
+
+
+@pytest.mark.parametrize(("num_splits", "most"), [(1, 1), (7, 7), (32, 32), (33, 32), (1000, 32)])
+def test_splits_that_are_asked_for_are_the_most_and_of_256_keys_at_least(num_splits, most):
+    found = with_num_splits(choose(CACHED, H100), CACHED, num_splits)
+    assert (found.num_splits, found.num_workers, found.split_size) == (most, 8 * most, 0)
+    assert live_split_blocks(10**6, 8, found.num_slots, found.tile.block_k) * found.tile.block_k == 256
+
+
+def test_the_cpu_starts_threads_only_for_live_keys_that_are_worth_them():
+    problem = asked(seqlens=(1, 2**20), layout=Layout("bshd", cached=True))
+    found = choose(problem, CPU)
+    assert found.num_workers > 1
+    assert plan.for_live_keys(found, problem, 2**20) is found
+    assert plan.for_live_keys(found, problem, 100) == replace(found, num_workers=1)
+
+
+@pytest.mark.parametrize("device", [CPU, H100])
+def test_a_plan_that_does_not_split_stays_as_it_is(device):
+    problem = asked(layout=Layout("bshd", cached=True))
+    assert with_num_splits(choose(problem, device), problem, 5) is choose(problem, device)
+
+
+def test_no_number_of_splits_leaves_them_to_the_planner():
+    assert with_num_splits(choose(CACHED, H100), CACHED, 0) is choose(CACHED, H100)
 
 
 def test_equal_questions_have_one_answer():

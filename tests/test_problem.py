@@ -242,6 +242,7 @@ def test_equal_problems_are_one_key_of_a_dictionary():
         {"sizes": sizes(seqlens=(5, 8))},
         {"layout": Layout("bhsd")},
         {"layout": Layout("bshd", page_size=16)},
+        {"layout": Layout("bshd", cached=True)},
         {"dtype": "float16"},
         {"mask": Mask(right=0)},
         {"mask": Mask(array=(5, 7))},
@@ -310,3 +311,14 @@ def test_every_named_device_is_a_gpu_under_its_own_name():
         assert device.compute_capability >= (7, 0)
         assert 48 * 1024 < device.shared_memory <= 227 * 1024
     assert len({hash(device) for device in NAMED_DEVICES.values()}) == len(NAMED_DEVICES)
+
+
+@pytest.mark.parametrize(("layout", "expected"), [
+    (Layout("bshd"), False),
+    (Layout("bhsd"), False),
+    (Layout("thd"), True),
+    (Layout("bshd", cached=True), True),
+    (Layout("thd", 16, True), True),
+])  # fmt: skip
+def test_lengths_are_data_in_packed_sequences_and_in_a_cache(layout, expected):
+    assert layout.lengths_are_data is expected

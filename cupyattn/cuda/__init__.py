@@ -2,6 +2,7 @@
 
 memory      whose arrays these are, and where they lie
 launch      kernel, grid and parameter record
+append      the same for new keys and values on their way into a cache
 module      the kernel, from the cache of cubins or from NVRTC
 lanes       copies to the host and back, beside the caller's stream
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from cupyattn.cuda import append, maps
 from cupyattn.cuda.lanes import CuPyLane, TorchLane
@@ -24,7 +25,7 @@ from cupyattn.cuda.launch import (
     record_of,
 )
 from cupyattn.cuda.memory import CuPyMemory, DLPackMemory, TorchMemory, copied
-from cupyattn.cuda.module import kernel
+from cupyattn.cuda.module import Specialisation, kernel
 from cupyattn.plan import Plan
 from cupyattn.problem import FLOAT8, Device, Problem, Shape, Spec
 from cupyattn.reading import refusal
@@ -123,7 +124,7 @@ def run(
         like = operands["q"]
         results = {name: memory.empty(spec.shape, spec.dtype, like) for name, spec in problem.results.items()}
         if problem.sizes.num_heads and 0 not in problem.out_shape:
-            _launch(function, memory, index, operands, specs, results, plan, problem, seed)
+            _ready(function, memory, index, operands, specs, results, plan, problem, seed)()
         return memory.home(results)
 
 
@@ -161,12 +162,14 @@ def run_from_cache(
                 raise ValueError(refusal(function, rule, (specs[name].name, view.shape, f"strides {view.strides}")))
         results = {name: memory.empty(x.shape, x.dtype, operands["q"]) for name, x in problem.results.items()}
         seqlen = problem.sizes.seqlen_k if cache_seqlen is None else cache_seqlen
-        stream = memory.stream(index)
+        launches = []
         if "k_new" in operands:
-            _append(memory, index, stream, operands, specs, problem, seqlen, each_row, interleaved)
+            launches.append(_ready_to_append(memory, index, operands, specs, problem, seqlen, each_row, interleaved))
         if problem.sizes.num_heads and 0 not in problem.out_shape:
             of_attention = {name: array for name, array in operands.items() if name not in _OF_APPENDING}
-            _launch(function, memory, index, of_attention, specs, results, plan, problem, 0, seqlen)
+            launches.append(_ready(function, memory, index, of_attention, specs, results, plan, problem, 0, seqlen))
+        for launch in launches:  # nothing is written unless both are ready
+            launch()
         return memory.home(results)
 
 
@@ -174,18 +177,33 @@ _OF_APPENDING = ("v_new", "rotary_cos", "rotary_sin", "rotary_seqlens")
 """Operands that attention knows nothing of; of k_new it has to know how many there are."""
 
 
-def _append(
+class _Launch(NamedTuple):
+    """A launch of which nothing is missing; called, it is queued."""
+
+    function: Any
+    grid: tuple[int, int, int]
+    what: Specialisation
+    record: Any
+    stream: Any
+    kept: list[Any]
+    """Memory that has to stay until then."""
+
+    def __call__(self) -> None:
+        if self.grid[0]:
+            self.function(self.grid, (self.what.threads, 1, 1), (self.record,), self.what.shared_memory, self.stream)
+
+
+def _ready_to_append(
     memory: CuPyMemory,
     index: int,
-    stream: Any,
     operands: dict[str, Any],
     specs: Mapping[str, Spec],
     problem: Problem,
     cache_seqlen: int,
     each_row: bool,
     interleaved: bool,
-) -> None:
-    """Launch ``append.cu``; where there are tables, "q" among the operands is a rotated copy afterwards."""
+) -> _Launch:
+    """That of ``append.cu``; where there are tables, "q" among the operands is the rotated copy from here on."""
     views = {}
     for name in append.POINTERS:
         if name in operands:
@@ -194,20 +212,17 @@ def _append(
                 operands[name] = memory.contiguous(operands[name])
                 view = memory.view(operands[name], specs[name].dtype)
             views[name] = view
-    rotated = None
+    kept = list(operands.values())
     if "rotary_cos" in operands:
-        rotated = memory.empty(specs["q"].shape, specs["q"].dtype, operands["q"])
-        views["q_rotated"] = memory.view(rotated, specs["q"].dtype)
+        operands["q"] = memory.empty(specs["q"].shape, specs["q"].dtype, operands["q"])
+        views["q_rotated"] = memory.view(operands["q"], specs["q"].dtype)
     recipe = append.recipe_of(problem, views, each_row, interleaved)
-    if recipe.grid[0]:
-        record = append.record_of(recipe, views, cache_seqlen)
-        what = recipe.specialisation
-        kernel(what, index)(recipe.grid, (what.threads, 1, 1), (record,), what.shared_memory, stream)
-    if rotated is not None:
-        operands["q"] = rotated
+    record = append.record_of(recipe, views, cache_seqlen)
+    what = recipe.specialisation
+    return _Launch(kernel(what, index), recipe.grid, what, record, memory.stream(index), kept)
 
 
-def _launch(
+def _ready(
     function: str,
     memory: CuPyMemory,
     index: int,
@@ -218,7 +233,8 @@ def _launch(
     problem: Problem,
     seed: int,
     cache_seqlen: int = 0,
-) -> None:
+) -> _Launch:
+    """That of the planned kernel."""
     views = {name: memory.view(array, specs[name].dtype) for name, array in operands.items()}
     recipe = recipe_of(plan, problem, views)
     if recipe.refusals:
@@ -236,8 +252,7 @@ def _launch(
     addresses = {name: memory.pointer(array) for name, array in results.items()}
     record = record_of(recipe, views, addresses, seed, scratch, cache_seqlen)
     what = recipe.specialisation
-    kernel(what, index)(recipe.grid, (what.threads, 1, 1), (record,), what.shared_memory, stream)
-    del kept, workspace  # not earlier: their memory was in use until the launch was queued
+    return _Launch(kernel(what, index), recipe.grid, what, record, stream, [*kept, workspace])
 
 
 def lane(function: str, title: str, like: Any) -> CuPyLane | TorchLane:

@@ -154,7 +154,7 @@ struct SplitBlock {
             load_rows<32, Traits::kAligned>(tile, ptx::lane(), left, num_cols, base, strides.row);
         } else {
             key += static_cast<int>(sequence.first_key);
-            if (params.page_size % 16 == 0 && key % 16 == 0) {  // all of the tile is in one page
+            if ((params.page_size | key) % 16 == 0) {  // all of the tile is in one page
                 if (left > 0) base += page_of(key) * strides.batch + key % params.page_size * strides.row;
                 load_rows<32, Traits::kAligned>(tile, ptx::lane(), left, num_cols, base, strides.row);
             } else {

@@ -264,6 +264,20 @@ def test_a_cache_takes_keys_in_and_is_attended(torch, driver, name):
     assert sources == (["append.cu", "splitkv.cu"] if "k" in arguments else ["splitkv.cu"])
 
 
+def test_nothing_is_written_if_attention_cannot_be_launched(torch, driver, monkeypatch):
+    def kernel(specialisation, index):
+        if specialisation.source != "append.cu":
+            raise RuntimeError("does not compile")
+        return driver.kernel(specialisation, index)
+
+    monkeypatch.setattr(cuda, "kernel", kernel)
+    arguments = cache_call(torch)
+    before = arguments["k_cache"].clone()
+    with pytest.raises(RuntimeError, match="does not compile"):
+        cupyattn.flash_attn_with_kvcache(**arguments)
+    assert torch.equal(arguments["k_cache"], before)
+
+
 def test_q_is_not_rotated_in_place(torch, driver):
     arguments = cache_call(torch)
     before = arguments["q"].clone()
