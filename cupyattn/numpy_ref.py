@@ -208,6 +208,19 @@ class KeyBlock:
     """-|diagonal - key|, which the ALiBi slopes multiply."""
 
 
+FEW_ROWS, MANY_KEYS = 16, 128
+"""Rows up to which, and keys from which, products are shaped for a decode."""
+SMALL_PRODUCT = 10**6
+"""Multiplications of a matrix product up to which OpenBLAS (for AVX-512) leaves its operands where they are.
+Beyond, it copies them into panels first, which for a few rows costs several times what the product does."""
+
+
+def small_steps(rows: int, keys: int, dim: int) -> Iterator[slice]:
+    """Cut the keys so that products with a few rows are small; where they are many, do not cut."""
+    step = max(64, SMALL_PRODUCT // max(1, rows * dim) // 64 * 64) if rows <= FEW_ROWS else max(1, keys)
+    return (slice(start, min(keys, start + step)) for start in range(0, max(1, keys), step))
+
+
 @dataclass
 class Tile:
     """Some rows of some neighbouring query heads that share their keys, and the way to those keys.
@@ -239,12 +252,35 @@ class Tile:
         """``a @ b`` into memory that is kept from block to block."""
         return np.matmul(a, b, out=self.scratch.array(name, (*a.shape[:-1], b.shape[-1]), a.dtype))
 
+    def times_keys(self, q: Array, k: Array) -> Array:
+        """``q @ k.T``; for a few rows as ``(k @ q.T).T``, some keys at a time, as the BLAS likes it best."""
+        rows, keys = q.shape[-2], k.shape[-2]
+        if not 1 < rows <= FEW_ROWS or keys < MANY_KEYS:
+            return self.matmul("scores", q, k.swapaxes(-1, -2))
+        lead = q.shape[:-2]
+        columns = self.scratch.array("columns", (*lead, q.shape[-1], rows), q.dtype)
+        np.copyto(columns, q.swapaxes(-1, -2))
+        by_key = self.scratch.array("by key", (*lead, keys, rows), q.dtype)
+        for step in small_steps(rows, keys, q.shape[-1]):
+            np.matmul(k[..., step, :], columns, out=by_key[..., step, :])
+        scores = self.scratch.array("scores", (*lead, rows, keys), q.dtype)
+        np.copyto(scores, by_key.swapaxes(-1, -2))
+        return scores
+
+    def times_values(self, weights: Array, v: Array) -> Array:
+        """``weights @ v``; for a few rows some keys at a time."""
+        first, *others = small_steps(weights.shape[-2], v.shape[-2], v.shape[-1])
+        total = self.matmul("product", weights[..., first], v[..., first, :])
+        for step in others:
+            total += self.matmul("addend", weights[..., step], v[..., step, :])
+        return total
+
     def scores(self, block: KeyBlock, slope_of_softcap: Array | None = None) -> Array:
         """The edited scores of one block; minus infinity where a key is hidden.
 
         `slope_of_softcap`, if given, receives the derivative of the softcap at each score.
         """
-        scores = self.matmul("scores", self.q[..., block.rows, :], block.k.swapaxes(-1, -2))
+        scores = self.times_keys(self.q[..., block.rows, :], block.k)
         if self.softcap:
             scores /= self.softcap
             np.tanh(scores, out=scores)
@@ -306,7 +342,7 @@ def flash(tile: Tile, head_dim_v: int) -> State:
         if shrink is not None:
             part *= shrink[..., None]
         if unseen is None:
-            part += tile.matmul("product", scores, block.v)
+            part += tile.times_values(scores, block.v)
         else:
             part += weighted_sum(scores, block.v, unseen)
     if not started:
