@@ -267,10 +267,12 @@ class Tile:
         np.copyto(scores, by_key.swapaxes(-1, -2))
         return scores
 
-    def times_values(self, weights: Array, v: Array) -> Array:
-        """``weights @ v``; for a few rows some keys at a time."""
+    def times_values(self, weights: Array, v: Array, out: Array | None = None) -> Array:
+        """``weights @ v``, into `out` or memory that is kept; for a few rows some keys at a time."""
         first, *others = small_steps(weights.shape[-2], v.shape[-2], v.shape[-1])
-        total = self.matmul("product", weights[..., first], v[..., first, :])
+        shape = (*weights.shape[:-1], v.shape[-1])
+        total = self.scratch.array("product", shape, weights.dtype) if out is None else out
+        np.matmul(weights[..., first], v[..., first, :], out=total)
         for step in others:
             total += self.matmul("addend", weights[..., step], v[..., step, :])
         return total
@@ -332,7 +334,7 @@ def flash(tile: Tile, head_dim_v: int) -> State:
         if block.keep is not None:
             tile.per_head(scores)[...] *= block.keep
         if not started and unseen is None and scores.shape[:-1] == rows:
-            np.matmul(scores, block.v, out=out)
+            tile.times_values(scores, block.v, out)
             started = True
             continue
         if not started:
