@@ -1,8 +1,9 @@
 """Everything there is to learn on a machine with a GPU, in one command: `make gpu`.
 
-    python asv_benchmarks/gpu.py [--dry-run] [--minutes 9] [--only tests,sanitizer,prefill,decode,host,tuning]
+    python asv_benchmarks/gpu.py [--dry-run] [--minutes 9] [--only tests,hopper,switches]
 
-Tests, compute-sanitizer, then our kernels beside torch's back ends in one process, then a sweep of tiles.  Writes
+Tests, compute-sanitizer, then our kernels beside torch's back ends in one process, then sweeps of switches and tiles.
+Writes
 results/gpu-<name>-<date>.json and .txt (and copies into $OUT, if that is set).  Needs CuPy, torch with CUDA and
 pytest, and no network.  --dry-run makes every plan and compiles every kernel instead, where there is no GPU.
 """
@@ -17,21 +18,34 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 SUITE = Path(__file__).resolve().parent
 CHECKOUT = SUITE.parent
-sys.path.insert(0, str(CHECKOUT))
+sys.path[:0] = [str(CHECKOUT), str(SUITE)]
+
+import gpu_caches  # noqa: E402 - beside this file
+import gpu_hopper  # noqa: E402
+from gpu_tools import back_ends, back_ends_call, in_a_graph, microseconds, with_tile  # noqa: E402
 
 import cupyattn  # noqa: E402 - the checkout, installed or not
 from cupyattn.cuda import catalogue  # noqa: E402
 from cupyattn.plan import Tile  # noqa: E402
 from cupyattn.problem import NAMED_DEVICES  # noqa: E402
 
-SECTIONS = ("tests", "sanitizer", "prefill", "decode", "host", "tuning")
-SHARE = {"tests": 0.42, "sanitizer": 0.6, "prefill": 0.78, "decode": 0.88, "host": 0.9, "tuning": 0.97}
+SECTIONS = ("tests", "sanitizer", "hopper", "switches", "prefill", "decode", "caches", "host", "tuning")
+SHARE = {
+    "tests": 0.33,
+    "sanitizer": 0.45,
+    "hopper": 0.6,
+    "switches": 0.76,
+    "prefill": 0.81,
+    "decode": 0.86,
+    "caches": 0.91,
+    "host": 0.93,
+    "tuning": 0.97,
+}
 """The part of the time at which each section has to be over; what is left then is said to be left out."""
 
 PREFILL = [
@@ -100,92 +114,15 @@ def _short(value):
 
 
 # ---------------------------------------------------------------------------------------------------
-# Time on the GPU
-# ---------------------------------------------------------------------------------------------------
-
-
-def microseconds(calls, torch, repeats=5, budget=0.08):
-    """The median time of each call: calls take turns, so that clocks and heat are the same for all."""
-    samples = {name: [] for name in calls}
-    counts = {}
-    for name, call in calls.items():
-        call()
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        counts[name] = max(1, min(200, round(budget / repeats / (time.perf_counter() - start))))
-    for _ in range(repeats):
-        for name, call in calls.items():
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(counts[name]):
-                call()
-            end.record()
-            end.synchronize()
-            samples[name].append(1e3 * begin.elapsed_time(end) / counts[name])
-    return {name: statistics.median(times) for name, times in samples.items()}
-
-
-def in_a_graph(call, torch):
-    """Replays of a call, without the host's time."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        call()
-    return graph.replay
-
-
-def back_ends(torch, q, k, v, **options):
-    """{name: torch's attention by that back end}, of those that take the problem; (batch, heads, seqlen, dim)."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
-
-    found = {}
-    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
-        backend = getattr(SDPBackend, name)
-
-        def call(backend=backend):
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(q, k, v, **options)
-
-        try:
-            call()
-            torch.cuda.synchronize()
-        except (RuntimeError, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-            continue
-        found[name.removesuffix("_ATTENTION").lower()] = call
-    return found
-
-
-def with_tile(torch, q, k, v, tile, kernel, **options):
-    """A call of `attention` with another tile than the planner's."""
-    from cupyattn import cuda
-    from cupyattn.api import _operands, _options
-    from cupyattn.arrays import enter
-    from cupyattn.plan import choose
-    from cupyattn.reading import read
-
-    settings = {"layout": "bshd", "causal": False, "alignment": "bottom-right", "window_size": (None, None)}
-    settings |= {"softmax_scale": None, "softcap": 0.0, "dropout_p": 0.0, "compute_dtype": None, "return_lse": False}
-    visit = enter("attention", _operands(q, k, v))
-    problem = read("attention", visit.specs, _options("attention", **(settings | options)))
-    plan = replace(choose(problem, visit.device()), kernel=kernel, tile=tile)
-    specs = dict(visit.specs)
-    return lambda: cuda.run("attention", visit.library.title, visit.arrays, specs, plan, problem, 0)
-
-
-# ---------------------------------------------------------------------------------------------------
 # Sections
 # ---------------------------------------------------------------------------------------------------
 
 
+GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_hopper.py")
+
+
 def tests(report, torch):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", "-m", "gpu", "tests/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", "-m", "gpu", *GPU_TESTS]
     _run_pytest(report, "tests", [*command, "-p", "no:cacheprovider"])
 
 
@@ -196,7 +133,7 @@ def sanitizer(report, torch):
         return
     for kind in ("memcheck", "racecheck"):
         command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
-        command += ["-p", "no:cacheprovider", "tests/test_gpu.py", "-k", "sanitizer"]
+        command += ["-p", "no:cacheprovider", *GPU_TESTS, "-k", "sanitizer"]
         _run_pytest(report, "sanitizer", command, tool=kind)
 
 
@@ -239,6 +176,9 @@ def prefill(report, torch):
         report.row("prefill", least=min(ratios), geometric_mean=statistics.geometric_mean(ratios))
 
 
+hopper, switches, caches = gpu_hopper.hopper, gpu_hopper.switches, gpu_caches.caches
+
+
 def copy_bandwidth(torch):
     """Terabytes per second of a large copy, read and written."""
     source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
@@ -279,14 +219,6 @@ def decode(report, torch):
             share_of_copy=share,
             speed_over_best=best / times["cupyattn"],
         )
-
-
-def back_ends_call(torch, name, q, k, v):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    backend = SDPBackend.MATH if name == "math" else getattr(SDPBackend, f"{name.upper()}_ATTENTION")
-    with sdpa_kernel(backend):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
 def _paged(torch, q, sets, page_size):
@@ -405,9 +337,11 @@ def dry_run():
     for tile in SPLIT_TILES:
         found = catalogue.splitkv("bfloat16", 128, 128, Tile(*tile), True, 0, False)
         wanted[found.expression] = found
+    for found in gpu_hopper.kernels():
+        wanted[found.expression] = found
     for seqlen_q in (1, 4096):
         print(cupyattn.explain((1, seqlen_q, 8, 128), *[(1, 4096, 8, 128)] * 2, dtype="bfloat16", device="H100"))
-    text = {name: source.join(name) for name in ("flash.cu", "splitkv.cu")}
+    text = {name: source.join(name) for name in ("flash.cu", "splitkv.cu", "hopper.cu")}
     for found in wanted.values():
         assert found.shared_memory <= device.shared_memory, found
         cubin = compiler.compile_cubin(text[found.source], found.expression, "sm_90a")

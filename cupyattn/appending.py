@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyattn.problem import ITEMSIZE, Array, Problem, Spec
+from cupyattn.problem import FLOATS, Array, Problem, Spec
 from cupyattn.reading import refusal, short
 from cupyattn.rotary import rotated
 
@@ -85,8 +85,8 @@ def check_new(function: str, spec_items: tuple[tuple[str, Spec], ...], problem: 
 def _check_tables(function: str, specs: Mapping[str, Spec], problem: Problem) -> None:
     cos, sin = specs["rotary_cos"], specs["rotary_sin"]
     for spec in (cos, sin):
-        if spec.dtype not in ITEMSIZE:
-            rule = f"{spec.name} has to be one of {', '.join(ITEMSIZE)}"
+        if spec.dtype not in FLOATS:
+            rule = f"{spec.name} has to be one of {', '.join(FLOATS)}"
             raise TypeError(refusal(function, rule, (spec.name, spec.shape, spec.dtype)))
     if cos.dtype != sin.dtype:
         rule = "rotary_cos and rotary_sin have to be of one dtype"

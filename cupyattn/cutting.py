@@ -152,7 +152,7 @@ def _cached_parts(
     spans = zip(operands["first_key"].tolist(), operands["seqused_k"].tolist(), strict=True)
     for index, (first, stop) in enumerate(spans):
         if table is not None:
-            k, v = (Keys(operands[name], pairs, compute, table[index], first) for name in ("k", "v"))
+            k, v = (Keys(operands[name], pairs, compute, table[index], first=first) for name in ("k", "v"))
         else:
             live = (operands["cache_batch_idx"][index], slice(first, stop))
             k, v = (Keys(operands[name][live].swapaxes(0, 1)[None], pairs, compute) for name in ("k", "v"))

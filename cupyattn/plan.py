@@ -217,8 +217,6 @@ def objections_of_hopper(problem: Problem, device: Device) -> tuple[str, ...]:
             reasons.append(f"needs {name} to be a multiple of 16 in float8, not {size}")
     if problem.layout.page_size is not None:
         reasons.append("reads k and v without a block_table")
-    elif problem.layout.cached:
-        reasons.append("reads no cache whose places and lengths are data")
     for wanted, what in (
         (problem.mask.array is not None, "boolean mask"),
         (problem.edits.bias is not None, "bias"),

@@ -18,12 +18,13 @@ DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory)
         const RowTile tile = row_tile<Traits>(index, given);
         if (tile.blocks.empty()) continue;
         const int batch = params.at.cu_seqlens_q ? 0 : tile.sequence.index;
+        const int key_batch = params.num_places != kNoCache ? tile.sequence.place : batch;
         const int key_head = tile.head / params.queries_per_k, value_head = tile.head / params.queries_per_v;
         const auto load_keys = [&](int block, int its_use) {
             key_ring.wait_empty(its_use);
             ptx::mbarrier_arrive_expect(key_ring.full(its_use), Traits::KeyTile::kBytes);
             load_tile(memory.keys(its_use), given.k, key_ring.full(its_use),
-                      static_cast<int>(tile.sequence.first_key) + block * Traits::kBlockK, key_head, batch, ptx::kKeepInL2);
+                      static_cast<int>(tile.sequence.first_key) + block * Traits::kBlockK, key_head, key_batch, ptx::kKeepInL2);
         };
         load_keys(tile.blocks.stop - 1, use);
         query_ring.wait_empty(tile_use);
@@ -38,7 +39,7 @@ DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory)
             value_ring.wait_empty(use);
             ptx::mbarrier_arrive_expect(value_ring.full(use), Traits::FetchedTile::kBytes);
             load_tile(memory.fetched(use), given.v, value_ring.full(use),
-                      static_cast<int>(tile.sequence.first_key) + block * Traits::kBlockK, value_head, batch,
+                      static_cast<int>(tile.sequence.first_key) + block * Traits::kBlockK, value_head, key_batch,
                       ptx::kKeepInL2);
         }
     }

@@ -416,7 +416,7 @@ struct HopperRows {
         const float row_sum = ptx::from_bits(ptx::lane() < 16 ? upper : lower);
         if (!exists(its_row) || row_sum * 0.f != 0.f) return;  // a score that is nan makes the whole row nan
         const Span keys = tile.sequence.band.visible_keys(token_of(its_row));
-        const Element* values = static_cast<const Element*>(params.at.v) + tile.sequence.index * params.v.batch +
+        const Element* values = static_cast<const Element*>(params.at.v) + tile.sequence.place * params.v.batch +
                                 tile.sequence.first_key * params.v.row + tile.head / params.queries_per_v * params.v.head;
 #pragma unroll 1
         for (int pair = ptx::lane() % 2; 2 * pair < smaller(Traits::OutTile::kCols, params.head_dim_v - first_column);

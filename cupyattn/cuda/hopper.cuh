@@ -40,7 +40,7 @@ struct HopperTraits {
     static constexpr int kThreads = 128 * (1 + kConsumers);
     // Multiples of 8 that add up to no more than 512 over all warpgroups; the fetching one needs few.
     static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
-    static constexpr int kProducerRegisters = kConsumers == 3 || kFloat8 ? 32 : 24;
+    static constexpr int kProducerRegisters = 32;
 
     using QueryTile = SwizzledTile<Element, kBlockQ, kHeadDim>;
     using KeyTile = SwizzledTile<Element, kBlockK, kHeadDim>;

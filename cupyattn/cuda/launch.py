@@ -151,18 +151,18 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
     group = sizes.queries_per_pair
     batch, ragged = sizes.batch, layout.ragged
     groups = batch * sizes.num_heads // group
-    if plan.kernel == "hopper" and objections_to_maps(problem, strides, aligned):
+    if plan.kernel == "hopper" and objections_to_maps(problem, shapes, strides, aligned):
         assert plan.instead is not None
         plan = plan.instead
         if plan.kernel == "none":
             nothing = Recipe(Specialisation("", "", 0, 0), (0, 0, 0), b"", Workspace())
-            return replace(nothing, refusals=objections_to_maps(problem, strides, aligned))
+            return replace(nothing, refusals=objections_to_maps(problem, shapes, strides, aligned))
     tile, num_splits = plan.tile, plan.num_splits
     box_maps: tuple[BoxMap, ...] = ()
     behind = b""
     workspace = Workspace()
     if isinstance(tile, HopperTile):
-        box_maps = _maps(problem, shapes["k"][0] if ragged else 0, strides, tile)
+        box_maps = _maps(problem, shapes, strides, tile)
         specialisation = catalogue.hopper(
             problem.dtype, *padded_dims(sizes, problem.dtype), tile, len(box_maps) == 4, bits
         )
@@ -253,39 +253,48 @@ _ALIGNMENT = 64
 
 
 def _map(
-    name: str, problem: Problem, total_k: int, strides: Strides, columns: int, rows: int, group: int = 1
+    name: str, problem: Problem, shapes: Mapping[str, Shape], strides: Strides, columns: int, rows: int, group: int = 1
 ) -> BoxMap:
-    """The tensor map of q, k, v or out; `total_k` are the keys of all sequences, if they are ragged."""
-    sizes, ragged = problem.sizes, problem.layout.ragged
+    """The tensor map of q, k, v or out."""
+    sizes, layout = problem.sizes, problem.layout
     heads = {"k": sizes.num_heads_k, "v": sizes.num_heads_v}.get(name, sizes.num_heads)
     head_dim = sizes.head_dim if name in ("q", "k") else sizes.head_dim_v
-    rows_of_all = total_k if name in ("k", "v") else sizes.total_q
-    seqlen = rows_of_all if ragged else sizes.seqlen_q if name in ("q", "out") else sizes.seqlen_k
-    shape = (1 if ragged else sizes.batch, seqlen, heads, head_dim)
+    in_cache = layout.cached and name in ("k", "v")
+    if in_cache:
+        lead = shapes[name][:2]
+    elif layout.ragged:
+        lead = 1, shapes["q" if name == "out" else name][0]
+    else:
+        lead = sizes.batch, sizes.seqlen_q if name in ("q", "out") else sizes.seqlen_k
     dtype = problem.out_dtype if name == "out" else problem.dtype
-    return maps.box_map(dtype, columns, rows, shape, _operand_strides(name, problem, strides, False), group)
+    steps = _operand_strides(name, problem, strides, in_cache)
+    return maps.box_map(dtype, columns, rows, (lead[0], lead[1], heads, head_dim), steps, group)
 
 
-def _maps(problem: Problem, total_k: int, strides: Mapping[str, Strides], tile: HopperTile) -> tuple[BoxMap, ...]:
+def _maps(
+    problem: Problem, shapes: Mapping[str, Shape], strides: Mapping[str, Strides], tile: HopperTile
+) -> tuple[BoxMap, ...]:
     """The maps of q, k and v, and of out if whole boxes of it belong to one sequence and to whole tokens."""
     wide, wide_v = padded_dims(problem.sizes, problem.dtype)
     group = tile.heads_per_unit
     found = (
-        _map("q", problem, total_k, strides["q"], wide, tile.tokens, group),
-        _map("k", problem, total_k, strides["k"], wide, tile.block_k),
-        _map("v", problem, total_k, strides["v"], wide_v, tile.block_k),
+        _map("q", problem, shapes, strides["q"], wide, tile.tokens, group),
+        _map("k", problem, shapes, strides["k"], wide, tile.block_k),
+        _map("v", problem, shapes, strides["v"], wide_v, tile.block_k),
     )
     if problem.layout.ragged or 16 % group:
         return found
     parts = ITEMSIZE[problem.out_dtype] // ITEMSIZE[problem.dtype]  # ``kOutParts``
-    return (*found, _map("out", problem, total_k, strides["out"], wide_v // parts, 16 // group, group))
+    return (*found, _map("out", problem, shapes, strides["out"], wide_v // parts, 16 // group, group))
 
 
-def objections_to_maps(problem: Problem, strides: Mapping[str, Strides], aligned: bool) -> tuple[str, ...]:
+def objections_to_maps(
+    problem: Problem, shapes: Mapping[str, Shape], strides: Mapping[str, Strides], aligned: bool
+) -> tuple[str, ...]:
     """Why TMA cannot read these arrays, if so."""
     wide, wide_v = padded_dims(problem.sizes, problem.dtype)
     found = (
-        maps.objection(name, _map(name, problem, 1, strides[name], wide_v if name == "v" else wide, 1), aligned)
+        maps.objection(name, _map(name, problem, shapes, strides[name], wide_v if name == "v" else wide, 1), aligned)
         for name in ("q", "k", "v")
     )
     return tuple(reason for reason in found if reason)
@@ -297,7 +306,8 @@ def map_objections(problem: Problem, operands: Mapping[str, View]) -> tuple[str,
     if any(has_to_be_copied(name, *view[1:], problem.sizes.batch_shape) for name, view in three.items()):
         return ()  # copies are as they should be
     strides = {name: _broadcast_strides(view.shape, view.strides) for name, view in three.items()}
-    return objections_to_maps(problem, strides, _are_aligned(operands))
+    shapes = {name: view.shape for name, view in three.items()}
+    return objections_to_maps(problem, shapes, strides, _are_aligned(operands))
 
 
 def _longest_keys(problem: Problem, shapes: Mapping[str, Shape]) -> int:

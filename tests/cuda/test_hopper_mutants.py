@@ -159,8 +159,9 @@ def tiles(sources):
     for schedule in (1, 2):
         dense(sources, schedule, (150, 130), options={"causal": True, **BOTTOM}, units_per_section=5)
         dense(sources, schedule, (200, 90), options={"window_size": (40, 3), **BOTTOM})
+    dense(sources, 1, (130, 500), (1, 1, 1), options={"window_size": (215, 3), **BOTTOM})
     sinks = {"sinks": np.arange(6, dtype="f4")}
-    dense(sources, 1, (130, 60), extra=sinks, options={"causal": True, **BOTTOM})
+    dense(sources, 1, (260, 60), extra=sinks, options={"causal": True, **BOTTOM})
     dense(sources, 2, (130, 100), persistent=True)
 
 

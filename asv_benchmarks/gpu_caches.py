@@ -1,0 +1,108 @@
+"""Inference's part of gpu.py: ragged batches, pages, and a step of decoding in one call or in three."""
+
+from gpu_tools import in_a_graph, microseconds
+
+import cupyattn
+
+HEADS, HEADS_KV, HEAD_DIM = 32, 8, 128
+
+
+def caches(report, torch):
+    ragged(report, torch)
+    pages(report, torch)
+    step(report, torch)
+
+
+def cache(torch, batch, seqlen, page_size=None):
+    """Keys, values and, if paged, a shuffled block_table."""
+    count = batch * seqlen // page_size if page_size else batch
+    shape = (count, page_size or seqlen, HEADS_KV, HEAD_DIM)
+    k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    table = torch.randperm(count, device="cuda").to(torch.int32).reshape(batch, -1) if page_size else None
+    return k, v, table
+
+
+def query(torch, batch):
+    return torch.randn((batch, 1, HEADS, HEAD_DIM), device="cuda", dtype=torch.bfloat16)
+
+
+def ragged(report, torch):
+    """One sequence of 65536 keys and 31 of 512, with our splits and with one, as flash-attn 2 would take."""
+    longest, page_size, batch = 65536, 64, 32
+    lengths = torch.full((batch,), 512, device="cuda", dtype=torch.int32)
+    lengths[0] = longest
+    used = (lengths // page_size).tolist()
+    k, v, _ = cache(torch, 1, sum(used) * page_size, page_size)
+    table = torch.zeros((batch, longest // page_size), device="cuda", dtype=torch.int32)
+    order = torch.randperm(sum(used), device="cuda").to(torch.int32)
+    for index, count in enumerate(used):
+        table[index, :count], order = order[:count], order[count:]
+    q = query(torch, batch)
+
+    def call(num_splits):
+        return in_a_graph(
+            lambda: cupyattn.flash_attn_with_kvcache(
+                q, k, v, cache_seqlens=lengths, block_table=table, causal=True, num_splits=num_splits
+            ),
+            torch,
+        )
+
+    times = microseconds({"cupyattn": call(0), "one_split": call(1)}, torch)
+    report.row("caches", what="ragged", **{f"{name}_us": took for name, took in times.items()},
+               speed_over_one_split=times["one_split"] / times["cupyattn"])  # fmt: skip
+
+
+def pages(report, torch):
+    """Uniform decoding over more keys than a cache holds, as a share of what a copy moves."""
+    source = torch.empty(2**29, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / microseconds({"copy": lambda: target.copy_(source)}, torch)["copy"]
+    for page_size in (None, 16, 64, 256):
+        for batch, seqlen in ((16, 8192), (64, 4096)):
+            if report.late("caches"):
+                return
+            k, v, table = cache(torch, batch, seqlen, page_size)
+            q, lengths = query(torch, batch), torch.full((batch,), seqlen, device="cuda", dtype=torch.int32)
+            call = in_a_graph(
+                lambda q=q, k=k, v=v, lengths=lengths, table=table: cupyattn.flash_attn_with_kvcache(
+                    q, k, v, cache_seqlens=lengths, block_table=table
+                ),
+                torch,
+            )
+            took = microseconds({"x": call}, torch)["x"]
+            rate = (k.nbytes + v.nbytes) / took
+            report.row("caches", what="uniform", page=page_size, batch=batch, keys=seqlen, us=took,
+                       share_of_copy=rate / copy)  # fmt: skip
+
+
+def step(report, torch):
+    """New keys, rotary embedding and attention: one call, or three."""
+    batch, seqlen = 16, 4096
+    k, v, table = cache(torch, batch, seqlen, 64)
+    q, lengths = query(torch, batch), torch.full((batch,), seqlen - 1, device="cuda", dtype=torch.int32)
+    new = [torch.randn((batch, 1, HEADS_KV, HEAD_DIM), device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    angles = torch.rand((seqlen, HEAD_DIM // 2), device="cuda")
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    rows = torch.arange(batch, device="cuda")
+
+    def turned(x):
+        """Rotary embedding by torch: halves, at the last place of each sequence."""
+        left, right = x.float().chunk(2, dim=-1)
+        c, s = (part[lengths.long()][:, None, None].float() for part in (cos, sin))
+        return torch.cat([left * c - right * s, right * c + left * s], dim=-1).bfloat16()
+
+    def apart():
+        page, place = table[rows, lengths.long() // 64].long(), lengths.long() % 64
+        k[page, place], v[page, place] = turned(new[0])[:, 0], new[1][:, 0]
+        return cupyattn.flash_attn_with_kvcache(turned(q), k, v, cache_seqlens=lengths + 1, block_table=table)
+
+    def together():
+        return cupyattn.flash_attn_with_kvcache(
+            q, k, v, *new, rotary_cos=cos, rotary_sin=sin, cache_seqlens=lengths, block_table=table,
+            rotary_interleaved=False,
+        )  # fmt: skip
+
+    calls = {"together": in_a_graph(together, torch), "apart": in_a_graph(apart, torch)}
+    times = microseconds(calls, torch)
+    report.row("caches", what="append, rotate, attend", **{f"{name}_us": took for name, took in times.items()},
+               speed_over_apart=times["apart"] / times["together"])  # fmt: skip

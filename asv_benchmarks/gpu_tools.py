@@ -1,0 +1,89 @@
+"""Times on a GPU, and torch's attention by each of its back ends, for gpu.py and its parts."""
+
+import statistics
+import time
+from dataclasses import replace
+
+
+def microseconds(calls, torch, repeats=5, budget=0.08):
+    """The median time of each call: calls take turns, so that clocks and heat are the same for all."""
+    samples = {name: [] for name in calls}
+    counts = {}
+    for name, call in calls.items():
+        call()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        counts[name] = max(1, min(200, round(budget / repeats / (time.perf_counter() - start))))
+    for _ in range(repeats):
+        for name, call in calls.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(counts[name]):
+                call()
+            end.record()
+            end.synchronize()
+            samples[name].append(1e3 * begin.elapsed_time(end) / counts[name])
+    return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def in_a_graph(call, torch):
+    """Replays of a call, without the host's time."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        call()
+    return graph.replay
+
+
+def back_ends(torch, q, k, v, **options):
+    """{name: torch's attention by that back end}, of those that take the problem; (batch, heads, seqlen, dim)."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention
+
+    found = {}
+    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
+        backend = getattr(SDPBackend, name)
+
+        def call(backend=backend):
+            with sdpa_kernel(backend):
+                return scaled_dot_product_attention(q, k, v, **options)
+
+        try:
+            call()
+            torch.cuda.synchronize()
+        except (RuntimeError, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()
+            continue
+        found[name.removesuffix("_ATTENTION").lower()] = call
+    return found
+
+
+def back_ends_call(torch, name, q, k, v):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backend = SDPBackend.MATH if name == "math" else getattr(SDPBackend, f"{name.upper()}_ATTENTION")
+    with sdpa_kernel(backend):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def with_tile(torch, q, k, v, tile, kernel, **options):
+    """A call of `attention` with another tile than the planner's."""
+    from cupyattn import cuda
+    from cupyattn.api import _operands, _options
+    from cupyattn.arrays import enter
+    from cupyattn.plan import choose
+    from cupyattn.reading import read
+
+    settings = {"layout": "bshd", "causal": False, "alignment": "bottom-right", "window_size": (None, None)}
+    settings |= {"softmax_scale": None, "softcap": 0.0, "dropout_p": 0.0, "compute_dtype": None, "return_lse": False}
+    visit = enter("attention", _operands(q, k, v))
+    problem = read("attention", visit.specs, _options("attention", **(settings | options)))
+    workers = visit.device().num_units if getattr(tile, "persistent", False) else 1
+    plan = replace(choose(problem, visit.device()), kernel=kernel, tile=tile, num_workers=workers)
+    specs = dict(visit.specs)
+    return lambda: cuda.run("attention", visit.library.title, visit.arrays, specs, plan, problem, 0)

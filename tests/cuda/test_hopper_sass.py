@@ -1,0 +1,99 @@
+"""What ptxas makes of the Hopper kernel: its instructions, its registers, and whether its overlap survived."""
+
+import re
+import subprocess
+
+import pytest
+from resources import disassembler
+
+from cupyattn.cuda import catalogue, compiler, source
+from cupyattn.hopper import ALL_KEYS, BOTH_EDGES, RIGHT_EDGE, Switches, base_tile
+
+BFLOAT16, FLOAT8 = "bfloat16", "float8_e4m3fn"
+KERNELS = {
+    "64, causal": (BFLOAT16, 64, 64, RIGHT_EDGE),
+    "96, window": (BFLOAT16, 96, 96, BOTH_EDGES),
+    "128": (BFLOAT16, 128, 128, ALL_KEYS),
+    "128, causal": (BFLOAT16, 128, 128, RIGHT_EDGE),
+    "192 and 128, causal": (BFLOAT16, 192, 128, RIGHT_EDGE),
+    "256": (BFLOAT16, 256, 256, ALL_KEYS),
+    "128, float8": (FLOAT8, 128, 128, ALL_KEYS),
+    "64, float8, causal": (FLOAT8, 64, 64, RIGHT_EDGE),
+}
+
+pytestmark = pytest.mark.usefixtures("nvrtc")
+
+
+def compiled(dtype, head_dim, head_dim_v, reach, **edits):
+    tile = base_tile(head_dim, head_dim_v, reach, dtype)._replace(**edits)
+    wanted = catalogue.hopper(dtype, head_dim, head_dim_v, tile, True, 0)
+    return compiler.compile_cubin(source.join(wanted.source), wanted.expression, "sm_90a")
+
+
+@pytest.fixture(scope="module", params=KERNELS)
+def kernel(request):
+    """(dtype, cubin) of a default kernel."""
+    return KERNELS[request.param][0], compiled(*KERNELS[request.param])
+
+
+def instructions(cubin, tmp_path):
+    """(the instructions of a kernel, the spans of its loops)."""
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("needs nvdisasm (nvidia-cuda-nvdisasm)")
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(cubin.image)
+    text = subprocess.run([tool, "-c", str(path)], capture_output=True, text=True, check=True).stdout
+    found, labels = [], {}
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(found)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            found.append(instruction[1].strip())
+    jumps = ((index, re.search(r"BRA.*`\((\.L_x_\d+)\)", text)) for index, text in enumerate(found))
+    return found, [(labels[jump[1]], index) for index, jump in jumps if jump and labels[jump[1]] <= index]
+
+
+def walks(found, loops):
+    """The bodies of the loops over blocks: two products each, whose waits come one after the other."""
+    for start, stop in loops:
+        body = found[start : stop + 1]
+        waits = [(index, text[-1]) for index, text in enumerate(body) if "WARPGROUP.DEPBAR" in text]
+        inner = any(start <= first and last < stop for first, last in loops if (first, last) != (start, stop))
+        if [count for _, count in waits] == ["1", "0"] and not inner:
+            yield body, *(index for index, _ in waits)
+
+
+def test_hoppers_own_units_do_the_work(kernel, tmp_path):
+    dtype, cubin = kernel
+    found, _ = instructions(cubin, tmp_path)
+    names = {re.match(r"(?:@!?U?P\w+ )?([A-Z0-9]+)", text)[1] for text in found}
+    products = "QGMMA" if dtype == FLOAT8 else "HGMMA"
+    assert {products, "UTMALDG", "UTMASTG", "SYNCS", "USETMAXREG", "STSM"} <= names
+    assert "HMMA" not in names
+
+
+def test_nothing_is_spilled_and_nothing_serialised(kernel):
+    _, cubin = kernel
+    assert cubin.spills == 0
+    assert re.findall(r"C75\d\d|warning", cubin.log) == []
+
+
+def test_every_exponential_of_a_walk_runs_beside_a_product(kernel, tmp_path):
+    _, cubin = kernel
+    bodies = list(walks(*instructions(cubin, tmp_path)))
+    assert bodies
+    for body, scores_are_there, values_are_there in bodies:
+        places = [index for index, text in enumerate(body) if "MUFU.EX2" in text]
+        assert len(places) > 32
+        assert [index for index in places if not scores_are_there < index < values_are_there] == []
+
+
+def test_without_the_pin_the_overlap_is_lost(tmp_path):
+    """Why there is a pin; if this fails, ptxas has changed, and the pin may go."""
+    found = compiled(BFLOAT16, 64, 64, RIGHT_EDGE, switches=Switches(pinned=False))
+    late = 0
+    for body, scores_are_there, values_are_there in walks(*instructions(found, tmp_path)):
+        places = [index for index, text in enumerate(body) if "MUFU.EX2" in text]
+        late += sum(not scores_are_there < index < values_are_there for index in places)
+    assert late > 0
