@@ -60,40 +60,12 @@ def draw_weights(sizes: Sizes, seed: int = 0) -> dict[str, np.ndarray]:
     return weights
 
 
-class GrowingCache:
-    """The keys and values of one layer's tokens so far, in memory that doubles when it is full."""
+PAGE_SIZE = 16
 
-    def __init__(self) -> None:
-        self._length = 0
-        self._arrays: list[Array] = []
 
-    def __len__(self) -> int:
-        return self._length
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tokens so far."""
-        return sum(self._length * array[:, :1, ...].size * array.itemsize for array in self._arrays)
-
-    def append(self, k: Array, v: Array) -> None:
-        """Add tokens, (batch, seqlen, num_heads_kv, head_dim)."""
-        stop = self._length + k.shape[1]
-        if not self._arrays or stop > self._arrays[0].shape[1]:
-            self._arrays = [self._larger(index, like, 2 * stop) for index, like in enumerate((k, v))]
-        for array, tokens in zip(self._arrays, (k, v), strict=True):
-            array[:, self._length : stop, ...] = tokens
-        self._length = stop
-
-    def _larger(self, index: int, like: Array, capacity: int) -> Array:
-        larger = array_namespace(like).empty((like.shape[0], capacity, *like.shape[2:]), dtype=like.dtype)
-        if self._length:
-            larger[:, : self._length, ...] = self._arrays[index][:, : self._length, ...]
-        return larger
-
-    def attend(self, q: Array, compute_dtype: str | None = None) -> Array:
-        """Attention of the last tokens' queries, (batch, seqlen_q, num_heads, head_dim), over all tokens."""
-        k, v = (array[:, : self._length, ...] for array in self._arrays)
-        return cupyattn.attention(q, k, v, causal=True, alignment="bottom-right", compute_dtype=compute_dtype)
+def paged_cache(num_tokens: int) -> cupyattn.PagedCache:
+    """The cache of one layer, with room for so many tokens of all sequences."""
+    return cupyattn.PagedCache(-(-num_tokens // PAGE_SIZE), PAGE_SIZE)
 
 
 @dataclass(frozen=True)
@@ -151,11 +123,12 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def generate(
-    decoder: Decoder, prompt: Array, num_tokens: int, new_cache: Callable[[], Any] = GrowingCache
+    decoder: Decoder, prompt: Array, num_tokens: int, new_cache: Callable[[int], Any] = paged_cache
 ) -> tuple[Array, list[Any]]:
     """The most likely tokens after a prompt, (batch, num_tokens), and the caches, a new one for each layer."""
     xp = array_namespace(prompt)
-    caches = [new_cache() for _ in range(decoder.sizes.num_layers)]
+    batch, seqlen = prompt.shape
+    caches = [new_cache(batch * (seqlen + num_tokens)) for _ in range(decoder.sizes.num_layers)]
     ids, tokens = prompt, []
     for _ in range(num_tokens):
         ids = xp.argmax(decoder(ids, caches), axis=-1, keepdims=True)

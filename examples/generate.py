@@ -13,7 +13,6 @@ import argparse
 import importlib
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,7 +34,7 @@ try:
     import matplotlib  # noqa: F401 - asked for now, so that it cannot be found missing at the very end
     import numpy as np
     from array_api_compat import array_namespace, to_device
-    from decoder import Decoder, GrowingCache, Sizes, draw_weights, generate
+    from decoder import Decoder, Sizes, draw_weights, generate, paged_cache
 
     import cupyattn
 except ModuleNotFoundError as missing:
@@ -43,8 +42,6 @@ except ModuleNotFoundError as missing:
 
 Array: TypeAlias = Any
 
-NEW_CACHE: Callable[[], Any] = GrowingCache
-"""Makes the cache of a layer: anything with `append(k, v)`, `attend(q, compute_dtype=...)`, a length and `nbytes`."""
 NUM_HEADS = 16
 KINDS = {"MHA": NUM_HEADS, "GQA": 4, "MQA": 1}
 """Key heads of multi-head, grouped-query and multi-query attention."""
@@ -97,9 +94,9 @@ def print_kinds(library: Library, num_tokens: int, compute_dtype: str | None) ->
         weights = {name: library.from_numpy(weight) for name, weight in draw_weights(sizes).items()}
         decoder = Decoder(weights, sizes, compute_dtype)
         prompt = library.from_numpy(draw_prompt(sizes))
-        generate(decoder, prompt, 2, NEW_CACHE)  # the first call compiles kernels, or wakes the BLAS
+        generate(decoder, prompt, 2)  # the first call compiles kernels, or wakes the BLAS
         start = time.perf_counter()
-        tokens, caches = generate(decoder, prompt, num_tokens, NEW_CACHE)
+        tokens, caches = generate(decoder, prompt, num_tokens)
         found[kind] = library.to_numpy(tokens)
         speed = num_tokens / (time.perf_counter() - start)
         size = sum(cache.nbytes for cache in caches)
@@ -170,7 +167,7 @@ def time_step(library: Library, num_heads_kv: int, context: int, compute_dtype: 
     q, k, v = (
         library.from_numpy(generator.standard_normal((1, *shape, HEAD_DIM), dtype=np.float32)) for shape in shapes
     )
-    cache = NEW_CACHE()
+    cache = paged_cache(context)
     cache.append(k, v)
     best, over = float("inf"), time.perf_counter() + PATIENCE
     while time.perf_counter() < over:

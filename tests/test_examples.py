@@ -151,17 +151,18 @@ def test_generate_notices_other_tokens(tiny, tmp_path, capsys, monkeypatch):
     assert "FAILED: other tokens" in capsys.readouterr().out
 
 
-def test_a_growing_cache_gives_every_token_the_logits_of_a_whole_prefill(decoding):
+def test_a_paged_cache_gives_every_token_the_logits_of_a_whole_prefill(decoding):
     sizes = small_sizes(decoding.decoder)
     model = decoding.decoder.Decoder(decoding.decoder.draw_weights(sizes), sizes)
     ids = np.arange(2 * 9).reshape(2, 9)
-    caches = [decoding.decoder.GrowingCache() for _ in range(sizes.num_layers)]
+    caches = [decoding.decoder.paged_cache(2 * 9) for _ in range(sizes.num_layers)]
     for stop in range(1, 10):
         stepwise = model(ids[:, stop - 1 : stop], caches)
-        whole = model(ids[:, :stop], [decoding.decoder.GrowingCache() for _ in range(sizes.num_layers)])
+        whole = model(ids[:, :stop], [decoding.decoder.paged_cache(2 * 9) for _ in range(sizes.num_layers)])
         np.testing.assert_allclose(stepwise, whole, rtol=1e-5, atol=1e-5)
         assert len(caches[0]) == stop
-        assert caches[0].nbytes == 2 * 2 * stop * 2 * sizes.head_dim * 4  # k and v, batch, tokens, heads, float32
+    page = 2 * decoding.decoder.PAGE_SIZE * 2 * sizes.head_dim * 4  # k and v, tokens, heads, float32
+    assert caches[0].nbytes == 2 * page
 
 
 def test_the_decoder_is_written_in_the_array_api(decoding):
