@@ -125,7 +125,8 @@ def homes(torch, array):
 
 def as_pages(rng, caches, page_size, share=None):
     """Sequences' caches as pages in random order among others of nan, and the table."""
-    count = -(-CAPACITY // page_size)
+    capacity = len(caches[0][0])
+    count = -(-capacity // page_size)
     order = rng.permutation(len(caches) * count + 2).astype(np.int32)
     table = order[: len(caches) * count].reshape(len(caches), count)
     pages = []
@@ -133,7 +134,7 @@ def as_pages(rng, caches, page_size, share=None):
         sample = caches[0][which]
         found = np.full((order.size, page_size, *sample.shape[1:]), np.nan, sample.dtype)
         for b, cache in enumerate(caches):
-            for key in range(CAPACITY):
+            for key in range(capacity):
                 found[table[b, key // page_size], key % page_size] = cache[which][key]
         pages.append(found)
     return (*pages, table)
@@ -346,6 +347,16 @@ def test_pages_give_the_bits_of_a_contiguous_cache(rng, page_size):
     for b in range(2):
         for found, name in zip(of_sequence((k_pages, v_pages), table, b), ("k_cache", "v_cache"), strict=True):
             assert_same_bits(found, contiguous[name][b])
+
+
+@pytest.mark.parametrize("page_size", range(1, 257))
+def test_every_page_size_gives_the_bits_of_a_contiguous_cache(rng, page_size):
+    caches = [(floats(300, 2, 8, seed=b), floats(300, 2, 8, seed=9 + b)) for b in range(2)]
+    contiguous = {"k_cache": np.stack([k for k, _ in caches]), "v_cache": np.stack([v for _, v in caches])}
+    k_pages, v_pages, table = as_pages(rng, caches, page_size)
+    given = {"q": floats(2, 3, 4, 8, seed=5), "cache_seqlens": ints(300, 211), "causal": True}
+    out = flash_attn_with_kvcache(k_cache=k_pages, v_cache=v_pages, block_table=table, **given)
+    assert_same_bits(out, flash_attn_with_kvcache(**contiguous, **given))
 
 
 def test_a_decode_step_by_step_is_one_prefill():

@@ -331,3 +331,15 @@ def test_a_table_without_room_for_the_longest_sequence_is_not_left(rng, page_siz
     options = ragged_options(arrays, max_seqlen_k=1000)
     arrays["cu_seqlens_k"][1:] = [900, 1800]
     Call(arrays, options, "splitkv", tile=SMALL).run()
+
+
+@pytest.mark.parametrize("first", range(1, 257, 32))
+def test_every_page_size_gives_the_bits_of_contiguous_keys(rng, first):
+    arrays = ragged_operands(rng, "float16", (1, 2), (300, 37), (2, 1, 1))
+    options = ragged_options(arrays, causal=True, alignment="bottom-right")
+    call = {"tile": Tile(16, 32, 2, 2), "num_splits": 2}
+    contiguous = run(arrays, options, "splitkv", **call)
+    for page_size in range(first, first + 32):
+        found = run(paged(rng, arrays, page_size), options, "splitkv", page_size % 3, **call)
+        assert_same_bits(found.out, contiguous.out)
+        assert_same_bits(found.lse, contiguous.lse)
