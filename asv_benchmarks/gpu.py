@@ -9,6 +9,7 @@ pytest, and no network.  --dry-run makes every plan and compiles every kernel in
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -122,7 +124,9 @@ GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_hopper.py")
 
 
 def tests(report, torch):
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--maxfail=20", "-m", "gpu", *GPU_TESTS]
+    command = [sys.executable, "-m", "pytest", "-v", "--maxfail=20", "-W", "default", "-m", "gpu", *GPU_TESTS]
+    if importlib.util.find_spec("xdist"):  # kernels are compiled by several processes
+        command += ["-n", str(min(8, os.cpu_count() or 1))]
     _run_pytest(report, "tests", [*command, "-p", "no:cacheprovider"])
 
 
@@ -132,7 +136,8 @@ def sanitizer(report, torch):
         report.row("sanitizer", result="compute-sanitizer is not installed")
         return
     for kind in ("memcheck", "racecheck"):
-        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q", "-m", "gpu"]
+        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-v", "-W", "default"]
+        command += ["-m", "gpu"]
         command += ["-p", "no:cacheprovider", *GPU_TESTS, "-k", "sanitizer"]
         _run_pytest(report, "sanitizer", command, tool=kind)
 
@@ -209,7 +214,7 @@ def decode(report, torch):
             ]
         calls = {name: in_a_graph(call, torch) for name, call in calls.items()}
         times = {name: x / copies for name, x in microseconds(calls, torch).items()}
-        best = min(x for name, x in times.items() if name != "cupyattn")
+        best = min((x for name, x in times.items() if name != "cupyattn"), default=float("nan"))
         what = {"batch": batch, "heads": f"{heads}/{heads_kv}", "keys": seqlen, "page": page_size, "kv_mb": size / 1e6}
         share = size / times["cupyattn"] * 1e-6 / bandwidth
         report.row(
@@ -379,17 +384,33 @@ def main():
     report = Report(arguments.minutes)
     report.found["machine"] = machine(torch)
     report.say(", ".join(f"{name} {value}" for name, value in report.found["machine"].items()))
-    for section in sections:
-        report.say(f"\n{section}")
-        with guarded(report, section):
-            globals()[section](report, torch)
     name = re.sub(r"[^a-z0-9]+", "-", report.found["machine"]["device"].lower()).strip("-")
     stem = f"gpu-{name}-{datetime.now(UTC):%Y%m%d-%H%M}"
+    for section in sections:
+        report.say(f"\n{section}")
+        watch = threading.Timer(report.left(section) + 45, give_up, (report, section, stem))
+        watch.daemon = True
+        watch.start()
+        with guarded(report, section):
+            globals()[section](report, torch)
+        watch.cancel()
+        write(report, stem)
+    print(f"\nwritten: {SUITE / 'results' / stem}.json and .txt")
+
+
+def write(report, stem):
+    """What is known so far, so that nothing is lost if a later section never ends."""
     for folder in filter(None, (SUITE / "results", os.environ.get("OUT"))):
-        Path(folder).mkdir(exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / f"{stem}.json").write_text(json.dumps(report.found, indent=1) + "\n")
         (Path(folder) / f"{stem}.txt").write_text("\n".join(report.lines) + "\n")
-    print(f"\nwritten: {SUITE / 'results' / stem}.json and .txt")
+
+
+def give_up(report, section, stem):
+    """A kernel that hangs cannot be stopped from within its process."""
+    report.row(section, error="this section hangs; all that came after it was left out")
+    write(report, stem)
+    os._exit(3)
 
 
 if __name__ == "__main__":

@@ -44,13 +44,12 @@ SIZES = {  # block_q, block_k, stages, weights in shared memory
 }
 
 
-def variants(head_dim, reach):
-    """{name: tile}: the default, then one thing changed at a time."""
-    tile = base_tile(head_dim, head_dim, reach, "bfloat16")._replace(persistent=reach == ALL_KEYS)
+def variants(tile, sizes):
+    """{name: tile}: the one that is planned, then one thing changed at a time, and other sizes."""
     found = {"default": tile, "other order": tile._replace(persistent=not tile.persistent)}
     for name, changes in VARIANTS.items():
         found[name] = tile._replace(switches=tile.switches._replace(**changes))
-    for block_q, block_k, num_stages, shared in SIZES[head_dim, reach]:
+    for block_q, block_k, num_stages, shared in sizes:
         switches = tile.switches._replace(weights_in_shared=shared)
         cut = tile._replace(block_q=block_q, block_k=block_k, num_stages=num_stages, switches=switches)
         found[f"{block_q}x{block_k}, {num_stages} stages"] = cut
@@ -60,8 +59,8 @@ def variants(head_dim, reach):
 def kernels():
     """Every kernel that these sections time."""
     found = []
-    for (head_dim, reach), _ in SIZES.items():
-        for tile in variants(head_dim, reach).values():
+    for (head_dim, reach), sizes in SIZES.items():
+        for tile in variants(base_tile(head_dim, head_dim, reach, "bfloat16"), sizes).values():
             found.append(catalogue.hopper("bfloat16", head_dim, head_dim, tile, True, 0))
     for head_dim in (64, 128, 256):
         for reach in (ALL_KEYS, RIGHT_EDGE):
@@ -158,7 +157,7 @@ def switches(report, torch):
         return
     prepare()
     for seqlen in NUM_TOKENS:
-        for head_dim, reach in SIZES:
+        for (head_dim, reach), sizes in SIZES.items():
             if report.late("switches"):
                 return
             causal = reach == RIGHT_EDGE
@@ -166,7 +165,7 @@ def switches(report, torch):
                 torch, max(1, TOKENS // seqlen), seqlen, FEATURES // head_dim, FEATURES // head_dim, head_dim, head_dim
             )
             calls = {}
-            for name, tile in variants(head_dim, reach).items():
+            for name, tile in variants(cupyattn.explain(q, k, v, causal=causal).tile, sizes).items():
                 call = with_tile(torch, q, k, v, tile, "hopper", causal=causal)
                 try:
                     call()

@@ -5,10 +5,9 @@
 array-api-compat, and nothing else.
 """
 
+from typing import TYPE_CHECKING
+
 from cupyattn.api import Gradients, attention, attention_backward, explain, merge_states
-from cupyattn.cache import Cache, DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache
-from cupyattn.cascade import cascade_attention
-from cupyattn.kvcache import flash_attn_with_kvcache
 from cupyattn.padding import pad_input, unpad_input
 from cupyattn.peers import (
     flash_attn_func,
@@ -19,6 +18,11 @@ from cupyattn.peers import (
 )
 from cupyattn.plan import Plan
 from cupyattn.rotary import apply_rotary_emb
+
+if TYPE_CHECKING:
+    from cupyattn.cache import Cache, DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache
+    from cupyattn.cascade import cascade_attention
+    from cupyattn.kvcache import flash_attn_with_kvcache
 
 __version__ = "0.1.0"
 
@@ -47,3 +51,24 @@ __all__ = [
     "scaled_dot_product_attention",
     "unpad_input",
 ]
+
+_ROOMS = {
+    "cache": ("Cache", "DynamicCache", "OffloadedCache", "PagedCache", "SlidingWindowCache", "StaticCache"),
+    "cascade": ("cascade_attention",),
+    "kvcache": ("flash_attn_with_kvcache",),
+}
+"""What is for decoding, imported when it is first asked for."""
+
+
+def __getattr__(name: str) -> object:
+    for room, names in _ROOMS.items():
+        if name in names:
+            from importlib import import_module
+
+            found = globals()[name] = getattr(import_module(f"cupyattn.{room}"), name)
+            return found
+    raise AttributeError(f"module 'cupyattn' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -155,7 +155,8 @@ def attention(
         dropout_p,
         compute_dtype,
         return_lse,
-    )._replace(takes_float8=True)
+        takes_float8=True,
+    )
     arrays = _operands(
         q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks,
         q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
@@ -180,6 +181,7 @@ def _options(
     dropout_p: float,
     compute_dtype: Any,
     return_lse: bool,
+    takes_float8: bool = False,
 ) -> Options:
     return Options(
         axes=reading.choice(function, "layout", layout, ("bshd", "bhsd")),
@@ -191,6 +193,7 @@ def _options(
         dropout_p=reading.dropout_p(function, dropout_p),
         compute_dtype=reading.compute_dtype(function, compute_dtype),
         needs_lse=reading.flag(function, "return_lse", return_lse),
+        takes_float8=takes_float8,
     )
 
 
@@ -375,8 +378,9 @@ def explain(
     reading.dropout_seed(function, dropout_seed)
     size = reading.split_size(function, fixed_split_size)
     options = _options(
-        function, layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, compute_dtype, return_lse
-    )._replace(takes_float8=True)
+        function, layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, compute_dtype, return_lse,
+        takes_float8=True,
+    )  # fmt: skip
     given = _operands(
         q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks,
         q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,

@@ -10,7 +10,7 @@ import numpy as np
 
 from cupyattn.numpy_ref import Array
 from cupyattn.plan import Plan
-from cupyattn.problem import Problem
+from cupyattn.problem import FLOAT8, Problem
 from cupyattn.rounding import widen
 from cupyattn.tiles import Keys, Part, heads_first
 
@@ -24,10 +24,17 @@ class Descales(NamedTuple):
 
     def of(self, ids: Array) -> Descales:
         """Those of some sequences."""
+        if self is NO_DESCALES:
+            return self
         return Descales(*(None if factors is None else factors[ids] for factors in self))
 
 
+NO_DESCALES = Descales(None, None, None)
+
+
 def _descales(problem: Problem, operands: Mapping[str, Array], compute: str) -> Descales:
+    if problem.dtype != FLOAT8:
+        return NO_DESCALES
     sizes = problem.sizes
 
     def whole(name: str, heads: int) -> Array | None:

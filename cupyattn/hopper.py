@@ -98,7 +98,7 @@ def _float8_tile(head_dim: int, reach: int) -> HopperTile:
     if head_dim <= 96:
         return HopperTile(192, 160 if head_dim == 64 else 128, 2, reach, switches=Switches(ping_pong=False))
     if head_dim == 256:
-        return HopperTile(128, 64 if reach == BOTH_EDGES else 128, 2, reach)
+        return HopperTile(128, 64 if reach == BOTH_EDGES else 96, 2, reach)
     return HopperTile(128, 192 if head_dim == 128 else 160, 2, reach)
 
 

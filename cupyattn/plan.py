@@ -208,7 +208,7 @@ def objections_of_hopper(problem: Problem, device: Device) -> tuple[str, ...]:
     if device.compute_capability != (9, 0):
         reasons.append("needs compute capability 9.0 (Hopper)")
     elif not device.tensor_maps:
-        reasons.append("needs the package cuda-bindings, to have the driver encode tensor maps")
+        reasons.append("needs a driver for CUDA 12 or newer, to encode tensor maps")
     if problem.dtype == "float32":
         reasons.append("has no float32 arithmetic")
     for name in ("head_dim", "head_dim_v"):

@@ -6,10 +6,10 @@ import sys
 
 from cupyattn import cpu, numpy_ref
 from cupyattn.arrays import enter
+from cupyattn.cutting import cut_into_parts
 from cupyattn.plan import choose
 from cupyattn.reading import Options, read
 from cupyattn.scratch import Scratch
-from cupyattn.tiles import cut_into_parts
 
 from . import CHECKOUT
 from .common import HEAD_DIM, Benchmark, draw, fastest, tracked, with_cupyattn, with_naive

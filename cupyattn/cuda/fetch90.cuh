@@ -100,8 +100,10 @@ DEVICE void inspect(const HopperParams& given, const HopperMemory<Traits>& memor
                     ptx::mbarrier_arrive(fetched_ring.empty(use));
                     ptx::mbarrier_arrive(value_ring.full(use));
                 }
-            } else if (!whole) {
-                found = clean_tile<typename Traits::Element>(memory.values(use), inspector, kInspectors);
+            } else {
+                if (!whole) found = clean_tile<typename Traits::Element>(memory.values(use), inspector, kInspectors);
+                ptx::warp_barrier();
+                if (ptx::lane() == 0) ptx::mbarrier_arrive(value_ring.empty(use));
             }
             if (whole) continue;
             inspected_ring.wait_empty(inspected);

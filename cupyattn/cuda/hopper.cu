@@ -76,7 +76,7 @@ struct HopperRows {
                               descale(given.q_descale, batch * given.q_descale_batch + head * given.q_descale_head) *
                               descale(given.k_descale, batch * given.k_descale_batch + head * given.k_descale_head);
         // Times a negative number the largest product is not the largest score: rather nan than wrong.
-        return product < 0.f ? ptx::nan() : ptx::max(product, kLeastNormal);
+        return product >= 0.f ? ptx::max(product, kLeastNormal) : ptx::nan();
     }
     DEVICE_METHOD float value_scale() const {
         const int head = tile.head / params.queries_per_v;

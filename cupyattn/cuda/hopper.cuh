@@ -38,9 +38,10 @@ struct HopperTraits {
 
     static constexpr int kConsumers = kBlockQ / 64;  // warpgroups
     static constexpr int kThreads = 128 * (1 + kConsumers);
-    // Multiples of 8 that add up to no more than 512 over all warpgroups; the fetching one needs few.
-    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 240;
-    static constexpr int kProducerRegisters = 32;
+    // Multiples of 8. All warpgroups share what the launch gave the block: 168 for each of 384 threads, 128 for each of
+    // 512; the fetching one hands over what it does not need.
+    static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+    static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40;
 
     using QueryTile = SwizzledTile<Element, kBlockQ, kHeadDim>;
     using KeyTile = SwizzledTile<Element, kBlockK, kHeadDim>;
@@ -156,7 +157,8 @@ struct HopperMemory {
     DEVICE_METHOD void init() const {
         query_ring().init(1, 4 * Traits::kConsumers);
         key_ring().init(1, Traits::kConsumers);
-        value_ring().init(Traits::kFloat8 ? kInspectors : 1, Traits::kConsumers);
+        // Inspectors look at all values before they go, for a wait that misses a phase may never end.
+        value_ring().init(Traits::kFloat8 ? kInspectors : 1, Traits::kConsumers + (Traits::kFloat8 ? 0 : kInspectors));
         if constexpr (Traits::kFloat8) fetched_ring().init(1, kInspectors);
         inspected_ring().init(kInspectors, 4 * Traits::kConsumers);
         ptx::fence_mbarrier_init();

@@ -106,8 +106,9 @@ def recipe_of(plan: Plan, problem: Problem, operands: Mapping[str, View]) -> Rec
 
 
 def _are_aligned(operands: Mapping[str, View]) -> bool:
-    """q, k and v start at multiples of 16 bytes."""
-    return (operands["q"].pointer | operands["k"].pointer | operands["v"].pointer) % 16 == 0
+    """q, k and v start at multiples of 16 bytes, and somewhere."""
+    pointers = [operands[name].pointer for name in ("q", "k", "v")]
+    return all(pointers) and (pointers[0] | pointers[1] | pointers[2]) % 16 == 0
 
 
 def is_aligned(view: View) -> bool:

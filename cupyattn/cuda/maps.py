@@ -6,9 +6,10 @@ Source: CUDA driver API, cuTensorMapEncodeTiled.
 
 from __future__ import annotations
 
-import importlib.util
-from functools import lru_cache
-from typing import NamedTuple
+import ctypes
+import sys
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 from cupyattn.problem import ITEMSIZE
 
@@ -73,12 +74,33 @@ def objection(name: str, wanted: BoxMap, pointer_is_aligned: bool) -> str | None
     return None
 
 
-def can_be_encoded() -> bool:
-    """Whether cuda-bindings, through which the driver is asked, is installed."""
+# Of cuda.h.
+_DTYPES = {"float8_e4m3fn": 0, "float16": 6, "bfloat16": 9}
+_NOT_INTERLEAVED, _PROMOTED_TO_256_BYTES, _ZEROS_OUTSIDE = 0, 3, 0
+_SWIZZLES = {32: 1, 64: 2, 128: 3}
+
+
+@cache
+def _encoder() -> Any:
+    """The driver's cuTensorMapEncodeTiled; None without a driver that has it.
+
+    By ctypes, since cuda-bindings encodes into an object that is not aligned to 64 bytes, as the driver wants it.
+    """
     try:
-        return importlib.util.find_spec("cuda.bindings") is not None
-    except ModuleNotFoundError:
-        return False
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        found = driver.cuTensorMapEncodeTiled
+    except (OSError, AttributeError):
+        return None
+    words, numbers = ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint32)
+    found.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p, words, words, numbers, numbers]
+    found.argtypes += [ctypes.c_int] * 4
+    found.restype = ctypes.c_int
+    return found
+
+
+def can_be_encoded() -> bool:
+    """Whether there is a driver that encodes maps: one for CUDA 12 or newer."""
+    return _encoder() is not None
 
 
 @lru_cache(maxsize=4096)
@@ -90,28 +112,22 @@ def encode(wanted: BoxMap, address: int) -> bytes:
     RuntimeError
         The driver refuses.
     """
-    from cuda.bindings import driver
-
-    kinds = driver.CUtensorMapDataType
-    dtypes = {
-        "float16": kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-        "bfloat16": kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        "float8_e4m3fn": kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8,
-    }
-    swizzles = driver.CUtensorMapSwizzle
-    error, encoded = driver.cuTensorMapEncodeTiled(
-        dtypes[wanted.dtype],
+    memory = ctypes.create_string_buffer(2 * SIZE)
+    start = -ctypes.addressof(memory) % SIZE
+    error = _encoder()(
+        ctypes.addressof(memory) + start,
+        _DTYPES[wanted.dtype],
         len(wanted.dims),
         address,
-        [driver.cuuint64_t(size) for size in wanted.dims],
-        [driver.cuuint64_t(stride) for stride in wanted.strides],
-        [driver.cuuint32_t(size) for size in wanted.box],
-        [driver.cuuint32_t(1)] * len(wanted.dims),
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        getattr(swizzles, f"CU_TENSOR_MAP_SWIZZLE_{wanted.swizzle}B"),
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        (ctypes.c_uint64 * 5)(*wanted.dims),
+        (ctypes.c_uint64 * 4)(*wanted.strides),
+        (ctypes.c_uint32 * 5)(*wanted.box),
+        (ctypes.c_uint32 * 5)(1, 1, 1, 1, 1),
+        _NOT_INTERLEAVED,
+        _SWIZZLES[wanted.swizzle],
+        _PROMOTED_TO_256_BYTES,
+        _ZEROS_OUTSIDE,
     )
-    if error != driver.CUresult.CUDA_SUCCESS:
-        raise RuntimeError(f"the driver does not encode {wanted} at {address:#x}: {error.name}")
-    return b"".join(int(word).to_bytes(8, "little") for word in encoded.opaque)
+    if error:
+        raise RuntimeError(f"the driver does not encode {wanted} at {address:#x}: CUDA error {error}")
+    return memory.raw[start : start + SIZE]

@@ -8,9 +8,10 @@
 namespace cupyattn {
 
 // 2 to the power of x <= 128 by Cody and Waite's split and a polynomial of degree three: relative error 8.8e-5, which
-// the rounding of a 16-bit weight hides.  Below 2^-127 it stays there, instead of going on to 0.
+// the rounding of a 16-bit weight hides.  Below 2^-127 it stays there, instead of going on to 0; nan stays nan.
 DEVICE float exp2_polynomial(float x) {
     constexpr float kWhole = 12582912.f;  // 1.5 * 2^23: the last bit of a sum with it is worth 1
+    if (x != x) return x;
     x = ptx::max(x, -127.f);
     const float shifted = ptx::add_round_down(x, kWhole);
     const float fraction = x - (shifted - kWhole);  // in [0, 1)

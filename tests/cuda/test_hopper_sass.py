@@ -79,6 +79,22 @@ def test_nothing_is_spilled_and_nothing_serialised(kernel):
     assert re.findall(r"C75\d\d|warning", cubin.log) == []
 
 
+def test_warpgroups_share_out_no_more_registers_than_the_launch_has(kernel, tmp_path):
+    _, cubin = kernel
+    found, _ = instructions(cubin, tmp_path)
+    fewer, more = (
+        [
+            int(count, 16)
+            for text in found
+            for count in re.findall(rf"USETMAXREG\.{kind}\S* (?:\w+, )?(0x[0-9a-f]+)", text)
+        ]
+        for kind in ("DEALLOC", "TRY_ALLOC")
+    )
+    assert (len(fewer), len(more)) == (1, 1)
+    consumers = {168: 2, 128: 3}[cubin.resources.registers]  # what ptxas gives 384 threads, and 512
+    assert fewer[0] + consumers * more[0] <= (1 + consumers) * cubin.resources.registers
+
+
 def test_every_exponential_of_a_walk_runs_beside_a_product(kernel, tmp_path):
     _, cubin = kernel
     bodies = list(walks(*instructions(cubin, tmp_path)))

@@ -1,5 +1,7 @@
 """Tensor maps as values, and what the driver is told of them."""
 
+import ctypes
+
 import numpy as np
 import pytest
 
@@ -60,20 +62,22 @@ def test_why_there_can_be_no_map(strides, aligned, words):
     assert found is None if words is None else words in found
 
 
+class Driver:
+    """What stands for cuTensorMapEncodeTiled: notes what it is asked, and writes the words 1 to 16."""
+
+    def __init__(self):
+        self.asked, self.error = [], 0
+
+    def __call__(self, place, dtype, rank, address, dims, strides, box, steps, *modes):
+        self.asked.append((place, dtype, rank, address, [*dims], [*strides], [*box], [*steps], *modes))
+        (ctypes.c_uint64 * 16).from_address(place)[:] = range(1, 17)
+        return self.error
+
+
 @pytest.fixture
 def driver(monkeypatch):
-    """cuda-bindings' driver, whose cuTensorMapEncodeTiled only notes what it is asked."""
-    found = pytest.importorskip("cuda.bindings.driver")
-    asked = []
-
-    def encode(*arguments):
-        asked.append(arguments)
-        made = found.CUtensorMap()
-        made.opaque = [found.cuuint64_t(word) for word in range(1, 17)]
-        return found.CUresult.CUDA_SUCCESS, made
-
-    monkeypatch.setattr(found, "cuTensorMapEncodeTiled", encode)
-    found.asked = asked
+    found = Driver()
+    monkeypatch.setattr(maps, "_encoder", lambda: found)
     maps.encode.cache_clear()
     yield found
     maps.encode.cache_clear()
@@ -85,17 +89,16 @@ WANTED = BoxMap("bfloat16", (64, 1, 100, 8, 2), (16, 1024, 128, 102400), (64, 1,
 def test_the_driver_is_told_all_of_a_map(driver):
     maps.encode(WANTED, 4096)
     (asked,) = driver.asked
-    dtype, rank, address, dims, strides, box, steps, interleave, swizzle, promotion, fill = asked
-    assert dtype == driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-    assert (rank, address) == (5, 4096)
-    assert [int(x) for x in dims] == list(WANTED.dims)
-    assert [int(x) for x in strides] == list(WANTED.strides)
-    assert [int(x) for x in box] == list(WANTED.box)
-    assert [int(x) for x in steps] == [1] * 5
-    assert interleave == driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE
-    assert swizzle == driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B
-    assert promotion == driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B
-    assert fill == driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE
+    bfloat16, not_interleaved, swizzle_of_128, promotion_to_256, zeros = 9, 0, 3, 3, 0  # of cuda.h
+    assert asked[1:4] == (bfloat16, 5, 4096)
+    assert asked[4:8] == ([*WANTED.dims], [*WANTED.strides], [*WANTED.box], [1] * 5)
+    assert asked[8:] == (not_interleaved, swizzle_of_128, promotion_to_256, zeros)
+
+
+def test_the_driver_writes_to_aligned_memory(driver):
+    for address in range(0, 2048, 16):
+        maps.encode(WANTED, address)
+    assert [asked[0] % 64 for asked in driver.asked] == [0] * 128
 
 
 def test_an_encoded_map_is_the_drivers_sixteen_words(driver):
@@ -108,8 +111,15 @@ def test_a_map_is_encoded_once(driver):
     assert len(driver.asked) == 2
 
 
-def test_what_the_driver_refuses_is_an_error(driver, monkeypatch):
-    refused = driver.CUresult.CUDA_ERROR_INVALID_VALUE
-    monkeypatch.setattr(driver, "cuTensorMapEncodeTiled", lambda *_: (refused, None))
-    with pytest.raises(RuntimeError, match=r"the driver does not encode BoxMap.* at 0x1000: CUDA_ERROR_INVALID_VALUE"):
+def test_what_the_driver_refuses_is_an_error(driver):
+    driver.error = 1
+    with pytest.raises(RuntimeError, match=r"the driver does not encode BoxMap.* at 0x1000: CUDA error 1"):
         maps.encode(WANTED, 4096)
+
+
+def test_without_a_driver_nothing_can_be_encoded(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert maps._encoder.__wrapped__() is None
