@@ -19,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -347,10 +348,15 @@ def dry_run():
     for seqlen_q in (1, 4096):
         print(cupyattn.explain((1, seqlen_q, 8, 128), *[(1, 4096, 8, 128)] * 2, dtype="bfloat16", device="H100"))
     text = {name: source.join(name) for name in ("flash.cu", "splitkv.cu", "hopper.cu")}
-    for found in wanted.values():
+
+    def compiled(found):
         assert found.shared_memory <= device.shared_memory, found
-        cubin = compiler.compile_cubin(text[found.source], found.expression, "sm_90a")
-        print(f"{cubin.resources.registers} registers, {cubin.spills} bytes spilled: {found.expression}", flush=True)
+        return found, compiler.compile_cubin(text[found.source], found.expression, "sm_90a")
+
+    with ThreadPoolExecutor() as pool:
+        for found, cubin in pool.map(compiled, wanted.values()):
+            what = f"{cubin.resources.registers} registers, {cubin.spills} bytes spilled"
+            print(f"{what}: {found.expression}", flush=True)
 
 
 @contextmanager
