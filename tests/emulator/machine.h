@@ -179,6 +179,12 @@ struct Machine {
 };
 inline Machine machine;
 
+// Of each thread, as __launch_bounds__(threads, 1) lets the compiler give them: all that warpgroups have to share out.
+inline int entry_registers() {
+    const int each = kRegisterFile / machine.num_threads / 8 * 8;
+    return each < 248 ? each : 248;
+}
+
 inline Thread* now;  // the running thread
 
 // ---- Chance ---------------------------------------------------------------------------------------
@@ -518,7 +524,7 @@ inline void run_block() {
     Gathering nothing;
     nothing.start(machine.num_agents);
     const Known known = nothing.freeze();
-    for (Group& group : machine.groups) group = {0, kRegisterFile / machine.num_threads / 8 * 8};
+    for (Group& group : machine.groups) group = {0, entry_registers()};
     for (NamedBarrier& barrier : machine.named_barriers) barrier.arrived = 0;
     for (int index = 0; index < block.num_warps; ++index) {
         Warp& warp = machine.warps[index];

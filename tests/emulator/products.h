@@ -350,8 +350,7 @@ inline void end_beside() {
             report("warpgroup %d has exited, and has not waited for its products (wgmma_commit, wgmma_wait)", group);
         registers += kGroupThreads * machine.groups[group].registers;
     }
-    // What __launch_bounds__(threads, 1) lets the compiler give each thread is all there is to share out.
-    const int entry = kRegisterFile / machine.num_threads / 8 * 8, pool = (entry < 248 ? entry : 248) * machine.num_threads;
+    const int pool = entry_registers() * machine.num_threads;
     if (registers > pool)
         report("more_registers waits forever: the warpgroups ask for %d registers, and the block has %d", registers, pool);
 }
