@@ -157,10 +157,9 @@ def attention(
         return_lse,
         takes_float8=True,
     )
-    arrays = _operands(
-        q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks,
-        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
-    )  # fmt: skip
+    arrays = _operands(q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+    if not (q_descale is k_descale is v_descale is None):
+        arrays |= {name: (name, x) for name, x in zip(reading.DESCALES, (q_descale, k_descale, v_descale), strict=True)}
     size = reading.split_size("attention", fixed_split_size)
     found = answer("attention", arrays, options, reading.dropout_seed("attention", dropout_seed), size)
     return (found["out"], found["lse"]) if return_lse else found["out"]

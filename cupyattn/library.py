@@ -178,6 +178,8 @@ def name_of(dtype: Any) -> str:
 
 def bits_of(array: Array) -> Array:
     """What NumPy has no dtype of its own for, as its bits."""
+    if array.dtype.isbuiltin == 1:
+        return array
     bits = BITS.get(name_of(array.dtype))
     return array if bits is None else array.view(bits)
 

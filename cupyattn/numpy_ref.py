@@ -269,13 +269,16 @@ class Tile:
 
     def times_values(self, weights: Array, v: Array, out: Array | None = None) -> Array:
         """``weights @ v``, into `out` or memory that is kept; for a few rows some keys at a time."""
-        first, *others = small_steps(weights.shape[-2], v.shape[-2], v.shape[-1])
-        shape = (*weights.shape[:-1], v.shape[-1])
-        total = self.scratch.array("product", shape, weights.dtype) if out is None else out
-        np.matmul(weights[..., first], v[..., first, :], out=total)
+        if out is None:
+            out = self.scratch.array("product", (*weights.shape[:-1], v.shape[-1]), weights.dtype)
+        rows, keys = weights.shape[-2], v.shape[-2]
+        if rows > FEW_ROWS or keys < MANY_KEYS:
+            return np.matmul(weights, v, out=out)
+        first, *others = small_steps(rows, keys, v.shape[-1])
+        np.matmul(weights[..., first], v[..., first, :], out=out)
         for step in others:
-            total += self.matmul("addend", weights[..., step], v[..., step, :])
-        return total
+            out += self.matmul("addend", weights[..., step], v[..., step, :])
+        return out
 
     def scores(self, block: KeyBlock, slope_of_softcap: Array | None = None) -> Array:
         """The edited scores of one block; minus infinity where a key is hidden.
