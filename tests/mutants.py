@@ -1,0 +1,24 @@
+"""Planted bugs: a piece of text in one CUDA source, and what takes its place."""
+
+from typing import NamedTuple
+
+import pytest
+from emulator import CUDA, EmulatorError
+
+
+class Mutant(NamedTuple):
+    name: str
+    source: str
+    old: str
+    """Has to be there exactly once."""
+    new: str
+    group: str
+    """The calls that have to notice."""
+
+
+def assert_caught(mutant, groups):
+    """Fail unless a group, a function of changed sources, raises with the mutant in its source."""
+    text = (CUDA / mutant.source).read_text()
+    assert text.count(mutant.old) == 1, "the text to replace has to be there once"
+    with pytest.raises((AssertionError, EmulatorError)):
+        groups[mutant.group]({mutant.source: text.replace(mutant.old, mutant.new)})
