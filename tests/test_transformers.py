@@ -369,13 +369,13 @@ def test_rows_that_see_nothing_are_zero():
     assert (out[0] != 0).all()
 
 
-@pytest.mark.parametrize("name", [*integration.REFUSED, *integration.PACKED])
+@pytest.mark.parametrize("name", [*sorted(integration.REFUSED), *sorted(integration.PACKED)])
 def test_what_changes_the_meaning_is_refused_by_name(name):
     with pytest.raises(NotImplementedError, match=rf"(?s)cupyattn in transformers: {name}.*Layer"):
         attend(Layer(), *operands(), None, **{name: torch.ones(1)})
 
 
-@pytest.mark.parametrize("name", integration.PACKED)
+@pytest.mark.parametrize("name", sorted(integration.PACKED))
 def test_where_packed_sequences_start_may_be_said_besides_in_the_mask(name):
     q, k, v = operands()
     visible = band(5, 5, 1, 0).expand(2, 1, 5, 5)
