@@ -1,7 +1,7 @@
 """How the Hopper kernel cuts a problem: tile, switches, packing, and the order of tiles.
 
-The numbers are those of FlashAttention-3 where registers allow (kernels.md B.1), and registers were read from
-compiled kernels.  None has been timed yet: `make gpu` has the table of switches that will settle them.
+The numbers are those of FlashAttention-3 where registers allow, which were read from compiled
+kernels.  None has been timed yet: `make gpu` has the table of switches that will settle them.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def run(
     Raises
     ------
     NotImplementedError
-        Gradients are wanted, or the library is not known on a GPU.
+        Gradients are wanted, the library is not known on a GPU, or no kernel can read float8 arrays where they lie.
     RuntimeError
         The kernel has to be compiled and cannot be.
     """

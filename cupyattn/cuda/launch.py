@@ -90,8 +90,10 @@ def record_of(
     if not recipe.maps:
         return params.record(pointers, recipe.tail)
     encode = encode or maps.encode
+    # Of no keys no box is ever asked for, but the driver wants an address.
     head = b"".join(
-        encode(wanted, pointers[name]) for name, wanted in zip(("q", "k", "v", "out"), recipe.maps, strict=False)
+        encode(wanted, pointers[name] or pointers["q"])
+        for name, wanted in zip(("q", "k", "v", "out"), recipe.maps, strict=False)
     )
     descales = _DESCALES.pack(*(pointers.get(f"{name}_descale", 0) for name in ("q", "k", "v")))
     tail = recipe.tail + descales + recipe.behind
@@ -106,9 +108,8 @@ def recipe_of(plan: Plan, problem: Problem, operands: Mapping[str, View]) -> Rec
 
 
 def _are_aligned(operands: Mapping[str, View]) -> bool:
-    """q, k and v start at multiples of 16 bytes, and somewhere."""
-    pointers = [operands[name].pointer for name in ("q", "k", "v")]
-    return all(pointers) and (pointers[0] | pointers[1] | pointers[2]) % 16 == 0
+    """q, k and v start at multiples of 16 bytes."""
+    return (operands["q"].pointer | operands["k"].pointer | operands["v"].pointer) % 16 == 0
 
 
 def is_aligned(view: View) -> bool:
@@ -143,6 +144,7 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
     )
     if copies:
         return Recipe(Specialisation("", "", 0, 0), (0, 0, 0), b"", Workspace(), copies)
+    starts_are_aligned = aligned
     aligned = aligned and all(_steps_are_aligned(strides[name], dtypes[name]) for name in ("q", "k", "v"))
     one_batch = (sizes.batch,) if len(sizes.batch_shape) > 1 else sizes.batch_shape
     lead = len(sizes.batch_shape) if len(sizes.batch_shape) > 1 else 0
@@ -152,12 +154,12 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
     group = sizes.queries_per_pair
     batch, ragged = sizes.batch, layout.ragged
     groups = batch * sizes.num_heads // group
-    if plan.kernel == "hopper" and objections_to_maps(problem, shapes, strides, aligned):
+    if plan.kernel == "hopper" and objections_to_maps(problem, shapes, strides, starts_are_aligned):
         assert plan.instead is not None
         plan = plan.instead
         if plan.kernel == "none":
             nothing = Recipe(Specialisation("", "", 0, 0), (0, 0, 0), b"", Workspace())
-            return replace(nothing, refusals=objections_to_maps(problem, shapes, strides, aligned))
+            return replace(nothing, refusals=objections_to_maps(problem, shapes, strides, starts_are_aligned))
     tile, num_splits = plan.tile, plan.num_splits
     box_maps: tuple[BoxMap, ...] = ()
     behind = b""
