@@ -95,8 +95,8 @@ class Kernel:
         """sizeof of the kernel's parameter struct."""
         return self._library.emulator_parameter_bytes()
 
-    def launch(self, record, grid, threads, shared_memory, buffers, schedule=0, seed=0, check_races=True):
-        """Runs all blocks, one after another.
+    def launch(self, record, grid, threads, shared_memory, buffers, schedule=0, seed=0, check_races=True, cluster=1):
+        """Runs all blocks, one after another; those of a `cluster` side by side.
 
         schedule 0: copies, boxes and products happen when issued; threads and blocks run in order.
         schedule 1: they happen when waited for, and their destinations hold NaNs until then; threads run in random
@@ -116,12 +116,15 @@ class Kernel:
             raise ValueError(f"grid must be three numbers of at least 1; found {grid}")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {SCHEDULES}; found {schedule}")
+        if not 1 <= cluster <= 8 or grid[0] % cluster or cluster * threads > 1024 or (cluster > 1 and threads % 128):
+            raise ValueError(f"no clusters of {cluster} in a grid of {grid} with {threads} threads a block")
         table = _buffer_table(buffers)
         message = ctypes.create_string_buffer(4096)
         request = _Request(
             ctypes.cast(ctypes.c_char_p(record), ctypes.c_void_p),
             (ctypes.c_int32 * 3)(*grid),
             threads,
+            cluster,
             shared_memory,
             table.ctypes.data,
             len(table),
@@ -144,6 +147,7 @@ class _Request(ctypes.Structure):
         ("parameters", ctypes.c_void_p),
         ("grid", ctypes.c_int32 * 3),
         ("num_threads", ctypes.c_int32),
+        ("cluster", ctypes.c_int32),
         ("shared_bytes", ctypes.c_int64),
         ("buffers", ctypes.c_void_p),
         ("num_buffers", ctypes.c_int64),

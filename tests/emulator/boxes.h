@@ -13,6 +13,7 @@ namespace emulator {
 
 struct Mbarrier {
     std::uint32_t address;
+    int rank;                             // of its block in the cluster
     int arrivals, pending;                // of the phase: all, and those to come
     std::int64_t bytes, bytes_under_way;  // expected and not here, and those of them that were asked for
     int parity;                           // of the phase
@@ -24,6 +25,7 @@ struct Mbarrier {
     Gathering gathering;
     Known ended;  // what the last phase's end lets know
     std::uint32_t waiting[kMaxThreads / kLanes];
+    std::vector<Moment> from_afar;  // other blocks' last arrivals, one for each thread
 };
 
 // `TensorMap` as tests/emulator/__init__.py encodes it.
@@ -39,6 +41,7 @@ struct Map {
 struct Box {
     Map map;
     std::uint32_t shared;
+    int rank;  // of the block whose shared memory that is
     int corner[5];
     int mbarrier;  // its index; -1: goes
 };
@@ -64,10 +67,12 @@ inline void init_mbarrier(std::uint32_t address, int arrivals, Site site) {
     shared_at(address, 8, verb, site);
     if (arrivals < 1 || arrivals >= 1 << 20) fail(site, "%s: %d arrivals are not 1 to 2^20 - 1", verb, arrivals);
     for (const Mbarrier& other : beside_threads.mbarriers)
-        if (other.address == address) fail(site, "%s: the mbarrier at 0x%x is in use", verb, address);
+        if (other.address == address && other.rank == now->block->rank)
+            fail(site, "%s: the mbarrier at 0x%x is in use", verb, address);
     note_write(address, 8, this_thread(), {this_moment(), State::kMbarrier, true, 0}, verb, site);
     Mbarrier barrier{};
     barrier.address = address;
+    barrier.rank = now->block->rank;
     barrier.arrivals = barrier.pending = arrivals;
     barrier.initializer = now->index;
     barrier.initialized = this_moment();
@@ -82,9 +87,11 @@ inline void fence_initializations() {
     for (Mbarrier& barrier : beside_threads.mbarriers) barrier.is_fenced |= barrier.initializer == now->index;
 }
 
-inline Mbarrier& mbarrier_at(std::uint32_t address, const char* verb, Site site) {
+inline Mbarrier& mbarrier_at(std::uint32_t address, const char* verb, Site site, int rank = now->block->rank) {
+    if (rank < 0 || rank >= machine.num_blocks) fail(site, "%s: the cluster has no block of rank %d", verb, rank);
+    if (!machine.blocks[rank].threads_left) fail(site, "%s: the cluster's block %d has exited", verb, rank);
     for (Mbarrier& barrier : beside_threads.mbarriers) {
-        if (barrier.address != address) continue;
+        if (barrier.address != address || barrier.rank != rank) continue;
         if (!barrier.is_fenced)
             fail(site, "%s: thread %d initialised the mbarrier at 0x%x, with no fence_mbarrier_init since", verb,
                  barrier.initializer, address);
@@ -103,18 +110,25 @@ inline void end_phase_if_complete(Mbarrier& barrier) {
     barrier.gathering.start(machine.num_agents);
     barrier.pending = barrier.arrivals;
     barrier.parity ^= 1;
-    for (int index = 0; index < machine.block.num_warps; ++index) {
+    for (int index = 0; index < all_warps(); ++index) {
         wake(machine.warps[index], barrier.waiting[index]);
         barrier.waiting[index] = 0;
     }
 }
 
-inline void arrive_at_mbarrier(std::uint32_t address, int bytes, const char* verb, Site site) {
-    Mbarrier& barrier = mbarrier_at(address, verb, site);
+inline void arrive_at_mbarrier(std::uint32_t address, int bytes, const char* verb, Site site,
+                               int rank = now->block->rank) {
+    Mbarrier& barrier = mbarrier_at(address, verb, site, rank);
     if (bytes < 0 || barrier.bytes + bytes >= 1 << 20) fail(site, "%s: %d bytes are too many", verb, bytes);
     if (!barrier.pending)
         fail(site, "%s: all %d arrivals at the mbarrier at 0x%x have been, and its bytes have not all come", verb,
              barrier.arrivals, address);
+    if (rank != now->block->rank) {
+        auto mine = std::find_if(barrier.from_afar.begin(), barrier.from_afar.end(),
+                                 [](const Moment& moment) { return moment.agent == now->index; });
+        if (mine == barrier.from_afar.end()) mine = barrier.from_afar.insert(mine, Moment{});
+        *mine = this_moment();
+    }
     barrier.gathering.add(now->known);
     barrier.gathering.add(now->index, machine.stamp++);
     --barrier.pending;
@@ -158,7 +172,7 @@ inline std::uint8_t* shared_range(std::uint32_t address, std::uint32_t bytes, st
     if (memory.shared_bytes - offset < bytes)
         fail(site, "%s: %u bytes at shared address 0x%x are outside the block's %u bytes from 0x%x", verb, bytes,
              address, memory.shared_bytes, kSharedBase);
-    return memory.shared + offset;
+    return memory.shared + offset_of(address);
 }
 
 // Calls visit(shared address in order, global address, bytes before, bytes inside) for each row of a box; a row that
@@ -189,7 +203,7 @@ inline void visit_rows(const Box& box, Visit visit) {
 // After all checks that need no order.
 inline Box make_box(std::uint32_t shared, const void* encoded, const int (&corner)[5], Access access,
                     const char* verb, Site site) {
-    Box box{decode(encoded, verb, site), shared, {}, -1};
+    Box box{decode(encoded, verb, site), shared, now->block->rank, {}, -1};
     std::memcpy(box.corner, corner, sizeof corner);
     const std::uint32_t alignment = box.map.swizzle ? std::max(128, 8 * box.map.swizzle) : 128;
     shared_range(shared, box.map.bytes, alignment, verb, site);
@@ -209,7 +223,7 @@ inline void perform(const Box& box) {
             if (bytes) std::memcpy(row + before, reinterpret_cast<const void*>(global), bytes);
         }
         for (int chunk = 0; chunk < map.row_bytes; chunk += 16) {
-            std::uint8_t* at = memory.shared + (swizzled(shared + chunk, map.swizzle) - kSharedBase);
+            std::uint8_t* at = memory.shared + offset_of(swizzled(shared + chunk, map.swizzle), box.rank);
             if (comes)
                 std::memcpy(at, row + chunk, 16);
             else
@@ -224,7 +238,7 @@ inline void perform(const Box& box) {
 inline void finish(const Box& box) {
     perform(box);
     if (machine.check_races) {
-        Word* words = &memory.words[(box.shared - kSharedBase) / 4];
+        Word* words = words_at(box.shared, box.rank);
         for (int word = 0; word < box.map.bytes / 4; ++word) words[word].state = State::kPlain;
     }
     Mbarrier& barrier = beside_threads.mbarriers[box.mbarrier];
@@ -247,23 +261,41 @@ inline bool finish_any() {
     return count;
 }
 
-inline void load_box(std::uint32_t to, const void* encoded, std::uint32_t mbarrier, const int (&corner)[5],
-                     Site site) {
-    constexpr const char* verb = "load_box";
-    Mbarrier& barrier = mbarrier_at(mbarrier, verb, site);
-    Box box = make_box(to, encoded, corner, Access::kLoadFresh, verb, site);
+// A box for one block of the cluster, with its mbarrier at the same address.
+inline void load_box_of(int rank, Box box, std::uint32_t mbarrier, const char* verb, Site site) {
+    Mbarrier& barrier = mbarrier_at(mbarrier, verb, site, rank);
+    box.rank = rank;
     box.mbarrier = static_cast<int>(&barrier - beside_threads.mbarriers.data());
-    if (barrier.bytes - barrier.bytes_under_way < box.map.bytes)
-        fail(site, "%s: the mbarrier at 0x%x expects %lld bytes more, and the box has %d", verb, mbarrier,
-             static_cast<long long>(barrier.bytes - barrier.bytes_under_way), box.map.bytes);
     Party party = this_thread();
     party.is_async = true;
     const Moment moment = {machine.stamp, static_cast<std::uint16_t>(barrier.agent)};
-    note_write(to, box.map.bytes, party, {moment, State::kBox, false, 0}, verb, site);
+    note_write(box.shared, box.map.bytes, party, {moment, State::kBox, false, 0}, verb, site, rank);
     barrier.bytes_under_way += box.map.bytes;
     if (!machine.schedule) return finish(box);
-    std::memset(memory.shared + (to - kSharedBase), 0xFF, box.map.bytes);
+    std::memset(memory.shared + offset_of(box.shared, rank), 0xFF, box.map.bytes);
     beside_threads.coming.push_back(box);
+}
+
+inline void load_box(std::uint32_t to, const void* encoded, std::uint32_t mbarrier, const int (&corner)[5],
+                     Site site) {
+    constexpr const char* verb = "load_box";
+    const Mbarrier& barrier = mbarrier_at(mbarrier, verb, site);
+    const Box box = make_box(to, encoded, corner, Access::kLoadFresh, verb, site);
+    if (barrier.bytes - barrier.bytes_under_way < box.map.bytes)
+        fail(site, "%s: the mbarrier at 0x%x expects %lld bytes more, and the box has %d", verb, mbarrier,
+             static_cast<long long>(barrier.bytes - barrier.bytes_under_way), box.map.bytes);
+    load_box_of(now->block->rank, box, mbarrier, verb, site);
+}
+
+// The bytes may come before another block's thread expects them.
+inline void load_box_for(std::uint32_t ranks, std::uint32_t to, const void* encoded, std::uint32_t mbarrier,
+                         const int (&corner)[5], Site site) {
+    constexpr const char* verb = "load_box_for";
+    if (!ranks || ranks >> machine.num_blocks)
+        fail(site, "%s: the cluster has %d blocks, and the box is for 0x%x", verb, machine.num_blocks, ranks);
+    const Box box = make_box(to, encoded, corner, Access::kLoadFresh, verb, site);
+    for (std::uint32_t left = ranks; left; left &= left - 1)
+        load_box_of(__builtin_ctz(left), box, mbarrier, verb, site);
 }
 
 inline void wait_for_mbarrier(std::uint32_t address, int parity, Site site) {
@@ -328,7 +360,22 @@ inline void wait_for_stores(std::size_t pending_groups) {
     now->known = news.freeze();
 }
 
-// ---- A block from its first to its last thread --------------------------------------------------------
+// ---- A cluster from its first to its last thread ------------------------------------------------------
+
+// Whoever may still arrive at a block's mbarriers finds no block.
+inline void check_exit(Block& block) {
+    const Thread* mine = machine.threads + first_thread(block);
+    for (const Mbarrier& barrier : beside_threads.mbarriers) {
+        if (barrier.rank != block.rank) continue;
+        for (const Moment& moment : barrier.from_afar) {
+            const auto knows = [&](const Thread& thread) { return thread.known->covers(moment); };
+            if (std::any_of(mine, mine + machine.num_threads, knows)) continue;
+            report("all threads have exited, and %s may still be about to arrive at the mbarrier at 0x%x",
+                   AgentName(moment.agent).text, barrier.address);
+            give_up();
+        }
+    }
+}
 
 inline void begin_boxes() {
     beside_threads.mbarriers.clear();
@@ -336,6 +383,7 @@ inline void begin_boxes() {
     beside_threads.coming.clear();
     beside_threads.stores.clear();
     machine.idle = finish_any;
+    machine.exit = check_exit;
 }
 
 inline void end_boxes() {

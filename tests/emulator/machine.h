@@ -1,4 +1,5 @@
-// One thread block on one core: every CUDA thread is a fiber that runs until it has to wait for others.
+// One thread block, or one cluster of them, on one core: every CUDA thread is a fiber that runs until it has to wait
+// for others.
 //
 // Threads swap only in functions that wait. The last lane to reach a warp's instruction performs it for all 32, so
 // that an instruction costs 32 swaps and no polling: who waits is not looked at before it is woken.
@@ -18,7 +19,8 @@
 
 namespace emulator {
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 1024;  // of a cluster
+constexpr int kMaxBlocks = 8;
 constexpr int kMaxGroups = 8;
 constexpr int kGroupWarps = 4;
 constexpr int kGroupThreads = kGroupWarps * kLanes;
@@ -61,11 +63,12 @@ enum class Verb : std::uint8_t {
     kWgmmaCommit,
     kWgmmaWait,
     kMbarrierWait,
+    kClusterBarrier,
 };
 constexpr const char* kVerbNames[] = {
     "barrier", "warp_barrier", "shuffle_xor", "shuffle", "any", "all", "load_matrices", "load_matrices_transposed",
     "multiply_add", "store_matrices", "named_barrier", "named_barrier_arrive", "warpgroup", "more_registers",
-    "fewer_registers", "wgmma_fence", "wgmma", "wgmma_commit", "wgmma_wait", "mbarrier_wait",
+    "fewer_registers", "wgmma_fence", "wgmma", "wgmma_commit", "wgmma_wait", "mbarrier_wait", "cluster_barrier",
 };
 
 // A copy from global to shared memory that may still be under way.
@@ -84,7 +87,7 @@ struct Operands {
 };
 
 struct Warp {
-    int index;
+    int index;  // in the cluster
     std::uint32_t ready;    // lanes that can run; the running one is not among them
     std::uint32_t arrived;  // lanes that wait, all for the same `verb` at the same `site`
     Verb verb;
@@ -119,10 +122,13 @@ struct Wait {
     int parity;
 };
 
+struct Block;
+
 struct Thread {
     Fiber fiber;
-    int index;
+    int index;  // in the cluster
     Warp* warp;
+    Block* block;
     bool exited;
     bool waits_alone;
     Wait wait;    // if so
@@ -140,9 +146,10 @@ struct Thread {
 struct Block {
     int x, y, z;
     std::uint32_t number;  // from 1
-    int num_warps, warps_at_barrier, threads_left;
-    std::uint32_t ready_warps;  // those with a ready lane
-    std::uint32_t epoch;        // between two block barriers; from 1
+    int rank;              // in its cluster
+    int warps_at_barrier, threads_left;
+    NamedBarrier named_barriers[kNamedBarriers];
+    std::uint32_t epoch;  // between two block barriers; from 1
     struct {
         std::uint32_t epoch;
         bool any;
@@ -159,12 +166,14 @@ struct Machine {
     Thread threads[kMaxThreads];
     Warp warps[kMaxThreads / kLanes];
     Group groups[kMaxGroups];
-    NamedBarrier named_barriers[kNamedBarriers];
-    Block block;
+    Block blocks[kMaxBlocks];  // of the cluster, by rank
+    int warps_at_cluster_barrier, threads_left;
+    std::uint32_t ready_warps;  // those with a ready lane
     Fiber scheduler;
     char* stacks;
     void (*kernel)();
-    int grid_x, grid_y, grid_z, num_threads;
+    int grid_x, grid_y, grid_z;
+    int num_blocks, num_threads, num_warps;  // blocks of a cluster, and what each of them has
     int num_agents;             // threads and others, these if there are any
     std::vector<Agent> agents;  // the others
     int schedule;
@@ -173,6 +182,7 @@ struct Machine {
     std::uint32_t time;   // counts stores to global memory and fences
     std::uint32_t stamp;  // counts whenever somebody lets others know what it did
     bool (*idle)();       // does one thing that works beside the threads; false if there is none
+    void (*exit)(Block&); // after a block's last thread
     bool failed;
     char* message;
     std::size_t message_bytes;
@@ -186,6 +196,11 @@ inline int entry_registers() {
 }
 
 inline Thread* now;  // the running thread
+
+inline int all_threads() { return machine.num_blocks * machine.num_threads; }
+inline int all_warps() { return machine.num_blocks * machine.num_warps; }
+inline int first_thread(const Block& block) { return block.rank * machine.num_threads; }
+inline int first_warp(const Block& block) { return block.rank * machine.num_warps; }
 
 // ---- Chance ---------------------------------------------------------------------------------------
 
@@ -209,7 +224,7 @@ inline int random_bit(std::uint32_t bits) {
 __attribute__((format(printf, 1, 2))) inline void report(const char* format, ...) {
     if (machine.failed) return;
     machine.failed = true;
-    const Block& block = machine.block;
+    const Block& block = now ? *now->block : machine.blocks[0];
     const int written =
         std::snprintf(machine.message, machine.message_bytes, "block (%d, %d, %d): ", block.x, block.y, block.z);
     va_list arguments;
@@ -231,7 +246,7 @@ __attribute__((format(printf, 2, 3))) [[noreturn]] inline void fail(Site site, c
     va_start(arguments, format);
     std::vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
-    report("thread %d, %s:%d: %s", now->index, site.file, site.line, text);
+    report("thread %d, %s:%d: %s", now->index % machine.num_threads, site.file, site.line, text);
     give_up();
 }
 
@@ -240,24 +255,23 @@ __attribute__((format(printf, 2, 3))) [[noreturn]] inline void fail(Site site, c
 inline void wake(Warp& warp, std::uint32_t lanes) {
     if (!lanes) return;
     warp.ready |= lanes;
-    machine.block.ready_warps |= 1u << warp.index;
+    machine.ready_warps |= 1u << warp.index;
 }
 
 // Schedule 0 takes threads in order, 1 any warp, and 2 lets one warp run as far as it can before another is drawn.
 inline Thread* next_thread() {
-    Block& block = machine.block;
-    while (!block.ready_warps)
+    while (!machine.ready_warps)
         if (!machine.idle()) return nullptr;
-    int index = __builtin_ctz(block.ready_warps);
+    int index = __builtin_ctz(machine.ready_warps);
     if (machine.schedule) {
         const bool may_stay = now && now->warp->ready;
         const bool stays = may_stay && (machine.schedule == 2 || random_number() % 4);
-        index = stays ? now->warp->index : random_bit(block.ready_warps);
+        index = stays ? now->warp->index : random_bit(machine.ready_warps);
     }
     Warp& warp = machine.warps[index];
     const int lane = machine.schedule ? random_bit(warp.ready) : __builtin_ctz(warp.ready);
     warp.ready &= ~(1u << lane);
-    if (!warp.ready) block.ready_warps &= ~(1u << index);
+    if (!warp.ready) machine.ready_warps &= ~(1u << index);
     return &machine.threads[index * kLanes + lane];
 }
 
@@ -274,7 +288,8 @@ inline void suspend() {
 inline void thread_main() {
     machine.kernel();
     now->exited = true;
-    --machine.block.threads_left;
+    if (!--now->block->threads_left) machine.exit(*now->block);
+    --machine.threads_left;
     suspend();
     __builtin_unreachable();
 }
@@ -333,19 +348,29 @@ inline void release_warp(Warp& warp) {
 }
 
 inline void block_barrier(Site site) {
-    Block& block = machine.block;
+    Block& block = *now->block;
     if (!arrive(Verb::kBarrier, site)) return suspend();
-    if (++block.warps_at_barrier < block.num_warps) return suspend();
+    if (++block.warps_at_barrier < machine.num_warps) return suspend();
     block.warps_at_barrier = 0;
     ++block.epoch;
-    meet(0, machine.num_threads);
-    for (int index = 0; index < block.num_warps; ++index) release_warp(machine.warps[index]);
+    meet(first_thread(block), machine.num_threads);
+    for (int index = 0; index < machine.num_warps; ++index) release_warp(machine.warps[first_warp(block) + index]);
     suspend();  // the last to come is not always the first to go
 }
 
+inline void cluster_barrier(Site site) {
+    if (!arrive(Verb::kClusterBarrier, site)) return suspend();
+    if (++machine.warps_at_cluster_barrier < all_warps()) return suspend();
+    machine.warps_at_cluster_barrier = 0;
+    meet(0, all_threads());
+    for (int index = 0; index < all_warps(); ++index) release_warp(machine.warps[index]);
+    suspend();
+}
+
 inline bool block_barrier_any(bool condition, Site site) {
-    auto& vote = machine.block.votes[machine.block.epoch % 2];
-    if (vote.epoch != machine.block.epoch) vote = {machine.block.epoch, false};
+    const std::uint32_t epoch = now->block->epoch;
+    auto& vote = now->block->votes[epoch % 2];
+    if (vote.epoch != epoch) vote = {epoch, false};
     vote.any |= condition;
     block_barrier(site);
     return vote.any;
@@ -360,7 +385,7 @@ inline void named_barrier(int id, int threads, bool waits, Site site) {
         fail(site, "%s: %d threads are no warps of this block", name, threads);
     if (!arrive(verb, site, id)) return suspend();
     Warp& warp = *now->warp;
-    NamedBarrier& barrier = machine.named_barriers[id];
+    NamedBarrier& barrier = now->block->named_barriers[id];
     if (!barrier.arrived) {
         barrier.expected = threads;
         barrier.waiting_warps = 0;
@@ -381,7 +406,7 @@ inline void named_barrier(int id, int threads, bool waits, Site site) {
     if (complete) {
         const Known known = barrier.gathering.freeze();
         barrier.arrived = 0;
-        for (int index = 0; index < machine.block.num_warps; ++index) {
+        for (int index = 0; index < all_warps(); ++index) {
             if (!(barrier.waiting_warps >> index & 1)) continue;
             for (int lane = 0; lane < kLanes; ++lane) machine.threads[index * kLanes + lane].known = known;
             release_warp(machine.warps[index]);
@@ -396,7 +421,7 @@ template <typename Perform>
 inline void group_together(Verb verb, Site site, int number, Perform perform) {
     const int index = now->index / kGroupThreads;
     const char* name = kVerbNames[static_cast<int>(verb)];
-    if ((index + 1) * kGroupThreads > machine.num_threads)
+    if ((index + 1) * kGroupThreads > all_threads())
         fail(site, "%s: the warpgroup of thread %d has fewer than four warps", name, now->index);
     if (!arrive(verb, site, number)) return suspend();
     Group& group = machine.groups[index];
@@ -418,7 +443,7 @@ inline void group_together(Verb verb, Site site, int number, Perform perform) {
 
 inline Moment this_moment() { return {machine.stamp, static_cast<std::uint16_t>(now->index)}; }
 
-// Whether what happened at a moment of this block is sure to have happened for the running thread.
+// Whether what happened at a moment of this cluster is sure to have happened for the running thread.
 inline bool is_before_now(const Moment& moment) { return moment.agent == now->index || now->known->covers(moment); }
 
 // The running thread learns; threads of a warp usually learn the same one after another.
@@ -450,7 +475,7 @@ inline Known common_knowledge(int first, int count) {
 
 // An agent that is no thread: "what number".
 inline int new_agent(const char* what, std::uint32_t number) {
-    const int agent = machine.num_threads + static_cast<int>(machine.agents.size());
+    const int agent = all_threads() + static_cast<int>(machine.agents.size());
     if (agent == machine.num_agents) {
         report("more mbarriers, warpgroups and storing threads than the emulator is made for");
         give_up();
@@ -462,20 +487,25 @@ inline int new_agent(const char* what, std::uint32_t number) {
 struct AgentName {
     char text[64];
     explicit AgentName(int agent) {
-        if (agent < machine.num_threads) {
-            std::snprintf(text, sizeof text, "thread %d", agent);
+        if (agent < all_threads()) {
+            const int thread = agent % machine.num_threads, rank = agent / machine.num_threads;
+            if (machine.num_blocks == 1)
+                std::snprintf(text, sizeof text, "thread %d", thread);
+            else
+                std::snprintf(text, sizeof text, "thread %d of the cluster's block %d", thread, rank);
             return;
         }
-        const Agent& other = machine.agents[agent - machine.num_threads];
+        const Agent& other = machine.agents[agent - all_threads()];
         std::snprintf(text, sizeof text, other.what, other.number);
     }
 };
 
-// Of all threads when none can run: "threads 0-31 wait in barrier at flash.cu:7; threads 32-127 have exited".
+// Of all threads when none can run: "threads 0-31 wait in barrier at flash.cu:7; threads 32-127 have exited". In a
+// cluster the second block's threads count on from the first's.
 inline void report_deadlock() {
     char text[2048] = "";
     std::size_t length = 0;
-    for (int first = 0; first < machine.num_threads;) {
+    for (int first = 0; first < all_threads();) {
         const auto same_as_first = [first](int other) {
             const Thread &a = machine.threads[first], &b = machine.threads[other];
             if (a.exited || b.exited) return a.exited && b.exited;
@@ -484,7 +514,7 @@ inline void report_deadlock() {
             return a.warp->verb == b.warp->verb && a.warp->site == b.warp->site && a.warp->number == b.warp->number;
         };
         int last = first;
-        while (last + 1 < machine.num_threads && same_as_first(last + 1)) ++last;
+        while (last + 1 < all_threads() && same_as_first(last + 1)) ++last;
         const Thread& thread = machine.threads[first];
         const char* separator = first ? "; " : "";
         if (length + 1 < sizeof text) {
@@ -508,35 +538,40 @@ inline void report_deadlock() {
     report("deadlock: %s", text);
 }
 
-// ---- A block from its first to its last thread ------------------------------------------------------
+// ---- A cluster from its first to its last thread ------------------------------------------------------
 
-inline void run_block() {
-    Block& block = machine.block;
-    block.num_warps = machine.num_threads / kLanes;
-    block.warps_at_barrier = 0;
-    block.threads_left = machine.num_threads;
-    block.ready_warps = 0;
-    block.epoch = 1;
-    block.votes[0] = block.votes[1] = {};
+inline void run_cluster() {
+    for (int rank = 0; rank < machine.num_blocks; ++rank) {
+        Block& block = machine.blocks[rank];
+        block.rank = rank;
+        block.warps_at_barrier = 0;
+        block.threads_left = machine.num_threads;
+        block.epoch = 1;
+        block.votes[0] = block.votes[1] = {};
+        for (NamedBarrier& barrier : block.named_barriers) barrier.arrived = 0;
+    }
+    machine.ready_warps = 0;
+    machine.warps_at_cluster_barrier = 0;
+    machine.threads_left = all_threads();
     machine.stamp = 1;
     machine.agents.clear();
-    machine.num_agents = machine.num_threads + kUnits * kLanes;
+    machine.num_agents = all_threads() + kUnits * kLanes;
     Gathering nothing;
     nothing.start(machine.num_agents);
     const Known known = nothing.freeze();
     for (Group& group : machine.groups) group = {0, entry_registers()};
-    for (NamedBarrier& barrier : machine.named_barriers) barrier.arrived = 0;
-    for (int index = 0; index < block.num_warps; ++index) {
+    for (int index = 0; index < all_warps(); ++index) {
         Warp& warp = machine.warps[index];
         warp.index = index;
         warp.arrived = 0;
         warp.ready = 0;
         wake(warp, ~0u);
     }
-    for (int index = 0; index < machine.num_threads; ++index) {
+    for (int index = 0; index < all_threads(); ++index) {
         Thread& thread = machine.threads[index];
         thread.index = index;
         thread.warp = &machine.warps[index / kLanes];
+        thread.block = &machine.blocks[index / machine.num_threads];
         thread.exited = false;
         thread.waits_alone = false;
         thread.known = known;
@@ -551,7 +586,7 @@ inline void run_block() {
     now = next_thread();
     Fiber::swap(machine.scheduler, now->fiber);
     asm volatile("" ::: "memory");
-    if (!machine.failed && block.threads_left) report_deadlock();
+    if (!machine.failed && machine.threads_left) report_deadlock();
 }
 
 }  // namespace emulator

@@ -1,8 +1,9 @@
 // Shared and global memory, and everything that can be wrong with an access.
 //
-// Two accesses of one block are in order if one thread made both, or barriers lie between them: of the block, of a
-// warp, named ones, or mbarriers, one after another if need be. Nothing else orders them: shuffles, votes and matrix
-// instructions do not. Boxes and products are agents of their own, and their accesses come before what waits for them.
+// Two accesses of one cluster are in order if one thread made both, or barriers lie between them: of the cluster, of a
+// block, of a warp, named ones, or mbarriers, one after another if need be. Nothing else orders them: shuffles, votes and
+// matrix instructions do not. Boxes and products are agents of their own, and their accesses come before what waits for
+// them.
 #pragma once
 
 #include <algorithm>
@@ -52,7 +53,7 @@ struct Buffer {
 struct Memory {
     std::vector<std::uint8_t> storage;
     std::uint8_t* shared;
-    std::uint32_t shared_bytes;
+    std::uint32_t shared_bytes, shared_step;  // of a block, and from block to block of a cluster
     std::vector<Word> words;
     std::vector<Reading> readings;  // the first is none
     std::uint32_t free_readings;    // a chain
@@ -67,13 +68,21 @@ inline Memory memory;
 
 // ---- Shared memory: bounds --------------------------------------------------------------------------
 
+// From the start of all shared memory of the cluster: where an address of one block is.
+inline std::uint32_t offset_of(std::uint32_t address, int rank = now->block->rank) {
+    return rank * memory.shared_step + address - kSharedBase;
+}
+inline Word* words_at(std::uint32_t address, int rank = now->block->rank) {
+    return &memory.words[offset_of(address, rank) / 4];
+}
+
 inline std::uint8_t* shared_at(std::uint32_t address, std::uint32_t bytes, const char* verb, Site site) {
     if (address % bytes) fail(site, "%s: shared address 0x%x is not a multiple of %u", verb, address, bytes);
     const std::uint32_t offset = address - kSharedBase;
     if (offset > memory.shared_bytes || memory.shared_bytes - offset < bytes)
         fail(site, "%s: %u bytes at shared address 0x%x are outside the block's %u bytes from 0x%x", verb, bytes,
              address, memory.shared_bytes, kSharedBase);
-    return memory.shared + offset;
+    return memory.shared + offset_of(address);
 }
 
 // ---- Shared memory: order ---------------------------------------------------------------------------
@@ -153,7 +162,7 @@ inline void add_reading(Word& word, const Party& party) {
 
 inline void note_read(std::uint32_t address, int bytes, const Party& party, const char* verb, Site site) {
     if (!machine.check_races) return;
-    Word* word = &memory.words[(address - kSharedBase) / 4];
+    Word* word = words_at(address);
     for (; bytes > 0; bytes -= 4, address += 4, ++word) {
         if (!word->write.stamp) fail(site, "%s: nothing was ever written to shared address 0x%x", verb, address);
         check_written(*word, party, verb, address, site);
@@ -169,7 +178,7 @@ inline void check_read(const Reading& reading, const Party& party, const char* v
         const int agent = reading.unit * kLanes + __builtin_ctz(lanes);
         if (agent == party.self || party.known->last[agent] >= reading.stamp) continue;
         char what[96];
-        if (is_own || agent >= machine.num_threads)
+        if (is_own || agent >= all_threads())
             std::snprintf(what, sizeof what, "read by %s", AgentName(agent).text);
         else
             std::snprintf(what, sizeof what, "read by warp %u", reading.unit);
@@ -179,9 +188,9 @@ inline void check_read(const Reading& reading, const Party& party, const char* v
 
 // `written` says who will have written, and when; for a thread that stores, this moment.
 inline void note_write(std::uint32_t address, int bytes, const Party& party, const Word& written, const char* verb,
-                       Site site) {
+                       Site site, int rank = now->block->rank) {
     if (!machine.check_races) return;
-    Word* word = &memory.words[(address - kSharedBase) / 4];
+    Word* word = words_at(address, rank);
     for (; bytes > 0; bytes -= 4, address += 4, ++word) {
         check_written(*word, party, verb, address, site);
         if (word->readings) {
@@ -241,18 +250,19 @@ inline bool was_released(const Trace& trace) {
         return fence.known->covers(trace.write);
     };
     const std::vector<Fence>& fences = memory.released[trace.block];
-    return std::any_of(machine.threads, machine.threads + machine.num_threads, looked) &&
+    const Thread* mine = machine.threads + first_thread(*now->block);
+    return std::any_of(mine, mine + machine.num_threads, looked) &&
            std::any_of(fences.begin(), fences.end(), covers);
 }
 
 inline void check_order(const Trace& trace, Access access, std::uint64_t offset, int buffer, const char* verb,
                         Site site) {
     const bool is_plain = access == Access::kLoad;
-    if (trace.block == machine.block.number && (trace.atomic ? !is_plain : is_before_now(trace.write))) return;
+    if (trace.block == now->block->number && (trace.atomic ? !is_plain : is_before_now(trace.write))) return;
     char what[96];
     std::snprintf(what, sizeof what, "%s at offset %lld of buffer %d", verb, static_cast<long long>(offset), buffer);
     if (trace.atomic && is_plain) fail(site, "%s: an atomic wrote there, and the first-level cache may be stale", what);
-    if (trace.block == machine.block.number)
+    if (trace.block == now->block->number)
         fail(site, "%s: race: thread %d wrote there, with no barrier since", what, trace.write.agent);
     char other[64];
     const int index = trace.block - 1;
@@ -287,7 +297,7 @@ inline std::uint8_t* global_range(std::uint64_t address, int bytes, Access acces
         for (std::uint64_t granule = first; granule <= (address + bytes - 1) / 2 - buffer.address / 2; ++granule) {
             Trace& trace = memory.traces[index][granule];
             if (trace.block) check_order(trace, access, offset, index, verb, site);
-            if (writes) trace = {this_moment(), machine.time, machine.block.number, access == Access::kAtomic};
+            if (writes) trace = {this_moment(), machine.time, now->block->number, access == Access::kAtomic};
         }
     }
     return reinterpret_cast<std::uint8_t*>(address);
@@ -306,9 +316,9 @@ inline void fence() { now->fence = {this_moment(), ++machine.time, now->known}; 
 // An atomic lets others see what its thread fenced, and what other threads fenced before a barrier.
 inline void release_and_acquire() {
     if (!now->atomic.stamp) now->atomic = this_moment();
-    std::vector<Fence>& released = memory.released[machine.block.number];
+    std::vector<Fence>& released = memory.released[now->block->number];
     for (int index = 0; index < machine.num_threads; ++index) {
-        Fence& fence = machine.threads[index].fence;
+        Fence& fence = machine.threads[first_thread(*now->block) + index].fence;
         if (!fence.time || !is_before_now(fence.moment)) continue;
         released.push_back(fence);
         fence.time = 0;
@@ -318,7 +328,7 @@ inline void release_and_acquire() {
 // ---- Copies -----------------------------------------------------------------------------------------
 
 inline void perform(const Copy& copy) {
-    std::uint8_t* to = memory.shared + (copy.to - kSharedBase);
+    std::uint8_t* to = memory.shared + offset_of(copy.to);
     if (copy.from)
         std::memcpy(to, copy.from, 16);
     else
@@ -357,7 +367,7 @@ inline void wait_for_copies(std::size_t pending_groups) {
         const Copy& copy = copies[index];
         if (machine.schedule) perform(copy);
         if (!machine.check_races) continue;
-        Word* words = &memory.words[(copy.to - kSharedBase) / 4];
+        Word* words = words_at(copy.to);
         for (int word = 0; word < 4; ++word) {
             words[word].write = this_moment();
             words[word].state = State::kPlain;

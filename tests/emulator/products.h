@@ -97,7 +97,7 @@ inline void visit_columns(const Descriptor& from, int columns, Visit visit) {
         }
 }
 
-inline const std::uint8_t* chunk_at(std::uint32_t address) { return memory.shared + (address - kSharedBase); }
+inline const std::uint8_t* chunk_at(std::uint32_t address) { return memory.shared + offset_of(address); }
 
 // That the operands may be read, by each warp what it reads.
 inline void note_operands(const Product& product, int agent, Site site) {
@@ -335,7 +335,7 @@ inline void change_registers(int count, bool more, Site site) {
     });
 }
 
-// ---- A block from its first to its last thread --------------------------------------------------------
+// ---- A cluster from its first to its last thread ------------------------------------------------------
 
 inline void begin_beside() {
     begin_boxes();
@@ -344,15 +344,19 @@ inline void begin_beside() {
 
 inline void end_beside() {
     end_boxes();
-    int registers = 0;
-    for (int group = 0; group < machine.num_threads / kGroupThreads; ++group) {
-        if (!products_of[group].open.empty() || !products_of[group].groups.empty())
-            report("warpgroup %d has exited, and has not waited for its products (wgmma_commit, wgmma_wait)", group);
-        registers += kGroupThreads * machine.groups[group].registers;
+    const int groups = machine.num_threads / kGroupThreads, pool = entry_registers() * machine.num_threads;
+    for (int rank = 0; rank < machine.num_blocks; ++rank) {
+        int registers = 0;
+        for (int group = rank * groups; group < (rank + 1) * groups; ++group) {
+            if (!products_of[group].open.empty() || !products_of[group].groups.empty())
+                report("warpgroup %d has exited, and has not waited for its products (wgmma_commit, wgmma_wait)",
+                       group % groups);
+            registers += kGroupThreads * machine.groups[group].registers;
+        }
+        if (registers > pool)
+            report("more_registers waits forever: the warpgroups ask for %d registers, and the block has %d", registers,
+                   pool);
     }
-    const int pool = entry_registers() * machine.num_threads;
-    if (registers > pool)
-        report("more_registers waits forever: the warpgroups ask for %d registers, and the block has %d", registers, pool);
 }
 
 }  // namespace emulator

@@ -18,13 +18,13 @@ using emulator::Warp;
 
 // ---- Who am I ---------------------------------------------------------------------------------------
 
-DEVICE int thread() { return emulator::now->index; }
+DEVICE int thread() { return emulator::now->index % machine.num_threads; }
 DEVICE int threads() { return machine.num_threads; }
 DEVICE int lane() { return emulator::now->lane(); }
-DEVICE int warp() { return emulator::now->warp->index; }
-DEVICE int block_x() { return machine.block.x; }
-DEVICE int block_y() { return machine.block.y; }
-DEVICE int block_z() { return machine.block.z; }
+DEVICE int warp() { return emulator::now->warp->index % machine.num_warps; }
+DEVICE int block_x() { return emulator::now->block->x; }
+DEVICE int block_y() { return emulator::now->block->y; }
+DEVICE int block_z() { return emulator::now->block->z; }
 DEVICE int grid_x() { return machine.grid_x; }
 
 // ---- Waiting for each other -------------------------------------------------------------------------

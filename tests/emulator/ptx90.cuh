@@ -20,6 +20,9 @@ DEVICE int warpgroup(Site site = Site::here()) {
     emulator::together(Verb::kWarpgroup, site, [](Warp&) {});
     return thread() / 128;
 }
+// Blocks of a cluster run side by side, and reach each other's shared memory.
+DEVICE int cluster_rank() { return emulator::now->block->rank; }
+
 template <int kCount>
 DEVICE void more_registers(Site site = Site::here()) {
     static_assert(kCount % 8 == 0 && kCount >= 24 && kCount <= 256);
@@ -46,6 +49,10 @@ DEVICE void mbarrier_arrive_expect(uint32 barrier, int bytes, Site site = Site::
 DEVICE void mbarrier_wait(uint32 barrier, int parity, Site site = Site::here()) {
     emulator::wait_for_mbarrier(barrier, parity, site);
 }
+DEVICE void mbarrier_arrive_at(uint32 barrier, int rank, Site site = Site::here()) {
+    emulator::arrive_at_mbarrier(barrier, 0, "mbarrier_arrive_at", site, rank);
+}
+DEVICE void cluster_barrier(Site site = Site::here()) { emulator::cluster_barrier(site); }
 DEVICE void named_barrier(int id, int threads, Site site = Site::here()) {
     emulator::named_barrier(id, threads, true, site);
 }
@@ -115,6 +122,11 @@ DEVICE void load_box(uint32 to, const TensorMap& map, uint32 barrier, int c0, in
                      uint64 policy, Site site = Site::here()) {
     if (policy != kKeepInL2 && policy != kDropFromL2) emulator::fail(site, "load_box: this is no cache policy");
     emulator::load_box(to, map.words, barrier, {c0, c1, c2, c3, c4}, site);
+}
+DEVICE void load_box_for(uint32 ranks, uint32 to, const TensorMap& map, uint32 barrier, int c0, int c1, int c2, int c3,
+                         int c4, uint64 policy, Site site = Site::here()) {
+    if (policy != kKeepInL2 && policy != kDropFromL2) emulator::fail(site, "load_box_for: this is no cache policy");
+    emulator::load_box_for(ranks, to, map.words, barrier, {c0, c1, c2, c3, c4}, site);
 }
 DEVICE void store_box(const TensorMap& map, uint32 from, int c0, int c1, int c2, int c3, int c4,
                       Site site = Site::here()) {

@@ -98,15 +98,15 @@ def probes():
     return emulator.build("probe90.cu", "cupyattn::probe", sources={"probe90.cu": source}, flags=("-Wno-unused",))
 
 
-def probe(which, given=None, out=None, n=0, threads=128, from_map=NO_MAP, to_map=NO_MAP, **options):
-    """Runs a body in one block; `out` if given, else what came of zeros, one uint32 for each thread."""
+def probe(which, given=None, out=None, n=0, threads=128, from_map=NO_MAP, to_map=NO_MAP, grid=(1, 1, 1), **options):
+    """Runs a body, by default in one block; `out` if given, else what came of zeros, one uint32 for each thread."""
     given = np.zeros(4, np.uint32) if given is None else given
     out = np.zeros(threads, np.uint32) if out is None else out
     record = np.zeros((), PROBE)
     record["from"], record["to"] = np.void(from_map), np.void(to_map)
     record["in"], record["out"], record["which"], record["n"] = given.ctypes.data, out.ctypes.data, which, n
     shared_memory = 65536 + 1024
-    probes().launch(record, (1, 1, 1), threads, shared_memory, [(given, False), (out, True)], **options)
+    probes().launch(record, grid, threads, shared_memory, [(given, False), (out, True)], **options)
     return out
 
 
@@ -742,6 +742,73 @@ def test_warpgroups_take_turns_at_named_barriers(schedule):
         np.testing.assert_array_equal(found, 121212)
     with pytest.raises(EmulatorError, match=r"load_shared: (race on|nothing was)|deadlock"):
         probe(TURNS, out=np.zeros(128, np.uint32), threads=256, n=1, schedule=schedule)
+
+
+# ---- Clusters -------------------------------------------------------------------------------------------
+
+# Each block brings half of a row of 64 numbers to both; n: what is wrong.
+SHARED_ROWS = body("""
+    const int rank = ptx::cluster_rank();
+    if (thread == 0) {
+        ptx::mbarrier_init(mbarrier(0), 1);
+        ptx::mbarrier_init(mbarrier(1), 2);
+        ptx::fence_mbarrier_init();
+    }
+    if (n == 1) ptx::barrier(); else ptx::cluster_barrier();
+    for (int turn = 0; turn < 3; ++turn) {
+        if (thread == 0) {
+            if (turn && n != 2) ptx::mbarrier_wait(mbarrier(1), turn - 1 & 1);
+            ptx::mbarrier_arrive_expect(mbarrier(0), n == 3 ? 128 : 256);
+            ptx::load_box_for(n == 4 ? 1u << rank : n == 7 ? 7 : 3, base + 128 * rank, p.from, mbarrier(0),
+                              32 * rank + 64 * turn, 0, 0, 0, 0, ptx::kKeepInL2);
+        }
+        ptx::mbarrier_wait(mbarrier(0), turn & 1);
+        if (thread < 64)
+            ptx::store_global(out + (3 * ptx::block_x() + turn) * 64 + thread, ptx::load_shared(base + 4 * thread));
+        ptx::barrier();
+        if (thread < 2 && (n != 5 || thread == rank)) ptx::mbarrier_arrive_at(mbarrier(1), n == 8 ? 2 : thread);
+    }
+    if (n != 6 && thread == 0) ptx::mbarrier_wait(mbarrier(1), 0);  // nobody arrives at a block that has exited
+""")
+WRONG_CLUSTERS = [
+    (1, r"load_box_for: (there is no mbarrier|thread 0 of the cluster's block \d initialised|.* with no)"),
+    (2, r"load_box_for: (race on shared address 0x4|.* is the destination of a box)"),
+    (3, r"deadlock|still expects|race on|a box that is under way|nothing was ever written"),
+    (4, r"deadlock: .* wait in mbarrier_wait"),
+    (5, r"deadlock: .* wait in mbarrier_wait"),
+    (6, r"may still be about to arrive at the mbarrier at 0x10408|the cluster's block \d has exited"),
+    (7, r"load_box_for: the cluster has 2 blocks, and the box is for 0x7"),
+    (8, r"mbarrier_arrive_at: the cluster has no block of rank 2"),
+]
+
+
+def shared_rows(n, schedule, seed=0):
+    array = aligned((1, 1, 1, 1, 192), np.uint32)
+    array[...] = np.arange(192)
+    return array, probe(
+        SHARED_ROWS, array, np.zeros((4, 3, 64), np.uint32), n, from_map=map_of(array, (1, 1, 1, 1, 32)),
+        grid=(4, 1, 1), cluster=2, schedule=schedule, seed=seed,
+    )  # fmt: skip
+
+
+@every_schedule
+def test_blocks_of_a_cluster_fill_each_others_shared_memory(schedule):
+    for seed in range(3):
+        array, found = shared_rows(0, schedule, seed)
+        np.testing.assert_array_equal(found, np.broadcast_to(array.reshape(3, 64), (4, 3, 64)))
+
+
+@every_schedule
+@pytest.mark.parametrize(("n", "message"), WRONG_CLUSTERS)
+def test_clusters_used_wrongly(n, message, schedule):
+    with pytest.raises(EmulatorError, match=message):
+        shared_rows(n, schedule)
+
+
+@pytest.mark.parametrize("options", [{"grid": (3, 1, 1)}, {"threads": 96}, {"threads": 640}], ids=str)
+def test_clusters_that_cannot_be(options):
+    with pytest.raises(ValueError, match="no clusters of 2"):
+        probe(SHARED_ROWS, **{"grid": (2, 1, 1), "cluster": 2} | options)
 
 
 # ---- A pipeline of all of it ----------------------------------------------------------------------------
