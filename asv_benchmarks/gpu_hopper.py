@@ -7,7 +7,7 @@ from gpu_tools import back_ends, microseconds, with_tile
 
 import cupyattn
 from cupyattn.cuda import catalogue
-from cupyattn.hopper import ALL_KEYS, RIGHT_EDGE, Switches, base_tile
+from cupyattn.hopper import ALL_KEYS, RIGHT_EDGE, Switches, base_cluster, base_tile
 
 FLOAT8 = "float8_e4m3fn"
 TOKENS, FEATURES = 16384, 2048
@@ -49,9 +49,12 @@ def variants(tile, sizes):
     found = {"default": tile, "other order": tile._replace(persistent=not tile.persistent)}
     for name, changes in VARIANTS.items():
         found[name] = tile._replace(switches=tile.switches._replace(**changes))
+    if tile.reach == ALL_KEYS:
+        found["other cluster"] = tile._replace(cluster=3 - tile.cluster)
     for block_q, block_k, num_stages, shared in sizes:
         switches = tile.switches._replace(weights_in_shared=shared)
-        cut = tile._replace(block_q=block_q, block_k=block_k, num_stages=num_stages, switches=switches)
+        cluster = 1 if block_q > tile.block_q else tile.cluster  # one way or the other of reading fewer keys
+        cut = tile._replace(block_q=block_q, block_k=block_k, num_stages=num_stages, cluster=cluster, switches=switches)
         found[f"{block_q}x{block_k}, {num_stages} stages"] = cut
     return found
 
@@ -60,7 +63,9 @@ def kernels():
     """Every kernel that these sections time."""
     found = []
     for (head_dim, reach), sizes in SIZES.items():
-        for tile in variants(base_tile(head_dim, head_dim, reach, "bfloat16"), sizes).values():
+        planned = base_tile(head_dim, head_dim, reach, "bfloat16")
+        planned = planned._replace(cluster=base_cluster(head_dim, reach, "bfloat16"))
+        for tile in variants(planned, sizes).values():
             found.append(catalogue.hopper("bfloat16", head_dim, head_dim, tile, True, 0))
     for head_dim in (64, 128, 256):
         for reach in (ALL_KEYS, RIGHT_EDGE):
@@ -166,6 +171,8 @@ def switches(report, torch):
             )
             calls = {}
             for name, tile in variants(cupyattn.explain(q, k, v, causal=causal).tile, sizes).items():
+                if -(-seqlen // tile.block_q) % tile.cluster:
+                    continue  # a cluster's tiles would not see the same keys
                 call = with_tile(torch, q, k, v, tile, "hopper", causal=causal)
                 try:
                     call()

@@ -48,6 +48,8 @@ class HopperTile(NamedTuple):
     """Units whose tiles take turns, so that their keys stay in the second-level cache."""
     persistent: bool = False
     """One thread block to a multiprocessor, which takes one tile after the other."""
+    cluster: int = 1
+    """Thread blocks with neighbouring tiles, each of which loads its share of the keys and values for all of them."""
     switches: Switches = Switches()
 
     @property
@@ -66,6 +68,17 @@ def padded_dims(sizes: Sizes, dtype: str) -> tuple[int, int]:
     if (wide, wide_v) == (192, 128) and dtype != FLOAT8:
         return wide, wide_v
     return max(wide, wide_v), max(wide, wide_v)
+
+
+def base_cluster(head_dim: int, reach: int, dtype: str) -> int:
+    """Blocks of a cluster, where `may_cluster` lets them be: more than one where few rows read wide keys."""
+    return 2 if reach == ALL_KEYS and head_dim >= 128 and dtype != FLOAT8 else 1
+
+
+def may_cluster(problem: Problem, tile: HopperTile, cluster: int) -> bool:
+    """Whether so many neighbouring tiles always see the same blocks of keys."""
+    num_row_tiles = -(-problem.sizes.seqlen_q // tile.tokens)
+    return tile.reach == ALL_KEYS and not problem.layout.ragged and num_row_tiles % cluster == 0
 
 
 def reach_of(problem: Problem) -> int:
@@ -119,7 +132,8 @@ def hopper_tile(problem: Problem) -> HopperTile:
         if num_tiles(packed, sizes) < 0.9 * num_tiles(tile, sizes):
             tile = packed
     if reach == ALL_KEYS:
-        return tile._replace(persistent=True)
+        cluster = base_cluster(head_dim, reach, problem.dtype)
+        return tile._replace(persistent=True, cluster=cluster if may_cluster(problem, tile, cluster) else 1)
     # Longest first across the heads whose keys fit into the cache together.
     keys = max(1, sizes.seqlen_k * (head_dim + head_dim_v) * ITEMSIZE[problem.dtype])
     heads = 1 << max(0, (L2_FOR_KEYS // keys).bit_length() - 1)

@@ -336,10 +336,12 @@ def choose(problem: Problem, device: Device, fixed_split_size: int | None = None
     elif kernel == "hopper":
         tile = hopper_tile(problem)
         count = num_tiles(tile, sizes)
-        workers = min(count, device.num_units) if tile.persistent else count
+        workers = min(count, device.num_units // tile.cluster * tile.cluster) if tile.persistent else count
         reason = f"{count} tiles of {tile.block_q} rows"
         if tile.heads_per_unit > 1:
             reason += f", of {tile.heads_per_unit} heads side by side"
+        if tile.cluster > 1:
+            reason += f", whose keys are loaded for {tile.cluster} of them at once"
         instead = choose(problem, device, fixed_split_size, "hopper")
     elif kernel == "flash":
         tile = gpu_tile(problem, device)

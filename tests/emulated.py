@@ -184,7 +184,7 @@ class Call:
 
     def run(self, schedule=0, seed=0):
         block = (self.wanted.threads, self.wanted.shared_memory)
-        self.kernel.launch(self.record, self.grid, *block, self.buffers, schedule, seed)
+        self.kernel.launch(self.record, self.grid, *block, self.buffers, schedule, seed, cluster=self.wanted.cluster)
         assert not self.scratch["counters"].any(), "a counter was not put back"
         return Result(self.results["out"], self.results.get("lse"), self.problem, self.plan)
 

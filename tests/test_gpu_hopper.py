@@ -107,6 +107,21 @@ def test_packed_heads(torch, rng, heads):
     hold(torch, arrays, options_of(causal=True, alignment="bottom-right"), heads_per_unit=heads[0] // heads[1])
 
 
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (192, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("dtype", ["bfloat16", FLOAT8])
+def test_clusters_do_not_change_a_bit(torch, rng, dtype, dims):
+    if dtype == FLOAT8:
+        dims = (dims[1], dims[1])
+    arrays = operands(rng, dtype, "bshd", 3, (40, 20, 20), (3 * 256, 900), dims)
+    problem = problem_of(arrays, options_of())
+    (alone, lse, _), (together, other_lse, _) = (
+        launched(torch, arrays, problem, cluster=cluster) for cluster in (1, 2)
+    )
+    np.testing.assert_array_equal(alone, together)
+    np.testing.assert_array_equal(lse, other_lse)
+    hold(torch, arrays, options_of(), cluster=2)
+
+
 def test_many_tiles_to_a_block(torch, rng):
     hold(torch, operands(rng, "float16", "bshd", 4, (40, 40, 40), (300, 200), (64, 64)), options_of())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cupyattn.cuda.module import Specialisation
-from cupyattn.hopper import HEAD_DIMS, HopperTile, base_tile
+from cupyattn.hopper import HEAD_DIMS, HopperTile, base_cluster, base_tile
 from cupyattn.plan import Tile, flash_tile, split_tile
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem
 
@@ -103,6 +103,7 @@ def hopper(
         tile.block_q,
         tile.block_k,
         tile.num_stages,
+        tile.cluster,
         tile.reach,
         tile.heads_per_unit > 1,
         stores_boxes,
@@ -115,11 +116,13 @@ def hopper(
     keys_and_values = tile.num_stages * tile.block_k * (head_dim + values) * item
     weights = tile.block_q * tile.block_k * item if tile.switches.weights_in_shared else 0
     barriers = 6 * 16 * tile.num_stages
+    kernel = "hopper_forward" if tile.cluster == 1 else "hopper_forward_in_clusters"
     return Specialisation(
         "hopper.cu",
-        f"cupyattn::hopper_forward<cupyattn::HopperTraits<{', '.join(map(_literal, arguments))}>>",
+        f"cupyattn::{kernel}<cupyattn::HopperTraits<{', '.join(map(_literal, arguments))}>>",
         32 * tile.num_warps,
         queries + keys_and_values + weights + barriers,
+        tile.cluster,
     )
 
 
@@ -168,6 +171,8 @@ def specialisations(target: str) -> list[Specialisation]:
                     continue
                 for reach in range(3):
                     cut = base_tile(head_dim, head_dim_v, reach, dtype)
+                    found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0))
+                    cut = cut._replace(cluster=base_cluster(head_dim, reach, dtype))
                     found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0))
     found += [append(dtype) for dtype in ELEMENT if dtype != FLOAT8]
     return [wanted for wanted in dict.fromkeys(found) if wanted.shared_memory <= limit]

@@ -23,13 +23,13 @@ DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory)
         const auto load_keys = [&](int block, int its_use) {
             key_ring.wait_empty(its_use);
             ptx::mbarrier_arrive_expect(key_ring.full(its_use), Traits::KeyTile::kBytes);
-            load_tile(memory.keys(its_use), given.k, key_ring.full(its_use),
+            load_tile<Traits::kCluster>(memory.keys(its_use), given.k, key_ring.full(its_use),
                       static_cast<int>(tile.sequence.first_key) + block * Traits::kBlockK, key_head, key_batch, ptx::kKeepInL2);
         };
         load_keys(tile.blocks.stop - 1, use);
         query_ring.wait_empty(tile_use);
         ptx::mbarrier_arrive_expect(query_ring.full(tile_use), query_bytes);
-        load_tile(memory.queries(), given.q, query_ring.full(tile_use),
+        load_tile<1>(memory.queries(), given.q, query_ring.full(tile_use),
                   static_cast<int>(tile.sequence.first_row) + tile.first_token, tile.head / given.heads_per_unit, batch,
                   ptx::kDropFromL2);
         ++tile_use;
@@ -38,11 +38,17 @@ DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory)
             if (block > tile.blocks.start) load_keys(block - 1, use + 1);
             value_ring.wait_empty(use);
             ptx::mbarrier_arrive_expect(value_ring.full(use), Traits::FetchedTile::kBytes);
-            load_tile(memory.fetched(use), given.v, value_ring.full(use),
+            load_tile<Traits::kCluster>(memory.fetched(use), given.v, value_ring.full(use),
                       static_cast<int>(tile.sequence.first_key) + block * Traits::kBlockK, value_head, key_batch,
                       ptx::kKeepInL2);
         }
     }
+    // Other blocks of the cluster still tell this one what they have read: it must not exit before.
+    if constexpr (Traits::kCluster > 1)
+        for (int stage = 0; stage < Traits::kNumStages; ++stage) {
+            key_ring.wait_empty(use + stage);
+            value_ring.wait_empty(use + stage);
+        }
 }
 
 // Makes values 0 that are not finite, as one of several warps.
@@ -74,7 +80,8 @@ DEVICE bool clean_tile(const Tile& tile, int turn, int turns) {
 template <typename Traits>
 DEVICE void inspect(const HopperParams& given, const HopperMemory<Traits>& memory) {
     constexpr int kInspectors = HopperMemory<Traits>::kInspectors;
-    const auto fetched_ring = memory.fetched_ring(), value_ring = memory.value_ring();
+    const auto fetched_ring = memory.fetched_ring();
+    const auto value_ring = memory.value_ring();
     const auto inspected_ring = memory.inspected_ring();
     const int inspector = ptx::warp() - 1;
     int use = 0, inspected = 0;
@@ -96,14 +103,12 @@ DEVICE void inspect(const HopperParams& given, const HopperMemory<Traits>& memor
                     found = ptx::any(turn_tile<true>(from, to, inspector, kInspectors));
                 ptx::fence_async_proxy();
                 ptx::warp_barrier();
-                if (ptx::lane() == 0) {
-                    ptx::mbarrier_arrive(fetched_ring.empty(use));
-                    ptx::mbarrier_arrive(value_ring.full(use));
-                }
+                fetched_ring.leave(use, ptx::lane());
+                if (ptx::lane() == 0) ptx::mbarrier_arrive(value_ring.full(use));
             } else {
                 if (!whole) found = clean_tile<typename Traits::Element>(memory.values(use), inspector, kInspectors);
                 ptx::warp_barrier();
-                if (ptx::lane() == 0) ptx::mbarrier_arrive(value_ring.empty(use));
+                value_ring.leave(use, ptx::lane());
             }
             if (whole) continue;
             inspected_ring.wait_empty(inspected);

@@ -9,6 +9,9 @@
 //     weights = softmax of scores                   while the second product runs (kOverlap), and while other
 //                                                   warpgroups have theirs (kPingPong: they take turns)
 //
+// Where all rows see all keys, the blocks of a cluster have neighbouring tiles of the same head: each fetches its share
+// of every key and value tile, for all of them.
+//
 // A key that a row does not see never reaches its result, even if its value is nan: blocks that some rows see only
 // in part pass by the other warps of the first warpgroup, who make what is not finite 0 before anybody multiplies
 // it.  Rows that do see such a value get it at the end (`mend`).
@@ -16,8 +19,8 @@
 // Twin     numpy_ref.flash, in float64 with the same names.
 // Source   Shah et al., FlashAttention-3, 2024 (arXiv 2407.08608): warp specialisation, overlap, ping-pong.
 // Needs    sm_90a.
-// Launch   any number of blocks: block i takes row tiles i, i + blocks, and so on, the longest first; kThreads
-//          threads; kSharedBytes.
+// Launch   any number of whole clusters of blocks: block i takes row tiles i, i + blocks, and so on, the longest
+//          first; kThreads threads; kSharedBytes.
 
 #include "fetch90.cuh"
 #include "softmax90.cuh"
@@ -150,7 +153,7 @@ struct HopperRows {
         multiply_queries_by_keys(scores, use);
         ptx::wgmma_wait<0>();
         ptx::hold(scores.value);
-        release(memory.key_ring().empty(use));
+        memory.key_ring().leave(use, ptx::thread() % 128);
         absorb<true>(scores, block);
         keep_weights(scores);
     }
@@ -170,7 +173,7 @@ struct HopperRows {
         pass_turn();
         ptx::wgmma_wait<1>();
         ptx::hold(scores.value);
-        release(memory.key_ring().empty(use + 1));
+        memory.key_ring().leave(use + 1, ptx::thread() % 128);
         absorb<kEdge>(scores, block);
         // Without this the compiler would wait for the product first, and overlap nothing.
         if constexpr (Switches::kPinned) ptx::pin(softmax.row_sum[0] + softmax.row_sum[1], memory.base);
@@ -191,7 +194,7 @@ struct HopperRows {
         pass_turn();
         ptx::wgmma_wait<0>();
         ptx::hold(scores.value);
-        release(memory.key_ring().empty(use));
+        memory.key_ring().leave(use, ptx::thread() % 128);
         absorb<kEdge>(scores, block);
         keep_weights(scores);
         rescale();
@@ -209,10 +212,6 @@ struct HopperRows {
         if constexpr (Switches::kPingPong)
             ptx::named_barrier_arrive(kTurnBarrier + (consumer + 1) % Traits::kConsumers, 256);
     }
-    // One thread tells that this warpgroup has read a slot.
-    DEVICE_METHOD static void release(uint32 barrier) {
-        if (ptx::thread() % 128 == 0) ptx::mbarrier_arrive(barrier);
-    }
 
     DEVICE_METHOD void wait_for_values(int block) {
         memory.value_ring().wait_full(use);
@@ -222,7 +221,7 @@ struct HopperRows {
             ptx::load_shared(found, memory.found(inspected));
             strays |= found[0] | found[1] | found[2];
             ptx::warp_barrier();
-            if (ptx::lane() == 0) ptx::mbarrier_arrive(memory.inspected_ring().empty(inspected));
+            memory.inspected_ring().leave(inspected, ptx::lane());
             ++inspected;
         }
     }
@@ -264,7 +263,7 @@ struct HopperRows {
     DEVICE_METHOD void end_product() {
         ptx::hold(out.value);
         hold_weights();
-        release(memory.value_ring().empty(use));
+        memory.value_ring().leave(use, ptx::thread() % 128);
         ++use;
     }
     DEVICE_METHOD void hold_weights() {
@@ -325,7 +324,7 @@ struct HopperRows {
         const bool suspicious = ptx::any(strays || out.times_zero() != 0.f);
 #pragma unroll
         for (int part = 0; part < Traits::kOutParts; ++part) store_part(part, suspicious);
-        if (ptx::lane() == 0) ptx::mbarrier_arrive(memory.query_ring().empty(tile_use));
+        memory.query_ring().leave(tile_use, ptx::lane());
     }
 
     // Some columns, by way of the queries' place, of which a warp reads and writes its own 16 rows.
@@ -449,7 +448,7 @@ DEVICE void clear_spare_rows(const HopperParams& given, const HopperMemory<Trait
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1) hopper_forward(const __grid_constant__ HopperParams given) {
+DEVICE void run_block(const HopperParams& given) {
     const HopperMemory<Traits> memory{ptx::shared_memory()};
     if (ptx::thread() == 0) {
         memory.init();
@@ -459,7 +458,10 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) hopper_forward(const __gr
         if constexpr (Traits::kStoresBoxes) ptx::prefetch_map(given.out);
     }
     if constexpr (Traits::kPacked) clear_spare_rows(given, memory);
-    ptx::barrier();
+    if constexpr (Traits::kCluster == 1)
+        ptx::barrier();
+    else
+        ptx::cluster_barrier();
     const int warpgroup = ptx::warpgroup();
     if (warpgroup == 0) {
         ptx::fewer_registers<Traits::kProducerRegisters>();
@@ -471,6 +473,16 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) hopper_forward(const __gr
         ptx::more_registers<Traits::kConsumerRegisters>();
         HopperRows<Traits>(given, memory, warpgroup - 1).run();
     }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) hopper_forward(const __grid_constant__ HopperParams given) {
+    run_block<Traits>(given);
+}
+template <typename Traits>
+__global__ void __cluster_dims__(Traits::kCluster, 1, 1) __launch_bounds__(Traits::kThreads, 1)
+    hopper_forward_in_clusters(const __grid_constant__ HopperParams given) {
+    run_block<Traits>(given);
 }
 
 }  // namespace cupyattn

@@ -22,8 +22,8 @@ struct HopperSwitches {
     static constexpr int kPolynomials = kPolynomials_;  // of 32 exponentials of a thread, by arithmetic: see softmax90.cuh
 };
 
-template <typename Element_, int kHeadDim_, int kHeadDimV_, int kBlockQ_, int kBlockK_, int kNumStages_, int kReach_,
-          bool kPacked_, bool kStoresBoxes_, int kEdits_, typename Switches_>
+template <typename Element_, int kHeadDim_, int kHeadDimV_, int kBlockQ_, int kBlockK_, int kNumStages_, int kCluster_,
+          int kReach_, bool kPacked_, bool kStoresBoxes_, int kEdits_, typename Switches_>
 struct HopperTraits {
     using Element = Element_;
     using Switches = Switches_;
@@ -31,6 +31,7 @@ struct HopperTraits {
     using Out = typename Choice<kFloat8, BFloat16, Element>::Type;
     static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // as padded in the tiles
     static constexpr int kBlockQ = kBlockQ_, kBlockK = kBlockK_, kNumStages = kNumStages_;
+    static constexpr int kCluster = kCluster_;  // blocks whose rows see the same keys, which are loaded once for all
     static constexpr int kReach = kReach_;
     static constexpr bool kPacked = kPacked_;            // rows are (token, head of the group), the head fastest
     static constexpr bool kStoresBoxes = kStoresBoxes_;  // by TMA, which clips; else row by row
@@ -65,6 +66,7 @@ struct HopperTraits {
 
     static_assert(kBlockQ == 128 || kBlockQ == 192, "two or three warpgroups of 64 rows");
     static_assert(kBlockK % 16 == 0 && kBlockK <= 256, "the sizes of a wgmma");
+    static_assert(kCluster == 1 || kReach == kAllKeys, "neighbouring tiles see the same blocks of keys");
     static_assert(OutTile::kBytes <= QueryTile::kBytes && OutTile::kSwizzle == QueryTile::kSwizzle,
                   "a warpgroup's rows of the output lie where its own queries were");
     static_assert(!kFloat8 || (kBlockK % 32 == 0 && !Switches::kLazy && !Switches::kWeightsInShared),
@@ -79,7 +81,7 @@ struct HopperParams {
     Params params;
     const float *q_descale, *k_descale, *v_descale;  // what float8 numbers are multiples of; null: 1
     int num_tiles;          // row tiles of all units
-    int tiles_per_unit;     // of the longest sequence
+    int tiles_per_unit;     // of the longest sequence; whole clusters of them
     int tokens_per_tile;    // whole ones
     int heads_per_unit;     // a unit is what a tile's rows are of: a head of a sequence, or a group of them if packed
     int units_per_section;  // units whose keys are used side by side, so that they stay in the second-level cache
@@ -96,7 +98,8 @@ struct RowTile {
     Span whole;       // those that every row sees wholly
 };
 
-// Tiles come in sections; within one the last rows come first, which see the most keys under a causal mask.
+// Tiles come in sections; within one the last rows come first, which see the most keys under a causal mask.  Sections of
+// one unit, as clusters have them, make neighbours of neighbouring tiles.
 template <typename Traits>
 DEVICE RowTile row_tile(int index, const HopperParams& given) {
     const Params& params = given.params;
@@ -123,6 +126,8 @@ DEVICE RowTile row_tile(int index, const HopperParams& given) {
 template <typename Traits>
 struct HopperMemory {
     using Stages = Ring<Traits::kNumStages>;
+    using SharedStages = Ring<Traits::kNumStages, Traits::kCluster>;  // those that TMA fills
+    using ValueStages = typename Choice<Traits::kFloat8, Stages, SharedStages>::Type;
     uint32 base;
 
     DEVICE_METHOD typename Traits::QueryTile queries() const { return {base}; }
@@ -144,13 +149,13 @@ struct HopperMemory {
     DEVICE_METHOD uint32 found(int use) const { return base + Traits::kFound + 16 * Stages::slot(use); }
 
     DEVICE_METHOD Ring<1> query_ring() const { return {base + Traits::kBarriers}; }
-    DEVICE_METHOD Stages key_ring() const { return {base + Traits::kBarriers + Stages::kBytes}; }
-    DEVICE_METHOD Stages value_ring() const { return {base + Traits::kBarriers + 2 * Stages::kBytes}; }
+    DEVICE_METHOD SharedStages key_ring() const { return {base + Traits::kBarriers + Stages::kBytes}; }
+    DEVICE_METHOD ValueStages value_ring() const { return {base + Traits::kBarriers + 2 * Stages::kBytes}; }
     // Of what was found in values that had to be inspected.
     DEVICE_METHOD Stages inspected_ring() const { return {base + Traits::kBarriers + 3 * Stages::kBytes}; }
 
     // Of values as TMA brings them.
-    DEVICE_METHOD Stages fetched_ring() const {
+    DEVICE_METHOD SharedStages fetched_ring() const {
         return {base + Traits::kBarriers + (Traits::kFloat8 ? 4 : 2) * Stages::kBytes};
     }
 

@@ -282,8 +282,8 @@ def _maps(
     group = tile.heads_per_unit
     found = (
         _map("q", problem, shapes, strides["q"], wide, tile.tokens, group),
-        _map("k", problem, shapes, strides["k"], wide, tile.block_k),
-        _map("v", problem, shapes, strides["v"], wide_v, tile.block_k),
+        _map("k", problem, shapes, strides["k"], wide, tile.block_k // tile.cluster),
+        _map("v", problem, shapes, strides["v"], wide_v, tile.block_k // tile.cluster),
     )
     if problem.layout.ragged or 16 % group:
         return found

@@ -22,6 +22,8 @@ class Specialisation:
     """Of a block."""
     shared_memory: int
     """Dynamic bytes of a block."""
+    cluster: int = 1
+    """Blocks of a cluster, as the kernel was compiled; a grid has whole ones."""
 
 
 @cache

@@ -23,6 +23,13 @@ namespace ptx {
 // The same for a whole warp, and the compiler knows.
 DEVICE int warpgroup() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
 
+// Blocks of a cluster run side by side, and reach each other's shared memory: this one's number among them.
+DEVICE int cluster_rank() {
+    int rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
 // setmaxnreg: registers of each thread of a warpgroup, between 24 and 256, a multiple of 8. All four warps give
 // them back, or wait until there are that many. Needs __launch_bounds__(threads, 1).
 template <int kCount>
@@ -59,6 +66,22 @@ DEVICE void mbarrier_wait(uint32 barrier, int parity) {
         "again: mbarrier.try_wait.parity.shared::cta.b64 ended, [%0], %1;\n"
         "@!ended bra.uni again; }" ::"r"(barrier), "r"(parity)
         : "memory");
+}
+
+// Arrives at the mbarrier that the cluster's block of that rank has at the same address.  It tells of reads that have
+// ended, and of stores to the block's own shared memory; to release all stores to the cluster would be a fence of the
+// whole GPU each time.
+DEVICE void mbarrier_arrive_at(uint32 barrier, int rank) {
+    asm volatile(
+        "{ .reg .b32 there;\n"
+        "mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank)
+        : "memory");
+}
+// Of all threads of a cluster. Only then have all its blocks begun; and none may exit while another still reaches for
+// its shared memory.
+DEVICE void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // Barriers of some warps, by number from 1 to 15 (0 is ptx::barrier): `threads` in all arrive, some of them without
@@ -124,6 +147,16 @@ DEVICE void load_box(uint32 to, const TensorMap& map, uint32 barrier, int c0, in
         "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
         " [%0], [%1, {%3, %4, %5, %6, %7}], [%2], %8;" ::"r"(to),
         "l"(&map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy)
+        : "memory");
+}
+// For each block of the cluster whose bit is set in `ranks`: to the same address of its shared memory, and of its
+// mbarrier.
+DEVICE void load_box_for(uint32 ranks, uint32 to, const TensorMap& map, uint32 barrier, int c0, int c1, int c2, int c3,
+                         int c4, uint64 policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
+        " [%0], [%1, {%4, %5, %6, %7, %8}], [%2], %3, %9;" ::"r"(to),
+        "l"(&map), "r"(barrier), "h"(static_cast<uint16>(ranks)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "l"(policy)
         : "memory");
 }
 // The other way; what lies outside of the tensor is left out.

@@ -55,19 +55,31 @@ struct SwizzledTile {
     }
 };
 
-// Fills a tile from a map, slab by slab, with what lies at `row` of `head` and `batch`; see HopperParams.
-template <typename Tile>
+// Fills a tile from a map, slab by slab, with what lies at `row` of `head` and `batch`; see HopperParams.  In a cluster
+// of kCluster blocks each brings its share of the rows, to all of them.
+template <int kCluster, typename Tile>
 DEVICE void load_tile(const Tile& tile, const TensorMap& map, uint32 barrier, int row, int head, int batch,
                       uint64 policy) {
+    constexpr int kRows = Tile::kRows / kCluster;
+    static_assert(kRows * kCluster == Tile::kRows && kRows * Tile::kSwizzle % Tile::kAlignment == 0,
+                  "every share is as aligned as the tile");
+    const int first = kCluster == 1 ? 0 : ptx::cluster_rank() * kRows;
 #pragma unroll
-    for (int slab = 0; slab < Tile::kSlabs; ++slab)
-        ptx::load_box(tile.base + slab * Tile::kSlab, map, barrier, slab * Tile::kSlabCols, 0, row, head, batch,
-                      policy);
+    for (int slab = 0; slab < Tile::kSlabs; ++slab) {
+        const uint32 to = tile.base + slab * Tile::kSlab + first * Tile::kSwizzle;
+        const int column = slab * Tile::kSlabCols;
+        if constexpr (kCluster == 1)
+            ptx::load_box(to, map, barrier, column, 0, row, head, batch, policy);
+        else
+            ptx::load_box_for((1u << kCluster) - 1, to, map, barrier, column, 0, row + first, head, batch, policy);
+    }
 }
 
 // kNumStages slots that a producer fills and consumers empty, again and again.  The n-th use is of slot
 // n % kNumStages; a barrier's phases alternate, and `parity` names the one that ends with the n-th use.
-template <int kNumStages>
+//
+// In a cluster of kCluster blocks each producer fills the slot of all of them: it is empty when it is so everywhere.
+template <int kNumStages, int kCluster = 1>
 struct Ring {
     static constexpr int kBytes = 2 * 8 * kNumStages;
 
@@ -81,12 +93,20 @@ struct Ring {
     DEVICE_METHOD void init(int fillers, int emptiers) const {
         for (int use = 0; use < kNumStages; ++use) {
             ptx::mbarrier_init(full(use), fillers);
-            ptx::mbarrier_init(empty(use), emptiers);
+            ptx::mbarrier_init(empty(use), kCluster * emptiers);
         }
     }
     DEVICE_METHOD void wait_full(int use) const { ptx::mbarrier_wait(full(use), parity(use)); }
     // A slot that was never used is empty: its barrier's phase before the first counts as over.
     DEVICE_METHOD void wait_empty(int use) const { ptx::mbarrier_wait(empty(use), parity(use) ^ 1); }
+    // One emptier is done with a slot: its threads of `index` below kCluster tell the blocks of these ranks.
+    DEVICE_METHOD void leave(int use, int index) const {
+        if (index >= kCluster) return;
+        if constexpr (kCluster == 1)
+            ptx::mbarrier_arrive(empty(use));
+        else
+            ptx::mbarrier_arrive_at(empty(use), index);
+    }
 };
 
 }  // namespace cupyattn

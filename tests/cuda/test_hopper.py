@@ -1,5 +1,7 @@
 """The Hopper kernel under the emulator, held to the definition: sizes, switches, packing, what nobody may see."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, turns
@@ -103,6 +105,78 @@ def test_a_weight_may_grow_while_sums_stay_as_they_are(rng):
     arrays = operands(rng, "float16", "bshd", 1, (1, 1, 1), (128, 400))
     arrays["k"] *= np.linspace(3.0, 0.1, 400)[:, None, None].astype("f2")  # the largest scores come last
     held(arrays, options_of(), 1, switches=Switches(lazy=True))
+
+
+# ---- Clusters ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", range(3))
+@pytest.mark.parametrize(
+    ("dtype", "dims", "edits"),
+    [
+        ("bfloat16", (128, 128), {"block_k": 48, "num_stages": 3}),
+        ("float16", (96, 64), {"block_k": 32, "num_stages": 1}),
+        ("bfloat16", (192, 128), {"block_q": 192}),
+        ("float8_e4m3fn", (64, 64), {}),
+        ("bfloat16", (64, 64), {"switches": Switches(overlap=False, pinned=False, weights_in_shared=True)}),
+    ],
+    ids=str,
+)
+def test_blocks_that_load_for_each_other_meet_the_bar(rng, dtype, dims, edits, schedule):
+    arrays = operands(rng, dtype, "bshd", 2, (4, 2, 1), (350, 150), dims)
+    held(arrays, options_of(), schedule, cluster=2, **edits)
+
+
+@pytest.mark.parametrize("schedule", range(3))
+def test_clusters_do_not_change_a_bit(rng, schedule):
+    arrays = operands(rng, "bfloat16", "bshd", 1, (2, 1, 1), (256, 200))
+    alone, together = (left(arrays, options_of(), schedule, cluster=cluster) for cluster in (1, 2))
+    assert_same_bits(alone.out, together.out)
+    assert_same_bits(alone.lse, together.lse)
+
+
+def test_clusters_of_packed_heads_meet_the_bar(rng):
+    held(operands(rng, "float16", "bshd", 2, (8, 2, 2), (50, 77)), options_of(), 1, heads_per_unit=4, cluster=2)
+
+
+@pytest.mark.parametrize("num_keys", [0, 5])
+def test_clusters_of_few_keys_meet_the_bar(rng, num_keys):
+    held(operands(rng, "float16", "bshd", 1, (1, 1, 1), (256, num_keys)), options_of(), 2, cluster=2)
+
+
+@pytest.mark.parametrize(("make", "schedule"), turns(STRAYS))
+def test_what_is_not_finite_shows_in_clusters_where_it_is_seen(rng, make, schedule):
+    arrays, options, _ = make(rng, "float16")
+    if problem_of(arrays, options).mask.right is None:
+        arrays["q"] = np.concatenate([arrays["q"]] * -(-256 // arrays["q"].shape[1]), 1)[:, :256]
+        held(arrays, options, schedule, cluster=2)
+
+
+CLUSTERED = [
+    ((256, 300), "bfloat16", 128, {}, 2),
+    ((256, 300), "float16", 256, {}, 2),
+    ((384, 300), "bfloat16", 128, {}, 1),
+    ((256, 300), "bfloat16", 64, {}, 1),
+    ((256, 300), "float8_e4m3fn", 128, {}, 1),
+    ((256, 300), "bfloat16", 128, {"causal": True, "alignment": "top-left"}, 1),
+]
+
+
+@pytest.mark.parametrize(("seqlens", "dtype", "head_dim", "options", "cluster"), CLUSTERED)
+def test_pairs_of_wide_tiles_that_see_all_keys_are_clusters(seqlens, dtype, head_dim, options, cluster):
+    arrays = operands(np.random.default_rng(0), dtype, "bshd", 1, (1, 1, 1), seqlens, (head_dim, head_dim))
+    assert hopper_tile(problem_of(arrays, options_of(**options))).cluster == cluster
+
+
+def test_sequences_end_to_end_are_no_clusters(rng):
+    arrays = ragged_operands(rng, "float16", (256, 256), (300, 300), dims=(128, 128))
+    assert hopper_tile(problem_of(arrays, ragged_options(arrays))).cluster == 1
+
+
+def test_a_grid_has_whole_clusters():
+    arrays = operands(np.random.default_rng(0), "bfloat16", "bshd", 4, (8, 8, 8), (512, 512), (128, 128))
+    problem = problem_of(arrays, options_of())
+    assert choose(problem, replace(NAMED_DEVICES["H100"], num_units=101)).num_workers == 100
 
 
 # ---- Who sees whom, edits, layouts ------------------------------------------------------------------

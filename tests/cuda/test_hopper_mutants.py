@@ -23,7 +23,8 @@ MUTANTS = [
            "tiles"),
     Mutant("eight rows too near", "tile90.cuh", "static_cast<uint64>(kAlignment >> 4) << 32",
            "static_cast<uint64>(kAlignment >> 5) << 32", "tiles"),
-    Mutant("first columns in all slabs", "tile90.cuh", "barrier, slab * Tile::kSlabCols, 0,", "barrier, 0, 0,", "wide"),
+    Mutant("first columns in all slabs", "tile90.cuh", "const int column = slab * Tile::kSlabCols;",
+           "const int column = 0;", "wide"),
     Mutant("phases of single uses", "tile90.cuh", "return use / kNumStages & 1;", "return use & 1;", "tiles"),
     Mutant("nothing is empty at first", "tile90.cuh", "parity(use) ^ 1", "parity(use)", "tiles"),
     # ---- The first warpgroup
@@ -47,6 +48,23 @@ MUTANTS = [
     Mutant("found by one warp alone", "fetch90.cuh", "memory.found(inspected) + 4 * inspector",
            "memory.found(inspected)",
            "strays"),
+    # ---- Clusters
+    Mutant("each block keeps its share", "tile90.cuh", "(1u << kCluster) - 1, to,", "1u << ptx::cluster_rank(), to,",
+           "clusters"),
+    Mutant("all bring the same share", "tile90.cuh", "column, 0, row + first, head,", "column, 0, row, head,",
+           "clusters"),
+    Mutant("all bring it to the same place", "tile90.cuh", "slab * Tile::kSlab + first * Tile::kSwizzle",
+           "slab * Tile::kSlab", "clusters"),
+    Mutant("a slot is empty when it is so here", "tile90.cuh", "empty(use), kCluster * emptiers",
+           "empty(use), emptiers", "clusters"),
+    Mutant("each block tells itself alone", "tile90.cuh", "ptx::mbarrier_arrive_at(empty(use), index);",
+           "ptx::mbarrier_arrive(empty(use));", "clusters"),
+    Mutant("a block begins before the other", "hopper.cu", "        ptx::cluster_barrier();", "        ptx::barrier();",
+           "clusters"),
+    Mutant("a block exits before the other", "fetch90.cuh", "if constexpr (Traits::kCluster > 1)\n        for",
+           "if constexpr (false)\n        for", "clusters"),
+    Mutant("the end waits for half of the slots", "fetch90.cuh",
+           "            key_ring.wait_empty(use + stage);\n", "", "clusters"),
     # ---- Which rows and keys
     Mutant("an edge taken for whole", "hopper.cuh", "whole.stop / kBlockK}", "ceil_div(whole.stop, kBlockK)}", "tiles"),
     Mutant("a left edge taken for whole", "hopper.cuh", "{ceil_div(whole.start, kBlockK),", "{whole.start / kBlockK,",
@@ -66,9 +84,9 @@ MUTANTS = [
     Mutant("weights overwritten while they are read", "hopper.cu",
            "softmax.row_sum[1], memory.base);\n        ptx::wgmma_wait<0>();", "softmax.row_sum[1], memory.base);",
            "tiles"),
-    Mutant("another slot of keys released", "hopper.cu", "release(memory.key_ring().empty(use + 1));",
-           "release(memory.key_ring().empty(use));", "tiles"),
-    Mutant("values never released", "hopper.cu", "release(memory.value_ring().empty(use));", "", "tiles"),
+    Mutant("another slot of keys released", "hopper.cu", "memory.key_ring().leave(use + 1, ",
+           "memory.key_ring().leave(use, ", "tiles"),
+    Mutant("values never released", "hopper.cu", "memory.value_ring().leave(use, ptx::thread() % 128);", "", "tiles"),
     Mutant("sums never shrink", "hopper.cu", "if constexpr (!Switches::kRescaleFirst) rescale();", "", "tiles"),
     Mutant("sums never shrink first", "hopper.cu",
            "if constexpr (Switches::kRescaleFirst) rescale();\n        wait_for_values(block + 1);",
@@ -171,6 +189,12 @@ def switches(sources):
     held(sources, arrays, options_of(), 0, switches=Switches(polynomials=16))
 
 
+def clusters(sources):
+    for schedule in (0, 1, 2):
+        dense(sources, schedule, (256, 170), (2, 1, 1), persistent=True, cluster=2)
+        dense(sources, schedule, (256, 70), (2, 2, 1), (64, 64), "float8_e4m3fn", persistent=True, cluster=2)
+
+
 def strays(sources):
     for name in ("inf and -inf in one tile", "a key of nan", "inf", "nan", "inf to the left of a window"):
         arrays, options, _ = STRAYS[name](np.random.default_rng(SEED), "float16")
@@ -211,7 +235,7 @@ def float8(sources):
     held(sources, arrays, options_of(causal=True, alignment="top-left"), 1)
 
 
-GROUPS = {group.__name__: group for group in (tiles, wide, switches, strays, packed, ragged, float8)}
+GROUPS = {group.__name__: group for group in (tiles, wide, switches, clusters, strays, packed, ragged, float8)}
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -16,7 +16,8 @@ KERNELS = {
     "128": (BFLOAT16, 128, 128, ALL_KEYS),
     "128, causal": (BFLOAT16, 128, 128, RIGHT_EDGE),
     "192 and 128, causal": (BFLOAT16, 192, 128, RIGHT_EDGE),
-    "256": (BFLOAT16, 256, 256, ALL_KEYS),
+    "128, in clusters": (BFLOAT16, 128, 128, ALL_KEYS, 2),
+    "256, in clusters": (BFLOAT16, 256, 256, ALL_KEYS, 2),
     "128, float8": (FLOAT8, 128, 128, ALL_KEYS),
     "64, float8, causal": (FLOAT8, 64, 64, RIGHT_EDGE),
 }
@@ -24,8 +25,8 @@ KERNELS = {
 pytestmark = pytest.mark.usefixtures("nvrtc")
 
 
-def compiled(dtype, head_dim, head_dim_v, reach, **edits):
-    tile = base_tile(head_dim, head_dim_v, reach, dtype)._replace(**edits)
+def compiled(dtype, head_dim, head_dim_v, reach, cluster=1, **edits):
+    tile = base_tile(head_dim, head_dim_v, reach, dtype)._replace(cluster=cluster, **edits)
     wanted = catalogue.hopper(dtype, head_dim, head_dim_v, tile, True, 0)
     return compiler.compile_cubin(source.join(wanted.source), wanted.expression, "sm_90a")
 
@@ -103,6 +104,26 @@ def test_every_exponential_of_a_walk_runs_beside_a_product(kernel, tmp_path):
         places = [index for index, text in enumerate(body) if "MUFU.EX2" in text]
         assert len(places) > 32
         assert [index for index in places if not scores_are_there < index < values_are_there] == []
+
+
+def test_a_cluster_is_waited_for_as_a_whole_once_alone(tmp_path):
+    """A release to the cluster at every slot would be a fence of the whole GPU each time."""
+    found, _ = instructions(compiled(BFLOAT16, 128, 128, ALL_KEYS, 2), tmp_path)
+    assert sum("UCGABAR_WAIT" in text for text in found) == sum("MEMBAR.ALL.GPU" in text for text in found) == 1
+    loads = [text for text in found if "UTMALDG" in text]
+    assert sum("MULTICAST" not in text for text in loads) == 2, "the two slabs of queries are this block's own"
+    assert len(loads) > 2
+
+
+def test_a_cluster_is_no_matter_of_the_launch():
+    """CuPy launches without attributes: the kernel has to bring the size of its clusters along."""
+    tile = base_tile(128, 128, ALL_KEYS, BFLOAT16)._replace(cluster=2)
+    wanted = catalogue.hopper(BFLOAT16, 128, 128, tile, True, 0)
+    nvrtc, _ = compiler.load()
+    program = nvrtc.createProgram(source.join(wanted.source), "cupyattn.cu", (), ())
+    nvrtc.addNameExpression(program, wanted.expression)
+    nvrtc.compileProgram(program, ("-arch=compute_90a", *compiler.OPTIONS))
+    assert re.search(rb"\.reqnctapercluster\s+2, 1, 1", nvrtc.getPTX(program))
 
 
 def test_without_the_pin_the_overlap_is_lost(tmp_path):
