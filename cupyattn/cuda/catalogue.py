@@ -169,7 +169,7 @@ def specialisations(target: str) -> list[Specialisation]:
                 for reach in range(3):
                     cut = base_tile(head_dim, head_dim_v, reach, dtype)
                     found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0))
-    found += [append(dtype) for dtype in ELEMENT if dtype != FLOAT8]
+    found += [append(dtype) for dtype in ELEMENT if dtype != FLOAT8 or target == "sm_90a"]
     return [wanted for wanted in dict.fromkeys(found) if wanted.shared_memory <= limit]
 
 

@@ -363,3 +363,55 @@ def test_gradients_through_a_cache_are_refused(torch, driver):
     arguments["q"].requires_grad_()
     with pytest.raises(NotImplementedError, match="has no gradients"):
         cupyattn.flash_attn_with_kvcache(**arguments)
+
+
+# ---- Float8
+
+
+def in_float8(torch, arguments, batch=3):
+    """The call of `cache_call` in float8, with descales that no two heads share."""
+    kind = torch.float8_e4m3fn
+    found = {name: x.to(kind) if name in ("q", "k_cache", "v_cache", "k", "v") else x for name, x in arguments.items()}
+    return found | {f"{name}_descale": torch.rand(batch, 2) + 0.5 for name in "qkv"}
+
+
+def of_float8_on_the_cpu(torch, arguments):
+    """(out, lse, caches) of the same call on the CPU, all but lse as bits; caches are copied first."""
+    import ml_dtypes
+
+    def numpy(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        eight = x.dtype == torch.float8_e4m3fn
+        return x.clone().view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn) if eight else x.clone().numpy()
+
+    copies = {name: numpy(x) for name, x in arguments.items()}
+    out, lse = cupyattn.flash_attn_with_kvcache(**copies, return_softmax_lse=True)
+    return out.astype(np.float32), lse, [copies[name].view(np.uint8) for name in ("k_cache", "v_cache")]
+
+
+@pytest.mark.parametrize("rotary", [True, False], ids=["rotated", "as they come"])
+def test_a_prefill_of_float8_into_a_cache(torch, driver, rotary):
+    tables = {f"rotary_{name}": torch.randn(80, 16) if rotary else None for name in ("cos", "sin")}
+    arguments = in_float8(torch, cache_call(torch, q=torch.randn(3, 40, 4, 64), **tables))
+    exact, exact_lse, caches = of_float8_on_the_cpu(torch, arguments)
+    out, lse = cupyattn.flash_attn_with_kvcache(**arguments, return_softmax_lse=True)
+    assert out.dtype == torch.bfloat16
+    np.testing.assert_allclose(out.float().numpy(), exact, atol=0.1)
+    np.testing.assert_allclose(lse.numpy(), exact_lse, atol=0.02)
+    for name, after in zip(("k_cache", "v_cache"), caches, strict=True):
+        off = arguments[name].view(torch.uint8).numpy() != after
+        assert off.mean() <= (0.001 if rotary and name == "k_cache" else 0.0)
+    assert [launch[0].source for launch in driver.launches] == ["append.cu", "hopper.cu"]
+
+
+def test_float8_caches_of_other_libraries_than_torch_are_refused(torch, driver, monkeypatch):
+    monkeypatch.setattr(cuda, "_memory", lambda title: memory.CuPyMemory())
+    arguments = in_float8(torch, cache_call(torch, q=torch.randn(3, 40, 4, 64)))
+    before = arguments["k_cache"].clone()
+    with pytest.raises(
+        NotImplementedError, match="flash_attn_with_kvcache: float8 arrays on a CUDA device are taken from"
+    ):
+        cupyattn.flash_attn_with_kvcache(**arguments)
+    assert driver.launches == []
+    assert torch.equal(arguments["k_cache"].view(torch.uint8), before.view(torch.uint8))
