@@ -96,7 +96,7 @@ DEVICE void split(float x, float& high, float& middle, float& low) {
 // Both numbers of a pair as packed bfloat16; they have no bits below those kept.
 DEVICE uint32 pack_exact(float low, float high) { return (ptx::bits(low) >> 16) | (ptx::bits(high) & 0xffff0000u); }
 
-// Eight elements into a tile; zeros if not `valid`.
+// Eight elements into a tile, float8 as halves; zeros if not `valid`.
 template <bool kAligned, typename Tile, typename Element>
 DEVICE void load_chunk(uint32 to, const Element* from, bool valid) {
     if constexpr (Same<Element, float>::value) {
@@ -127,6 +127,22 @@ DEVICE void load_chunk(uint32 to, const Element* from, bool valid) {
             const uint32(&x)[4] = planes[plane];
             ptx::store_shared(to + plane * Tile::kPlane, x[0], x[1], x[2], x[3]);
         }
+    } else if constexpr (Same<Element, Float8>::value) {
+        uint32 x[4] = {};
+        if (valid) {
+            uint32 four[2] = {};
+            if constexpr (kAligned)
+                ptx::load_global(four, from);
+            else
+#pragma unroll
+                for (int i = 0; i < 8; ++i) four[i / 4] |= static_cast<uint32>(ptx::load_global(from + i).bits) << 8 * (i % 4);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint32 two = four[i / 2] >> 16 * (i % 2);
+                x[i] = halves_of((two & 0xffu) << 8 | (two & 0xff00u) << 16);
+            }
+        }
+        ptx::store_shared(to, x[0], x[1], x[2], x[3]);
     } else if constexpr (kAligned) {
         ptx::copy_async(to, from, valid);
     } else {

@@ -387,7 +387,7 @@ def test_tables_of_every_dtype(rng, table_dtype):
 
 
 EIGHT = {"dtype": FLOAT8, "dims": (64, 48), "descaled": "qkv"}
-KERNELS_OF_FLOAT8 = ("hopper",)
+KERNELS_OF_FLOAT8 = ("splitkv", "hopper")
 
 
 @pytest.mark.parametrize("schedule", range(3))
@@ -656,6 +656,10 @@ MUTANTS = [
     ("tile.cuh", "(pair & 0x80008000u) | size >> 1", "size >> 1", "float8"),
     ("tile.cuh", "(nans >> 15) * 0x7c00u", "0u", "float8"),
     ("tile.cuh", "<< 8))}) * kOfFloat8", "<< 8))})", "float8"),
+    ("splitkv.cu", "const int batch = sequence.index, head", "const int batch = sequence.place, head",
+     "layouts of float8"),
+    ("splitkv.cu", "sequence.index * params.v_descale_batch", "sequence.place * params.v_descale_batch",
+     "layouts of float8"),
     # ---- Keys of a cache
     ("mask.cuh", "stop += params.seqlen_new;", "", "layouts"),
     ("mask.cuh", "stop += tokens.stop - tokens.start;", "", "layouts"),
@@ -699,6 +703,11 @@ def float8(sources):
         check_rotation_of_float8(np.random.default_rng(SEED), factor, sources=sources)
 
 
+def layouts_of_float8(sources):
+    for name in ("reordered", "all packed, pages of 7"):
+        check(case_of(np.random.default_rng(SEED), **{**CAUSAL, **LAYOUTS[name], **EIGHT}), sources=sources)
+
+
 def lies(sources):
     """Nothing but addresses can be wrong, and what is written to the cache."""
     for name in LIES:
@@ -726,6 +735,7 @@ GROUPS = {
     "layouts of flash": lambda sources: layouts(sources, "flash"),
     "rotations": rotations,
     "float8": float8,
+    "layouts of float8": layouts_of_float8,
     "lies": lies,
 }
 
