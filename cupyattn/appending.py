@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cupyattn.problem import FLOATS, Array, Problem, Spec
-from cupyattn.reading import refusal, short
+from cupyattn.reading import DESCALES, refusal, short
 from cupyattn.rotary import rotated
 
 NEW = (("k_new", "k"), ("v_new", "v"))
@@ -24,6 +24,8 @@ INDICES = (
     *("cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table"),
     *("cu_seqlens_q", "cu_seqlens_k_new", "rotary_seqlens"),
 )
+ASKED = ("q", "k", "v", "alibi_slopes", "sinks", "block_table", "cu_seqlens_q", *DESCALES)
+"""What attention is asked besides, as it came."""
 MOST_STEPS: Any = 1000
 """Steps that may be spent on finding out whether two caches share memory."""
 
@@ -252,8 +254,7 @@ class Appended:
 
         Everything is refused and computed before the first write.
         """
-        asked = {name: array for name, array in operands.items() if name in ("q", "k", "v", "alibi_slopes", "sinks")}
-        asked |= {name: operands[name] for name in ("block_table", "cu_seqlens_q") if name in operands}
+        asked = {name: array for name, array in operands.items() if name in ASKED}
         asked |= {"first_key": self.first_key, "seqused_k": self.stops, "cache_batch_idx": self.places}
         if "k_new" not in specs:
             return asked

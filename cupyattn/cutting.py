@@ -59,8 +59,8 @@ def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], 
         sinks = widen(sinks, compute)
     descales = _descales(problem, operands, compute)
     if problem.layout.lengths_are_data:
-        shared = (plan, problem, operands, seed, pairs, compute, slopes, sinks)
-        yield from _cached_parts(*shared) if problem.layout.cached else _ragged_parts(*shared, descales)
+        cut = _cached_parts if problem.layout.cached else _ragged_parts
+        yield from cut(plan, problem, operands, seed, pairs, compute, slopes, sinks, descales)
         return
     lead = sizes.batch_shape or (1,)
     rank = len(lead) + 3
@@ -152,17 +152,23 @@ def _cached_parts(
     compute: str,
     slopes: Array | None,
     sinks: Array | None,
+    descales: Descales,
 ) -> Iterator[Part]:
     """One part per sequence: its keys are those from first_key up to seqused_k, in its place or its pages."""
     q, table = heads_first(operands["q"], problem), operands.get("block_table")
     starts_q = operands["cu_seqlens_q"].tolist() if problem.layout.ragged else None
     spans = zip(operands["first_key"].tolist(), operands["seqused_k"].tolist(), strict=True)
     for index, (first, stop) in enumerate(spans):
-        if table is not None:
-            k, v = (Keys(operands[name], pairs, compute, table[index], first=first) for name in ("k", "v"))
-        else:
-            live = (operands["cache_batch_idx"][index], slice(first, stop))
-            k, v = (Keys(operands[name][live].swapaxes(0, 1)[None], pairs, compute) for name in ("k", "v"))
+        factors = descales.of(np.array([index]))  # the sequence's in this call, wherever in the cache it lies
+
+        def keys(
+            name: str, descale: Array | None, index: int = index, live: slice = slice(first, stop), first: int = first
+        ) -> Keys:
+            if table is not None:
+                return Keys(operands[name], pairs, compute, table[index], descale, first)
+            array = operands[name][operands["cache_batch_idx"][index], live]
+            return Keys(array.swapaxes(0, 1)[None], pairs, compute, descale=descale)
+
         here = slice(index, index + 1)
         tokens = slice(None) if starts_q is None else slice(starts_q[index], starts_q[index + 1])
         yield Part(
@@ -171,11 +177,12 @@ def _cached_parts(
             () if starts_q is not None else (here,),
             tokens,
             q[:, :, tokens] if starts_q is not None else q[here],
-            k,
-            v,
+            keys("k", factors.k),
+            keys("v", factors.v),
             stop - first,
             np.array([index]),
             seed,
             slopes=slopes if slopes is None or slopes.shape[0] == 1 else slopes[here],
             sinks=sinks,
+            q_descale=factors.q,
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from cupyattn.appending import INDICES, Appended, check_new
 from cupyattn.arrays import Arrays, Visit, enter, untraced
 from cupyattn.corridor import Rotation, answer_from_cache, plan_for
 from cupyattn.plan import with_num_splits
-from cupyattn.problem import Array, Spec
+from cupyattn.problem import Array
 from cupyattn.reading import Options, refusal
 
 FUNCTION = "flash_attn_with_kvcache"
@@ -60,11 +59,11 @@ def flash_attn_with_kvcache(
     Parameters
     ----------
     q : array, shape (batch, seqlen_q, num_heads, head_dim)
-        Or (total_q, num_heads, head_dim) with `cu_seqlens_q`.
+        Or (total_q, num_heads, head_dim) with `cu_seqlens_q`.  float16, bfloat16, float32, float64 or float8_e4m3fn.
     k_cache : array, shape (batch, seqlen, num_heads_kv, head_dim)
         Or pages, (num_pages, page_size, num_heads_kv, head_dim), any page size, if `block_table` is given.
     v_cache : array, shape (batch, seqlen, num_heads_kv, head_dim_v)
-        Or pages.
+        Or pages.  All of q, caches and new keys and values are of one dtype.
     k, v : array, shapes (batch, seqlen_new, num_heads_kv, head_dim), (batch, seqlen_new, num_heads_kv, head_dim_v)
         Optional: written into the caches, places ``cache_seqlens .. cache_seqlens + seqlen_new - 1`` of each
         sequence.  Or (total_new, ...) with `cu_seqlens_k_new`.
@@ -98,14 +97,16 @@ def flash_attn_with_kvcache(
         The position of each sequence's first new token, instead of cache_seqlens.
     page_table
         `block_table`, as flash-attn 3 calls it.
-    q_descale, k_descale, v_descale
-        Belong to float8 arrays.
+    q_descale, k_descale, v_descale : array of float32, optional
+        Factors of float8_e4m3fn numbers, and of no others; they broadcast to (batch, num_heads_kv).  The batch is that
+        of `q`, also with `cache_batch_idx`.  Default 1.
     check_indices : bool
         On a GPU, wait for the values of all index arrays and refuse wrong ones, as the CPU always does.
 
     Returns
     -------
     out : array, shape (batch, seqlen_q, num_heads, head_dim_v) or (total_q, num_heads, head_dim_v)
+        In the dtype of q, or bfloat16 if that is float8_e4m3fn.
     lse : array, shape (batch, num_heads, seqlen_q) or (num_heads, total_q)
         -inf where a query sees no key.
 
@@ -122,6 +123,10 @@ def flash_attn_with_kvcache(
     Notes
     -----
     Two sequences may share pages, and append to different rows of one; all appending is done before any of it is read.
+
+    New float8_e4m3fn keys and values are stored as they come: they have to be multiples of the same descales as those
+    in the cache.  Where they are rotated, and `q` with them, they are rounded to float8_e4m3fn again, to nearest even;
+    what has become too large is 448 of its sign, as where weights are rounded to it on Hopper.
 
     On a GPU it is two launches, or one if nothing is appended, and nobody waits for the values of index arrays, unless
     `check_indices`: what they name outside of the arrays is neither read nor written.  Two new tokens for one place
@@ -154,6 +159,9 @@ def flash_attn_with_kvcache(
         "block_table": table,
         "alibi_slopes": ("alibi_slopes", alibi_slopes),
         "sinks": ("sinks", sinks),
+        "q_descale": ("q_descale", q_descale),
+        "k_descale": ("k_descale", k_descale),
+        "v_descale": ("v_descale", v_descale),
         "cu_seqlens_q": ("cu_seqlens_q", cu_seqlens_q),
         "cu_seqlens_k_new": ("cu_seqlens_k_new", cu_seqlens_k_new),
         "rotary_seqlens": ("rotary_seqlens", rotary_seqlens),
@@ -166,7 +174,6 @@ def flash_attn_with_kvcache(
     needed = ("q", "k", "v")
     visit = enter(FUNCTION, {word: entry for word, entry in named.items() if entry[1] is not None or word in needed})
     specs = dict(visit.specs)
-    _check_descales(specs, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     left, right = reading.window(FUNCTION, "window_size", window_size)
     options = Options(
         axes="bshd" if cu_seqlens_q is None else "thd",
@@ -177,6 +184,7 @@ def flash_attn_with_kvcache(
         compute_dtype=reading.compute_dtype(FUNCTION, compute_dtype),
         needs_lse=reading.flag(FUNCTION, "return_softmax_lse", return_softmax_lse),
         max_seqlen_q=_longest_of(max_seqlen_q, cu_seqlens_q is not None),
+        takes_float8=True,
         cached=True,
     )
     interleaved = reading.flag(FUNCTION, "rotary_interleaved", rotary_interleaved)
@@ -218,14 +226,6 @@ def _longest_of(max_seqlen_q: Any, packed: bool) -> int:
     if max_seqlen_q is None:
         raise ValueError(refusal(FUNCTION, "max_seqlen_q is needed for a packed q", ("cu_seqlens_q", "given")))
     return reading.integer(FUNCTION, "max_seqlen_q", max_seqlen_q, low=0)
-
-
-def _check_descales(specs: Mapping[str, Spec], **descales: Any) -> None:
-    for name, descale in descales.items():
-        whose = specs[name[0]]
-        if descale is not None and not whose.dtype.startswith("float8"):
-            rule = f"{name} belongs to float8 arrays, and {whose.name} is {whose.dtype}"
-            raise ValueError(refusal(FUNCTION, rule, (whose.name, whose.shape, whose.dtype)))
 
 
 def _check_caches(visit: Visit) -> None:

@@ -170,16 +170,10 @@ def _objections_of_a_kernel(problem: Problem, device: Device) -> list[str]:
     return reasons
 
 
-def _objections_of_16_bits(problem: Problem, device: Device) -> list[str]:
-    """What the kernels ask for whose products are of 16-bit numbers."""
+def objections_of_flash(problem: Problem, device: Device) -> tuple[str, ...]:
     reasons = _objections_of_a_kernel(problem, device)
     if device.kind == "cuda" and problem.dtype == FLOAT8:
-        reasons.append("has no float8 arithmetic; hopper has")
-    return reasons
-
-
-def objections_of_flash(problem: Problem, device: Device) -> tuple[str, ...]:
-    reasons = _objections_of_16_bits(problem, device)
+        reasons.append("reads no float8; hopper and splitkv do")
     if device.kind == "cuda" and problem.layout.page_size is not None:
         reasons.append("reads k and v without a block_table")
     return tuple(reasons)
@@ -190,10 +184,12 @@ MOST_PACKED_ROWS = 64
 
 
 def objections_of_splitkv(problem: Problem, device: Device) -> tuple[str, ...]:
-    reasons = _objections_of_16_bits(problem, device)
+    reasons = _objections_of_a_kernel(problem, device)
     rows = problem.sizes.seqlen_q * problem.sizes.queries_per_pair
-    paged = problem.layout.page_size is not None  # nobody else can read pages
-    if device.kind == "cuda" and rows > MOST_PACKED_ROWS and not paged:
+    alone = problem.layout.page_size is not None  # nobody else can read pages
+    if problem.dtype == FLOAT8:  # nor float8, where hopper cannot
+        alone = bool(objections_of_hopper(problem, device))
+    if device.kind == "cuda" and rows > MOST_PACKED_ROWS and not alone:
         reasons.append(f"is for decoding: at most {MOST_PACKED_ROWS} query rows per key head, not {rows}")
     least = 5 * 16 * _padded(problem.sizes) * _bytes_in_a_tile(problem.dtype)  # queries, and two stages of one warp
     if device.kind == "cuda" and least > device.shared_memory:

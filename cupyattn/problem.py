@@ -30,7 +30,8 @@ Axes: TypeAlias = Literal["bshd", "bhsd", "thd"]
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 """What every function takes, and gives back in kind."""
 FLOAT8 = "float8_e4m3fn"
-"""What attention takes besides: 4 bits of exponent, 3 of fraction, no infinity.  Nothing is ever rounded to it."""
+"""What attention takes besides: 4 bits of exponent, 3 of fraction, no infinity.  Nothing is ever rounded to it but
+what rotary embeddings make of it."""
 ITEMSIZE = {FLOAT8: 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 

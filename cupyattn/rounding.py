@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cupyattn.problem import FLOAT8
+
 Array = NDArray[Any]
 
 STORAGE = {name: np.dtype(name) for name in ("float16", "float32", "float64", "bool", "int32", "int64")}
 STORAGE["bfloat16"] = np.dtype(np.uint16)
+STORAGE[FLOAT8] = np.dtype(np.uint8)
 """The NumPy dtype in which results of each dtype name travel."""
 
 
@@ -47,7 +50,12 @@ def _e4m3fn(dtype: Any) -> Array:
 
 
 def narrow(values: Array, name: str) -> Array:
-    """float32 or float64 `values` rounded once, to nearest even, into the storage of dtype `name`."""
+    """float32 or float64 `values` rounded once, to nearest even, into the storage of dtype `name`.
+
+    FLOAT8 has no infinity: what is too large becomes 448 of its sign, as GPUs convert with ``satfinite``.
+    """
+    if name == FLOAT8:
+        return _to_e4m3fn(np.asarray(values))
     if name != "bfloat16":
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             return values.astype(STORAGE[name], copy=False)
@@ -55,6 +63,16 @@ def narrow(values: Array, name: str) -> Array:
     nan = np.isnan(values)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     return np.asarray(np.where(nan, np.uint32(0x7FC0), rounded).astype(np.uint16))
+
+
+def _to_e4m3fn(values: Array) -> Array:
+    """The patterns nearest to `values`; of two as near the even one, of nan 0x7f."""
+    nan = np.isnan(values)
+    size = np.minimum(np.where(nan, 0.0, np.abs(values)), 448.0)
+    exponent = np.frexp(np.maximum(size, 2.0**-6))[1] - 1  # below 2**-6 steps do not shrink any more
+    steps = np.rint(np.ldexp(size, 3 - exponent))  # 8 to 16 of them, fewer only below 2**-6
+    bits = (8 * (exponent + 6) + steps.astype(np.int64)).astype(np.uint8)
+    return np.asarray(np.where(nan, np.uint8(0x7F), bits | np.signbit(values).astype(np.uint8) << np.uint8(7)))
 
 
 def _to_odd_float32(values: Array) -> Array:

@@ -312,17 +312,18 @@ def definition(arrays, problem, dropout_seed=0):
 # ---------------------------------------------------------------------------------------------------
 
 
-def emulation(arrays, problem, block_k, dropout_seed=0):
+def emulation(arrays, problem, block_k, dropout_seed=0, kernel="hopper"):
     """`out` as the algorithm gives it, block by block, where weights and the result are rounded and nothing else."""
-    dtype = STORED[problem.out_dtype]
-    shift = 2.0**8 if problem.dtype == "float8_e4m3fn" else 1.0  # see cuda/float8.cuh
+    dtype, of_weights, shift = STORED[problem.out_dtype], STORED[problem.dtype], 1.0
+    if problem.dtype == "float8_e4m3fn":
+        of_weights, shift = (of_weights, 2.0**8) if kernel == "hopper" else (np.float16, 1.0)  # see cuda/float8.cuh
     inner = np.float32 if problem.dtype == "float32" else np.float64
 
     def rounded(x):
         return x.astype(dtype).astype(inner)
 
     def rounded_weights(x):
-        return (x * shift).astype(STORED[problem.dtype]).astype(inner) / shift
+        return (x * shift).astype(of_weights).astype(inner) / shift
 
     def compute(part):
         q, k, v = (x.astype(inner) for x in part.operands.values())
@@ -422,7 +423,7 @@ def check(arrays, options, kernel, schedule=0, seed=0, dropout_seed=0, **call):
     out, lse, problem, chosen = found
     exact_out, exact_lse = definition(arrays, problem, dropout_seed)
     assert_close_lse(lse, exact_lse)
-    emulated = emulation(arrays, problem, chosen.tile.block_k, dropout_seed)
+    emulated = emulation(arrays, problem, chosen.tile.block_k, dropout_seed, chosen.kernel)
     values = np.abs(np.asarray(arrays["v"]).astype(np.float64))
     largest = values[np.isfinite(values)].max(initial=0.0)
     assert_within_the_bar(out, exact_out, emulated, problem.out_dtype, largest)

@@ -115,10 +115,29 @@ def test_no_kernel_takes_what_none_can_do(problem, word):
     assert objects(problem, word) == KERNELS
 
 
-def test_kernels_of_16_bits_have_no_float8_arithmetic():
-    for problem in (PREFILL, DECODE):
-        assert objects(replace(problem, dtype="float8_e4m3fn"), "float8") >= {"splitkv", "flash"}
-        assert objects(problem, "float8") == set()
+@pytest.mark.parametrize(
+    ("problem", "device", "kernel"),
+    [
+        (PREFILL, "H100", "hopper"),
+        (DECODE, "H100", "splitkv"),
+        (DECODE, "A100", "splitkv"),
+        (PREFILL, "A100", "splitkv"),
+        (replace(PREFILL, layout=Layout("bshd", cached=True)), "H100", "hopper"),
+        (replace(PREFILL, layout=Layout("bshd", page_size=16, cached=True)), "H100", "splitkv"),
+        (replace(PREFILL, mask=Mask(array=(1, 1))), "H100", "splitkv"),
+        (asked(head_dims=(72, 72)), "H100", "splitkv"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_hopper_or_else_splitkv_takes_float8(problem, device, kernel):
+    eight, on = replace(problem, dtype="float8_e4m3fn"), NAMED_DEVICES[device]
+    assert choose(eight, on).kernel == kernel
+    assert objects(eight, "reads no float8; hopper and splitkv do", on=on) == {"flash"}
+    assert objects(problem, "float8", on=on) == set()
+
+
+def test_a_prefill_of_float8_that_hopper_takes_is_no_decode():
+    assert objects(replace(PREFILL, dtype="float8_e4m3fn"), "is for decoding") == {"splitkv"}
 
 
 def test_a_plan_prints_what_float8_becomes():

@@ -100,6 +100,25 @@ def test_every_pattern_of_float8_widens_to_what_ml_dtypes_takes_it_for(dtype):
     assert_identical(found, patterns.view(ml_dtypes.float8_e4m3fn).reshape(16, 16).T)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_to_float8_is_rounded_once_to_the_nearest_of_all_patterns_and_to_the_even_one_of_two(dtype):
+    numbers = widen(np.arange(127, dtype=np.uint8), "float64")
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    sizes = np.concatenate([[449.0, 1e30, np.inf, 1e-40], middles]).astype(dtype)
+    beside = [np.nextafter(middles.astype(dtype), sizes.dtype.type(side)) for side in (0, np.inf)]
+    sizes = np.concatenate([numbers.astype(dtype), sizes, *beside])
+    values = np.concatenate([sizes, -sizes])
+    off = np.abs(np.minimum(np.abs(values), 448.0).astype(np.float64)[:, None] - numbers)
+    nearest = [set(np.flatnonzero(row == row.min())) for row in off]
+    found = narrow(values, "float8_e4m3fn")
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found >> 7, np.signbit(values))
+    for bits, allowed in zip(found & 0x7F, nearest, strict=True):
+        assert bits in allowed
+        assert len(allowed) == 1 or bits % 2 == 0
+    np.testing.assert_array_equal(narrow(np.array([np.nan, -np.nan], dtype), "float8_e4m3fn"), [0x7F, 0x7F])
+
+
 @formats
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_every_pattern_survives_the_way_there_and_back(name, dtype):

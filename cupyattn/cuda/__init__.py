@@ -115,9 +115,7 @@ def run(
     if memory.gradients_wanted(arrays):
         rule = "has no gradients on the GPU yet; call it under torch.no_grad(), or on the CPU"
         raise NotImplementedError(refusal(function, rule))
-    if problem.dtype == FLOAT8 and not isinstance(memory, TorchMemory):
-        rule = "float8 arrays on a CUDA device are taken from torch only: CuPy has no such dtype"
-        raise NotImplementedError(refusal(function, rule))
+    _check_float8(function, memory, problem)
     index = index_of(arrays["q"])
     with _current(index):
         operands = memory.bring(arrays)
@@ -146,12 +144,15 @@ def run_from_cache(
 
     Raises
     ------
+    NotImplementedError
+        No kernel can read float8 arrays of this library, or where they lie.
     ValueError
         Kernels cannot reach the numbers of a cache where they lie.
     RuntimeError
         A kernel has to be compiled and cannot be.
     """
     memory = _memory(title)
+    _check_float8(function, memory, problem)
     index = index_of(arrays["q"])
     with _current(index):
         operands = dict(memory.bring(arrays))
@@ -171,6 +172,12 @@ def run_from_cache(
         for launch in launches:  # nothing is written unless both are ready
             launch()
         return memory.home(results)
+
+
+def _check_float8(function: str, memory: CuPyMemory, problem: Problem) -> None:
+    if problem.dtype == FLOAT8 and not isinstance(memory, TorchMemory):
+        rule = "float8 arrays on a CUDA device are taken from torch only: CuPy has no such dtype"
+        raise NotImplementedError(refusal(function, rule))
 
 
 _OF_APPENDING = ("v_new", "rotary_cos", "rotary_sin", "rotary_seqlens")

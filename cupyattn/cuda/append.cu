@@ -108,7 +108,7 @@ DEVICE void move_pair(Element* to, const Element* from, int pair, int position, 
     }
     const float cos = number_at(params.cos, params.table_dtype, position * params.cos_row + pair);
     const float sin = number_at(params.sin, params.table_dtype, position * params.sin_row + pair);
-    const float x = ptx::widen(a), y = ptx::widen(b);
+    const float x = number_of(a), y = number_of(b);
     store_rounded(to + first, ptx::fma(x, cos, -(y * sin)));
     store_rounded(to + second, ptx::fma(x, sin, y * cos));
 }

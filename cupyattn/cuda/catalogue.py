@@ -140,7 +140,7 @@ def shared_memory(kernel: str, dtype: str, head_dim: int, head_dim_v: int, tile:
 
 def _planes(dtype: str) -> int:
     """16-bit planes in which a tile keeps its elements."""
-    return {2: 1, 4: 3}[ITEMSIZE[dtype]]
+    return {1: 1, 2: 1, 4: 3}[ITEMSIZE[dtype]]
 
 
 def _literal(value: object) -> str:
@@ -174,7 +174,7 @@ def specialisations(target: str) -> list[Specialisation]:
                     found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0))
                     cut = cut._replace(cluster=base_cluster(head_dim, reach, dtype))
                     found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0))
-    found += [append(dtype) for dtype in ELEMENT if dtype != FLOAT8]
+    found += [append(dtype) for dtype in ELEMENT]
     return [wanted for wanted in dict.fromkeys(found) if wanted.shared_memory <= limit]
 
 

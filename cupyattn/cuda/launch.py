@@ -20,7 +20,7 @@ from cupyattn.cuda.maps import BoxMap
 from cupyattn.cuda.module import Specialisation
 from cupyattn.hopper import HopperTile, padded_dims
 from cupyattn.plan import Plan, Tile
-from cupyattn.problem import ITEMSIZE, Problem, Shape
+from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Shape
 
 DESCALES = ("q_descale", "k_descale", "v_descale")
 LARGEST_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
@@ -59,7 +59,7 @@ class Recipe:
     maps: tuple[BoxMap, ...] = ()
     """Of q, k, v and out, in front of the record, if the kernel goes by tensor maps."""
     behind: bytes = b""
-    """What such a kernel is told besides."""
+    """What such a kernel, or one that takes float8, is told besides, after the addresses of descales."""
     refusals: tuple[str, ...] = ()
     """Why no kernel can read these arrays; if there are any, the rest is empty."""
 
@@ -87,16 +87,18 @@ def record_of(
         pointers.update(scratch)
     pointers["dropout_seed"] = seed
     pointers["cache_seqlen"] = cache_seqlen
-    if not recipe.maps:
+    if not recipe.behind:
         return params.record(pointers, recipe.tail)
+    descales = _DESCALES.pack(*(pointers.get(f"{name}_descale", 0) for name in ("q", "k", "v")))
+    tail = recipe.tail + descales + recipe.behind
+    if not recipe.maps:
+        return params.record(pointers, tail)
     encode = encode or maps.encode
     # Of no keys no box is ever asked for, but the driver wants an address.
     head = b"".join(
         encode(wanted, pointers[name] or pointers["q"])
         for name, wanted in zip(("q", "k", "v", "out"), recipe.maps, strict=False)
     )
-    descales = _DESCALES.pack(*(pointers.get(f"{name}_descale", 0) for name in ("q", "k", "v")))
-    tail = recipe.tail + descales + recipe.behind
     fill = bytes(-(params.SIZE + len(descales) + len(recipe.behind)) % _ALIGNMENT)
     return params.record(pointers, tail + fill, head.ljust(4 * maps.SIZE, b"\0"))
 
@@ -164,6 +166,7 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
     box_maps: tuple[BoxMap, ...] = ()
     behind = b""
     workspace = Workspace()
+    descale_steps = [x for name in DESCALES for x in (0, 0, *strides.get(name, ()))[-2:]]
     if isinstance(tile, HopperTile):
         box_maps = _maps(problem, shapes, strides, tile)
         specialisation = catalogue.hopper(
@@ -172,9 +175,8 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
         tiles = max(1, -(-sizes.seqlen_q // tile.tokens))
         count = tiles * (sizes.num_heads // tile.heads_per_unit) * (batch + ragged)
         grid = (min(count, plan.num_workers) if tile.persistent else count, 1, 1)
-        steps = [(0, 0, *strides.get(f"{name}_descale", ()))[-2:] for name in ("q", "k", "v")]
         behind = _HOPPER.pack(
-            count, tiles, tile.tokens, tile.heads_per_unit, tile.units_per_section, *(x for two in steps for x in two)
+            count, tiles, tile.tokens, tile.heads_per_unit, tile.units_per_section, *descale_steps
         )
     elif plan.kernel == "flash":
         assert isinstance(tile, Tile)
@@ -190,6 +192,8 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
         blocks = row_tiles * groups
         grid = (num_splits * row_tiles * (sizes.num_heads // group) * (batch + ragged), 1, 1)
         rows = blocks * num_splits * tile.block_q
+        if problem.dtype == FLOAT8:
+            behind = _DESCALED.pack(*descale_steps)
         if num_splits > 1:
             workspace = Workspace(rows * catalogue.padded(sizes.head_dim_v), 2 * rows, blocks)
 
@@ -252,6 +256,8 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
 _DESCALES = struct.Struct("<3Q")
 _HOPPER = struct.Struct("<11i")
 """What ``HopperParams`` has behind the record: addresses and numbers."""
+_DESCALED = struct.Struct("<6i")
+"""And ``DescaledParams``, behind the addresses."""
 _ALIGNMENT = 64
 
 

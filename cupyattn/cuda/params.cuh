@@ -65,6 +65,13 @@ struct Params {
     float softcap;
 };
 
+// Of a kernel that takes float8 besides.
+struct DescaledParams : Params {
+    const float *q_descale, *k_descale, *v_descale;  // what float8 numbers are multiples of; null: 1
+    // Elements from sequence to sequence and head to head (of keys, or values) of those.
+    int q_descale_batch, q_descale_head, k_descale_batch, k_descale_head, v_descale_batch, v_descale_head;
+};
+
 constexpr int kOpen = 0x7fffffff;
 constexpr int kNoCache = -1;
 

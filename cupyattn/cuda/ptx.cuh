@@ -128,6 +128,11 @@ DEVICE void load_global(uint32 (&value)[4], const void* address) {
     const uint4 found = *static_cast<const uint4*>(address);
     value[0] = found.x, value[1] = found.y, value[2] = found.z, value[3] = found.w;
 }
+// Eight, aligned to eight.
+DEVICE void load_global(uint32 (&value)[2], const void* address) {
+    const uint2 found = *static_cast<const uint2*>(address);
+    value[0] = found.x, value[1] = found.y;
+}
 template <typename T>
 DEVICE void store_global(T* address, T value) {
     *address = value;

@@ -9,6 +9,8 @@
 //     partial_out [piece, split, kBlockQ, kHeadDimV], not yet divided; partial_lse [piece, split, kBlockQ, 2]: the
 //     exponent of two they are relative to, and the sum of weights; counters [piece]: splits that are done.
 //
+// Float8 comes into tiles as halves, which hold its numbers exactly, and weights are halves beside them.
+//
 // How many splits a sequence gets is decided here if lengths are data (split_size 0), by the rule of
 // splits.live_split_blocks, and by the host otherwise.
 //
@@ -26,6 +28,10 @@ template <typename Element_, int kHeadDim_, int kHeadDimV_, int kBlockQ_, int kN
           bool kAligned_, int kEdits_>
 struct SplitTraits {
     using Element = Element_;
+    static constexpr bool kFloat8 = Same<Element, Float8>::value;
+    using Kept = typename Choice<kFloat8, Half, Element>::Type;  // in tiles and as weights
+    using Out = typename Choice<kFloat8, BFloat16, Element>::Type;
+    using Given = typename Choice<kFloat8, DescaledParams, Params>::Type;
     static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // as padded in the tiles
     static constexpr int kBlockQ = kBlockQ_, kRowTiles = kBlockQ / 16;
     static constexpr int kNumWarps = kNumWarps_, kThreads = 32 * kNumWarps;
@@ -35,9 +41,9 @@ struct SplitTraits {
     static constexpr bool kAligned = kAligned_;
     static constexpr int kEdits = kEdits_;
 
-    using QueryTile = SharedTile<Element, kBlockQ, kHeadDim>;
-    using KeyTile = SharedTile<Element, 16, kHeadDim>;
-    using ValueTile = SharedTile<Element, 16, kHeadDimV>;
+    using QueryTile = SharedTile<Kept, kBlockQ, kHeadDim>;
+    using KeyTile = SharedTile<Kept, 16, kHeadDim>;
+    using ValueTile = SharedTile<Kept, 16, kHeadDimV>;
     static constexpr int kStageBytes = KeyTile::kBytes + ValueTile::kBytes;
 
     static_assert(kBlockQ % 16 == 0, "fragments have 16 rows");
@@ -58,13 +64,14 @@ DEVICE int live_split_blocks(int total, int pieces, int slots, int block_k) {
 template <typename Traits, bool kCare>
 struct SplitBlock {
     using Element = typename Traits::Element;
+    using Kept = typename Traits::Kept;
     static constexpr int kRowTiles = Traits::kRowTiles, kBlockK = Traits::kBlockK, kThreads = Traits::kThreads;
-    static constexpr int kPlanes = Planes<Element>::kCount;
+    static constexpr int kPlanes = Planes<Kept>::kCount;
     static constexpr bool kQueriesInRegisters = kRowTiles * kPlanes == 1;
     static constexpr int kQuerySteps = kQueriesInRegisters ? Traits::kHeadDim / 16 : 1;
     static constexpr int kColumns = Traits::kHeadDimV / 32;  // of a row, per lane, while merging
 
-    const Params& params;
+    const typename Traits::Given& params;
     Sequence sequence;
     int first_head, first_row;  // of the piece; rows are packed, queries_per_pair to a token
     int num_rows;
@@ -77,8 +84,9 @@ struct SplitBlock {
     OnlineSoftmax softmax[kRowTiles];
     bool counting;  // strays, if kCare
     Strays<Traits::kHeadDimV> strays[kRowTiles];
+    float descaled;  // the softmax scale of float8 operands
 
-    DEVICE_METHOD SplitBlock(const Params& given, int tile, int group, const Sequence& sequence_)
+    DEVICE_METHOD SplitBlock(const typename Traits::Given& given, int tile, int group, const Sequence& sequence_)
         : params(given),
           sequence(sequence_),
           first_head(group * given.queries_per_pair),
@@ -87,6 +95,7 @@ struct SplitBlock {
         queries.base = ptx::shared_memory();
         states = queries.base + Traits::QueryTile::kBytes;
         ring = states + ptx::warp() * Traits::kNumStages * Traits::kStageBytes;
+        if constexpr (Traits::kFloat8) descaled = score_scale();
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -105,6 +114,28 @@ struct SplitBlock {
     DEVICE_METHOD To* row_of(From* data, const Strides& strides, int row) const {
         return static_cast<To*>(data) + sequence.index * strides.batch +
                (sequence.first_row + token_of(row)) * strides.row + head_of(row) * strides.head;
+    }
+
+    DEVICE_METHOD float scale() const {
+        if constexpr (Traits::kFloat8) return descaled;
+        return params.softmax_scale;
+    }
+    // The softmax scale times what float8 queries and keys are multiples of, as tiles have them.
+    DEVICE_METHOD float score_scale() const {
+        const int batch = sequence.index, head = first_head / params.queries_per_k;
+        const float product = params.softmax_scale *
+                              descale(params.q_descale, batch * params.q_descale_batch + head * params.q_descale_head) *
+                              descale(params.k_descale, batch * params.k_descale_batch + head * params.k_descale_head);
+        // Times a negative number the largest product is not the largest score: rather nan than wrong.
+        return product >= 0.f ? ptx::max(product * (kOfFloat8 * kOfFloat8), kLeastNormal) : ptx::nan();
+    }
+    DEVICE_METHOD float value_scale() const {
+        const int head = first_head / params.queries_per_v;
+        return kOfFloat8 *
+               descale(params.v_descale, sequence.index * params.v_descale_batch + head * params.v_descale_head);
+    }
+    DEVICE_METHOD static float descale(const float* factors, int index) {
+        return factors ? ptx::load_global(factors + index) : 1.f;
     }
 
     // The blocks of keys that some row sees.
@@ -129,7 +160,7 @@ struct SplitBlock {
         for (int step = 0; step < kQuerySteps; ++step)
 #pragma unroll
             for (int m = 0; m < kRowTiles; ++m)
-                load_fragment<Element, typename Traits::QueryTile>(query[step][m], left_operand(queries, 16 * m), step);
+                load_fragment<Kept, typename Traits::QueryTile>(query[step][m], left_operand(queries, 16 * m), step);
     }
 
     DEVICE_METHOD typename Traits::KeyTile key_tile(int stage) const { return {ring + stage * Traits::kStageBytes}; }
@@ -215,7 +246,7 @@ struct SplitBlock {
             if constexpr (!kQueriesInRegisters)
 #pragma unroll
                 for (int m = 0; m < kRowTiles; ++m)
-                    load_fragment<Element, typename Traits::QueryTile>(loaded[m], left_operand(queries, 16 * m), step);
+                    load_fragment<Kept, typename Traits::QueryTile>(loaded[m], left_operand(queries, 16 * m), step);
             const auto& left = kQueriesInRegisters ? query[kQueriesInRegisters ? step : 0] : loaded;
 #pragma unroll
             for (int plane = 0; plane < kPlanes; ++plane) {
@@ -223,19 +254,19 @@ struct SplitBlock {
                 ptx::load_matrices(keys, KeyTile::advance(right, step) + plane * KeyTile::kPlane);
 #pragma unroll
                 for (int m = 0; m < kRowTiles; ++m)
-                    multiply_planes<Element>(scores[m].value[0], scores[m].value[1], left[m], keys, plane);
+                    multiply_planes<Kept>(scores[m].value[0], scores[m].value[1], left[m], keys, plane);
             }
         }
-        Fragment<Element, 16> weights[kRowTiles];
+        Fragment<Kept, 16> weights[kRowTiles];
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-            edit<Traits::kEdits, kBand>(scores[m], rows[m], key, sequence, params);
+            edit<Traits::kEdits, kBand>(scores[m], rows[m], key, sequence, params, scale());
             if (kCare && counting) {
                 mark_seen(scores[m]);
                 out[m].clear();
             } else {
                 float shrink[2];
-                softmax[m].fold(scores[m], scale_log2_of<Traits::kEdits>(params), shrink);
+                softmax[m].fold(scores[m], scale_log2_of<Traits::kEdits>(scale()), shrink);
                 out[m].scale_rows(shrink);
                 if constexpr (bool(Traits::kEdits & kDropout)) drop(scores[m], rows[m], key, sequence.index, params);
             }
@@ -243,7 +274,7 @@ struct SplitBlock {
         }
         const auto tile = value_tile(stage);
         if constexpr (kCare) {
-            take_strays<32, Element>(tile, ptx::lane(), counting);
+            take_strays<32, Kept>(tile, ptx::lane(), counting);
             ptx::warp_barrier();
         }
         multiply_values<typename Traits::ValueTile>(out, weights, right_operand_by_columns(tile));
@@ -308,7 +339,7 @@ struct SplitBlock {
     DEVICE_METHOD void leave_state() {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-            softmax[m].finish(scale_log2_of<Traits::kEdits>(params));
+            softmax[m].finish(scale_log2_of<Traits::kEdits>(scale()));
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = 16 * m + Accumulator<16>::row(half);
@@ -382,11 +413,13 @@ struct SplitBlock {
         const int head = head_of(row);
         const float sink = params.at.sinks ? ptx::load_global(params.at.sinks + head) * kLog2e : -ptx::infinity();
         const Finish end = finish_row(state.exponent, state.sum, sink);
-        Element* to = row_of<Element>(params.at.out, params.out, row);
+        float factor = end.factor;
+        if constexpr (Traits::kFloat8) factor *= value_scale();
+        auto* to = row_of<typename Traits::Out>(params.at.out, params.out, row);
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {
             const int column = 32 * i + ptx::lane();
-            if (column < params.head_dim_v) store_rounded(to + column, state.column[i] * end.factor);
+            if (column < params.head_dim_v) store_rounded(to + column, state.column[i] * factor);
         }
         if (params.at.lse && ptx::lane() == 0)
             ptx::store_global(params.at.lse + sequence.index * params.lse_batch + head * params.lse_head +
@@ -397,7 +430,8 @@ struct SplitBlock {
 
 // Once more from the queries in shared memory on; apart, since it is rarely run.
 template <typename Traits>
-DEVICE_APART void split_with_care(const Params& params, int tile, int group, const Sequence& sequence, const Span& part) {
+DEVICE_APART void split_with_care(const typename Traits::Given& params, int tile, int group, const Sequence& sequence,
+                                  const Span& part) {
     SplitBlock<Traits, true> block(params, tile, group, sequence);
     block.attend_with_care(part);
     ptx::barrier();  // everybody is done with the rings
@@ -430,7 +464,7 @@ DEVICE int live_size(const Params& params, int groups) {
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads) split_forward(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(Traits::kThreads) split_forward(const __grid_constant__ typename Traits::Given params) {
     const int groups = params.num_heads / params.queries_per_pair;
     const int row_tiles = larger(1, ceil_div(params.seqlen_q * params.queries_per_pair, Traits::kBlockQ));
     const int split = ptx::block_x() % params.num_splits, piece = ptx::block_x() / params.num_splits;
@@ -440,7 +474,7 @@ __global__ void __launch_bounds__(Traits::kThreads) split_forward(const __grid_c
     if (sequence.index == params.batch) {
         const int head = group * params.queries_per_pair;
         if (split == 0)
-            wipe<typename Traits::Element>(params, sequence, {head, head + params.queries_per_pair}, tile, row_tiles);
+            wipe<typename Traits::Out>(params, sequence, {head, head + params.queries_per_pair}, tile, row_tiles);
         return;
     }
     if (tile * Traits::kBlockQ >= sequence.band.seqlen_q * params.queries_per_pair) return;

@@ -49,6 +49,34 @@ struct SharedTile {
     DEVICE_METHOD static constexpr int down(int blocks) { return blocks * 16 * 64; }
 };
 
+// ---- Float8 without its instructions, which not every GPU has -------------------------------------------
+
+// Two float8 numbers, in the upper bytes of the halves of `pair`, as halves that are 2^-8 of them: exactly, the
+// subnormal ones too.
+DEVICE uint32 halves_of(uint32 pair) {
+    const uint32 size = pair & 0x7f007f00u, nans = (size + 0x01000100u) & 0x80008000u;
+    return (pair & 0x80008000u) | size >> 1 | (nans >> 15) * 0x7c00u;
+}
+constexpr float kOfFloat8 = 256.f;  // what such halves have to be multiplied by
+
+DEVICE float number_of(Float8 x) {
+    return ptx::widen(Half{static_cast<uint16>(halves_of(static_cast<uint32>(x.bits) << 8))}) * kOfFloat8;
+}
+template <typename Element>
+DEVICE float number_of(Element x) {
+    return ptx::widen(x);
+}
+// To nearest, ties to even; what is too large becomes 448 of its sign, as cvt.rn.satfinite has it.
+DEVICE Float8 float8_of(float x) {
+    const uint32 sign = ptx::bits(x) >> 24 & 0x80u, size = ptx::bits(x) & 0x7fffffffu;
+    if (size > 0x7f800000u) return {0x7f};
+    if (size >= 0x43e00000u) return {static_cast<uint8>(sign | 0x7eu)};
+    // Below 2^-6 the sum rounds to a multiple of 2^-9, the smallest there is.
+    const uint32 small = ptx::bits(ptx::from_bits(size) + 16384.f) - ptx::bits(16384.f);
+    const uint32 other = (size - (120u << 23) + 0x7ffffu + (size >> 20 & 1u)) >> 20;
+    return {static_cast<uint8>(sign | (size < 0x3c800000u ? small : other))};
+}
+
 // ---- From global to shared memory -------------------------------------------------------------------
 
 // Splits x exactly into high + middle + low, each a bfloat16; what is not finite stays whole in `high`.
@@ -68,7 +96,7 @@ DEVICE void split(float x, float& high, float& middle, float& low) {
 // Both numbers of a pair as packed bfloat16; they have no bits below those kept.
 DEVICE uint32 pack_exact(float low, float high) { return (ptx::bits(low) >> 16) | (ptx::bits(high) & 0xffff0000u); }
 
-// Eight elements into a tile; zeros if not `valid`.
+// Eight elements into a tile, float8 as halves; zeros if not `valid`.
 template <bool kAligned, typename Tile, typename Element>
 DEVICE void load_chunk(uint32 to, const Element* from, bool valid) {
     if constexpr (Same<Element, float>::value) {
@@ -99,6 +127,22 @@ DEVICE void load_chunk(uint32 to, const Element* from, bool valid) {
             const uint32(&x)[4] = planes[plane];
             ptx::store_shared(to + plane * Tile::kPlane, x[0], x[1], x[2], x[3]);
         }
+    } else if constexpr (Same<Element, Float8>::value) {
+        uint32 x[4] = {};
+        if (valid) {
+            uint32 four[2] = {};
+            if constexpr (kAligned)
+                ptx::load_global(four, from);
+            else
+#pragma unroll
+                for (int i = 0; i < 8; ++i) four[i / 4] |= static_cast<uint32>(ptx::load_global(from + i).bits) << 8 * (i % 4);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint32 two = four[i / 2] >> 16 * (i % 2);
+                x[i] = halves_of((two & 0xffu) << 8 | (two & 0xff00u) << 16);
+            }
+        }
+        ptx::store_shared(to, x[0], x[1], x[2], x[3]);
     } else if constexpr (kAligned) {
         ptx::copy_async(to, from, valid);
     } else {
@@ -215,6 +259,7 @@ struct Accumulator {
 
 // One number into memory, rounded to its kind.
 DEVICE void store_rounded(float* to, float x) { ptx::store_global(to, x); }
+DEVICE void store_rounded(Float8* to, float x) { ptx::store_global(to, float8_of(x)); }
 template <typename Element>
 DEVICE void store_rounded(Element* to, float x) {
     ptx::store_global(&to->bits, static_cast<uint16>(ptx::pack<Element>(x, 0.f)));

@@ -22,7 +22,7 @@ from emulated import (
 from emulator import CUDA, EmulatorError
 from oracle import assert_matches, assert_same_bits
 
-from cupyattn import flash_attn_with_kvcache
+from cupyattn import flash_attn_with_kvcache, reading
 from cupyattn.cuda import append, catalogue, compiler, source
 from cupyattn.cuda.launch import recipe_of, record_of, view_of_numpy
 from cupyattn.hopper import hopper_tile
@@ -32,6 +32,7 @@ from cupyattn.reading import Options
 SMALL = Tile(16, 32, 2, 2)
 FLASH = Tile(32, 32, 2, 1)
 ULP = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-22}
+FLOAT8 = "float8_e4m3fn"
 HEADS = (4, 2, 2)
 DIMS = (64, 40)
 SEED = 11
@@ -100,6 +101,7 @@ def case_of(
     uniform=False,
     heads=HEADS,
     dims=DIMS,
+    descaled=(),
     **edits,
 ):
     """A call whose cache holds nan wherever there is no live key: what is read by mistake shows."""
@@ -148,11 +150,13 @@ def case_of(
         arrays["cu_seqlens_q"] = np.cumsum([0, *rows], dtype=np.int32)
     if rotary is not None:
         angles = np.arange(capacity + 8)[:, None] * 1000.0 ** (-np.arange(rotary // 2) / max(1, rotary // 2))
-        kind_of_tables = STORED.get(table_dtype or dtype, np.float64)
+        kind_of_tables = STORED.get(table_dtype or ("float32" if dtype == FLOAT8 else dtype), np.float64)
         arrays |= {
             "rotary_cos": np.cos(angles).astype(kind_of_tables),
             "rotary_sin": np.sin(angles).astype(kind_of_tables),
         }
+    counts = {"q": heads[1], "k": heads[1], "v": heads[2]}
+    arrays |= {f"{x}_descale": rng.uniform(0.5, 2.0, (batch, counts[x])).astype(np.float32) for x in descaled}
     longest = max(rows) if packed_q else None
     return Case(arrays, seqlens[0] if uniform else None, interleaved, longest, tuple(edits.items()))
 
@@ -173,7 +177,8 @@ def run(case, kernel="splitkv", schedule=0, seed=0, sources=None, num_splits=Non
     emulator.require_compiler()
     arrays = dict(case.arrays)
     problem = problem_of(arrays, case.options)
-    tiles = {"splitkv": SMALL, "flash": FLASH, "hopper": hopper_tile(problem)._replace(block_q=128, block_k=16)}
+    keys = 32 if problem.dtype == FLOAT8 else 16
+    tiles = {"splitkv": SMALL, "flash": FLASH, "hopper": hopper_tile(problem)._replace(block_q=128, block_k=keys)}
     chosen = plan_of(problem, kernel, **{"tile": tiles[kernel], **edits})
     if num_splits is not None:
         chosen = with_num_splits(chosen, problem, num_splits)
@@ -192,7 +197,10 @@ def run(case, kernel="splitkv", schedule=0, seed=0, sources=None, num_splits=Non
             record = append.record_of(recipe, views, seqlen)
             built.launch(record, recipe.grid, recipe.specialisation.threads, 0, buffers, schedule, seed)
         arrays["q"] = operands.get("q_rotated", arrays["q"])
-    results = {"out": guarded(problem.out_shape, STORED[problem.dtype]), "lse": guarded(problem.lse_shape, np.float32)}
+    results = {
+        "out": guarded(problem.out_shape, STORED[problem.out_dtype]),
+        "lse": guarded(problem.lse_shape, np.float32),
+    }
     of_appending = ("v_new", "rotary_cos", "rotary_sin", "rotary_seqlens")
     operands = {name: x for name, x in arrays.items() if name not in of_appending}
     views = {name: view_of_numpy(x, x.dtype.name) for name, x in operands.items()}
@@ -211,6 +219,19 @@ def run(case, kernel="splitkv", schedule=0, seed=0, sources=None, num_splits=Non
     built = emulator.build(what.source, what.expression, sources=sources, flags=FLAGS)
     built.launch(record, recipe.grid, what.threads, what.shared_memory, buffers, schedule, seed)
     return Found(results["out"], results["lse"], arrays["q"], problem, chosen)
+
+
+def append_alone(case, schedule=0, sources=None):
+    """The first of the two launches, of a case without packed q or pages."""
+    arrays, problem = case.arrays, problem_of(case.arrays, case.options)
+    operands = {name: arrays[name] for name in append.POINTERS if name in arrays}
+    if "rotary_cos" in arrays:
+        operands["q_rotated"] = guarded(arrays["q"].shape, arrays["q"].dtype)
+    views = {name: view_of_numpy(x, x.dtype.name) for name, x in operands.items()}
+    recipe = append.recipe_of(problem, views, case.each_row, case.interleaved)
+    built = emulator.build("append.cu", recipe.specialisation.expression, sources=sources, flags=FLAGS)
+    buffers = [(x, name in ("k", "v", "q_rotated")) for name, x in operands.items() if x.size]
+    built.launch(append.record_of(recipe, views), recipe.grid, recipe.specialisation.threads, 0, buffers, schedule)
 
 
 def live_keys(case, name, b, start, stop):
@@ -238,7 +259,8 @@ def as_ragged(case, q):
     for name in "kv":
         found[name] = np.concatenate([live_keys(case, name, b, starts[b], stops[b]) for b in range(batch)])
     found |= {"cu_seqlens_q": starts_q, "cu_seqlens_k": np.cumsum([0, *(stops - starts)], dtype=np.int32)}
-    found |= {name: arrays[name] for name in ("alibi_slopes", "sinks") if name in arrays}
+    as_it_is = ("alibi_slopes", "sinks", *reading.DESCALES)
+    found |= {name: arrays[name] for name in as_it_is if name in arrays}
     asked = {"window_size": (None, None), **dict(case.edits)}
     asked["window_size"] = tuple(None if side == -1 else side for side in asked["window_size"])
     return found, ragged_options(found, **asked)
@@ -251,25 +273,36 @@ def check(case, kernel="splitkv", schedule=0, **call):
     found = run(case, kernel, schedule, **call)
     dtype, arrays = found.problem.dtype, case.arrays
     assert_same_bits(arrays["v"], expected["v_cache"])
-    assert_matches(arrays["k"], expected["k_cache"], rtol=ULP[dtype], atol=2.0**-21)
+    if dtype == FLOAT8:
+        assert_neighbours(arrays["k"], expected["k_cache"], 0.002)
+    else:
+        assert_matches(arrays["k"], expected["k_cache"], rtol=ULP[dtype], atol=2.0**-21)
     if "rotary_cos" in arrays:
         assert np.isfinite(found.q.astype(float)).all()
         rotary_dim = 2 * arrays["rotary_cos"].shape[1]
         assert_same_bits(found.q[..., rotary_dim:], arrays["q"][..., rotary_dim:])
     check_attention(case, found)
-    assert_matches(found.out, out, rtol=0.0, atol=24 * ULP[dtype])
+    assert_matches(found.out, out, rtol=0.0, atol=24 * ULP[found.problem.out_dtype])
     return found
+
+
+def assert_neighbours(actual, expected, share):
+    """Fail unless float8 numbers are those expected, but for a `share` of them that float32 rounds the other way."""
+    actual, expected = actual.view(np.uint8).astype(int), expected.view(np.uint8).astype(int)
+    off = np.where(actual >> 7 == expected >> 7, np.abs(actual - expected), (actual & 127) + (expected & 127))
+    assert off.max(initial=0) <= 1, f"{(off > 1).sum()} of {off.size} are off by {off.max()} patterns"
+    assert (off != 0).sum() <= max(2, share * off.size), f"{(off != 0).sum()} of {off.size} are off by one pattern"
 
 
 def check_attention(case, found):
     arrays, options = as_ragged(case, found.q)
     problem = problem_of(arrays, options)
     exact_out, exact_lse = definition(arrays, problem)
-    emulated = emulation(arrays, problem, found.plan.tile.block_k)
+    emulated = emulation(arrays, problem, found.plan.tile.block_k, kernel=found.plan.kernel)
     lse = found.lse if found.problem.layout.ragged else found.lse.swapaxes(0, 1).reshape(problem.lse_shape)
     assert_close_lse(lse, exact_lse)
     largest = np.abs(np.asarray(arrays["v"]).astype(np.float64)).max(initial=0.0)
-    assert_within_the_bar(found.out.reshape(problem.out_shape), exact_out, emulated, problem.dtype, largest)
+    assert_within_the_bar(found.out.reshape(problem.out_shape), exact_out, emulated, problem.out_dtype, largest)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -351,6 +384,59 @@ def test_every_rotation_of_every_dtype(rng, rotary, dtype, schedule):
 @pytest.mark.parametrize("table_dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_tables_of_every_dtype(rng, table_dtype):
     check(case_of(rng, "float16", **ROTARY["halves"], table_dtype=table_dtype, **CAUSAL))
+
+
+EIGHT = {"dtype": FLOAT8, "dims": (64, 48), "descaled": "qkv"}
+KERNELS_OF_FLOAT8 = ("splitkv", "hopper")
+
+
+@pytest.mark.parametrize("schedule", range(3))
+@pytest.mark.parametrize(("kernel", "layout"), [call[:2] for call in turns(LAYOUTS) if call[0] in KERNELS_OF_FLOAT8])
+def test_every_layout_of_float8(rng, kernel, layout, schedule):
+    given = LAYOUTS[layout]
+    rotary = {} if given.get("new", 1) is None else ROTARY["halves"]
+    check(case_of(rng, **{**CAUSAL, **rotary, **given, **EIGHT}), kernel, schedule)
+
+
+@pytest.mark.parametrize("schedule", range(3))
+@pytest.mark.parametrize("rotary", ROTARY)
+@pytest.mark.parametrize("kernel", KERNELS_OF_FLOAT8)
+def test_every_rotation_of_float8(rng, kernel, rotary, schedule):
+    pages = {"page_size": 6} if schedule == 1 and kernel == "splitkv" else {}
+    check(case_of(rng, **CAUSAL, **ROTARY[rotary], **pages, **EIGHT), kernel, schedule)
+
+
+@pytest.mark.parametrize("schedule", range(3))
+def test_all_patterns_of_float8_are_appended_as_they_come(rng, schedule):
+    case = case_of(rng, **{**EIGHT, "dims": (64, 64)}, new=(1, 1, 1), rotary=0 if schedule == 1 else None)
+    patterns = np.arange(3 * 128, dtype=np.uint8).reshape(3, 1, 2, 64)
+    case.arrays["k_new"], case.arrays["v_new"] = (x.view(STORED[FLOAT8]) for x in (patterns, patterns[::-1].copy()))
+    append_alone(case, schedule)
+    for b, n in enumerate((5, 0, 37)):
+        for name in "kv":
+            np.testing.assert_array_equal(
+                case.arrays[name][b, n].view(np.uint8), case.arrays[f"{name}_new"][b, 0].view(np.uint8)
+            )
+
+
+@pytest.mark.parametrize("schedule", range(3))
+@pytest.mark.parametrize("factor", [1.0, 1.0625, 3.1], ids=["as they are", "many ties", "too large for some"])
+def test_rotation_of_float8_rounds_to_nearest_even_and_at_most_to_448(rng, factor, schedule):
+    check_rotation_of_float8(rng, factor, schedule)
+
+
+def check_rotation_of_float8(rng, factor, schedule=0, sources=None):
+    """All patterns but the two of nan times a factor; and beside them a pair of which one is nan."""
+    case = case_of(rng, **{**EIGHT, "dims": (64, 64)}, new=(1, 1, 1), rotary=64, interleaved=False)
+    every = np.minimum(np.arange(128, dtype=np.uint8), 126).view(STORED[FLOAT8]).reshape(2, 64)
+    case.arrays["k_new"][:] = np.stack([every, -every, every])[:, None]
+    case.arrays["k_new"][2, 0, 1, 8] = np.nan
+    case.arrays["rotary_cos"][:], case.arrays["rotary_sin"][:] = factor, 0.0
+    append_alone(case, schedule, sources)
+    exact = case.arrays["k_new"][:, 0].astype(np.float32) * np.float32(factor)
+    exact[2, 1, 40] = np.nan
+    found = np.stack([case.arrays["k"][b, n] for b, n in enumerate((5, 0, 37))])
+    assert_matches(found, np.clip(exact, -448, 448).astype(STORED[FLOAT8]))
 
 
 def test_without_a_mask_all_rows_of_q_are_at_their_sequences_first_position(rng):
@@ -560,6 +646,20 @@ MUTANTS = [
     ("append.cu", "if (head >= num_heads) return;", "", "layouts"),
     ("append.cu", "if (head >= params.num_heads) return;", "", "rotations"),
     ("append.cu", "params.head_dim_v, false, params", "params.head_dim_v, params.positions > 0, params", "rotations"),
+    # ---- Float8
+    ("tile.cuh", "0x7ffffu + (size >> 20 & 1u)", "0x80000u", "float8"),
+    ("tile.cuh", "0x7ffffu + (size >> 20 & 1u)", "0u", "float8"),
+    ("tile.cuh", "if (size >= 0x43e00000u) return {static_cast<uint8>(sign | 0x7eu)};", "", "float8"),
+    ("tile.cuh", "size < 0x3c800000u ? small : other", "other", "float8"),
+    ("tile.cuh", "if (size > 0x7f800000u) return {0x7f};", "", "float8"),
+    ("tile.cuh", "sign | (size < 0x3c800000u", "(size < 0x3c800000u", "float8"),
+    ("tile.cuh", "(pair & 0x80008000u) | size >> 1", "size >> 1", "float8"),
+    ("tile.cuh", "(nans >> 15) * 0x7c00u", "0u", "float8"),
+    ("tile.cuh", "<< 8))}) * kOfFloat8", "<< 8))})", "float8"),
+    ("splitkv.cu", "const int batch = sequence.index, head", "const int batch = sequence.place, head",
+     "layouts of float8"),
+    ("splitkv.cu", "sequence.index * params.v_descale_batch", "sequence.place * params.v_descale_batch",
+     "layouts of float8"),
     # ---- Keys of a cache
     ("mask.cuh", "stop += params.seqlen_new;", "", "layouts"),
     ("mask.cuh", "stop += tokens.stop - tokens.start;", "", "layouts"),
@@ -598,6 +698,16 @@ def rotations(sources):
     check(case_of(np.random.default_rng(SEED), rows=(3, 3, 3), **ROTARY["pairs"]), sources=sources)
 
 
+def float8(sources):
+    for factor in (1.0625, 3.1):
+        check_rotation_of_float8(np.random.default_rng(SEED), factor, sources=sources)
+
+
+def layouts_of_float8(sources):
+    for name in ("reordered", "all packed, pages of 7"):
+        check(case_of(np.random.default_rng(SEED), **{**CAUSAL, **LAYOUTS[name], **EIGHT}), sources=sources)
+
+
 def lies(sources):
     """Nothing but addresses can be wrong, and what is written to the cache."""
     for name in LIES:
@@ -624,6 +734,8 @@ GROUPS = {
     "layouts": layouts,
     "layouts of flash": lambda sources: layouts(sources, "flash"),
     "rotations": rotations,
+    "float8": float8,
+    "layouts of float8": layouts_of_float8,
     "lies": lies,
 }
 
@@ -683,7 +795,7 @@ def test_blocks_have_as_many_threads_as_the_kernel_takes_for_granted():
 
 @pytest.mark.usefixtures("nvrtc")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90a"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", FLOAT8])
 def test_compiles_without_spills(dtype, target):
     wanted = catalogue.append(dtype)
     cubin = compiler.compile_cubin(source.join(wanted.source), wanted.expression, target)

@@ -363,3 +363,95 @@ def test_gradients_through_a_cache_are_refused(torch, driver):
     arguments["q"].requires_grad_()
     with pytest.raises(NotImplementedError, match="has no gradients"):
         cupyattn.flash_attn_with_kvcache(**arguments)
+
+
+# ---- Float8
+
+
+def in_float8(torch, arguments, batch=3):
+    """The call of `cache_call` in float8, with descales that no two heads share."""
+    kind = torch.float8_e4m3fn
+    found = {name: x.to(kind) if name in ("q", "k_cache", "v_cache", "k", "v") else x for name, x in arguments.items()}
+    return found | {f"{name}_descale": torch.rand(batch, 2) + 0.5 for name in "qkv"}
+
+
+def of_float8_on_the_cpu(torch, arguments):
+    """(out, lse, caches) of the same call on the CPU, all but lse as bits; caches are copied first."""
+    import ml_dtypes
+
+    def numpy(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        eight = x.dtype == torch.float8_e4m3fn
+        return x.clone().view(torch.uint8).numpy().view(ml_dtypes.float8_e4m3fn) if eight else x.clone().numpy()
+
+    copies = {name: numpy(x) for name, x in arguments.items()}
+    out, lse = cupyattn.flash_attn_with_kvcache(**copies, return_softmax_lse=True)
+    return out.astype(np.float32), lse, [copies[name].view(np.uint8) for name in ("k_cache", "v_cache")]
+
+
+@pytest.mark.parametrize("rotary", [True, False], ids=["rotated", "as they come"])
+def test_a_prefill_of_float8_into_a_cache(torch, driver, rotary):
+    tables = {f"rotary_{name}": torch.randn(80, 16) if rotary else None for name in ("cos", "sin")}
+    arguments = in_float8(torch, cache_call(torch, q=torch.randn(3, 40, 4, 64), **tables))
+    exact, exact_lse, caches = of_float8_on_the_cpu(torch, arguments)
+    out, lse = cupyattn.flash_attn_with_kvcache(**arguments, return_softmax_lse=True)
+    assert out.dtype == torch.bfloat16
+    np.testing.assert_allclose(out.float().numpy(), exact, atol=0.1)
+    np.testing.assert_allclose(lse.numpy(), exact_lse, atol=0.02)
+    for name, after in zip(("k_cache", "v_cache"), caches, strict=True):
+        off = arguments[name].view(torch.uint8).numpy() != after
+        assert off.mean() <= (0.001 if rotary and name == "k_cache" else 0.0)
+    assert [launch[0].source for launch in driver.launches] == ["append.cu", "hopper.cu"]
+
+
+@pytest.mark.parametrize("device", ["H100", "A100"])
+@pytest.mark.parametrize("name", CACHES)
+def test_a_cache_of_float8_takes_keys_in_and_is_attended(torch, driver, monkeypatch, name, device):
+    monkeypatch.setattr(cuda, "device_of", lambda function, title, array: NAMED_DEVICES[device])
+    arguments = in_float8(torch, cache_call(torch, **CACHES[name](torch)))
+    exact, exact_lse, caches = of_float8_on_the_cpu(torch, arguments)
+    out, lse = cupyattn.flash_attn_with_kvcache(**arguments, return_softmax_lse=True)
+    assert out.dtype == torch.bfloat16
+    np.testing.assert_allclose(out.float().numpy(), exact, rtol=2.0**-6, atol=0.05)
+    np.testing.assert_allclose(lse.numpy(), exact_lse, atol=0.02)
+    for word, after in zip(("k_cache", "v_cache"), caches, strict=True):
+        off = arguments[word].view(torch.uint8).numpy() != after
+        assert off.mean() <= (0.001 if word == "k_cache" else 0.0)
+    sources = [launch[0].source for launch in driver.launches]
+    assert sources == (["append.cu", "splitkv.cu"] if "k" in arguments else ["splitkv.cu"])
+
+
+def test_float8_without_descales_and_with_one_for_all(torch, driver):
+    arguments = in_float8(torch, cache_call(torch, pages=True))
+    arguments |= {"q_descale": torch.tensor(2.0), "k_descale": torch.tensor([[0.5]]), "v_descale": None}
+    exact, _, _ = of_float8_on_the_cpu(torch, arguments)
+    np.testing.assert_allclose(cupyattn.flash_attn_with_kvcache(**arguments).float().numpy(), exact, atol=0.05)
+
+
+def test_a_decode_of_float8_from_packed_pages_without_a_cache(torch, driver):
+    q, pages = (torch.randn(*shape).to(torch.float8_e4m3fn) for shape in ((3, 4, 64), (10, 16, 2, 64)))
+    starts, starts_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 1, 1, 3], [0, 40, 45, 77]))
+    table = torch.tensor([[3, 9, 1], [2, 0, 0], [7, 5, 0]], dtype=torch.int32)
+    factors = {name: torch.rand(3, 2) + 0.5 for name in ("q_descale", "k_descale", "v_descale")}
+    out = cupyattn.flash_attn_varlen_func(q, pages, pages, starts, starts_k, 2, 40, block_table=table, **factors)
+    wide = [x.float().numpy().astype(np.float64) for x in (q, pages)]
+    for b, (first, last) in enumerate([(0, 1), (1, 1), (1, 3)]):
+        keys = wide[1][table[b].numpy()].reshape(1, -1, 2, 64)[:, : starts_k[b + 1] - starts_k[b]]
+        by_head = {name: x[b].numpy().astype(np.float64)[:, None] for name, x in factors.items()}
+        asked = wide[0][None, first:last] * np.repeat(by_head["q_descale"], 2, axis=0)
+        exact = cupyattn.attention(asked, keys * by_head["k_descale"], keys * by_head["v_descale"])
+        np.testing.assert_allclose(out[first:last].float().numpy(), exact[0], rtol=2.0**-7, atol=1e-3)
+    assert [launch[0].source for launch in driver.launches] == ["splitkv.cu"]
+
+
+def test_float8_caches_of_other_libraries_than_torch_are_refused(torch, driver, monkeypatch):
+    monkeypatch.setattr(cuda, "_memory", lambda title: memory.CuPyMemory())
+    arguments = in_float8(torch, cache_call(torch, q=torch.randn(3, 40, 4, 64)))
+    before = arguments["k_cache"].clone()
+    with pytest.raises(
+        NotImplementedError, match="flash_attn_with_kvcache: float8 arrays on a CUDA device are taken from"
+    ):
+        cupyattn.flash_attn_with_kvcache(**arguments)
+    assert driver.launches == []
+    assert torch.equal(arguments["k_cache"].view(torch.uint8), before.view(torch.uint8))

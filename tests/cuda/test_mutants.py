@@ -233,6 +233,30 @@ MUTANTS = [
     Mutant("pages that do not exist", "splitkv.cu", "params.num_pages - 1", "params.num_pages", "split, pages"),
     Mutant("table of the first sequence", "splitkv.cu", "block_table + sequence.index * params.block_table_row",
            "block_table", "split, pages"),
+    # ---- Float8
+    Mutant("float8 in another order", "tile.cuh", "(two & 0xffu) << 8 | (two & 0xff00u) << 16",
+           "(two & 0xffu) << 24 | (two & 0xff00u)", "split, float8"),
+    Mutant("float8 at odd addresses in another order", "tile.cuh", "<< 8 * (i % 4)", "<< 8 * (3 - i % 4)",
+           "split, float8"),
+    Mutant("nan of float8 is 480", "tile.cuh", "(nans >> 15) * 0x7c00u", "0u", "split, float8"),
+    Mutant("float8 without signs", "tile.cuh", "(pair & 0x80008000u) | size", "size", "split, float8"),
+    Mutant("scores of halves for those of float8", "splitkv.cu", "product * (kOfFloat8 * kOfFloat8)", "product",
+           "split, float8"),
+    Mutant("values of halves for those of float8", "splitkv.cu", "return kOfFloat8 *", "return", "split, float8"),
+    Mutant("descale of one head for splits", "splitkv.cu",
+           "batch * params.k_descale_batch + head * params.k_descale_head", "batch * params.k_descale_batch",
+           "split, float8"),
+    Mutant("descale of one sequence for splits", "splitkv.cu",
+           "sequence.index * params.v_descale_batch + head * params.v_descale_head", "head * params.v_descale_head",
+           "split, float8"),
+    Mutant("q without its descale", "splitkv.cu", "head * params.q_descale_head) *", "head * params.q_descale_head) * 0.f +",
+           "split, float8"),
+    Mutant("splits of values without their descale", "splitkv.cu", "factor *= value_scale();", "factor *= kOfFloat8;",
+           "split, float8"),
+    Mutant("edited scores without descales", "splitkv.cu", "sequence, params, scale());", "sequence, params);",
+           "split, float8"),
+    Mutant("nan of a negative descale", "splitkv.cu", ", kLeastNormal) : ptx::nan();", ", kLeastNormal) : -product;",
+           "split, float8"),
 ]  # fmt: skip
 
 
@@ -347,6 +371,19 @@ def split_of_float32(sources):
     held("splitkv", VISIBLE["causal, more keys, top-left"], "float32", 0, sources, **SPLIT)
 
 
+def split_of_float8(sources):
+    rng = np.random.default_rng(SEED)
+    factors = {f"{name}_descale": rng.uniform(0.5, 2.0, (2, 2)).astype("f4") for name in "qkv"}
+    arrays = operands(rng, "float8_e4m3fn", "bshd", 2, (4, 2, 2), (3, 130), (40, 56))
+    for asked in ({}, {"softcap": 2.0}):
+        check(arrays | factors, options_of(**asked), "splitkv", 1, sources=sources, num_splits=2, **SPLIT)
+    held("splitkv", LAYOUTS["rows at odd addresses"], "float8_e4m3fn", 2, sources, **SPLIT)
+    held("splitkv", STRAYS["nan"], "float8_e4m3fn", 1, sources, **SPLIT)
+    negative = {"k_descale": np.full((1, 1), -1, "f4")}
+    found = Call(arrays | negative, options_of(), "splitkv", sources=sources, **SPLIT).run()
+    assert np.isnan(found.out.astype(float)).all()
+
+
 def poisoned(name):
     """A call of the table of hidden values, with those values."""
 
@@ -381,6 +418,7 @@ GROUPS = {
     "split, pages": split_of_pages,
     "split, edits": split_of_edits,
     "split, float32": split_of_float32,
+    "split, float8": split_of_float8,
 }
 
 

@@ -8,7 +8,7 @@ import emulator
 import numpy as np
 import pytest
 
-from cupyattn.cuda import catalogue, params
+from cupyattn.cuda import catalogue, launch, params
 
 TAIL = {name: getattr(kind, "_fields", None) for name, kind in get_type_hints(params.Tail).items()}
 """Each field behind the pointers, and its own fields if it is a struct."""
@@ -16,6 +16,11 @@ FIELDS = [f"at.{name}" for name in params.POINTERS]
 """All C++ names, in the order in which Python packs them."""
 for name, parts in TAIL.items():
     FIELDS += [f"{name}.{part}" for part in parts] if parts else [name]
+
+
+DESCALES = ("q_descale", "k_descale", "v_descale")
+DESCALED = [*DESCALES, *(f"{name}_{axis}" for name in DESCALES for axis in ("batch", "head"))]
+"""Those of ``DescaledParams``, behind the others."""
 
 
 def numbered():
@@ -28,14 +33,18 @@ def numbered():
 
 @pytest.fixture(scope="module")
 def probe():
+    return probe_of("Params", FIELDS)
+
+
+def probe_of(kind, fields):
     """A kernel that writes every field, read by its name, as a float64."""
     emulator.require_compiler()
-    writes = "\n".join(f"write({index}, (double)(uint64)given.params.{name});" for index, name in enumerate(FIELDS))
+    writes = "\n".join(f"write({index}, (double)(uint64)given.params.{name});" for index, name in enumerate(fields))
     source = f"""
         #include "params.cuh"
         #include "ptx.cuh"
         namespace cupyattn {{
-        struct Given {{ Params params; double* out; }};
+        struct Given {{ {kind} params; double* out; }};
         void probe(Given given) {{
             if (ptx::thread()) return;
             const auto write = [&](int index, double value) {{ ptx::store_global(given.out + index, value); }};
@@ -51,6 +60,16 @@ def test_every_field_is_where_the_kernel_reads_it(probe):
     record = numbered().tobytes() + struct.pack("<Q", out.ctypes.data)
     probe.launch(record, (1, 1, 1), 32, 0, [(out, True)])
     np.testing.assert_array_equal(out, np.arange(1, len(FIELDS) + 1))
+
+
+def test_descales_are_where_the_kernel_reads_them():
+    fields = [*FIELDS, *DESCALED]
+    out = np.zeros(len(fields))
+    pointers = [len(FIELDS) + i for i in (1, 2, 3)]
+    behind = launch._DESCALES.pack(*pointers) + launch._DESCALED.pack(*range(len(FIELDS) + 4, len(fields) + 1))
+    record = numbered().tobytes() + behind + struct.pack("<Q", out.ctypes.data)
+    probe_of("DescaledParams", fields).launch(record, (1, 1, 1), 32, 0, [(out, True)])
+    np.testing.assert_array_equal(out, np.arange(1, len(fields) + 1))
 
 
 def test_both_have_the_same_size(probe):

@@ -1,10 +1,11 @@
-"""The split-KV kernel under the emulator, held to the definition: splits, pages, lengths that are data, all edits."""
+"""The split-KV kernel under the emulator, held to the definition: splits, pages, lengths that are data, all edits,
+float8."""
 
 import numpy as np
 import pytest
 from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call, turns
 from emulated import Call, check, operands, options_of, paged, ragged_operands, ragged_options, run
-from oracle import assert_same_bits
+from oracle import assert_matches, assert_same_bits
 
 from cupyattn import numpy_ref
 from cupyattn.plan import Tile
@@ -343,3 +344,101 @@ def test_every_page_size_gives_the_bits_of_contiguous_keys(rng, first):
         found = run(paged(rng, arrays, page_size), options, "splitkv", page_size % 3, **call)
         assert_same_bits(found.out, contiguous.out)
         assert_same_bits(found.lse, contiguous.lse)
+
+
+# ---- Float8 ------------------------------------------------------------------------------------------
+
+FLOAT8 = "float8_e4m3fn"
+
+
+def descaled(rng, arrays, shapes):
+    """The same call with factors of those shapes."""
+    return arrays | {f"{name}_descale": rng.uniform(0.5, 2.0, shape).astype("f4") for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 700), (5, 83)], ids=lambda x: f"{x[0]}x{x[1]}")
+@pytest.mark.parametrize("dims", [(8, 8), (24, 40), (64, 64), (96, 96), (128, 128), (256, 256), (192, 128), (64, 256)])
+def test_float8_of_every_head_dim_meets_the_bar(rng, dims, lengths):
+    arrays = operands(rng, FLOAT8, "bshd", 1, (4, 2, 1), lengths, dims)
+    arrays = descaled(rng, arrays, {"q": (1, 2), "k": (1, 2), "v": (1, 1)})
+    check(arrays, options_of(**BOTTOM), "splitkv", (dims[0] + lengths[1]) % 3)
+
+
+@pytest.mark.parametrize("schedule", range(3))
+@pytest.mark.parametrize("tile", [Tile(16, 128, 8, 3), Tile(32, 64, 4, 2)], ids=str)
+def test_every_tile_of_float8_meets_the_bar(rng, tile, schedule):
+    arrays = operands(rng, FLOAT8, "bshd", 1, DECODE, [(1, 300), (9, 131), (50, 129)][schedule], (64, 40))
+    check(arrays, options_of(**BOTTOM), "splitkv", schedule, tile=tile, num_splits=2)
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [{"q": (2, 2), "k": (1, 2), "v": (2, 1)}, {"q": ()}, {"k": (2, 2), "v": (2,)}, {"v": (2, 2)}],
+    ids=lambda x: " ".join(map(str, x.items())),
+)
+def test_float8_is_multiplied_by_its_descales(rng, shapes):
+    arrays = descaled(rng, operands(rng, FLOAT8, "bshd", 2, (4, 2, 2), (3, 90)), shapes)
+    check(arrays, options_of(softcap=3.0 if "q" in shapes else 0.0), "splitkv", 1, tile=SMALL, num_splits=2)
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_edited_scores_of_float8_meet_the_bar(rng, edit):
+    arrays, options, seed = EDITS[edit](rng, FLOAT8)
+    arrays = descaled(rng, arrays, dict.fromkeys("qkv", (1, 1)))
+    check(arrays, options, "splitkv", 1, dropout_seed=seed, tile=SMALL, num_splits=3)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 48])
+def test_pages_of_float8_give_the_bits_of_contiguous_keys(rng, page_size):
+    arrays = ragged_operands(rng, FLOAT8, (1, 2, 1, 3, 1), LENGTHS, DECODE, behind=(2, 0))
+    arrays = descaled(rng, arrays, dict.fromkeys("qkv", (5, 2)))
+    options = ragged_options(arrays, window_size=(200, 0), alignment="bottom-right")
+    call = {"schedule": page_size % 3, "tile": SMALL, "num_splits": 2}
+    straight = check(arrays, options, "splitkv", **call)
+    found = run(paged(rng, arrays, page_size), options, "splitkv", **call)
+    assert_same_bits(found.out, straight.out)
+    assert_same_bits(found.lse, straight.lse)
+
+
+@pytest.mark.parametrize("name", ["k at an odd address", "rows at odd addresses"])
+def test_float8_at_odd_addresses_meets_the_bar(rng, name):
+    arrays, options, _ = LAYOUTS[name](rng, FLOAT8)
+    check(arrays, options, "splitkv", 1, tile=SMALL)
+
+
+@pytest.mark.parametrize(("make", "schedule"), turns(HIDDEN))
+def test_what_is_hidden_does_not_change_a_bit_of_float8(rng, make, schedule):
+    arrays, poisoned, options, _ = make(rng, FLOAT8)
+    clean, found = (run(x, options, "splitkv", schedule, tile=SMALL, num_splits=3) for x in (arrays, poisoned))
+    assert np.isfinite(found.out.astype(float)).all()
+    assert_same_bits(found.out, clean.out)
+    assert_same_bits(found.lse, clean.lse)
+
+
+@pytest.mark.parametrize("schedule", range(3))
+def test_nan_of_float8_shows_where_it_is_seen(rng, schedule):
+    arrays = operands(rng, FLOAT8, "bshd", 1, (1, 1, 1), (40, 77))
+    arrays["v"][0, [3, 20, 76], 0, [5, 63, 0]] = np.nan
+    arrays["k"][0, 60, 0, 7] = np.nan
+    check(arrays, options_of(causal=True, alignment="top-left"), "splitkv", schedule, tile=SMALL, num_splits=2)
+
+
+def test_every_pattern_of_float8_is_taken_for_what_it_is(rng):
+    """A key of its own for each: out is its value."""
+    patterns = np.arange(256, dtype=np.uint8)
+    arrays = operands(rng, FLOAT8, "bshd", 256, (1, 1, 1), (1, 1), (8, 8))
+    arrays["v"] = np.repeat(patterns, 8).reshape(256, 1, 1, 8).view(arrays["q"].dtype)
+    found = run(arrays, options_of(), "splitkv", tile=SMALL)
+    assert_matches(found.out, arrays["v"])
+
+
+def test_a_negative_descale_of_scores_gives_nan(rng):
+    arrays = operands(rng, FLOAT8, "bshd", 1, (1, 1, 1), (4, 77))
+    arrays["k_descale"] = np.array([[-1.0]], "f4")
+    assert np.isnan(run(arrays, options_of(), "splitkv", tile=SMALL).out.astype(float)).all()
+
+
+def test_a_descale_of_zero_gives_the_mean(rng):
+    arrays = operands(rng, FLOAT8, "bshd", 1, (1, 1, 1), (4, 77))
+    arrays["q_descale"] = np.zeros((1, 1), "f4")
+    check(arrays, options_of(**BOTTOM), "splitkv", tile=SMALL)

@@ -53,7 +53,7 @@ inline void prepare_memory(const LaunchRequest& request, std::size_t num_blocks)
     memory.traces.assign(request.num_buffers, {});
     for (int index = 0; index < request.num_buffers; ++index)
         if (machine.check_races && request.buffers[index].writable)
-            memory.traces[index].resize(request.buffers[index].bytes / 2 + 2);
+            memory.traces[index].resize(request.buffers[index].bytes);
 }
 
 // Clusters in order in schedule 0, else in random order; one after another, for they share only global memory.

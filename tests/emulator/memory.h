@@ -37,7 +37,7 @@ struct Reading {
     std::uint32_t next;
 };
 
-// What is known of two bytes of global memory that the kernel may write.
+// What is known of a byte of global memory that the kernel may write.
 struct Trace {
     Moment write;
     std::uint32_t time;
@@ -292,10 +292,8 @@ inline std::uint8_t* global_range(std::uint64_t address, int bytes, Access acces
              index);
     if (machine.check_races && buffer.writable) {
         if (writes) ++machine.time;
-        // A buffer that begins at an odd address has its granules where the addresses are even.
-        const std::uint64_t first = address / 2 - buffer.address / 2;
-        for (std::uint64_t granule = first; granule <= (address + bytes - 1) / 2 - buffer.address / 2; ++granule) {
-            Trace& trace = memory.traces[index][granule];
+        for (std::uint64_t byte = offset; byte < offset + bytes; ++byte) {
+            Trace& trace = memory.traces[index][byte];
             if (trace.block) check_order(trace, access, offset, index, verb, site);
             if (writes) trace = {this_moment(), machine.time, now->block->number, access == Access::kAtomic};
         }

@@ -185,6 +185,9 @@ DEVICE T load_global(const T* address, Site site = Site::here()) {
 DEVICE void load_global(uint32 (&value)[4], const void* address, Site site = Site::here()) {
     std::memcpy(value, emulator::global_at(address, 16, Access::kLoad, "load_global", site), 16);
 }
+DEVICE void load_global(uint32 (&value)[2], const void* address, Site site = Site::here()) {
+    std::memcpy(value, emulator::global_at(address, 8, Access::kLoad, "load_global", site), 8);
+}
 template <typename T>
 DEVICE void store_global(T* address, T value, Site site = Site::here()) {
     std::memcpy(emulator::global_at(address, sizeof(T), Access::kStore, "store_global", site), &value, sizeof(T));

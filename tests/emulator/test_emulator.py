@@ -633,6 +633,16 @@ def test_a_race_names_both_sides(which, who, message):
         probe(which, np.array([who], np.uint32), threads=64)
 
 
+BYTES_BESIDE_EACH_OTHER = body("ptx::store_global((uint8*)out + thread / n, uint8(thread));")
+
+
+def test_bytes_beside_each_other_are_no_race_and_one_byte_is():
+    found = probe(BYTES_BESIDE_EACH_OTHER, n=1, schedule=1)
+    np.testing.assert_array_equal(found[:8].view("u1"), np.arange(32))
+    with pytest.raises(EmulatorError, match=r"store_global at offset 0 of buffer 1: race: thread . wrote there"):
+        probe(BYTES_BESIDE_EACH_OTHER, n=2)
+
+
 # ---- Waiting for each other -------------------------------------------------------------------------
 
 BARRIER_IN_A_BRANCH = body("if (warp == 0) ptx::barrier();")
