@@ -338,7 +338,7 @@ def choose(problem: Problem, device: Device, fixed_split_size: int | None = None
             reason += f", of {tile.heads_per_unit} heads side by side"
         if tile.cluster > 1:
             reason += f", whose keys are loaded for {tile.cluster} of them at once"
-        instead = choose(problem, device, fixed_split_size, "hopper")
+        instead = choose(problem, replace(device, tensor_maps=False), fixed_split_size, "hopper")
     elif kernel == "flash":
         tile = gpu_tile(problem, device)
         workers = sizes.batch * sizes.num_heads * math.ceil(sizes.seqlen_q / tile.block_q)

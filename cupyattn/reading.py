@@ -287,7 +287,7 @@ def _check_dtypes(function: str, specs: Mapping[str, Spec], takes_float8: bool) 
         if spec.dtype not in allowed:
             rule = f"{spec.name} has to be one of {', '.join(allowed)}"
             if spec.dtype == FLOAT8:
-                rule += f"; {FLOAT8} is for attention and flash-attn's functions, and has no gradients"
+                rule += f"; {FLOAT8} is for attention, flash-attn's functions and caches, and has no gradients"
             raise TypeError(refusal(function, rule, (spec.name, spec.shape, spec.dtype)))
     if len({spec.dtype for spec in operands}) > 1:
         rule = f"{', '.join(spec.name for spec in operands)} have to be of one dtype"

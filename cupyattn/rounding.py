@@ -12,13 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cupyattn.problem import FLOAT8
-
 Array = NDArray[Any]
 
 STORAGE = {name: np.dtype(name) for name in ("float16", "float32", "float64", "bool", "int32", "int64")}
 STORAGE["bfloat16"] = np.dtype(np.uint16)
-STORAGE[FLOAT8] = np.dtype(np.uint8)
+STORAGE["float8_e4m3fn"] = np.dtype(np.uint8)
 """The NumPy dtype in which results of each dtype name travel."""
 
 
@@ -52,9 +50,9 @@ def _e4m3fn(dtype: Any) -> Array:
 def narrow(values: Array, name: str) -> Array:
     """float32 or float64 `values` rounded once, to nearest even, into the storage of dtype `name`.
 
-    FLOAT8 has no infinity: what is too large becomes 448 of its sign, as GPUs convert with ``satfinite``.
+    float8_e4m3fn has no infinity: what is too large becomes 448 of its sign, as GPUs convert with ``satfinite``.
     """
-    if name == FLOAT8:
+    if name == "float8_e4m3fn":
         return _to_e4m3fn(np.asarray(values))
     if name != "bfloat16":
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):

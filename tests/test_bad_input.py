@@ -640,7 +640,7 @@ FLOAT8 = [
         made=lambda: q_of("float8_e4m3fn"),
     ),
     bad(
-        "sdpa_of_float8", SDPA, TypeError, "query", "float8_e4m3fn", "for attention and flash-attn's functions",
+        "sdpa_of_float8", SDPA, TypeError, "query", "float8_e4m3fn", "for attention, flash-attn's functions and caches",
         made=lambda: in_float8(SDPA),
     ),
     bad(

@@ -2,15 +2,17 @@
 
 import inspect
 
+import ml_dtypes
 import numpy as np
 import pytest
-from homes import DTYPES, Dask, HostBackedCuPy, Jax, Strict, Torch, needs
+from homes import DTYPES, Dask, Home, HostBackedCuPy, Jax, Strict, Torch, needs
 from oracle import assert_correctly_rounded, assert_matches, assert_same_bits, to_numpy
 
 import cupyattn
 from cupyattn import DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache, attention
 from cupyattn.cache import contiguous
 from cupyattn.parts import answer_in_parts
+from cupyattn.reading import DESCALES
 
 CACHES = {
     "dynamic": DynamicCache,
@@ -95,6 +97,30 @@ def test_sinks_and_slopes_are_those_of_attention(make, rng):
     edits = {"sinks": rng.standard_normal(4), "alibi_slopes": np.array([0.5, 0.25, 0.125, 0.0])}
     for rows, out in replay(make(), q, k, v, **edits):
         assert_same_bits(out, whole(q[:, rows], k[:, : rows.stop], v[:, : rows.stop], **edits))
+
+
+FLOAT8 = "float8_e4m3fn"
+
+
+@every_cache
+@pytest.mark.parametrize("home", [Home(FLOAT8), Torch(FLOAT8), Jax(FLOAT8)], ids=str)
+def test_tokens_of_float8_are_taken_times_the_descales_of_their_sequence(make, home, rng):
+    steps = (5, 1, 2, 70)
+    q, k, v = draw(rng, seqlen=sum(steps), dtype=ml_dtypes.float8_e4m3fn)
+    factors = dict(zip(DESCALES, rng.uniform(0.5, 2.0, (3, 2, 2)).astype(np.float32), strict=True))
+    there, asked = [home.make(x) for x in (q, k, v)], {name: home.make(x) for name, x in factors.items()}
+    cache, stop = make(), 0
+    for count in steps:
+        start, stop = stop, stop + count
+        part = (slice(None), slice(start, stop), Ellipsis)
+        cache.append(there[1][part], there[2][part])
+        expected = whole(q[part], k[:, :stop], v[:, :stop], **factors)
+        assert_same_bits(cache.attend(there[0][part], **asked), expected)
+    cache.reorder([1, 0])
+    asked = {name: home.make(x[::-1]) for name, x in factors.items()}
+    assert_same_bits(cache.attend(home.make(q[::-1, start:]), **asked), expected[::-1])
+    cache.truncate(6)
+    assert_same_bits(cache.attend(there[0][:, 5:6]), whole(q[:, 5:6], k[::-1, :6], v[::-1, :6]))
 
 
 @every_cache
@@ -636,6 +662,25 @@ def test_pages_refuse_what_cannot_be_meant(message, call, rng):
     with pytest.raises(ValueError, match=message):
         call(cache)
     assert cache.lengths == (3, 3)
+    assert_same_bits(cache.attend(q), whole(q, k, v))
+
+
+def test_a_cascade_of_float8_is_refused_in_words(rng):
+    q, k, v = draw(rng, seqlen=3, dtype=ml_dtypes.float8_e4m3fn)
+    cache = PagedCache(num_pages=8, page_size=4)
+    cache.append(k, v)
+    with pytest.raises(ValueError, match=r"PagedCache\.attend: cascade does not go with tokens of float8_e4m3fn"):
+        cache.attend(q, cascade=True)
+    assert_same_bits(cache.attend(q), whole(q, k, v))
+
+
+@every_cache
+def test_descales_of_other_dtypes_than_float8_are_refused(make, rng):
+    q, k, v = draw(rng, seqlen=3)
+    cache = make()
+    cache.append(k, v)
+    with pytest.raises(TypeError, match=r"\.attend: k_descale is for operands of float8_e4m3fn, and q is float32"):
+        cache.attend(q, k_descale=np.ones((2, 2), np.float32))
     assert_same_bits(cache.attend(q), whole(q, k, v))
 
 

@@ -188,11 +188,12 @@ def test_hopper_needs_the_driver_to_encode_tensor_maps():
     assert "tensor maps" in against(PREFILL, device)["hopper"][0]
 
 
-def test_where_hopper_cannot_read_the_arrays_flash_runs_instead():
+def test_where_hopper_cannot_read_the_arrays_flash_or_splitkv_runs_instead():
     chosen = choose(PREFILL, H100)
     assert chosen.instead.kernel == "flash"
     assert chosen.instead.tile == choose(PREFILL, A100).tile
     assert "hopper" not in dict(chosen.instead.objections)
+    assert choose(replace(PREFILL, dtype="float8_e4m3fn"), H100).instead.kernel == "splitkv"
 
 
 def test_hopper_runs_a_block_to_a_multiprocessor_where_all_tiles_are_alike():

@@ -15,7 +15,7 @@ from cupyattn.cache.pages import NoPagesError, Pages
 from cupyattn.cache.protocol import Cache, Kind, attend_options, integers, nbytes_of
 from cupyattn.corridor import Named, answer
 from cupyattn.parts import Part, answer_in_parts
-from cupyattn.problem import Array, Shape
+from cupyattn.problem import FLOAT8, Array, Shape
 from cupyattn.reading import Options, refusal
 
 
@@ -144,6 +144,9 @@ class PagedCache(Cache):
         softcap: float = 0.0,
         alibi_slopes: Array | None = None,
         sinks: Array | None = None,
+        q_descale: Array | None = None,
+        k_descale: Array | None = None,
+        v_descale: Array | None = None,
         compute_dtype: Any = None,
         fixed_split_size: int | None = None,
         return_lse: bool = False,
@@ -158,7 +161,7 @@ class PagedCache(Cache):
             Rows of each sequence, if packed.
         cascade : bool
             Read the pages that are the same at the start of all sequences once for all of them, and not once for each
-            (see `cascade_attention`).  Not together with a window to the left, ALiBi or fixed_split_size.
+            (see `cascade_attention`).  Not together with a window to the left, ALiBi, fixed_split_size or float8.
         others
             As for `Cache.attend`.
 
@@ -186,12 +189,21 @@ class PagedCache(Cache):
         if len(rows) != len(self._pages.lengths):
             rule = f"q has to be of {len(self._pages.lengths)} sequences"
             raise ValueError(refusal(function, rule, ("q", shape), ("sequences", len(rows))))
-        edits = {"alibi_slopes": ("alibi_slopes", alibi_slopes), "sinks": ("sinks", sinks)}
+        edits = {
+            "alibi_slopes": ("alibi_slopes", alibi_slopes),
+            "sinks": ("sinks", sinks),
+            "q_descale": ("q_descale", q_descale),
+            "k_descale": ("k_descale", k_descale),
+            "v_descale": ("v_descale", v_descale),
+        }
         packed = _packed(q) if seqlens is None else q
         if shares:
             if options.window[0] is not None or alibi_slopes is not None or size is not None:
                 rule = "cascade goes with neither a window to the left, nor alibi_slopes, nor fixed_split_size"
                 raise ValueError(refusal(function, rule, ("window_size", window_size)))
+            if kind.dtype == FLOAT8:
+                rule = f"cascade does not go with tokens of {FLOAT8}, whose descales are those of each sequence"
+                raise ValueError(refusal(function, rule, ("cascade", cascade)))
             parts = self._parts(kind, packed, rows, options, edits)
             found = answer_in_parts(function, parts, needs_lse=options.needs_lse)
         else:

@@ -108,6 +108,9 @@ class Cache:
         softcap: float = 0.0,
         alibi_slopes: Array | None = None,
         sinks: Array | None = None,
+        q_descale: Array | None = None,
+        k_descale: Array | None = None,
+        v_descale: Array | None = None,
         compute_dtype: Any = None,
         fixed_split_size: int | None = None,
         return_lse: bool = False,
@@ -120,6 +123,8 @@ class Cache:
             Of the last seqlen_q tokens, which have been appended: masks are aligned bottom-right.
         causal : bool
             A query sees no token after its own.
+        q_descale, k_descale, v_descale : array of float32, optional
+            As for `attention`, of caches of float8_e4m3fn: those of k and v are for all of a sequence's tokens.
         others
             As for `attention`.
 
@@ -143,6 +148,9 @@ class Cache:
             "v": ("v", values),
             "alibi_slopes": ("alibi_slopes", alibi_slopes),
             "sinks": ("sinks", sinks),
+            "q_descale": ("q_descale", q_descale),
+            "k_descale": ("k_descale", k_descale),
+            "v_descale": ("v_descale", v_descale),
         }
         try:
             found = answer(function, named, options, None, size)
@@ -229,6 +237,7 @@ def attend_options(
         softcap=reading.softcap(function, softcap),
         compute_dtype=reading.compute_dtype(function, compute_dtype),
         needs_lse=reading.flag(function, "return_lse", return_lse),
+        takes_float8=True,
     )
 
 

@@ -107,7 +107,7 @@ def run(
     Raises
     ------
     NotImplementedError
-        Gradients are wanted, the library is not known on a GPU, or no kernel can read float8 arrays where they lie.
+        Gradients are wanted, or the library is not known on a GPU, or not for float8 arrays.
     RuntimeError
         The kernel has to be compiled and cannot be.
     """
@@ -122,7 +122,7 @@ def run(
         like = operands["q"]
         results = {name: memory.empty(spec.shape, spec.dtype, like) for name, spec in problem.results.items()}
         if problem.sizes.num_heads and 0 not in problem.out_shape:
-            _ready(function, memory, index, operands, specs, results, plan, problem, seed)()
+            _ready(memory, index, operands, specs, results, plan, problem, seed)()
         return memory.home(results)
 
 
@@ -145,7 +145,7 @@ def run_from_cache(
     Raises
     ------
     NotImplementedError
-        No kernel can read float8 arrays of this library, or where they lie.
+        The library is not known on a GPU, or not for float8 arrays.
     ValueError
         Kernels cannot reach the numbers of a cache where they lie.
     RuntimeError
@@ -168,7 +168,7 @@ def run_from_cache(
             launches.append(_ready_to_append(memory, index, operands, specs, problem, seqlen, each_row, interleaved))
         if problem.sizes.num_heads and 0 not in problem.out_shape:
             of_attention = {name: array for name, array in operands.items() if name not in _OF_APPENDING}
-            launches.append(_ready(function, memory, index, of_attention, specs, results, plan, problem, 0, seqlen))
+            launches.append(_ready(memory, index, of_attention, specs, results, plan, problem, 0, seqlen))
         for launch in launches:  # nothing is written unless both are ready
             launch()
         return memory.home(results)
@@ -230,7 +230,6 @@ def _ready_to_append(
 
 
 def _ready(
-    function: str,
     memory: CuPyMemory,
     index: int,
     operands: Arrays,
@@ -244,9 +243,6 @@ def _ready(
     """That of the planned kernel."""
     views = {name: memory.view(array, specs[name].dtype) for name, array in operands.items()}
     recipe = recipe_of(plan, problem, views)
-    if recipe.refusals:
-        rule = "no kernel can read these arrays: no tensor map, " + "; ".join(recipe.refusals)
-        raise NotImplementedError(refusal(function, rule, *((name, specs[name].shape) for name in ("q", "k", "v"))))
     kept = []
     if recipe.copies:
         for name in recipe.copies:

@@ -7,7 +7,7 @@
 //
 // A thread moves two numbers of one token and head: a pair that is rotated, or two neighbours that are not.  A token
 // whose place lies outside of the cache is not written, and one whose position lies outside of the tables is not
-// rotated, whatever the index arrays say.
+// rotated, whatever the index arrays say.  Float8 is copied bit for bit; rotated, it is rounded to float8 again.
 //
 // Twin     appending.Appended, in NumPy; there wrong indices are refused.
 // Needs    sm_80.

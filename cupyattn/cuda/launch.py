@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -60,8 +60,6 @@ class Recipe:
     """Of q, k, v and out, in front of the record, if the kernel goes by tensor maps."""
     behind: bytes = b""
     """What such a kernel, or one that takes float8, is told besides, after the addresses of descales."""
-    refusals: tuple[str, ...] = ()
-    """Why no kernel can read these arrays; if there are any, the rest is empty."""
 
 
 Strides = tuple[int, ...]
@@ -159,9 +157,6 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
     if plan.kernel == "hopper" and objections_to_maps(problem, shapes, strides, starts_are_aligned):
         assert plan.instead is not None
         plan = plan.instead
-        if plan.kernel == "none":
-            nothing = Recipe(Specialisation("", "", 0, 0), (0, 0, 0), b"", Workspace())
-            return replace(nothing, refusals=objections_to_maps(problem, shapes, strides, starts_are_aligned))
     tile, num_splits = plan.tile, plan.num_splits
     box_maps: tuple[BoxMap, ...] = ()
     behind = b""
@@ -175,9 +170,7 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
         tiles = max(1, -(-sizes.seqlen_q // tile.tokens))
         count = tiles * (sizes.num_heads // tile.heads_per_unit) * (batch + ragged)
         grid = (min(count, plan.num_workers) if tile.persistent else count, 1, 1)
-        behind = _HOPPER.pack(
-            count, tiles, tile.tokens, tile.heads_per_unit, tile.units_per_section, *descale_steps
-        )
+        behind = _HOPPER.pack(count, tiles, tile.tokens, tile.heads_per_unit, tile.units_per_section, *descale_steps)
     elif plan.kernel == "flash":
         assert isinstance(tile, Tile)
         specialisation = catalogue.flash(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, aligned, bits)

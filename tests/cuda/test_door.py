@@ -445,6 +445,16 @@ def test_a_decode_of_float8_from_packed_pages_without_a_cache(torch, driver):
     assert [launch[0].source for launch in driver.launches] == ["splitkv.cu"]
 
 
+def test_float8_whose_steps_tensor_maps_do_not_take_are_read_by_splitkv_and_said_to_be(torch, driver):
+    q, k = torch.randn(1, 70, 2, 64).to(torch.float8_e4m3fn), torch.zeros(1, 90, 2, 72, dtype=torch.float8_e4m3fn)
+    k = k[..., :64].copy_(torch.randn(1, 90, 2, 64))
+    reason = "splitkv runs instead: no tensor map, the steps of k are not multiples of 16 bytes"
+    assert reason in cupyattn.explain(q, k, k).notes
+    exact = expected(q.float(), k.float(), k.float())
+    np.testing.assert_allclose(cupyattn.attention(q, k, k).float().numpy(), exact, rtol=2.0**-7, atol=1e-3)
+    assert [launch[0].source for launch in driver.launches] == ["splitkv.cu"]
+
+
 def test_float8_caches_of_other_libraries_than_torch_are_refused(torch, driver, monkeypatch):
     monkeypatch.setattr(cuda, "_memory", lambda title: memory.CuPyMemory())
     arguments = in_float8(torch, cache_call(torch, q=torch.randn(3, 40, 4, 64)))

@@ -8,7 +8,7 @@ from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, turns
 from emulated import Call, check, operands, options_of, plan_of, problem_of, ragged_operands, ragged_options, run
 from oracle import assert_same_bits
 
-from cupyattn.cuda.launch import recipe_of, record_of, view_of_numpy
+from cupyattn.cuda.launch import map_objections, recipe_of, record_of, view_of_numpy
 from cupyattn.hopper import Switches, hopper_tile
 from cupyattn.plan import choose
 from cupyattn.problem import NAMED_DEVICES
@@ -424,10 +424,11 @@ def test_an_array_of_no_keys_lends_its_map_another_address(rng):
     assert asked == [views["q"].pointer] * 3 + [4096]
 
 
-def test_why_float8_cannot_be_read_is_said_of_the_steps_where_it_is_the_steps(rng):
+def test_splitkv_runs_where_no_map_of_float8_can_be_made(rng):
     arrays = operands(rng, "float8_e4m3fn", "bshd", 1, (2, 2, 2), (70, 90))
     arrays["k"] = np.pad(arrays["k"], ((0, 0),) * 3 + ((0, 8),))[..., :64]
     problem = problem_of(arrays, options_of())
     views = {name: view_of_numpy(x, x.dtype.name) for name, x in arrays.items()}
+    assert map_objections(problem, views) == ("the steps of k are not multiples of 16 bytes",)
     recipe = recipe_of(choose(problem, NAMED_DEVICES["H100"]), problem, views)
-    assert recipe.refusals == ("the steps of k are not multiples of 16 bytes",)
+    assert recipe.specialisation.source == "splitkv.cu"
