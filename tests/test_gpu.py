@@ -43,8 +43,10 @@ def torch(cupy):
 
 
 def to_torch(torch, array):
-    """A NumPy array on the GPU as torch's, bfloat16 by its bits."""
+    """A NumPy array on the GPU as torch's, bfloat16 and float8 by their bits."""
     array = np.ascontiguousarray(array)
+    if array.dtype.name == "float8_e4m3fn":
+        return torch.from_numpy(array.view(np.uint8)).cuda().view(torch.float8_e4m3fn)
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).cuda().view(torch.bfloat16)
     return torch.from_numpy(array).cuda()
@@ -142,11 +144,8 @@ def test_packed_and_paged_sequences(torch, rng, lengths, page_size):
     hold_to_the_definition(arrays, problem, from_torch(torch, out), lse.cpu().numpy(), 64)
 
 
-@pytest.mark.parametrize("page_size", [None, 1, 16, 48, 256])
-@pytest.mark.parametrize("seqlen_q", [1, 5, 130])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_caches_take_keys_in_and_are_attended(torch, rng, seqlen_q, page_size, interleaved):
-    """On a GPU and on the CPU; what is not live is nan."""
+def call_of_a_cache(rng, seqlen_q, page_size):
+    """Three sequences of a cache and new tokens for each; what is not live is nan."""
     lengths, capacity = np.array([600, 0, 64], np.int32), 768
     caches = np.full((2, 3, capacity, 2, 64), np.nan, np.float16)
     for b, length in enumerate(lengths):
@@ -158,7 +157,7 @@ def test_caches_take_keys_in_and_are_attended(torch, rng, seqlen_q, page_size, i
         pages[:, table] = caches.reshape(2, 3, -1, page_size, 2, 64)
         caches = pages
     angles = np.arange(capacity)[:, None] * 1000.0 ** (-np.arange(24) / 24)
-    arrays = {
+    return {
         "q": rng.standard_normal((3, seqlen_q, 4, 64)).astype(np.float16),
         "k_cache": caches[0],
         "v_cache": caches[1],
@@ -169,6 +168,14 @@ def test_caches_take_keys_in_and_are_attended(torch, rng, seqlen_q, page_size, i
         "cache_seqlens": lengths,
         **({} if page_size is None else {"block_table": table}),
     }
+
+
+@pytest.mark.parametrize("page_size", [None, 1, 16, 48, 256])
+@pytest.mark.parametrize("seqlen_q", [1, 5, 130])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_caches_take_keys_in_and_are_attended(torch, rng, seqlen_q, page_size, interleaved):
+    """On a GPU and on the CPU."""
+    arrays = call_of_a_cache(rng, seqlen_q, page_size)
     there = {name: to_torch(torch, x.copy()) for name, x in arrays.items()}
     options = {"causal": True, "rotary_interleaved": interleaved, "return_softmax_lse": True}
     out, lse = cupyattn.flash_attn_with_kvcache(**there, **options)
@@ -177,6 +184,27 @@ def test_caches_take_keys_in_and_are_attended(torch, rng, seqlen_q, page_size, i
     np.testing.assert_allclose(lse.cpu().numpy(), exact_lse, atol=5e-3)
     np.testing.assert_array_equal(from_torch(torch, there["v_cache"]), arrays["v_cache"])
     np.testing.assert_allclose(from_torch(torch, there["k_cache"]), arrays["k_cache"], rtol=2.0**-10, atol=1e-6)
+
+
+@pytest.mark.parametrize("page_size", [None, 1, 48])
+@pytest.mark.parametrize("seqlen_q", [1, 5, 130])
+def test_caches_of_float8_take_keys_in_and_are_attended(torch, rng, seqlen_q, page_size):
+    """On a GPU and on the CPU; there weights are float16, or float8 in a prefill on Hopper."""
+    in_float8 = ("q", "k_cache", "v_cache", "k", "v")
+    arrays = {
+        name: x.astype(STORED["float8_e4m3fn"]) if name in in_float8 else x
+        for name, x in call_of_a_cache(rng, seqlen_q, page_size).items()
+    }
+    arrays |= {f"{name}_descale": rng.uniform(0.5, 2.0, (3, 2)).astype("f4") for name in "qkv"}
+    there = {name: to_torch(torch, x.copy()) for name, x in arrays.items()}
+    out, lse = cupyattn.flash_attn_with_kvcache(**there, causal=True, return_softmax_lse=True)
+    exact, exact_lse = cupyattn.flash_attn_with_kvcache(**arrays, causal=True, return_softmax_lse=True)
+    tolerance = 0.4 if seqlen_q == 130 and page_size is None else 0.05
+    np.testing.assert_allclose(from_torch(torch, out), exact.astype("f4"), atol=tolerance)
+    np.testing.assert_allclose(lse.cpu().numpy(), exact_lse, atol=0.05)
+    for name, share in (("k_cache", 0.002), ("v_cache", 0.0)):
+        off = there[name].view(torch.uint8).cpu().numpy() != arrays[name].view(np.uint8)
+        assert off.mean() <= share
 
 
 def test_a_step_with_a_cache_is_captured_in_a_graph_and_played_again(torch):
