@@ -10,6 +10,7 @@ HEADS, HEADS_KV, HEAD_DIM = 32, 8, 128
 def caches(report, torch):
     ragged(report, torch)
     pages(report, torch)
+    chunks(report, torch)
     step(report, torch)
 
 
@@ -73,6 +74,24 @@ def pages(report, torch):
             rate = (k.nbytes + v.nbytes) / took
             report.row("caches", what="uniform", page=page_size, batch=batch, keys=seqlen, us=took,
                        share_of_copy=rate / copy)  # fmt: skip
+
+
+def chunks(report, torch):
+    """A chunk of a prompt behind what is cached already: in pages, and contiguous."""
+    batch, seqlen, chunk = 4, 16000, 2048
+    q = torch.randn((batch, chunk, HEADS, HEAD_DIM), device="cuda", dtype=torch.bfloat16)
+    lengths = torch.full((batch,), seqlen, device="cuda", dtype=torch.int32)
+    calls = {}
+    for page_size in (None, 16, 64, 100, 128):
+        k, v, table = cache(torch, batch, seqlen, page_size)
+
+        def call(k=k, v=v, table=table):
+            return cupyattn.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, block_table=table, causal=True)
+
+        calls[f"pages_of_{page_size}" if page_size else "contiguous"] = call
+    times = microseconds(calls, torch)
+    ratios = {f"{name}_over_contiguous": took / times["contiguous"] for name, took in times.items()}
+    report.row("caches", what="chunk of a prompt", us=times["contiguous"], **ratios)
 
 
 def step(report, torch):

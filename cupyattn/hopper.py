@@ -6,12 +6,15 @@ kernels.  None has been timed yet: `make gpu` has the table of switches that wil
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Sizes
 
 HEAD_DIMS = (64, 96, 128, 192, 256)
 """Columns of its tiles; what lies between is filled up with zeros."""
+KEYS_IN_A_BOX = 8
+"""What TMA brings from a page is a multiple of so many keys, as rows of a tile are swizzled."""
 ALL_KEYS, RIGHT_EDGE, BOTH_EDGES = 0, 1, 2
 """``Reach`` in ``hopper.cu``."""
 L2_FOR_KEYS = 32 * 2**20
@@ -77,8 +80,13 @@ def base_cluster(head_dim: int, reach: int, dtype: str) -> int:
 
 def may_cluster(problem: Problem, tile: HopperTile, cluster: int) -> bool:
     """Whether so many neighbouring tiles always see the same blocks of keys."""
-    num_row_tiles = -(-problem.sizes.seqlen_q // tile.tokens)
-    return tile.reach == ALL_KEYS and not problem.layout.ragged and num_row_tiles % cluster == 0
+    num_row_tiles, layout = -(-problem.sizes.seqlen_q // tile.tokens), problem.layout
+    return tile.reach == ALL_KEYS and not layout.ragged and layout.page_size is None and num_row_tiles % cluster == 0
+
+
+def rows_per_box(tile: HopperTile, page_size: int) -> int:
+    """Keys of a page that are brought at once: they divide pages and blocks."""
+    return math.gcd(tile.block_k, page_size)
 
 
 def reach_of(problem: Problem) -> int:

@@ -129,8 +129,9 @@ def flash_attn_with_kvcache(
     what has become too large is 448 of its sign, as where weights are rounded to it on Hopper.
 
     On a GPU it is two launches, or one if nothing is appended, and nobody waits for the values of index arrays, unless
-    `check_indices`: what they name outside of the arrays is neither read nor written.  Two new tokens for one place
-    leave either of them there, and `k` and `v` must not lie in the caches themselves.
+    `check_indices`: what they name outside of the arrays is neither read nor written, and keys and values of a page
+    that there is not count as zeros.  Two new tokens for one place leave either of them there, and `k` and `v` must
+    not lie in the caches themselves.
 
     Examples
     --------

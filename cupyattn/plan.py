@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from cupyattn.hopper import HopperTile, hopper_tile, num_tiles
+from cupyattn.hopper import KEYS_IN_A_BOX, HopperTile, hopper_tile, num_tiles
 from cupyattn.problem import FLOAT8, Device, Problem, Sizes
 from cupyattn.splits import BLOCKS_PER_UNIT, FEWEST_KEYS, PEERS, split
 
@@ -174,8 +174,6 @@ def objections_of_flash(problem: Problem, device: Device) -> tuple[str, ...]:
     reasons = _objections_of_a_kernel(problem, device)
     if device.kind == "cuda" and problem.dtype == FLOAT8:
         reasons.append("reads no float8; hopper and splitkv do")
-    if device.kind == "cuda" and problem.layout.page_size is not None:
-        reasons.append("reads k and v without a block_table")
     return tuple(reasons)
 
 
@@ -186,9 +184,7 @@ MOST_PACKED_ROWS = 64
 def objections_of_splitkv(problem: Problem, device: Device) -> tuple[str, ...]:
     reasons = _objections_of_a_kernel(problem, device)
     rows = problem.sizes.seqlen_q * problem.sizes.queries_per_pair
-    alone = problem.layout.page_size is not None  # nobody else can read pages
-    if problem.dtype == FLOAT8:  # nor float8, where hopper cannot
-        alone = bool(objections_of_hopper(problem, device))
+    alone = problem.dtype == FLOAT8 and bool(objections_of_hopper(problem, device))  # nobody else reads float8
     if device.kind == "cuda" and rows > MOST_PACKED_ROWS and not alone:
         reasons.append(f"is for decoding: at most {MOST_PACKED_ROWS} query rows per key head, not {rows}")
     least = 5 * 16 * _padded(problem.sizes) * _bytes_in_a_tile(problem.dtype)  # queries, and two stages of one warp
@@ -211,8 +207,9 @@ def objections_of_hopper(problem: Problem, device: Device) -> tuple[str, ...]:
         size = getattr(problem.sizes, name)
         if problem.dtype == FLOAT8 and size % 16:
             reasons.append(f"needs {name} to be a multiple of 16 in float8, not {size}")
-    if problem.layout.page_size is not None:
-        reasons.append("reads k and v without a block_table")
+    page_size = problem.layout.page_size
+    if page_size is not None and page_size % KEYS_IN_A_BOX:
+        reasons.append(f"needs pages of a multiple of {KEYS_IN_A_BOX} keys, not {page_size}")
     for wanted, what in (
         (problem.mask.array is not None, "boolean mask"),
         (problem.edits.bias is not None, "bias"),

@@ -107,6 +107,16 @@ def paged(rng, arrays, page_size, spare=3):
     return found
 
 
+def without_pages(arrays, index):
+    """(arrays, arrays) of pages: one sequence's are outside of all there are, or are one page of zeros."""
+    lost, zeros = ({**arrays, "block_table": arrays["block_table"].copy()} for _ in range(2))
+    lost["block_table"][index] = np.resize([2**31 - 1, -1, -(2**31)], arrays["block_table"].shape[1])
+    zeros["block_table"][index] = len(arrays["k"])
+    for name in "kv":
+        zeros[name] = np.concatenate([arrays[name], np.zeros_like(arrays[name][:1])])
+    return lost, zeros
+
+
 # ---------------------------------------------------------------------------------------------------
 # Launches
 # ---------------------------------------------------------------------------------------------------
@@ -141,7 +151,9 @@ def plan_of(problem, kernel, device=H100, fixed_split_size=None, **edits):
     chosen = plan.choose(problem, device)
     if kernel == "hopper":
         edits.setdefault("num_workers", 2)  # fewer than there are tiles, so that a block that is to take several does
-        edits.setdefault("instead", plan_of(problem, "flash", device))
+        edits.setdefault(
+            "instead", plan_of(problem, "splitkv" if problem.dtype == "float8_e4m3fn" else "flash", device)
+        )
     return replace(chosen, **{"kernel": kernel, "tile": tile, "split_size": size, "num_splits": splits, **edits})
 
 

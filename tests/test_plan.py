@@ -123,7 +123,8 @@ def test_no_kernel_takes_what_none_can_do(problem, word):
         (DECODE, "A100", "splitkv"),
         (PREFILL, "A100", "splitkv"),
         (replace(PREFILL, layout=Layout("bshd", cached=True)), "H100", "hopper"),
-        (replace(PREFILL, layout=Layout("bshd", page_size=16, cached=True)), "H100", "splitkv"),
+        (replace(PREFILL, layout=Layout("bshd", page_size=16, cached=True)), "H100", "hopper"),
+        (replace(PREFILL, layout=Layout("bshd", page_size=20, cached=True)), "H100", "splitkv"),
         (replace(PREFILL, mask=Mask(array=(1, 1))), "H100", "splitkv"),
         (asked(head_dims=(72, 72)), "H100", "splitkv"),
     ],
@@ -202,11 +203,20 @@ def test_hopper_runs_a_block_to_a_multiprocessor_where_all_tiles_are_alike():
     assert chosen.num_workers == 132
 
 
-@pytest.mark.parametrize("problem", [PREFILL, DECODE], ids=["prefill", "decode"])
-def test_only_splitkv_reads_pages(problem):
-    paged = replace(problem, layout=Layout("thd", page_size=16))
-    assert choose(paged, H100).kernel == "splitkv"
-    assert objects(paged, "block_table") == {"flash", "hopper"}
+@pytest.mark.parametrize(
+    ("problem", "page_size", "on", "kernel"),
+    [
+        (PREFILL, 16, H100, "hopper"),
+        (PREFILL, 20, H100, "flash"),
+        (PREFILL, 16, A100, "flash"),
+        (DECODE, 16, H100, "splitkv"),
+        (DECODE, 1, A100, "splitkv"),
+    ],
+)
+def test_every_kernel_reads_pages_and_hopper_those_of_whole_boxes(problem, page_size, on, kernel):
+    paged = replace(problem, layout=Layout("thd", page_size=page_size))
+    assert choose(paged, on).kernel == kernel
+    assert objects(paged, "multiple of 8 keys", on=on) == (set() if page_size == 16 else {"hopper"})
 
 
 @pytest.mark.parametrize(("head_dim", "kernel"), [(192, "splitkv"), (200, "flash"), (256, "flash")])

@@ -38,7 +38,9 @@ def edits_of(problem: Problem) -> int:
     return bits
 
 
-def flash(dtype: str, head_dim: int, head_dim_v: int, tile: Tile, aligned: bool, edits: int) -> Specialisation:
+def flash(
+    dtype: str, head_dim: int, head_dim_v: int, tile: Tile, aligned: bool, edits: int, paged: bool = False
+) -> Specialisation:
     """The flash kernel of a tile, ``flash.cu``."""
     columns, columns_v = padded(head_dim), padded(head_dim_v)
     arguments = (
@@ -50,6 +52,7 @@ def flash(dtype: str, head_dim: int, head_dim_v: int, tile: Tile, aligned: bool,
         tile.num_warps,
         tile.num_stages,
         tile.queries_in_registers,
+        paged,
         aligned,
         edits,
     )
@@ -93,7 +96,7 @@ def splitkv(
 
 
 def hopper(
-    dtype: str, head_dim: int, head_dim_v: int, tile: HopperTile, stores_boxes: bool, edits: int
+    dtype: str, head_dim: int, head_dim_v: int, tile: HopperTile, stores_boxes: bool, edits: int, paged: bool = False
 ) -> Specialisation:
     """The Hopper kernel of a tile and padded head_dims, ``hopper.cu``."""
     arguments = (
@@ -105,6 +108,7 @@ def hopper(
         tile.num_stages,
         tile.cluster,
         tile.reach,
+        paged,
         tile.heads_per_unit > 1,
         stores_boxes,
         edits,

@@ -5,6 +5,22 @@
 
 namespace cupyattn {
 
+// Fills a tile with what lies in pages, from place `row` of the sequence on: a box at a time, which is in one page.
+// Outside of all pages TMA finds zeros.
+template <typename Tile>
+DEVICE void load_pages(const Tile& tile, const TensorMap& map, uint32 barrier, int row, int head,
+                       const Sequence& sequence, const HopperParams& given) {
+    const int stop = static_cast<int>(sequence.first_key) + sequence.band.seqlen_k;
+#pragma unroll 1
+    for (int first = 0; first < Tile::kRows; first += given.rows_per_box) {
+        const int place = row + first, page = place < stop ? page_of(place, sequence, given.params) : kNoPage;
+#pragma unroll
+        for (int slab = 0; slab < Tile::kSlabs; ++slab)
+            ptx::load_box(tile.base + slab * Tile::kSlab + first * Tile::kSwizzle, map, barrier, slab * Tile::kSlabCols,
+                          0, place % given.params.page_size, head, page, ptx::kKeepInL2);
+    }
+}
+
 // One thread: has every tile loaded as soon as there is room for it.
 template <typename Traits>
 DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory) {
@@ -20,11 +36,17 @@ DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory)
         const int batch = params.at.cu_seqlens_q ? 0 : tile.sequence.index;
         const int key_batch = params.num_places != kNoCache ? tile.sequence.place : batch;
         const int key_head = tile.head / params.queries_per_k, value_head = tile.head / params.queries_per_v;
+        const auto load_block = [&](const auto& its_tile, const TensorMap& map, uint32 barrier, int block, int head) {
+            const int row = static_cast<int>(tile.sequence.first_key) + block * Traits::kBlockK;
+            ptx::mbarrier_arrive_expect(barrier, its_tile.kBytes);
+            if constexpr (Traits::kPaged)
+                load_pages(its_tile, map, barrier, row, head, tile.sequence, given);
+            else
+                load_tile<Traits::kCluster>(its_tile, map, barrier, row, head, key_batch, ptx::kKeepInL2);
+        };
         const auto load_keys = [&](int block, int its_use) {
             key_ring.wait_empty(its_use);
-            ptx::mbarrier_arrive_expect(key_ring.full(its_use), Traits::KeyTile::kBytes);
-            load_tile<Traits::kCluster>(memory.keys(its_use), given.k, key_ring.full(its_use),
-                      static_cast<int>(tile.sequence.first_key) + block * Traits::kBlockK, key_head, key_batch, ptx::kKeepInL2);
+            load_block(memory.keys(its_use), given.k, key_ring.full(its_use), block, key_head);
         };
         load_keys(tile.blocks.stop - 1, use);
         query_ring.wait_empty(tile_use);
@@ -37,10 +59,7 @@ DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory)
         for (int block = tile.blocks.stop - 1; block >= tile.blocks.start; --block, ++use) {
             if (block > tile.blocks.start) load_keys(block - 1, use + 1);
             value_ring.wait_empty(use);
-            ptx::mbarrier_arrive_expect(value_ring.full(use), Traits::FetchedTile::kBytes);
-            load_tile<Traits::kCluster>(memory.fetched(use), given.v, value_ring.full(use),
-                      static_cast<int>(tile.sequence.first_key) + block * Traits::kBlockK, value_head, key_batch,
-                      ptx::kKeepInL2);
+            load_block(memory.fetched(use), given.v, value_ring.full(use), block, value_head);
         }
     }
     // Other blocks of the cluster still tell this one what they have read: it must not exit before.

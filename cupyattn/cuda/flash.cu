@@ -14,12 +14,13 @@
 // Launch   one block per (row tile, head, sequence), the row tile fastest; kThreads threads; kSharedBytes.
 
 #include "dropout.cuh"
+#include "pages.cuh"
 #include "softmax.cuh"
 
 namespace cupyattn {
 
 template <typename Element_, int kHeadDim_, int kHeadDimV_, int kBlockQ_, int kBlockK_, int kNumWarps_, int kNumStages_,
-          bool kQueriesInRegisters_, bool kAligned_, int kEdits_>
+          bool kQueriesInRegisters_, bool kPaged_, bool kAligned_, int kEdits_>
 struct FlashTraits {
     using Element = Element_;
     static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // as padded in the tiles
@@ -27,6 +28,7 @@ struct FlashTraits {
     static constexpr int kNumWarps = kNumWarps_, kThreads = 32 * kNumWarps;
     static constexpr int kNumStages = kNumStages_;  // 2: the next block's keys and values arrive meanwhile
     static constexpr bool kQueriesInRegisters = kQueriesInRegisters_;
+    static constexpr bool kPaged = kPaged_;      // k and v are pages, see pages.cuh
     static constexpr bool kAligned = kAligned_;  // every row of q, k and v starts at a multiple of 16 bytes
     static constexpr int kEdits = kEdits_;
     static constexpr int kRowTiles = kBlockQ / (16 * kNumWarps);  // fragments of 16 rows per warp
@@ -55,7 +57,7 @@ struct FlashBlock {
     Sequence sequence;
     int head;
     int first_row;  // of this block's rows, within the sequence
-    const Element *keys, *values;  // of this sequence and head, from key 0
+    const Element *keys, *values;  // of this sequence and head, from key 0; of pages, from page 0
     typename Traits::QueryTile queries;
     typename Traits::KeyTile key_tile;      // stage 0
     typename Traits::ValueTile value_tile;  // stage 0
@@ -73,10 +75,10 @@ struct FlashBlock {
         queries.base = memory;
         key_tile.base = memory + Traits::kQueryBytes;
         value_tile.base = key_tile.base + Traits::KeyTile::kBytes;
-        keys = start_of<const Element>(params.at.k, params.k, sequence.place, head / params.queries_per_k,
-                                       sequence.first_key);
-        values = start_of<const Element>(params.at.v, params.v, sequence.place, head / params.queries_per_v,
-                                         sequence.first_key);
+        const int place = Traits::kPaged ? 0 : sequence.place;
+        const int64 row = Traits::kPaged ? 0 : sequence.first_key;
+        keys = start_of<const Element>(params.at.k, params.k, place, head / params.queries_per_k, row);
+        values = start_of<const Element>(params.at.v, params.v, place, head / params.queries_per_v, row);
     }
 
     // The two rows of this lane in fragment `m`.
@@ -100,16 +102,24 @@ struct FlashBlock {
                                               params.q.row);
     }
     DEVICE_METHOD void load_keys(int block, int turn) {
-        const int first_key = block * kBlockK;
-        load_rows<kThreads, Traits::kAligned>(stage(key_tile, turn), ptx::thread(),
-                                              sequence.band.seqlen_k - first_key, params.head_dim,
-                                              keys + first_key * params.k.row, params.k.row);
+        load_block(stage(key_tile, turn), block, keys, params.k, params.head_dim);
     }
     DEVICE_METHOD void load_values(int block, int turn) {
-        const int first_key = block * kBlockK;
-        load_rows<kThreads, Traits::kAligned>(stage(value_tile, turn), ptx::thread(),
-                                              sequence.band.seqlen_k - first_key, params.head_dim_v,
-                                              values + first_key * params.v.row, params.v.row);
+        load_block(stage(value_tile, turn), block, values, params.v, params.head_dim_v);
+    }
+    template <typename Tile>
+    DEVICE_METHOD void load_block(const Tile& tile, int block, const Element* data, const Strides& strides,
+                                  int num_cols) const {
+        const int key = block * kBlockK, left = sequence.band.seqlen_k - key;
+        if constexpr (Traits::kPaged) {
+            const int place = key + static_cast<int>(sequence.first_key);
+            load_rows_from<kThreads, Traits::kAligned>(tile, ptx::thread(), left, num_cols, data, [&](int row) {
+                return row_in_pages(data, strides, place + row, sequence, params);
+            });
+        } else {
+            load_rows<kThreads, Traits::kAligned>(tile, ptx::thread(), left, num_cols, data + key * strides.row,
+                                                  strides.row);
+        }
     }
     // A block's own tile among the stages, which take turns.
     template <typename Tile>

@@ -405,6 +405,12 @@ struct HopperRows {
         }
     }
 
+    DEVICE_METHOD const Element* value_row(const Element* values, int key) const {
+        if constexpr (!Traits::kPaged) return values + key * params.v.row;
+        const int place = static_cast<int>(tile.sequence.first_key) + key;
+        return row_in_pages(values, params.v, place, tile.sequence, params);
+    }
+
     // Puts inf and nan where rows of this warp see values that are not finite: two lanes to a row, a pair of columns
     // after the other through all keys, which is slow, and needed by no good data.
     DEVICE_METHOD void mend(const typename Traits::OutTile& staged, int first, int first_column) const {
@@ -415,19 +421,23 @@ struct HopperRows {
         const float row_sum = ptx::from_bits(ptx::lane() < 16 ? upper : lower);
         if (!exists(its_row) || row_sum * 0.f != 0.f) return;  // a score that is nan makes the whole row nan
         const Span keys = tile.sequence.band.visible_keys(token_of(its_row));
-        const Element* values = static_cast<const Element*>(params.at.v) + tile.sequence.place * params.v.batch +
-                                tile.sequence.first_key * params.v.row + tile.head / params.queries_per_v * params.v.head;
+        const Element* values = static_cast<const Element*>(params.at.v) + tile.head / params.queries_per_v * params.v.head;
+        if constexpr (!Traits::kPaged)
+            values += tile.sequence.place * params.v.batch + tile.sequence.first_key * params.v.row;
 #pragma unroll 1
         for (int pair = ptx::lane() % 2; 2 * pair < smaller(Traits::OutTile::kCols, params.head_dim_v - first_column);
              pair += 2) {
             float sum[2] = {0.f, 0.f};
 #pragma unroll 1
-            for (int key = keys.start; key < keys.stop; ++key)
+            for (int key = keys.start; key < keys.stop; ++key) {
+                const Element* its_row = value_row(values, key);
+                if (!its_row) continue;
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
-                    const float value = ptx::widen(ptx::load_global(values + key * params.v.row + first_column + 2 * pair + i));
+                    const float value = ptx::widen(ptx::load_global(its_row + first_column + 2 * pair + i));
                     if (value * 0.f != 0.f) sum[i] += value;
                 }
+            }
             const uint32 place = staged.address(its_row, pair / 4) + pair % 4 * 4;
             uint32 bits = ptx::load_shared(place);
             if (sum[0] != 0.f) bits = (bits & 0xffff0000u) | (ptx::pack<Out>(sum[0], 0.f) & 0xffffu);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "float8.cuh"
-#include "mask.cuh"
+#include "pages.cuh"
 
 namespace cupyattn {
 
@@ -23,7 +23,7 @@ struct HopperSwitches {
 };
 
 template <typename Element_, int kHeadDim_, int kHeadDimV_, int kBlockQ_, int kBlockK_, int kNumStages_, int kCluster_,
-          int kReach_, bool kPacked_, bool kStoresBoxes_, int kEdits_, typename Switches_>
+          int kReach_, bool kPaged_, bool kPacked_, bool kStoresBoxes_, int kEdits_, typename Switches_>
 struct HopperTraits {
     using Element = Element_;
     using Switches = Switches_;
@@ -33,6 +33,7 @@ struct HopperTraits {
     static constexpr int kBlockQ = kBlockQ_, kBlockK = kBlockK_, kNumStages = kNumStages_;
     static constexpr int kCluster = kCluster_;  // blocks whose rows see the same keys, which are loaded once for all
     static constexpr int kReach = kReach_;
+    static constexpr bool kPaged = kPaged_;              // k and v are pages
     static constexpr bool kPacked = kPacked_;            // rows are (token, head of the group), the head fastest
     static constexpr bool kStoresBoxes = kStoresBoxes_;  // by TMA, which clips; else row by row
     static constexpr int kEdits = kEdits_;
@@ -66,6 +67,7 @@ struct HopperTraits {
 
     static_assert(kBlockQ == 128 || kBlockQ == 192, "two or three warpgroups of 64 rows");
     static_assert(kBlockK % 16 == 0 && kBlockK <= 256, "the sizes of a wgmma");
+    static_assert(kCluster == 1 || !kPaged, "a block brings its share in one piece");
     static_assert(kCluster == 1 || kReach == kAllKeys, "neighbouring tiles see the same blocks of keys");
     static_assert(OutTile::kBytes <= QueryTile::kBytes && OutTile::kSwizzle == QueryTile::kSwizzle,
                   "a warpgroup's rows of the output lie where its own queries were");
@@ -76,7 +78,8 @@ struct HopperTraits {
 // ---- What to do -------------------------------------------------------------------------------------
 
 struct HopperParams {
-    // (column, head of a group, row, group or head, sequence); boxes are a tile's slab, or 16 rows of it for `out`.
+    // (column, head of a group, row, group or head, sequence or page); boxes are a tile's slab, rows_per_box of one for
+    // pages, and 16 rows of it for `out`.
     TensorMap q, k, v, out;
     Params params;
     const float *q_descale, *k_descale, *v_descale;  // what float8 numbers are multiples of; null: 1
@@ -84,6 +87,7 @@ struct HopperParams {
     int tiles_per_unit;     // of the longest sequence; whole clusters of them
     int tokens_per_tile;    // whole ones
     int heads_per_unit;     // a unit is what a tile's rows are of: a head of a sequence, or a group of them if packed
+    int rows_per_box;       // of pages: a multiple of 8
     int units_per_section;  // units whose keys are used side by side, so that they stay in the second-level cache
     // Elements from sequence to sequence and head to head (of keys, or values) of those.
     int q_descale_batch, q_descale_head, k_descale_batch, k_descale_head, v_descale_batch, v_descale_head;

@@ -18,7 +18,7 @@ import numpy as np
 from cupyattn.cuda import catalogue, maps, params
 from cupyattn.cuda.maps import BoxMap
 from cupyattn.cuda.module import Specialisation
-from cupyattn.hopper import HopperTile, padded_dims
+from cupyattn.hopper import HopperTile, padded_dims, rows_per_box
 from cupyattn.plan import Plan, Tile
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Shape
 
@@ -161,25 +161,27 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
     box_maps: tuple[BoxMap, ...] = ()
     behind = b""
     workspace = Workspace()
+    paged = layout.page_size is not None
     descale_steps = [x for name in DESCALES for x in (0, 0, *strides.get(name, ()))[-2:]]
     if isinstance(tile, HopperTile):
         box_maps = _maps(problem, shapes, strides, tile)
         specialisation = catalogue.hopper(
-            problem.dtype, *padded_dims(sizes, problem.dtype), tile, len(box_maps) == 4, bits
+            problem.dtype, *padded_dims(sizes, problem.dtype), tile, len(box_maps) == 4, bits, paged
         )
         tiles = max(1, -(-sizes.seqlen_q // tile.tokens))
         count = tiles * (sizes.num_heads // tile.heads_per_unit) * (batch + ragged)
         grid = (min(count, plan.num_workers) if tile.persistent else count, 1, 1)
-        behind = _HOPPER.pack(count, tiles, tile.tokens, tile.heads_per_unit, tile.units_per_section, *descale_steps)
+        per_box = rows_per_box(tile, layout.page_size or 0)
+        numbers = (count, tiles, tile.tokens, tile.heads_per_unit, per_box, tile.units_per_section)
+        behind = _HOPPER.pack(*numbers, *descale_steps)
     elif plan.kernel == "flash":
         assert isinstance(tile, Tile)
-        specialisation = catalogue.flash(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, aligned, bits)
+        specialisation = catalogue.flash(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, aligned, bits, paged)
         # Rows behind the last sequence of a ragged problem are wiped by one sequence more.
         tiles = max(1, -(-sizes.seqlen_q // tile.block_q))
         grid = (tiles * sizes.num_heads * (batch + ragged), 1, 1)
     else:
         assert isinstance(tile, Tile)
-        paged = layout.page_size is not None
         specialisation = catalogue.splitkv(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, aligned, bits, paged)
         row_tiles = max(1, -(-sizes.seqlen_q * group // tile.block_q))
         blocks = row_tiles * groups
@@ -191,7 +193,7 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
             workspace = Workspace(rows * catalogue.padded(sizes.head_dim_v), 2 * rows, blocks)
 
     def operand(name: str) -> params.Strides:
-        in_places = layout.page_size is not None or layout.cached
+        in_places = paged or layout.cached
         return _operand_strides(name, problem, strides[name], name in ("k", "v") and in_places)
 
     def over_scores(name: str) -> params.ScoreStrides:
@@ -247,7 +249,7 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
 
 
 _DESCALES = struct.Struct("<3Q")
-_HOPPER = struct.Struct("<11i")
+_HOPPER = struct.Struct("<12i")
 """What ``HopperParams`` has behind the record: addresses and numbers."""
 _DESCALED = struct.Struct("<6i")
 """And ``DescaledParams``, behind the addresses."""
@@ -261,15 +263,15 @@ def _map(
     sizes, layout = problem.sizes, problem.layout
     heads = {"k": sizes.num_heads_k, "v": sizes.num_heads_v}.get(name, sizes.num_heads)
     head_dim = sizes.head_dim if name in ("q", "k") else sizes.head_dim_v
-    in_cache = layout.cached and name in ("k", "v")
-    if in_cache:
+    in_places = (layout.cached or layout.page_size is not None) and name in ("k", "v")
+    if in_places:
         lead = shapes[name][:2]
     elif layout.ragged:
         lead = 1, shapes["q" if name == "out" else name][0]
     else:
         lead = sizes.batch, sizes.seqlen_q if name in ("q", "out") else sizes.seqlen_k
     dtype = problem.out_dtype if name == "out" else problem.dtype
-    steps = _operand_strides(name, problem, strides, in_cache)
+    steps = _operand_strides(name, problem, strides, in_places)
     return maps.box_map(dtype, columns, rows, (lead[0], lead[1], heads, head_dim), steps, group)
 
 
@@ -278,11 +280,12 @@ def _maps(
 ) -> tuple[BoxMap, ...]:
     """The maps of q, k and v, and of out if whole boxes of it belong to one sequence and to whole tokens."""
     wide, wide_v = padded_dims(problem.sizes, problem.dtype)
-    group = tile.heads_per_unit
+    group, page_size = tile.heads_per_unit, problem.layout.page_size
+    rows = tile.block_k // tile.cluster if page_size is None else rows_per_box(tile, page_size)
     found = (
         _map("q", problem, shapes, strides["q"], wide, tile.tokens, group),
-        _map("k", problem, shapes, strides["k"], wide, tile.block_k // tile.cluster),
-        _map("v", problem, shapes, strides["v"], wide_v, tile.block_k // tile.cluster),
+        _map("k", problem, shapes, strides["k"], wide, rows),
+        _map("v", problem, shapes, strides["v"], wide_v, rows),
     )
     if problem.layout.ragged or 16 % group:
         return found
@@ -299,7 +302,12 @@ def objections_to_maps(
         maps.objection(name, _map(name, problem, shapes, strides[name], wide_v if name == "v" else wide, 1), aligned)
         for name in ("q", "k", "v")
     )
-    return tuple(reason for reason in found if reason)
+    # Behind padding a box would begin anywhere in a page, and end in the next one.
+    padded = problem.layout.page_size is not None and "cache_leftpad" in shapes
+    return (
+        *(reason for reason in found if reason),
+        *(("there is padding on the left of keys in pages",) if padded else ()),
+    )
 
 
 def map_objections(problem: Problem, operands: Mapping[str, View]) -> tuple[str, ...]:

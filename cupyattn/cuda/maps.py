@@ -46,14 +46,14 @@ def box_map(
 ) -> BoxMap:
     """The map of an array of (batch, rows, heads, head_dim) whose tile has so many columns, and boxes so many rows.
 
-    `strides` are elements from sequence to sequence, row to row and head to head.  With a `group` a box has that many
-    neighbouring heads of each of its rows.
+    Pages are a batch, too.  `strides` are elements from sequence to sequence, row to row and head to head.  With a
+    `group` a box has that many neighbouring heads of each of its rows.
     """
     batch, seqlen, heads, head_dim = shape
     item = ITEMSIZE[dtype]
     from_batch, from_row, from_head = (item * stride for stride in strides)
     swizzle = swizzle_of(columns, dtype)
-    dims = (head_dim, group, max(1, seqlen), heads // group, batch)  # of no keys no box is ever asked for
+    dims = (head_dim, group, max(1, seqlen), heads // group, max(1, batch))  # of no keys no box is ever asked for
     steps = (from_head, from_row, group * from_head, from_batch)
     # Along an axis of one no step is ever taken, but the driver wants a lawful one.
     lawful = tuple(step if size > 1 else 16 for size, step in zip(dims[1:], steps, strict=True))

@@ -20,6 +20,7 @@
 // Launch   one block per (split, row tile, group, sequence), the split fastest; kThreads threads.
 
 #include "dropout.cuh"
+#include "pages.cuh"
 #include "softmax.cuh"
 
 namespace cupyattn {
@@ -186,19 +187,15 @@ struct SplitBlock {
         } else {
             key += static_cast<int>(sequence.first_key);
             if ((params.page_size | key) % 16 == 0) {  // all of the tile is in one page
-                if (left > 0) base += page_of(key) * strides.batch + key % params.page_size * strides.row;
-                load_rows<32, Traits::kAligned>(tile, ptx::lane(), left, num_cols, base, strides.row);
+                const Element* first = left > 0 ? row_in_pages(base, strides, key, sequence, params) : nullptr;
+                load_rows<32, Traits::kAligned>(tile, ptx::lane(), first ? left : 0, num_cols, first ? first : base,
+                                                strides.row);
             } else {
                 load_rows_from<32, Traits::kAligned>(tile, ptx::lane(), left, num_cols, base, [&](int row) {
-                    return base + page_of(key + row) * strides.batch + (key + row) % params.page_size * strides.row;
+                    return row_in_pages(base, strides, key + row, sequence, params);
                 });
             }
         }
-    }
-    // Kept inside the pages there are, whatever the table says.
-    DEVICE_METHOD int64 page_of(int key) const {
-        const int* table = params.at.block_table + sequence.index * params.block_table_row;
-        return smaller(larger(ptx::load_global(table + key / params.page_size), 0), params.num_pages - 1);
     }
 
     // ---- The algorithm ----

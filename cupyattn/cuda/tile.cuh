@@ -203,7 +203,7 @@ DEVICE void load_rows(const Tile& tile, int thread, int num_rows, int num_cols, 
     }
 }
 
-// The same for rows that lie anywhere: `row_address(row)` is asked for rows below num_rows.
+// The same for rows that lie anywhere: `row_address(row)` is asked for rows below num_rows; null is a row of zeros.
 template <int kThreads, bool kAligned, typename Tile, typename Element, typename RowAddress>
 DEVICE void load_rows_from(const Tile& tile, int thread, int num_rows, int num_cols, const Element* anywhere,
                            const RowAddress& row_address) {
@@ -213,11 +213,12 @@ DEVICE void load_rows_from(const Tile& tile, int thread, int num_rows, int num_c
     for (int pass = 0; pass < Its::kPasses; ++pass) {
         if (share.idle(pass)) break;
         const int row = share.row + pass * Its::kRowsAtOnce;
-        const Element* from = (row < num_rows ? row_address(row) : anywhere) + 8 * share.chunk;
+        const Element* found = row < num_rows ? row_address(row) : nullptr;
+        const Element* from = (found ? found : anywhere) + 8 * share.chunk;
 #pragma unroll
         for (int group = 0; group < Its::kGroups; ++group)
             load_chunk<kAligned, Tile>(share.address(tile, pass, group), from + 8 * Its::kLanes * group,
-                                       row < num_rows && 8 * (share.chunk + Its::kLanes * group) < num_cols);
+                                       found && 8 * (share.chunk + Its::kLanes * group) < num_cols);
     }
 }
 

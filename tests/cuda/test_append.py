@@ -25,7 +25,7 @@ from oracle import assert_matches, assert_same_bits
 from cupyattn import flash_attn_with_kvcache, reading
 from cupyattn.cuda import append, catalogue, compiler, source
 from cupyattn.cuda.launch import recipe_of, record_of, view_of_numpy
-from cupyattn.hopper import hopper_tile
+from cupyattn.hopper import KEYS_IN_A_BOX, hopper_tile
 from cupyattn.plan import Tile, with_num_splits
 from cupyattn.reading import Options
 
@@ -358,10 +358,12 @@ KERNELS = ("splitkv", "flash", "hopper")
 
 
 def turns(table, given=lambda row: row):
-    """(kernel, name, schedule) of every call in a table that a kernel takes: only splitkv reads pages."""
+    """(kernel, name, schedule) of every call in a table that a kernel takes: TMA needs pages of whole boxes."""
     calls = [(kernel, name, i % 3) for kernel in KERNELS for i, name in enumerate(table)]
     return [
-        (kernel, name, i) for kernel, name, i in calls if kernel == "splitkv" or "page_size" not in given(table[name])
+        (kernel, name, i)
+        for kernel, name, i in calls
+        if kernel != "hopper" or given(table[name]).get("page_size", 0) % KEYS_IN_A_BOX == 0
     ]
 
 
@@ -676,8 +678,10 @@ MUTANTS = [
     ("splitkv.cu", "base += sequence.place * strides.batch", "base += sequence.index * strides.batch", "layouts"),
     ("splitkv.cu", "key += static_cast<int>(sequence.first_key);", "", "layouts"),
     ("splitkv.cu", "(params.page_size | key) % 16 == 0", "params.page_size % 16 == 0", "layouts"),
-    ("flash.cu", "params.k, sequence.place,", "params.k, sequence.index,", "layouts of flash"),
-    ("flash.cu", "params.v, sequence.place,", "params.v, sequence.index,", "layouts of flash"),
+    ("flash.cu", "Traits::kPaged ? 0 : sequence.place", "Traits::kPaged ? 0 : sequence.index", "layouts of flash"),
+    ("flash.cu", "Traits::kPaged ? 0 : sequence.place", "sequence.place", "layouts of flash"),
+    ("flash.cu", "Traits::kPaged ? 0 : sequence.first_key", "sequence.first_key", "layouts of flash"),
+    ("flash.cu", "key + static_cast<int>(sequence.first_key)", "key", "layouts of flash"),
 ]  # fmt: skip
 
 

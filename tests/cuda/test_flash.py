@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call, turns
-from emulated import Call, check, operands, options_of, ragged_operands, ragged_options, run
+from emulated import Call, check, operands, options_of, paged, ragged_operands, ragged_options, run, without_pages
 from oracle import assert_same_bits
 
 from cupyattn import numpy_ref
@@ -239,6 +239,37 @@ def test_lengths_that_lie_stay_inside_the_arrays(rng):
     arrays["cu_seqlens_q"][:] = [-5, 4, 2**31 - 1]
     arrays["cu_seqlens_k"][:] = [3, 1, 1000]
     Call(arrays, options, "flash").run()
+
+
+# ---- Pages ------------------------------------------------------------------------------------------
+
+PAGED_ROWS, PAGED_KEYS = (70, 0, 5, 33), (130, 7, 0, 64)
+
+
+@pytest.mark.parametrize("page_size", [1, 7, 16, 64, 256])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_pages_of_any_size_give_the_bits_of_contiguous_keys(rng, dtype, page_size):
+    arrays = ragged_operands(rng, dtype, PAGED_ROWS, PAGED_KEYS, (4, 2, 1), (64, 40))
+    options = ragged_options(arrays, window_size=(90, 0), alignment="bottom-right")
+    straight, found = (run(x, options, "flash", page_size % 3) for x in (arrays, paged(rng, arrays, page_size)))
+    assert_same_bits(found.out, straight.out)
+    assert_same_bits(found.lse, straight.lse)
+
+
+@pytest.mark.parametrize("page_size", [5, 16])
+def test_pages_meet_the_bar(rng, page_size):
+    arrays = ragged_operands(rng, "float16", PAGED_ROWS, PAGED_KEYS, (4, 2, 1), behind=(3, 0))
+    arrays["v"][20, 0, 3] = np.inf
+    options = ragged_options(arrays, causal=True, alignment="bottom-right")
+    check(paged(rng, arrays, page_size), options, "flash", page_size % 3)
+
+
+@pytest.mark.parametrize("page_size", [3, 16])
+def test_pages_that_do_not_exist_are_zeros(rng, page_size):
+    arrays = paged(rng, ragged_operands(rng, "float16", (40, 20), (70, 31), (2, 1, 1)), page_size)
+    lost, zeros = (run(x, ragged_options(arrays), "flash", 1) for x in without_pages(arrays, 0))
+    assert_same_bits(lost.out, zeros.out)
+    assert_same_bits(lost.lse, zeros.lse)
 
 
 @pytest.mark.parametrize("kernel", ["flash", "splitkv"])

@@ -5,7 +5,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, turns
-from emulated import Call, check, operands, options_of, plan_of, problem_of, ragged_operands, ragged_options, run
+from emulated import (
+    Call,
+    check,
+    operands,
+    options_of,
+    paged,
+    plan_of,
+    problem_of,
+    ragged_operands,
+    ragged_options,
+    run,
+    without_pages,
+)
 from oracle import assert_same_bits
 
 from cupyattn.cuda.launch import map_objections, recipe_of, record_of, view_of_numpy
@@ -285,6 +297,64 @@ def test_lengths_that_lie_stay_inside_the_arrays(rng):
     arrays["cu_seqlens_q"][:] = [-5, 4, 2**31 - 1]
     arrays["cu_seqlens_k"][:] = [3, 1, 1000]
     Call(arrays, options, "hopper").run()
+
+
+# ---- Pages ------------------------------------------------------------------------------------------
+
+PAGED_ROWS, PAGED_KEYS = (170, 0, 5, 33), (230, 7, 0, 64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "page_size", "block_k"),
+    [
+        ("bfloat16", 8, 32),
+        ("float16", 16, 48),
+        ("bfloat16", 24, 64),
+        ("float16", 64, 176),
+        ("bfloat16", 256, 32),
+        ("float8_e4m3fn", 16, 32),
+        ("float8_e4m3fn", 64, 160),
+    ],
+)
+def test_pages_give_the_bits_of_contiguous_keys(rng, dtype, page_size, block_k):
+    dims = (64, 64) if dtype == "float8_e4m3fn" else (96, 40)
+    arrays = ragged_operands(rng, dtype, PAGED_ROWS, PAGED_KEYS, (4, 2, 1), dims)
+    options = ragged_options(arrays, window_size=(90, 0), alignment="bottom-right")
+    straight, found = (
+        left(x, options, page_size // 8 % 3, block_k=block_k) for x in (arrays, paged(rng, arrays, page_size))
+    )
+    assert_same_bits(found.out, straight.out)
+    assert_same_bits(found.lse, straight.lse)
+
+
+@pytest.mark.parametrize("schedule", range(3))
+def test_pages_meet_the_bar(rng, schedule):
+    arrays = ragged_operands(rng, "bfloat16", PAGED_ROWS, PAGED_KEYS, (4, 2, 2), behind=(3, 0))
+    arrays["v"][[20, 229], 0, 3] = np.inf, np.nan
+    options = ragged_options(arrays, causal=True, alignment="bottom-right")
+    held(paged(rng, arrays, 16), options, schedule)
+    held(paged(rng, arrays, 16), options, schedule, heads_per_unit=2)
+
+
+@pytest.mark.parametrize("page_size", [8, 64])
+def test_pages_that_do_not_exist_are_zeros(rng, page_size):
+    arrays = paged(rng, ragged_operands(rng, "float16", (40, 20), (70, 31), (2, 1, 1)), page_size)
+    lost, zeros = (left(x, ragged_options(arrays), 1) for x in without_pages(arrays, 0))
+    assert_same_bits(lost.out, zeros.out)
+    assert_same_bits(lost.lse, zeros.lse)
+
+
+def test_a_table_without_room_for_the_longest_sequence_is_not_left(rng):
+    arrays = paged(rng, ragged_operands(rng, "float16", (40, 20), (70, 31), (2, 1, 1)), 16)
+    options = ragged_options(arrays, max_seqlen_k=1000)
+    arrays["cu_seqlens_k"][1:] = [900, 1800]
+    Call(arrays, options, "hopper").run()
+
+
+@pytest.mark.parametrize(("page_size", "kernel"), [(16, "hopper"), (24, "hopper"), (1, "flash"), (100, "flash")])
+def test_pages_of_whole_boxes_are_read_by_hopper(rng, page_size, kernel):
+    arrays = paged(rng, ragged_operands(rng, "float16", (200, 90), (370, 131), (2, 1, 1)), page_size)
+    assert choose(problem_of(arrays, ragged_options(arrays)), NAMED_DEVICES["H100"]).kernel == kernel
 
 
 # ---- Values that are not finite ---------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from cases import HIDDEN, STRAYS
-from emulated import check, operands, options_of, problem_of, ragged_operands, ragged_options
+from emulated import Call, check, operands, options_of, paged, problem_of, ragged_operands, ragged_options
 from mutants import Mutant, assert_caught
 
 from cupyattn.hopper import Switches, hopper_tile
@@ -28,8 +28,8 @@ MUTANTS = [
     Mutant("phases of single uses", "tile90.cuh", "return use / kNumStages & 1;", "return use & 1;", "tiles"),
     Mutant("nothing is empty at first", "tile90.cuh", "parity(use) ^ 1", "parity(use)", "tiles"),
     # ---- The first warpgroup
-    Mutant("half of the keys expected", "fetch90.cuh", "expect(key_ring.full(its_use), Traits::KeyTile::kBytes)",
-           "expect(key_ring.full(its_use), Traits::KeyTile::kBytes / 2)", "tiles"),
+    Mutant("half of the keys expected", "fetch90.cuh", "expect(barrier, its_tile.kBytes)",
+           "expect(barrier, its_tile.kBytes / 2)", "tiles"),
     Mutant("values of the keys' head", "fetch90.cuh", "tile.head / params.queries_per_v",
            "tile.head / params.queries_per_k",
            "tiles"),
@@ -39,8 +39,7 @@ MUTANTS = [
     Mutant("keys of all sequences are the first's", "fetch90.cuh",
            "static_cast<int>(tile.sequence.first_row) + tile.first_token", "tile.first_token", "ragged"),
     Mutant("values are loaded before there is room", "fetch90.cuh",
-           "value_ring.wait_empty(use);\n            ptx::mbarrier",
-           "ptx::mbarrier", "tiles"),
+           "value_ring.wait_empty(use);\n            load_block", "load_block", "tiles"),
     Mutant("nan stays among hidden values", "fetch90.cuh", "    if (found) {", "    if (false) {", "strays"),
     Mutant("clean values are not told of", "fetch90.cuh", "        ptx::fence_async_proxy();\n    }\n    return found;",
            "    }\n    return found;", "strays"),
@@ -65,6 +64,17 @@ MUTANTS = [
            "if constexpr (false)\n        for", "clusters"),
     Mutant("the end waits for half of the slots", "fetch90.cuh",
            "            key_ring.wait_empty(use + stage);\n", "", "clusters"),
+    # ---- Pages
+    Mutant("first keys of a page", "fetch90.cuh", "0, place % given.params.page_size, head, page,", "0, 0, head, page,",
+           "pages"),
+    Mutant("boxes on top of each other", "fetch90.cuh", "slab * Tile::kSlab + first * Tile::kSwizzle, map,",
+           "slab * Tile::kSlab, map,", "pages"),
+    Mutant("the table behind the last key", "fetch90.cuh",
+           "place < stop ? page_of(place, sequence, given.params) : kNoPage",
+           "page_of(place, sequence, given.params)", "pages"),
+    Mutant("one page for all boxes", "fetch90.cuh", "page_of(place, sequence,", "page_of(row, sequence,", "pages"),
+    Mutant("strays of another page", "hopper.cu", "if constexpr (!Traits::kPaged) return values + key * params.v.row;",
+           "return values + key * params.v.row;", "pages"),
     # ---- Which rows and keys
     Mutant("an edge taken for whole", "hopper.cuh", "whole.stop / kBlockK}", "ceil_div(whole.stop, kBlockK)}", "tiles"),
     Mutant("a left edge taken for whole", "hopper.cuh", "{ceil_div(whole.start, kBlockK),", "{whole.start / kBlockK,",
@@ -195,6 +205,19 @@ def clusters(sources):
         dense(sources, schedule, (256, 70), (2, 2, 1), (64, 64), "float8_e4m3fn", persistent=True, cluster=2)
 
 
+def pages(sources):
+    rng = np.random.default_rng(SEED)
+    arrays = ragged_operands(rng, "float16", (17, 40), (40, 134), (4, 2, 2), behind=(0, 7))
+    arrays["v"][100, 0, 3] = np.inf
+    options = ragged_options(arrays, causal=True, **BOTTOM)
+    for page_size in (8, 48):
+        held(sources, paged(rng, arrays, page_size), options, page_size % 3)
+    lying = paged(rng, arrays, 16)
+    lying["block_table"][0] = 2**31 - 1
+    lying["block_table"] = lying["block_table"][:, :9].copy()
+    Call(lying, options, "hopper", sources=sources).run()
+
+
 def strays(sources):
     for name in ("inf and -inf in one tile", "a key of nan", "inf", "nan", "inf to the left of a window"):
         arrays, options, _ = STRAYS[name](np.random.default_rng(SEED), "float16")
@@ -235,7 +258,7 @@ def float8(sources):
     held(sources, arrays, options_of(causal=True, alignment="top-left"), 1)
 
 
-GROUPS = {group.__name__: group for group in (tiles, wide, switches, clusters, strays, packed, ragged, float8)}
+GROUPS = {group.__name__: group for group in (tiles, wide, switches, clusters, pages, strays, packed, ragged, float8)}
 
 
 @pytest.mark.parametrize("group", GROUPS)

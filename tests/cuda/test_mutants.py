@@ -35,8 +35,8 @@ MUTANTS = [
            "exists && 8 * (share.chunk + Its::kLanes * group) < num_cols",
            "exists && 8 * (share.chunk + Its::kLanes * group) <= num_cols", "flash"),
     Mutant("eight columns too many are loaded from anywhere", "tile.cuh",
-           "row < num_rows && 8 * (share.chunk + Its::kLanes * group) < num_cols",
-           "row < num_rows && 8 * (share.chunk + Its::kLanes * group) <= num_cols", "split"),
+           "found && 8 * (share.chunk + Its::kLanes * group) < num_cols",
+           "found && 8 * (share.chunk + Its::kLanes * group) <= num_cols", "split"),
     Mutant("halves of an odd pair swapped", "tile.cuh", "low | high << 16", "high | low << 16", "flash, odd"),
     # ---- Planes of float32
     Mutant("low plane empty", "tile.cuh", "ptx::bits(rest - middle) & 0xffff0000u", "0u", "flash, float32"),
@@ -129,8 +129,8 @@ MUTANTS = [
     Mutant("group of k by remainder", "flash.cu", "head / params.queries_per_k", "head % params.queries_per_k",
            "flash"),
     Mutant("v's head is k's", "flash.cu", "head / params.queries_per_v", "head / params.queries_per_k", "flash"),
-    Mutant("rows of v as far apart as k's", "flash.cu", "values + first_key * params.v.row",
-           "values + first_key * params.k.row", "flash"),
+    Mutant("rows of v as far apart as k's", "flash.cu", "block, values, params.v, params.head_dim_v",
+           "block, values, params.k, params.head_dim_v", "flash"),
     Mutant("keys are not waited for by all", "flash.cu",
            "ptx::barrier();  // the keys are here, and everybody is done with the values before them", "", "flash"),
     Mutant("values are not waited for by all", "flash.cu",
@@ -227,14 +227,19 @@ MUTANTS = [
            "partial_out +\n               ((piece + split)", "split"),
     Mutant("lse of another sequence while splitting", "splitkv.cu", "sequence.first_row + token_of(row),\n",
            "token_of(row),\n", "split"),
-    Mutant("pages of sixteen keys", "splitkv.cu", "table + key / params.page_size", "table + key / 16", "split, pages"),
-    Mutant("first rows of a page", "splitkv.cu", " + key % params.page_size * strides.row;", ";", "split, pages"),
-    Mutant("rows of small pages", "splitkv.cu", "(key + row) % params.page_size * strides.row;",
-           "key % params.page_size * strides.row;", "split, pages"),
-    Mutant("page of the first key for all", "splitkv.cu", "page_of(key + row)", "page_of(key)", "split, pages"),
-    Mutant("pages that do not exist", "splitkv.cu", "params.num_pages - 1", "params.num_pages", "split, pages"),
-    Mutant("table of the first sequence", "splitkv.cu", "block_table + sequence.index * params.block_table_row",
-           "block_table", "split, pages"),
+    Mutant("pages of sixteen keys", "pages.cuh", "table + key / params.page_size", "table + key / 16", "split, pages"),
+    Mutant("first rows of a page", "pages.cuh", " + key % params.page_size * strides.row;", ";", "split, pages"),
+    Mutant("one row of small pages for all", "splitkv.cu", "strides, key + row, sequence,", "strides, key, sequence,",
+           "split, pages"),
+    Mutant("pages behind the last", "pages.cuh", "page >= 0 && page < params.num_pages", "page >= 0", "split, pages"),
+    Mutant("pages before the first", "pages.cuh", "page >= 0 && page < params.num_pages", "page < params.num_pages",
+           "split, pages"),
+    Mutant("pages of the first sequence", "pages.cuh", " + sequence.index * params.block_table_row;", ";",
+           "split, pages"),
+    Mutant("all rows in the first's page", "flash.cu", "strides, place + row, sequence,", "strides, place, sequence,",
+           "flash, pages"),
+    Mutant("pages of all blocks are the first's", "flash.cu", "key + static_cast<int>(sequence.first_key)", "0",
+           "flash, pages"),
     # ---- Float8
     Mutant("float8 in another order", "tile.cuh", "(two & 0xffu) << 8 | (two & 0xff00u) << 16",
            "(two & 0xffu) << 24 | (two & 0xff00u)", "split, float8"),
@@ -293,7 +298,7 @@ def lies(kernel, sources, page_size=None, **call):
     arrays["cu_seqlens_q"][:] = [-5, 4, 2**31 - 1]
     if page_size:
         arrays = paged(rng, arrays, page_size)
-        arrays["block_table"][:] = 2**31 - 1
+        arrays["block_table"][:] = np.resize([2**31 - 1, -9], arrays["block_table"].shape)
         arrays["cu_seqlens_k"][1:] = [900, 1800]
     else:
         arrays["cu_seqlens_k"][:] = [3, 1, 1000]
@@ -359,6 +364,12 @@ def split(sources):
     lies("splitkv", sources, **SPLIT)
 
 
+def flash_of_pages(sources):
+    for page_size in (5, 48):
+        ragged("flash", page_size % 3, sources, (40, 2), (130, 70), page_size=page_size, **SMALL)
+        lies("flash", sources, page_size, **SMALL)
+
+
 def split_of_pages(sources):
     for page_size in (5, 48):
         ragged("splitkv", page_size % 3, sources, (1, 2), (130, 70), page_size=page_size, num_splits=2, **SPLIT)
@@ -418,6 +429,7 @@ GROUPS = {
     "flash, float32 edits": flash_of_float32_edits,
     "split": split,
     "split, pages": split_of_pages,
+    "flash, pages": flash_of_pages,
     "split, edits": split_of_edits,
     "split, float32": split_of_float32,
     "split, float8": split_of_float8,

@@ -4,7 +4,7 @@ float8."""
 import numpy as np
 import pytest
 from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call, turns
-from emulated import Call, check, operands, options_of, paged, ragged_operands, ragged_options, run
+from emulated import Call, check, operands, options_of, paged, ragged_operands, ragged_options, run, without_pages
 from oracle import assert_matches, assert_same_bits
 
 from cupyattn import numpy_ref
@@ -323,6 +323,14 @@ def test_pages_that_do_not_exist_are_not_read(rng, page_size):
     arrays["block_table"][0] = 2**31 - 1
     arrays["block_table"][1] = -(2**31)
     Call(arrays, ragged_options(arrays), "splitkv", tile=SMALL).run()
+
+
+@pytest.mark.parametrize("page_size", [3, 16])
+def test_pages_that_do_not_exist_are_zeros(rng, page_size):
+    arrays = paged(rng, ragged_operands(rng, "float16", (1, 2), (70, 31), DECODE), page_size)
+    lost, zeros = (run(x, ragged_options(arrays), "splitkv", 1, tile=SMALL) for x in without_pages(arrays, 0))
+    assert_same_bits(lost.out, zeros.out)
+    assert_same_bits(lost.lse, zeros.lse)
 
 
 @pytest.mark.parametrize("page_size", [3, 16])
