@@ -40,7 +40,7 @@ struct HopperRows {
     static constexpr int kValueSteps = kBlockK * sizeof(Element) / 32;  // products of 32 bytes of keys
 
     const HopperParams& given;
-    const Params& params;
+    const DescaledParams& params;
     const HopperMemory<Traits> memory;
     const int consumer;  // among the consuming warpgroups
     RowTile tile;
@@ -72,22 +72,6 @@ struct HopperRows {
     }
 
     DEVICE_METHOD float scale() const { return Traits::kFloat8 ? descaled : params.softmax_scale; }
-    // The softmax scale times what float8 queries and keys are multiples of.
-    DEVICE_METHOD float score_scale() const {
-        const int batch = tile.sequence.index, head = tile.head / params.queries_per_k;
-        const float product = params.softmax_scale *
-                              descale(given.q_descale, batch * given.q_descale_batch + head * given.q_descale_head) *
-                              descale(given.k_descale, batch * given.k_descale_batch + head * given.k_descale_head);
-        // Times a negative number the largest product is not the largest score: rather nan than wrong.
-        return product >= 0.f ? ptx::max(product, kLeastNormal) : ptx::nan();
-    }
-    DEVICE_METHOD float value_scale() const {
-        const int head = tile.head / params.queries_per_v;
-        return descale(given.v_descale, tile.sequence.index * given.v_descale_batch + head * given.v_descale_head);
-    }
-    DEVICE_METHOD static float descale(const float* factors, int index) {
-        return factors ? ptx::load_global(factors + index) : 1.f;
-    }
 
     // This lane's two rows: 16 rows of a warp, 64 of a warpgroup.
     DEVICE_METHOD int row(int half) const { return 64 * consumer + 16 * (ptx::warp() % 4) + Accumulator<16>::row(half); }
@@ -107,7 +91,7 @@ struct HopperRows {
         out.clear();
         softmax.clear();
         strays = 0;
-        if constexpr (Traits::kFloat8) descaled = score_scale();
+        if constexpr (Traits::kFloat8) descaled = descaled_scale(params, tile.sequence.index, tile.head);
         memory.query_ring().wait_full(tile_use);
         int block = tile.blocks.stop - 1;
         if constexpr (Switches::kOverlap) {
@@ -317,7 +301,8 @@ struct HopperRows {
             const int head = head_of(row(half)), token = token_of(row(half));
             const Finish end = finish_row(softmax.row_max[half], softmax.row_sum[half], sink_of(head));
             factor[half] = end.factor;
-            if constexpr (Traits::kFloat8) factor[half] *= kShrinkBack * value_scale();
+            if constexpr (Traits::kFloat8)
+                factor[half] *= kShrinkBack * descale_of_values(params, tile.sequence.index, tile.head);
             if (params.at.lse && ptx::lane() % 4 == 0 && exists(row(half))) store_lse(head, token, end.lse);
         }
         out.scale_rows(factor);

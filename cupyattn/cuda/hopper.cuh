@@ -1,6 +1,7 @@
 // What the warpgroups of hopper.cu have in common: traits, parameters, which rows and keys a tile has, shared memory.
 #pragma once
 
+#include "descales.cuh"
 #include "float8.cuh"
 #include "pages.cuh"
 
@@ -81,16 +82,13 @@ struct HopperParams {
     // (column, head of a group, row, group or head, sequence or page); boxes are a tile's slab, rows_per_box of one for
     // pages, and 16 rows of it for `out`.
     TensorMap q, k, v, out;
-    Params params;
-    const float *q_descale, *k_descale, *v_descale;  // what float8 numbers are multiples of; null: 1
+    DescaledParams params;
     int num_tiles;          // row tiles of all units
     int tiles_per_unit;     // of the longest sequence; whole clusters of them
     int tokens_per_tile;    // whole ones
     int heads_per_unit;     // a unit is what a tile's rows are of: a head of a sequence, or a group of them if packed
     int rows_per_box;       // of pages: a multiple of 8
     int units_per_section;  // units whose keys are used side by side, so that they stay in the second-level cache
-    // Elements from sequence to sequence and head to head (of keys, or values) of those.
-    int q_descale_batch, q_descale_head, k_descale_batch, k_descale_head, v_descale_batch, v_descale_head;
 };
 
 // The rows of a tile and the blocks of keys they see.  Producer and consumers go by this, and by nothing else.

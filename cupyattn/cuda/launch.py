@@ -173,7 +173,7 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
         grid = (min(count, plan.num_workers) if tile.persistent else count, 1, 1)
         per_box = rows_per_box(tile, layout.page_size or 0)
         numbers = (count, tiles, tile.tokens, tile.heads_per_unit, per_box, tile.units_per_section)
-        behind = _HOPPER.pack(*numbers, *descale_steps)
+        behind = _DESCALED.pack(*descale_steps) + _HOPPER.pack(*numbers)
     elif plan.kernel == "flash":
         assert isinstance(tile, Tile)
         specialisation = catalogue.flash(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, aligned, bits, paged)
@@ -249,10 +249,10 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
 
 
 _DESCALES = struct.Struct("<3Q")
-_HOPPER = struct.Struct("<12i")
-"""What ``HopperParams`` has behind the record: addresses and numbers."""
 _DESCALED = struct.Struct("<6i")
-"""And ``DescaledParams``, behind the addresses."""
+"""What ``DescaledParams`` has behind the record: addresses and numbers."""
+_HOPPER = struct.Struct("<6i")
+"""And ``HopperParams`` behind those."""
 _ALIGNMENT = 64
 
 

@@ -65,7 +65,7 @@ struct Params {
     float softcap;
 };
 
-// Of a kernel that takes float8 besides.
+// Of a kernel that may be for float8.
 struct DescaledParams : Params {
     const float *q_descale, *k_descale, *v_descale;  // what float8 numbers are multiples of; null: 1
     // Elements from sequence to sequence and head to head (of keys, or values) of those.

@@ -19,6 +19,7 @@
 // Needs    sm_80.
 // Launch   one block per (split, row tile, group, sequence), the split fastest; kThreads threads.
 
+#include "descales.cuh"
 #include "dropout.cuh"
 #include "pages.cuh"
 #include "softmax.cuh"
@@ -96,7 +97,7 @@ struct SplitBlock {
         queries.base = ptx::shared_memory();
         states = queries.base + Traits::QueryTile::kBytes;
         ring = states + ptx::warp() * Traits::kNumStages * Traits::kStageBytes;
-        if constexpr (Traits::kFloat8) descaled = score_scale();
+        if constexpr (Traits::kFloat8) descaled = descaled_scale(params, sequence.index, first_head, kOfFloat8 * kOfFloat8);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -121,24 +122,6 @@ struct SplitBlock {
         if constexpr (Traits::kFloat8) return descaled;
         return params.softmax_scale;
     }
-    // The softmax scale times what float8 queries and keys are multiples of, as tiles have them.
-    DEVICE_METHOD float score_scale() const {
-        const int batch = sequence.index, head = first_head / params.queries_per_k;
-        const float product = params.softmax_scale *
-                              descale(params.q_descale, batch * params.q_descale_batch + head * params.q_descale_head) *
-                              descale(params.k_descale, batch * params.k_descale_batch + head * params.k_descale_head);
-        // Times a negative number the largest product is not the largest score: rather nan than wrong.
-        return product >= 0.f ? ptx::max(product * (kOfFloat8 * kOfFloat8), kLeastNormal) : ptx::nan();
-    }
-    DEVICE_METHOD float value_scale() const {
-        const int head = first_head / params.queries_per_v;
-        return kOfFloat8 *
-               descale(params.v_descale, sequence.index * params.v_descale_batch + head * params.v_descale_head);
-    }
-    DEVICE_METHOD static float descale(const float* factors, int index) {
-        return factors ? ptx::load_global(factors + index) : 1.f;
-    }
-
     // The blocks of keys that some row sees.
     DEVICE_METHOD Span blocks() const {
         if (num_rows <= 0) return {0, 0};
@@ -411,7 +394,7 @@ struct SplitBlock {
         const float sink = params.at.sinks ? ptx::load_global(params.at.sinks + head) * kLog2e : -ptx::infinity();
         const Finish end = finish_row(state.exponent, state.sum, sink);
         float factor = end.factor;
-        if constexpr (Traits::kFloat8) factor *= value_scale();
+        if constexpr (Traits::kFloat8) factor *= kOfFloat8 * descale_of_values(params, sequence.index, first_head);
         auto* to = row_of<typename Traits::Out>(params.at.out, params.out, row);
 #pragma unroll
         for (int i = 0; i < kColumns; ++i) {

@@ -658,9 +658,9 @@ MUTANTS = [
     ("tile.cuh", "(pair & 0x80008000u) | size >> 1", "size >> 1", "float8"),
     ("tile.cuh", "(nans >> 15) * 0x7c00u", "0u", "float8"),
     ("tile.cuh", "<< 8))}) * kOfFloat8", "<< 8))})", "float8"),
-    ("splitkv.cu", "const int batch = sequence.index, head", "const int batch = sequence.place, head",
+    ("splitkv.cu", "descaled_scale(params, sequence.index,", "descaled_scale(params, sequence.place,",
      "layouts of float8"),
-    ("splitkv.cu", "sequence.index * params.v_descale_batch", "sequence.place * params.v_descale_batch",
+    ("splitkv.cu", "descale_of_values(params, sequence.index,", "descale_of_values(params, sequence.place,",
      "layouts of float8"),
     # ---- Keys of a cache
     ("mask.cuh", "stop += params.seqlen_new;", "", "layouts"),

@@ -151,9 +151,10 @@ MUTANTS = [
     Mutant("turned values not told of", "fetch90.cuh",
            "ptx::fence_async_proxy();\n                ptx::warp_barrier();", "ptx::warp_barrier();", "float8"),
     Mutant("turned into a slot in use", "fetch90.cuh", "                value_ring.wait_empty(use);\n", "", "float8"),
-    Mutant("descale of one head", "hopper.cu", "batch * given.k_descale_batch + head * given.k_descale_head",
-           "batch * given.k_descale_batch", "float8"),
-    Mutant("values without their descale", "hopper.cu", "kShrinkBack * value_scale();", "kShrinkBack;", "float8"),
+    Mutant("descale of one head", "descales.cuh", "sequence * params.k_descale_batch + head * params.k_descale_head",
+           "sequence * params.k_descale_batch", "float8"),
+    Mutant("values without their descale", "hopper.cu",
+           "kShrinkBack * descale_of_values(params, tile.sequence.index, tile.head);", "kShrinkBack;", "float8"),
 ]  # fmt: skip
 
 
