@@ -69,9 +69,9 @@ def kernels():
             found.append(catalogue.hopper("bfloat16", head_dim, head_dim, tile, True, 0))
     for head_dim in (64, 128, 256):
         for reach in (ALL_KEYS, RIGHT_EDGE):
-            found.append(
-                catalogue.hopper(FLOAT8, head_dim, head_dim, base_tile(head_dim, head_dim, reach, FLOAT8), True, 0)
-            )
+            planned = base_tile(head_dim, head_dim, reach, FLOAT8)
+            for tile in (planned, *(tiles_of_float8(planned).values() if head_dim == 128 else ())):
+                found.append(catalogue.hopper(FLOAT8, head_dim, head_dim, tile, True, 0))
     return list(dict.fromkeys(found))
 
 
@@ -135,8 +135,23 @@ def hopper(report, torch):
                 "cupyattn": lambda narrow=narrow, causal=causal: cupyattn.attention(*narrow, causal=causal),
                 "bfloat16": lambda wide=wide, causal=causal: cupyattn.attention(*wide, causal=causal),
             }
+            plan = cupyattn.explain(*narrow, causal=causal)
+            variants_of_it = tiles_of_float8(plan.tile)
+            for name, tile in variants_of_it.items():
+                calls[name] = with_tile(torch, *narrow, tile, "hopper", causal=causal)
             what = {"dtype": FLOAT8, "seqlen": seqlen, "causal": causal}
-            compared(report, torch, what, calls, cupyattn.explain(*narrow, causal=causal), product)
+            compared(report, torch, what, calls, plan, product, variants_of_it)
+
+
+def tiles_of_float8(planned):
+    """Two other ways to have sums in two levels beside scores, and what it would be without."""
+    return {
+        "nothing queued": planned._replace(
+            block_k=192, switches=planned.switches._replace(overlap=False, pinned=False)
+        ),
+        "rescale first": planned._replace(switches=planned.switches._replace(rescale_first=True)),
+        "one level": planned._replace(block_k=192, switches=planned.switches._replace(two_level=False)),
+    }
 
 
 def rivals(torch, q, k, v, causal, **options):
@@ -145,11 +160,11 @@ def rivals(torch, q, k, v, causal, **options):
     return {name: call for name, call in found.items() if name in ("flash", "cudnn")}
 
 
-def compared(report, torch, what, calls, plan, product):
-    """A row of rates; how much faster we are than the best of the others."""
+def compared(report, torch, what, calls, plan, product, ours=()):
+    """A row of rates; how much faster we are than the best of the others, those that are no variants of `ours`."""
     times = microseconds(calls, torch)
     rates = {f"{name}_tflops": plan.flops / took * 1e-6 for name, took in times.items()}
-    others = [took for name, took in times.items() if name != "cupyattn"]
+    others = [took for name, took in times.items() if name not in ("cupyattn", *ours)]
     ratio = min(others) / times["cupyattn"] if others else float("nan")
     share = rates["cupyattn_tflops"] / product
     report.row("hopper", **what, kernel=plan.kernel, **rates, share_of_product=share, speed_over_best=ratio)

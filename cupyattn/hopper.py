@@ -31,6 +31,7 @@ class Switches(NamedTuple):
     lazy: bool = False
     weights_in_shared: bool = False
     polynomials: int = 0
+    two_level: bool = False
 
     def __str__(self) -> str:
         words = [name.replace("_", " ") for name, value in self._asdict().items() if value is True]
@@ -115,12 +116,12 @@ def base_tile(head_dim: int, head_dim_v: int, reach: int, dtype: str) -> HopperT
 
 
 def _float8_tile(head_dim: int, reach: int) -> HopperTile:
-    """The same for float8: half the bytes leave room for more keys."""
-    if head_dim <= 96:
-        return HopperTile(192, 160 if head_dim == 64 else 128, 2, reach, switches=Switches(ping_pong=False))
-    if head_dim == 256:
-        return HopperTile(128, 64 if reach == BOTH_EDGES else 96, 2, reach)
-    return HopperTile(128, 192 if head_dim == 128 else 160, 2, reach)
+    """The same for float8: half the bytes leave room for more keys, sums in two levels take registers."""
+    if head_dim <= 128:
+        return HopperTile(128, {64: 192, 96: 160, 128: 128}[head_dim], 2, reach, switches=Switches(two_level=True))
+    # Sums of a block in two halves, where scores have been.
+    switches = Switches(overlap=False, pinned=False, two_level=True)
+    return HopperTile(128, 160 if head_dim == 192 else 64 if reach == BOTH_EDGES else 128, 2, reach, switches=switches)
 
 
 def num_tiles(tile: HopperTile, sizes: Sizes) -> int:

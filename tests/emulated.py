@@ -414,9 +414,13 @@ def assert_within_the_bar(actual, exact, emulated, dtype, largest):
         assert mean <= allowed, f"mean error {mean:.3g}, allowed {allowed:.3g}"
 
 
-def assert_close_lse(actual, exact):
-    """Fail unless lse is right to 1e-5, absolutely or of its size; -inf and nan exactly there."""
-    _assert_within(actual, exact, 1e-5 * np.maximum(1.0, np.abs(np.where(np.isfinite(exact), exact, 0.0))))
+def assert_close_lse(actual, exact, problem=None, kernel=None):
+    """Fail unless lse is right to 1e-5, absolutely or of its size; -inf and nan exactly there.
+
+    To 5e-4 where the tensor cores multiply float8: they cut off sums behind 13 bits.
+    """
+    tolerance = 5e-4 if kernel == "hopper" and problem.dtype == "float8_e4m3fn" else 1e-5
+    _assert_within(actual, exact, tolerance * np.maximum(1.0, np.abs(np.where(np.isfinite(exact), exact, 0.0))))
 
 
 def _assert_within(actual, exact, allowed):
@@ -434,7 +438,7 @@ def check(arrays, options, kernel, schedule=0, seed=0, dropout_seed=0, **call):
     found = run(arrays, options, kernel, schedule, seed, dropout_seed=dropout_seed, **call)
     out, lse, problem, chosen = found
     exact_out, exact_lse = definition(arrays, problem, dropout_seed)
-    assert_close_lse(lse, exact_lse)
+    assert_close_lse(lse, exact_lse, problem, chosen.kernel)
     emulated = emulation(arrays, problem, chosen.tile.block_k, dropout_seed, chosen.kernel)
     values = np.abs(np.asarray(arrays["v"]).astype(np.float64))
     largest = values[np.isfinite(values)].max(initial=0.0)

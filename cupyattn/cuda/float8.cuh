@@ -6,7 +6,12 @@
 // order that is free is the one in which a lane has its weights (see `Fragment` below): of 16 keys,
 // 0 1 8 9  2 3 10 11  4 5 12 13  6 7 14 15.
 //
-// Source   Shah et al., FlashAttention-3, 2024, section 3.3.
+// The tensor cores sum float8 products in fewer bits than float32 has, 13 after the point, and cut off the rest: over
+// many keys sums would fall behind.  So they sum over one block only, and what comes out is added up in float32
+// (kTwoLevel), which takes registers: blocks are shorter for it, or nothing is queued behind the scores.
+//
+// Source   Shah et al., FlashAttention-3, 2024, section 3.3; Zhang et al., SageAttention2, 2024, section 3.3, for sums
+//          in two levels.
 #pragma once
 
 #include "tile90.cuh"

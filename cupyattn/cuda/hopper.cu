@@ -46,6 +46,7 @@ struct HopperRows {
     RowTile tile;
     int use, tile_use, inspected;  // how often the rings were used
     Accumulator<Traits::kHeadDimV> out;
+    Accumulator<Traits::kPartCols> part;  // if kTwoLevel: of some columns, over one block
     OnlineSoftmax softmax;
     float shrink[2];
     Fragment<Element, Switches::kWeightsInShared ? 16 : kBlockK> weights;
@@ -99,10 +100,7 @@ struct HopperRows {
             walk(block, [&](int its_block, auto edge) { step<decltype(edge)::kValue>(its_block); });
             if constexpr (Switches::kRescaleFirst) rescale();
             wait_for_values(tile.blocks.start);
-            begin_product();
-            multiply_weights_by_values();
-            ptx::wgmma_wait<0>();
-            end_product();
+            multiply_in_turn();
         } else {
             walk(block, [&](int its_block, auto edge) { step_by_step<decltype(edge)::kValue>(its_block); });
         }
@@ -153,7 +151,7 @@ struct HopperRows {
         if constexpr (Switches::kRescaleFirst) rescale();
         wait_for_values(block + 1);
         begin_product();
-        multiply_weights_by_values();
+        multiply_weights_by_values(0);
         pass_turn();
         ptx::wgmma_wait<1>();
         ptx::hold(scores.value);
@@ -162,7 +160,8 @@ struct HopperRows {
         // Without this the compiler would wait for the product first, and overlap nothing.
         if constexpr (Switches::kPinned) ptx::pin(softmax.row_sum[0] + softmax.row_sum[1], memory.base);
         ptx::wgmma_wait<0>();
-        end_product();
+        end_product(0);
+        release_values();
         keep_weights(scores);
         if constexpr (!Switches::kRescaleFirst) rescale();
     }
@@ -183,10 +182,17 @@ struct HopperRows {
         keep_weights(scores);
         rescale();
         wait_for_values(block);
-        begin_product();
-        multiply_weights_by_values();
-        ptx::wgmma_wait<0>();
-        end_product();
+        multiply_in_turn();
+    }
+    DEVICE_METHOD void multiply_in_turn() {
+#pragma unroll
+        for (int index = 0; index < Traits::kParts; ++index) {
+            begin_product();
+            multiply_weights_by_values(index);
+            ptx::wgmma_wait<0>();
+            end_product(index);
+        }
+        release_values();
     }
 
     DEVICE_METHOD void take_turn() const {
@@ -221,10 +227,11 @@ struct HopperRows {
         ptx::wgmma_commit();
     }
 
-    DEVICE_METHOD void multiply_weights_by_values() {
+    // Into the columns of a part, or all.
+    DEVICE_METHOD void multiply_weights_by_values(int index) {
         using ValueTile = typename Traits::ValueTile;
         const ValueTile values = memory.values(use);
-        const uint64 right = Traits::kFloat8 ? values.by_rows(0) : values.by_columns();
+        const uint64 right = Traits::kFloat8 ? values.by_rows(index * Traits::kPartCols) : values.by_columns();
         ptx::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < kValueSteps; ++step) {
@@ -233,6 +240,8 @@ struct HopperRows {
                 using WeightTile = typename Traits::WeightTile;
                 const uint64 left = memory.weights(consumer).by_rows(0) + WeightTile::along(step);
                 ptx::wgmma<Element, true>(out.value, left, there, true);
+            } else if constexpr (Switches::kTwoLevel) {
+                ptx::wgmma<Element, false>(part.value, weights.value[step][0], there, step);
             } else {
                 ptx::wgmma<Element, !Traits::kFloat8>(out.value, weights.value[step][0], there, true);
             }
@@ -241,14 +250,23 @@ struct HopperRows {
     }
     // Around that product: what it reads and adds to stays where it is.
     DEVICE_METHOD void begin_product() {
-        ptx::hold(out.value);
+        hold_sums();
         hold_weights();
     }
-    DEVICE_METHOD void end_product() {
-        ptx::hold(out.value);
+    DEVICE_METHOD void end_product(int index) {
+        hold_sums();
         hold_weights();
+        if constexpr (Switches::kTwoLevel) out.add(part, index * Traits::kPartCols);
+    }
+    DEVICE_METHOD void release_values() {
         memory.value_ring().leave(use, ptx::thread() % 128);
         ++use;
+    }
+    DEVICE_METHOD void hold_sums() {
+        if constexpr (Switches::kTwoLevel)
+            ptx::hold(part.value);
+        else
+            ptx::hold(out.value);
     }
     DEVICE_METHOD void hold_weights() {
         if constexpr (!Switches::kWeightsInShared)

@@ -12,7 +12,7 @@ enum Reach { kAllKeys, kRightEdge, kBothEdges };
 
 // What can be had in two ways, to be settled by measurements; the defaults are in plan.py.
 template <bool kPingPong_, bool kOverlap_, bool kPinned_, bool kRescaleFirst_, bool kLazy_, bool kWeightsInShared_,
-          int kPolynomials_>
+          int kPolynomials_, bool kTwoLevel_>
 struct HopperSwitches {
     static constexpr bool kPingPong = kPingPong_;  // warpgroups take turns at the tensor cores
     static constexpr bool kOverlap = kOverlap_;    // a block's softmax runs beside the product before it
@@ -21,6 +21,7 @@ struct HopperSwitches {
     static constexpr bool kLazy = kLazy_;                  // they shrink only where it matters, see OnlineSoftmax
     static constexpr bool kWeightsInShared = kWeightsInShared_;  // not in registers
     static constexpr int kPolynomials = kPolynomials_;  // of 32 exponentials of a thread, by arithmetic: see softmax90.cuh
+    static constexpr bool kTwoLevel = kTwoLevel_;  // the tensor cores sum over a block of keys only, see float8.cuh
 };
 
 template <typename Element_, int kHeadDim_, int kHeadDimV_, int kBlockQ_, int kBlockK_, int kNumStages_, int kCluster_,
@@ -41,6 +42,8 @@ struct HopperTraits {
 
     static constexpr int kConsumers = kBlockQ / 64;  // warpgroups
     static constexpr int kThreads = 128 * (1 + kConsumers);
+    // Columns of the output that are summed at once: sums of a block need registers beside those of all blocks.
+    static constexpr int kParts = Switches::kTwoLevel && kHeadDimV > 128 ? 2 : 1, kPartCols = kHeadDimV / kParts;
     // Multiples of 8. All warpgroups share what the launch gave the block: 168 for each of 384 threads, 128 for each of
     // 512; the fetching one hands over what it does not need.
     static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
@@ -74,6 +77,12 @@ struct HopperTraits {
                   "a warpgroup's rows of the output lie where its own queries were");
     static_assert(!kFloat8 || (kBlockK % 32 == 0 && !Switches::kLazy && !Switches::kWeightsInShared),
                   "float8 weights use all the range there is, and lie as only registers let them");
+    static_assert(!Switches::kTwoLevel || kFloat8, "products of 16-bit numbers sum in float32");
+    static_assert(kParts == 1 || !Switches::kOverlap, "one product is queued behind the scores");
+    static_assert(kKeys % KeyTile::kAlignment == 0 && kValues % ValueTile::kAlignment == 0 &&
+                      (!kFloat8 || kFetched % FetchedTile::kAlignment == 0) &&
+                      (!Switches::kWeightsInShared || kWeights % WeightTile::kAlignment == 0),
+                  "swizzles go by addresses");
 };
 
 // ---- What to do -------------------------------------------------------------------------------------

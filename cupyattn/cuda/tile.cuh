@@ -247,6 +247,14 @@ struct Accumulator {
 #pragma unroll
             for (int i = 0; i < 4; ++i) value[block][i] *= factor[i / 2];
     }
+    // Adds sums of as many columns as `part` has, from `first` on.
+    template <int kPartCols>
+    DEVICE_METHOD void add(const Accumulator<kPartCols>& part, int first) {
+#pragma unroll
+        for (int block = 0; block < kPartCols / 8; ++block)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) value[first / 8 + block][i] += part.value[block][i];
+    }
     // 0, or nan if any of this lane's sums is nan or inf.
     DEVICE_METHOD float times_zero() const {
         float probe = 0.f;

@@ -405,12 +405,31 @@ def test_float8_of_every_head_dim_meets_the_bar(rng, head_dim, shape, schedule):
     check(arrays, options_of(**options), "hopper", schedule)
 
 
+SWITCHES_OF_FLOAT8 = [
+    *(x for x in SWITCHES if not (x.lazy or x.weights_in_shared)),
+    Switches(two_level=True),
+    Switches(two_level=True, rescale_first=True),
+    Switches(two_level=True, overlap=False, pinned=False),
+]
+
+
 @pytest.mark.parametrize("schedule", range(3))
-@pytest.mark.parametrize("switches", [x for x in SWITCHES if not (x.lazy or x.weights_in_shared)], ids=str)
+@pytest.mark.parametrize("switches", SWITCHES_OF_FLOAT8, ids=str)
 def test_every_switch_of_float8_meets_the_bar(rng, switches, schedule):
     arrays = operands(rng, FLOAT8, "bshd", 1, (1, 1, 1), [(130, 200), (256, 90), (257, 257)][schedule], (64, 48))
     options = options_of(**({"causal": True, "alignment": "bottom-right"} if schedule else {}))
     held(arrays, options, schedule, switches=switches)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_sums_of_many_float8_products_do_not_fall_behind(rng, head_dim):
+    """They would in the tensor cores alone, which cut off all but 13 bits behind the point."""
+    arrays = operands(rng, FLOAT8, "bshd", 1, (1, 1, 1), (64, 4096), (head_dim, head_dim))
+    arrays["v"] = rng.uniform(0.5, 1.5, arrays["v"].shape).astype(arrays["v"].dtype)
+    check(arrays, options_of(), "hopper", 1)
+    tile = hopper_tile(problem_of(arrays, options_of()))
+    with pytest.raises(AssertionError):
+        check(arrays, options_of(), "hopper", 1, tile=tile._replace(switches=tile.switches._replace(two_level=False)))
 
 
 @pytest.mark.parametrize(

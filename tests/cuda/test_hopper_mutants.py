@@ -147,6 +147,13 @@ MUTANTS = [
            "float8"),
     Mutant("weights in another order", "float8.cuh", "block = 4 * step + i / 2 * 2", "block = 4 * step + i / 2",
            "float8"),
+    Mutant("sums of a block go on with the next", "hopper.cu",
+           "part.value, weights.value[step][0], there, step);", "part.value, weights.value[step][0], there, true);",
+           "float8"),
+    Mutant("both halves of the columns are the first", "hopper.cu", "values.by_rows(index * Traits::kPartCols)",
+           "values.by_rows(0)", "float8"),
+    Mutant("both halves are added to the first", "hopper.cu", "out.add(part, index * Traits::kPartCols);",
+           "out.add(part, 0);", "float8"),
     Mutant("nan of float8 stays", "float8.cuh", "return four & ~((nans >> 7) * 0xffu);", "return four;", "float8"),
     Mutant("turned values not told of", "fetch90.cuh",
            "ptx::fence_async_proxy();\n                ptx::warp_barrier();", "ptx::warp_barrier();", "float8"),
@@ -254,6 +261,7 @@ def float8(sources):
     factors = {f"{name}_descale": rng.uniform(0.5, 2.0, (2, 2)).astype("f4") for name in "qkv"}
     for schedule in (1, 2):
         dense(sources, schedule, (70, 150), (4, 2, 2), (64, 64), "float8_e4m3fn", extra=factors)
+    dense(sources, 1, (70, 90), (1, 1, 1), (192, 192), "float8_e4m3fn", batch=1)
     arrays = operands(rng, "float8_e4m3fn", "bshd", 1, (1, 1, 1), (40, 77), (64, 64))
     arrays["v"][0, [3, 20, 38], 0, [5, 63, 0]] = np.nan
     held(sources, arrays, options_of(causal=True, alignment="top-left"), 1)

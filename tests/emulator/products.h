@@ -154,6 +154,14 @@ inline void multiply_rows(float* sums, const float (*left)[kDepth], const float 
         }
 }
 
+// Sums of 8-bit numbers have 13 bits behind the point on Hopper, and lose the others.
+inline void cut_off(float& sum) {
+    std::uint32_t bits;
+    std::memcpy(&bits, &sum, 4);
+    if ((bits & 0x7F800000) != 0x7F800000) bits &= ~0x3FFu;
+    std::memcpy(&sum, &bits, 4);
+}
+
 // `kWiden` makes a float of the bits of an element.
 template <typename Bits, float (*kWiden)(Bits), bool kByColumns>
 inline void perform_product(const Product& product, float* sums) {
@@ -190,6 +198,8 @@ inline void perform_product(const Product& product, float* sums) {
         });
     if (!product.accumulates) std::memset(sums, 0, sizeof(float) * kProductRows * columns);
     multiply_rows<kDepth>(sums, left, right, columns);
+    if (sizeof(Bits) == 1)
+        for (int index = 0; index < kProductRows * columns; ++index) cut_off(sums[index]);
 }
 
 // ---- Accumulators -------------------------------------------------------------------------------------
