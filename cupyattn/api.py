@@ -126,7 +126,8 @@ def attention(
     float8_e4m3fn has no gradients.  On the CPU its numbers are taken as they are: nothing is rounded to 8 bits.
 
     On a GPU scores and sums are float32, weights are rounded to the dtype of `v` (of float8_e4m3fn to float16 by the
-    split-KV kernel), and numbers under 2**-126 are zero.  float32 operands enter the products as exact sums of three
+    split-KV kernel), and numbers under 2**-126 are zero.  Hopper's sums of float8_e4m3fn products have 13 bits behind
+    the point: scores, and a result's share of each block of keys.  float32 operands enter the products as exact sums of three
     bfloat16 numbers, of whose nine products the three smallest are left out: results are within 2e-6 of the largest
     value, by the emulator.
     There are no gradients there yet: tensors that require grad are refused.
