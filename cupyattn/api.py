@@ -127,9 +127,9 @@ def attention(
 
     On a GPU scores and sums are float32, weights are rounded to the dtype of `v` (of float8_e4m3fn to float16 by the
     split-KV kernel), and numbers under 2**-126 are zero.  Hopper's sums of float8_e4m3fn products have 13 bits behind
-    the point: scores, and a result's share of each block of keys.  float32 operands enter the products as exact sums of three
-    bfloat16 numbers, of whose nine products the three smallest are left out: results are within 2e-6 of the largest
-    value, by the emulator.
+    the point: scores, and a result's share of each block of keys.  float32 operands enter the products as exact sums
+    of three bfloat16 numbers, of whose nine products the three smallest are left out: results are within 2e-6 of the
+    largest value, by the emulator.
     There are no gradients there yet: tensors that require grad are refused.
 
     ``4 * batch * num_heads * seqlen_q * seqlen_k * head_dim`` floating-point operations, about half of it
