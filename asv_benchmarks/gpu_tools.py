@@ -82,7 +82,7 @@ def with_tile(torch, q, k, v, tile, kernel, **options):
     settings = {"layout": "bshd", "causal": False, "alignment": "bottom-right", "window_size": (None, None)}
     settings |= {"softmax_scale": None, "softcap": 0.0, "dropout_p": 0.0, "compute_dtype": None, "return_lse": False}
     visit = enter("attention", _operands(q, k, v))
-    problem = read("attention", visit.specs, _options("attention", **(settings | options)))
+    problem = read("attention", visit.specs, _options("attention", **(settings | options), takes_float8=True))
     workers = visit.device().num_units if getattr(tile, "persistent", False) else 1
     plan = replace(choose(problem, visit.device()), kernel=kernel, tile=tile, num_workers=workers)
     specs = dict(visit.specs)
