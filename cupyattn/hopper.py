@@ -80,7 +80,7 @@ def base_cluster(head_dim: int, reach: int, dtype: str) -> int:
 
 
 def may_cluster(problem: Problem, tile: HopperTile, cluster: int) -> bool:
-    """Whether so many neighbouring tiles always see the same blocks of keys."""
+    """Whether so many neighbouring tiles always see the same blocks of keys, and these lie in one piece."""
     num_row_tiles, layout = -(-problem.sizes.seqlen_q // tile.tokens), problem.layout
     return tile.reach == ALL_KEYS and not layout.ragged and layout.page_size is None and num_row_tiles % cluster == 0
 

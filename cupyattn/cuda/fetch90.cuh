@@ -52,8 +52,8 @@ DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory)
         query_ring.wait_empty(tile_use);
         ptx::mbarrier_arrive_expect(query_ring.full(tile_use), query_bytes);
         load_tile<1>(memory.queries(), given.q, query_ring.full(tile_use),
-                  static_cast<int>(tile.sequence.first_row) + tile.first_token, tile.head / given.heads_per_unit, batch,
-                  ptx::kDropFromL2);
+                     static_cast<int>(tile.sequence.first_row) + tile.first_token, tile.head / given.heads_per_unit,
+                     batch, ptx::kDropFromL2);
         ++tile_use;
 #pragma unroll 1
         for (int block = tile.blocks.stop - 1; block >= tile.blocks.start; --block, ++use) {

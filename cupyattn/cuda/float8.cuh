@@ -10,8 +10,7 @@
 // many keys sums would fall behind.  So they sum over one block only, and what comes out is added up in float32
 // (kTwoLevel), which takes registers: blocks are shorter for it, or nothing is queued behind the scores.
 //
-// Source   Shah et al., FlashAttention-3, 2024, section 3.3; Zhang et al., SageAttention2, 2024, section 3.3, for sums
-//          in two levels.
+// Source   Shah et al., FlashAttention-3, 2024, section 3.3; Zhang et al., SageAttention2, 2024, for sums in two levels.
 #pragma once
 
 #include "tile90.cuh"

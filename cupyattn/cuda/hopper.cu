@@ -326,7 +326,7 @@ struct HopperRows {
         out.scale_rows(factor);
         const bool suspicious = ptx::any(strays || out.times_zero() != 0.f);
 #pragma unroll
-        for (int part = 0; part < Traits::kOutParts; ++part) store_part(part, suspicious);
+        for (int index = 0; index < Traits::kOutParts; ++index) store_part(index, suspicious);
         memory.query_ring().leave(tile_use, ptx::lane());
     }
 

@@ -10,7 +10,7 @@ namespace cupyattn {
 // Which keys can be hidden from a row: beyond the ends of its sequence, right of its diagonal, on both sides of it.
 enum Reach { kAllKeys, kRightEdge, kBothEdges };
 
-// What can be had in two ways, to be settled by measurements; the defaults are in plan.py.
+// What can be had in two ways, to be settled by measurements; the defaults are in hopper.py.
 template <bool kPingPong_, bool kOverlap_, bool kPinned_, bool kRescaleFirst_, bool kLazy_, bool kWeightsInShared_,
           int kPolynomials_, bool kTwoLevel_>
 struct HopperSwitches {

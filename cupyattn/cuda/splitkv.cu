@@ -122,6 +122,7 @@ struct SplitBlock {
         if constexpr (Traits::kFloat8) return descaled;
         return params.softmax_scale;
     }
+
     // The blocks of keys that some row sees.
     DEVICE_METHOD Span blocks() const {
         if (num_rows <= 0) return {0, 0};
