@@ -83,7 +83,8 @@ def attention(
         A logit per head that joins the softmax's denominator and has no value.
     q_descale, k_descale, v_descale : array of float32, optional
         Factors of q, k and v in float8_e4m3fn, and of no other dtype; they broadcast to (batch, num_heads_kv).
-        Those of q go by the key head that a query head uses.  Default 1.
+        Those of q go by the key head that a query head uses.  Default 1.  Where a factor of q times one of k is
+        negative, results on a GPU are nan.
     dropout_p : float
         Probability with which a weight is dropped; the others grow by ``1 / (1 - dropout_p)``.
     dropout_seed : int, optional
