@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -27,17 +28,32 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
+Mark: TypeAlias = "weakref.ref[_Hold]"
+
+
+class _State:
+    """Who holds the BLAS, and what it is to have again afterwards; never changed, only followed by another one."""
+
+    __slots__ = ("after", "holders", "originals")
+
+    def __init__(self, holders: tuple[Mark, ...], originals: tuple[int, ...] | None) -> None:
+        self.holders = holders
+        self.originals = originals
+        """Threads of each library, which it has not got back yet; None: it has."""
+        self.after: dict[str, _State] = {}
+
+
 class _Blas:
     """NumPy's BLAS, held to one thread while anybody needs that.
 
-    Counted under a lock: of callers that overlap, the first one finds out the original number of threads and
-    the last one restores it, whichever threads they are.
+    Of callers that overlap, the first one finds out the original number of threads and the last one restores it,
+    whichever threads they are.  There is no lock, which an interruption could leave locked and a signal's handler
+    could wait for in vain: a state follows another by one `dict.setdefault`, which happens or does not, and whoever
+    has changed the state gives the BLAS the threads that the latest one asks for.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holders = 0
-        self._originals: list[tuple[Any, int]] = []
+        self._state = _State((), None)
 
     @cached_property
     def _libraries(self) -> list[Any]:
@@ -46,32 +62,63 @@ class _Blas:
         return list(ThreadpoolController().select(user_api="blas").lib_controllers)
 
     def num_threads(self) -> int:
-        """The threads the BLAS would use now: the user's own limit on us, too."""
-        return max((library.num_threads for library in self._libraries), default=num_cores())
+        """The threads the BLAS would use if nobody held it: the user's own limit on us, too."""
+        return max(self._originals(self._latest()), default=num_cores())
 
-    @contextmanager
-    def on_one_thread(self) -> Iterator[None]:
-        with self._lock:
-            if self._holders == 0:
-                self._originals = [(library, library.num_threads) for library in self._libraries]
-                for library, _ in self._originals:
-                    _set_num_threads(library, 1)
-            self._holders += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._holders -= 1
-                if self._holders == 0:
-                    self.restore()
+    def on_one_thread(self) -> _Hold:
+        return _Hold(self)
 
-    def restore(self) -> None:
-        for library, original in self._originals:
-            _set_num_threads(library, original)
+    def take(self, holder: Mark) -> None:
+        self._follow(lambda state: _State((*state.holders, holder), self._originals(state)))
+        self.settle()
 
-    @property
-    def held(self) -> bool:
-        return self._holders > 0
+    def let_go(self, holder: Mark) -> None:
+        if any(each is holder for each in self._latest().holders):  # references that are dead are equal to nothing
+            self._follow(lambda state: _State(tuple(x for x in state.holders if x is not holder), state.originals))
+        self.settle()
+
+    def settle(self) -> None:
+        """Give the BLAS as many threads as the latest state says."""
+        state = None
+        while state is not (state := self._latest()):
+            for library, original in zip(self._libraries, state.originals or (), strict=False):
+                _set_num_threads(library, 1 if state.holders else original)
+        if not state.holders and state.originals is not None:
+            state.after.setdefault("next", _State((), None))
+
+    def _originals(self, state: _State) -> tuple[int, ...]:
+        """What the libraries say counts only where nobody has told them otherwise."""
+        return tuple(library.num_threads for library in self._libraries) if state.originals is None else state.originals
+
+    def _latest(self) -> _State:
+        state = self._state
+        while (later := state.after.get("next")) is not None:
+            state = self._state = later
+        return state
+
+    def _follow(self, change: Callable[[_State], _State]) -> None:
+        while True:
+            state = self._latest()
+            following = change(state)
+            if state.after.setdefault("next", following) is following:
+                return
+
+
+class _Hold:
+    """One caller's hold on the BLAS, a context; the end of this object ends it, where `__exit__` was interrupted."""
+
+    def __init__(self, blas: _Blas) -> None:
+        self._blas = blas
+        self._mark: Mark | None = weakref.ref(self, blas.let_go)
+
+    def __enter__(self) -> None:
+        assert self._mark is not None
+        self._blas.take(self._mark)
+
+    def __exit__(self, *exception: object) -> None:
+        assert self._mark is not None
+        self._blas.let_go(self._mark)
+        self._mark = None
 
 
 def _set_num_threads(library: Any, count: int) -> None:
@@ -84,11 +131,9 @@ _shelf = Shelf()
 
 
 def _forget_other_threads() -> None:
-    """In a forked child nobody holds the BLAS any more, and the lock may have been taken."""
-    global _blas
-    before, _blas = _blas, _Blas()
-    if before.held:
-        before.restore()
+    """In a forked child nobody holds the BLAS any more."""
+    for holder in _blas._latest().holders:
+        _blas.let_go(holder)
 
 
 if hasattr(os, "register_at_fork"):
@@ -101,42 +146,52 @@ def run_all(tasks: Sequence[Task], num_workers: int) -> None:
     A task receives scratch memory that it may use until it returns.
     The threads live for one call, so that a fork between calls finds none.
     """
-    if len(tasks) <= 1:
-        scratch = _shelf.take()
-        with np.errstate(all="ignore"):
-            for task in tasks:
-                task(scratch)
-        _shelf.put_back(scratch)
-        return
-    if num_workers > 1 and not _blas.held:
-        num_workers = min(num_workers, _blas.num_threads())
-    queue = iter(tasks)
-    taking = threading.Lock()
-    failed = threading.Event()
+    queue = deque(tasks)
+    errors: list[BaseException] = []
 
     def work() -> None:
         scratch = _shelf.take()
         with np.errstate(all="ignore"):
-            while not failed.is_set():
-                with taking:
-                    task = next(queue, None)
-                if task is None:
-                    break
+            while queue and not errors:
                 try:
-                    task(scratch)
-                except BaseException:
-                    failed.set()
-                    raise
+                    task = queue.popleft()
+                except IndexError:  # somebody else was faster
+                    break
+                task(scratch)
         _shelf.put_back(scratch)
 
+    def help_with_it() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
     num_workers = min(num_workers, len(tasks))
+    if num_workers > 1:
+        num_workers = min(num_workers, _blas.num_threads())
     if num_workers <= 1:
         work()
         return
-    from concurrent.futures import ThreadPoolExecutor  # here, since most imports of cupyattn never need it
+    helpers: list[threading.Thread] = []
+    with _blas.on_one_thread():
+        try:
+            for _ in range(num_workers - 1):
+                helper = threading.Thread(target=help_with_it, name="cupyattn")
+                try:
+                    helper.start()
+                except RuntimeError:  # there are too many, or the interpreter is about to end: fewer will do
+                    break
+                helpers.append(helper)
+            work()
+            _wait_for(helpers)
+        except BaseException as error:
+            errors.append(error)  # so that the others stop after what they are at
+            _wait_for(helpers)
+            raise
+    if errors:
+        raise errors[0]
 
-    with _blas.on_one_thread(), ThreadPoolExecutor(num_workers - 1, "cupyattn") as pool:
-        helpers = [pool.submit(work) for _ in range(num_workers - 1)]
-        work()
-        for helper in helpers:
-            helper.result()
+
+def _wait_for(threads: Sequence[threading.Thread]) -> None:
+    for thread in threads:
+        thread.join()

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from interruptions import at_every_instruction
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import cupyattn
@@ -194,6 +195,81 @@ def test_two_threads_that_call_attention_at_once_get_their_answers(three_blas_th
     assert blas_threads() == three_blas_threads
 
 
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_an_interruption_anywhere_leaves_the_blas_as_it_was(num_workers, three_blas_threads):
+    def call():
+        run_all([lambda scratch: None] * 3, num_workers)
+
+    before, count = set(threading.enumerate()), 0
+    for number, _ in at_every_instruction(call, threads.__file__):
+        count += 1
+        assert blas_threads() == three_blas_threads, f"after {number} instructions"
+        assert not threads._blas._latest().holders, f"after {number} instructions"
+    for thread in set(threading.enumerate()) - before:
+        thread.join(WAIT)
+    assert count > 50 * num_workers
+    call()
+    assert blas_threads() == three_blas_threads
+
+
+def test_an_interruption_while_others_hold_the_blas_leaves_it_to_them(three_blas_threads):
+    with threads._blas.on_one_thread():
+        for number, _ in at_every_instruction(lambda: run_all([lambda scratch: None] * 2, 2), threads.__file__, step=7):
+            assert set(blas_threads()) == {1}, f"after {number} instructions"
+    assert blas_threads() == three_blas_threads
+
+
+def test_an_interruption_stops_those_who_help():
+    everybody, done = threading.Barrier(2, timeout=WAIT), []
+    caller = threading.get_ident()
+
+    def task(scratch):
+        if not done:
+            everybody.wait()
+        done.append(1)
+        if threading.get_ident() == caller:
+            raise KeyboardInterrupt
+        time.sleep(0.001)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all([task] * 1000, 2)
+    assert len(done) < 500
+
+
+def test_a_call_out_of_a_signals_handler_does_not_wait_for_the_call_it_interrupts(three_blas_threads):
+    """At every instruction: the handler calls what it has interrupted, as a signal's would."""
+    seen = []
+
+    class Handled(Exception):
+        def __init__(self):
+            run_all([lambda scratch: seen.append(set(blas_threads()))] * 2, 2)
+
+    for _ in at_every_instruction(lambda: run_all([lambda scratch: None] * 2, 2), threads.__file__, error=Handled):
+        assert blas_threads() == three_blas_threads
+    assert seen.count({1}) == len(seen) > 100
+
+
+def test_a_count_that_is_read_while_somebody_holds_the_blas_is_not_believed(three_blas_threads):
+    with threads._blas.on_one_thread():
+        assert set(blas_threads()) == {1}
+        assert threads._blas.num_threads() == 3
+        with threads._blas.on_one_thread():
+            pass
+        assert set(blas_threads()) == {1}
+    assert blas_threads() == three_blas_threads
+
+
+def test_where_no_thread_can_be_started_the_caller_does_it_all(monkeypatch, three_blas_threads):
+    def refuse(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    seen = []
+    run_all([lambda scratch: seen.append(threading.get_ident())] * 20, 3)
+    assert seen == [threading.get_ident()] * 20
+    assert blas_threads() == three_blas_threads
+
+
 def test_a_users_limit_of_one_thread_is_respected():
     seen = set()
     with threadpool_limits(1, user_api="blas"):
@@ -237,6 +313,7 @@ def run_in_a_process_of_its_own(program):
         [sys.executable, "-W", quiet, "-c", program], capture_output=True, text=True, timeout=60, cwd=here
     )
     assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 LIMITED = """
@@ -277,6 +354,38 @@ worker.join()
 
 def test_users_can_still_limit_the_blas_after_another_thread_called():
     run_in_a_process_of_its_own(LIMITED)
+
+
+AT_THE_END = """
+import atexit, sys, threading, time
+import numpy as np
+import cupyattn
+from threadpoolctl import threadpool_limits
+
+threadpool_limits(3, user_api="blas")
+q = np.random.default_rng(0).standard_normal((1, 512, 8, 32), dtype=np.float32)
+expected = cupyattn.attention(q, q, q)
+assert cupyattn.explain(q, q, q).flops > 200e6
+
+def call(who):
+    assert np.array_equal(cupyattn.attention(q, q, q), expected)
+    print(who, flush=True)
+
+def later():
+    threading.main_thread().join()
+    call("a thread that outlives the main one")
+
+atexit.register(call, "at exit")
+threading.Thread(target=later).start()
+daemon = threading.Thread(target=call, args=("a daemon",), daemon=True)
+daemon.start()
+daemon.join()
+"""
+
+
+def test_calls_work_at_exit_and_after_the_main_thread_has_ended():
+    said = run_in_a_process_of_its_own(AT_THE_END)
+    assert sorted(said.splitlines()) == ["a daemon", "a thread that outlives the main one", "at exit"]
 
 
 FORKED = """

@@ -2,29 +2,29 @@
 
 A cubin's file is named ``<key>-nvrtc<version>-<digest>.cubin``.  The key says what was compiled, the digest
 what came out, and the rest is in the ELF file, so that one file is all there is: it appears whole by a
-rename, and a file that does not match its name is not loaded.  Looked for in this order:
+rename, and a file that does not match its name is not loaded.  What is loaded are the bytes that were looked
+at, never the file once more.  Looked for in this order:
 
 1. ``prebuilt/``, in the wheel;
 2. the user's cache: ``$CUPYATTN_CACHE_DIR``, or where the platform keeps caches;
 3. NVRTC, whose cubin is then kept in the user's cache, or for as long as this process lives if there is none.
 
-Machine code is as good as a program, so a cache that others could have written to is neither read nor written.
+Machine code is as good as a program, so a cache that others could have written to, or could put another in the
+place of, is neither read nor written.
 """
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import json
 import os
 import re
-import shutil
+import stat
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cupyattn.cuda import compiler, elf, source
@@ -32,16 +32,19 @@ from cupyattn.cuda import compiler, elf, source
 FORMAT = 1
 """Goes into every key; to be raised when the same key would mean something else."""
 PREBUILT = source.FOLDER / "prebuilt"
-A_DAY = 86400.0
+WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 _NAME = re.compile(r"(?P<key>[0-9a-f]{32})-nvrtc(?P<nvrtc>\d+\.\d+)-(?P<digest>[0-9a-f]{32})\.cubin")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One compiled kernel on disk."""
+    """One compiled kernel."""
 
-    path: Path
+    image: bytes = field(repr=False)
+    """The cubin: what is to be loaded."""
+    path: Path | None
+    """Where it is kept; None: in the memory of this process alone."""
     name: str
     """The kernel's name in the file, mangled."""
     resources: elf.Resources
@@ -87,12 +90,17 @@ def find(
         return found
     own = compiler.version()
     with lock_of(key):
-        for folder in (user_folder(), _process_folders.get(os.getpid())):
-            if folder and is_ours(folder):
-                found = _look(folder, key, loads if own is None else lambda nvrtc: nvrtc == own, is_ours)
-                if found:
-                    return found
-        return _keep(key, compiler.compile_cubin(text, expression, target))
+        folder = user_folder()
+        if folder and is_ours(folder):
+            found = _look(folder, key, loads if own is None else lambda nvrtc: nvrtc == own, _is_nobody_elses)
+            if found:
+                return found
+        if key not in _in_memory:
+            entry = _keep(key, compiler.compile_cubin(text, expression, target))
+            if entry.path is not None:
+                return entry
+            _in_memory[key] = entry
+        return _in_memory[key]
 
 
 def build(
@@ -141,31 +149,40 @@ def user_folder() -> Path | None:
     return caches / "cupyattn" / __version__
 
 
-def is_ours(path: Path) -> bool:
-    """Whether it exists, and nobody but this user and root can have written to it."""
+def is_ours(folder: Path) -> bool:
+    """Whether it exists, and nobody but this user and root can have written to it or can put another in its place."""
+    if os.name != "posix":
+        return folder.exists()
     try:
-        status = path.stat()
-    except OSError:
+        above = {*folder.parents, *folder.resolve().parents}
+        return _is_nobody_elses(folder.stat()) and all(_is_a_safe_way(each.stat()) for each in above)
+    except (OSError, RuntimeError):  # it does not exist, nobody may look, or links lead in a circle
         return False
-    return os.name != "posix" or (status.st_uid in (os.geteuid(), 0) and not status.st_mode & 0o022)
 
 
-_process_folders: dict[int, Path] = {}
-"""The last resort, by process number: a forked child gets its own."""
+def _is_nobody_elses(status: os.stat_result) -> bool:
+    """Only this user and root can have written to it."""
+    return os.name != "posix" or (_is_owned(status) and not status.st_mode & WRITABLE_BY_OTHERS)
 
 
-def _process_folder() -> Path:
-    """A folder that goes with this process; made anew where a cleaner of temporary files has taken it away."""
-    pid = os.getpid()
-    if pid not in _process_folders or not is_ours(_process_folders[pid]):
-        _process_folders[pid] = Path(tempfile.mkdtemp(prefix="cupyattn-"))  # of mode 0700
-        atexit.register(_remove, _process_folders[pid], pid)
-    return _process_folders[pid]
+def _is_a_safe_way(status: os.stat_result) -> bool:
+    """Nobody else can rename what lies in this folder; where all may write, the sticky bit sees to that."""
+    return _is_owned(status) and (bool(status.st_mode & stat.S_ISVTX) or not status.st_mode & WRITABLE_BY_OTHERS)
 
 
-def _remove(folder: Path, pid: int) -> None:
-    if os.getpid() == pid:
-        shutil.rmtree(folder, ignore_errors=True)
+def _is_owned(status: os.stat_result) -> bool:
+    return status.st_uid in (os.geteuid(), 0)
+
+
+def _make(folder: Path) -> None:
+    """The folder and those above it, for their owner alone."""
+    for each in (*reversed(folder.parents), folder):
+        if not each.exists():
+            each.mkdir(mode=0o700, exist_ok=True)
+
+
+_in_memory: dict[str, Entry] = {}
+"""What could be kept nowhere else, by key."""
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -174,62 +191,95 @@ def _remove(folder: Path, pid: int) -> None:
 
 
 def _look(
-    folder: Path, key: str, accept: Callable[[str], bool], trust: Callable[[Path], bool] = Path.is_file
+    folder: Path, key: str, accept: Callable[[str], bool], trust: Callable[[os.stat_result], bool] = lambda _: True
 ) -> Entry | None:
     """The whole and untouched cubin with this key by the latest compiler that is accepted."""
     named = [(path, match) for path in folder.glob(f"{key}-*.cubin") if (match := _NAME.fullmatch(path.name))]
     named.sort(key=lambda row: tuple(map(int, row[1]["nvrtc"].split("."))), reverse=True)
     for path, match in named:
-        if accept(match["nvrtc"]) and trust(path):
+        image = _read(path, trust) if accept(match["nvrtc"]) else None
+        if image is not None and _digest(image) == match["digest"]:
             try:
-                image = path.read_bytes()
-            except OSError:
-                continue
-            if _digest(image) == match["digest"]:
                 ((name, resources),) = elf.kernels(image).items()
-                return Entry(path, name, resources, match["nvrtc"])
+            except ValueError:  # somebody's file under such a name
+                continue
+            return Entry(image, path, name, resources, match["nvrtc"])
     return None
 
 
+def _read(path: Path, trust: Callable[[os.stat_result], bool]) -> bytes | None:
+    """What is in a file, if it is one and can be trusted; the file that is read is the file that was looked at."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError:
+        return None
+    with open(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not (stat.S_ISREG(status.st_mode) and trust(status)):
+            return None
+        try:
+            return file.read()
+        except OSError:
+            return None
+
+
 def _keep(key: str, cubin: compiler.Cubin) -> Entry:
-    """In the user's cache, or where that is not to be had in a folder of this process."""
+    """In the user's cache, or where that is not to be had in memory."""
     folder = user_folder()
     try:
         if folder is not None:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _make(folder)
             if is_ours(folder):
                 return _store(folder, key, cubin)
     except OSError:  # no permission, no space, a read-only disk: the kernel can run all the same
         pass
-    return _store(_process_folder(), key, cubin)
+    return Entry(cubin.image, None, cubin.name, cubin.resources, cubin.nvrtc)
 
 
 def _store(folder: Path, key: str, cubin: compiler.Cubin) -> Entry:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _make(folder)
     _sweep(folder)
     path = folder / f"{key}-nvrtc{cubin.nvrtc}-{_digest(cubin.image)}.cubin"
     handle, name = tempfile.mkstemp(prefix=f"{os.getpid()}-", suffix=".part", dir=folder)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(handle, "wb") as file:
+            _lock(handle)
             file.write(cubin.image)
             file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)  # whether others get this far is the folder's to say
-        os.replace(name, path)
+            os.fsync(handle)
+            if os.name == "posix":
+                os.fchmod(handle, 0o644)  # whether others get this far is the folder's to say
+                os.replace(name, path)  # while it is locked: nobody else takes it for what a killed writer left
+        if os.name != "posix":  # where an open file cannot be renamed, nor removed by others
+            os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-    return Entry(path, cubin.name, cubin.resources, cubin.nvrtc)
+    return Entry(cubin.image, path, cubin.name, cubin.resources, cubin.nvrtc)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed writers left behind."""
+    """Remove what killed writers left behind: files that nobody has locked, whatever the clock says."""
     for path in folder.glob("*.part"):
         try:
-            if time.time() - path.stat().st_mtime > A_DAY:
-                path.unlink()
-        except OSError:  # another process was faster
+            with open(os.open(path, os.O_RDWR | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+                if os.name != "posix" or _lock(file.fileno()):
+                    path.unlink()
+        except OSError:  # another process was faster, or is still at it
             pass
+
+
+def _lock(handle: int) -> bool:
+    """Whether a file could be locked, which its closing undoes, and a process's end."""
+    if os.name != "posix":
+        return True
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # somebody else has it, or this file system knows no locks
+        return False
+    return True
 
 
 def _digest(image: bytes) -> str:

@@ -70,7 +70,20 @@ def whole(image: bytes) -> bytes:
 
 
 def kernels(image: bytes) -> dict[str, Resources]:
-    """The kernels in a cubin, by their names in it."""
+    """The kernels in a cubin, by their names in it.
+
+    Raises
+    ------
+    ValueError
+        It is none, or not a whole one.
+    """
+    try:
+        return _kernels(image)
+    except (IndexError, KeyError, struct.error) as error:  # an ELF file, with tables that lead nowhere
+        raise ValueError("not a cubin: its tables do not fit together") from error
+
+
+def _kernels(image: bytes) -> dict[str, Resources]:
     header = _header(image)
     if header.end > len(image):
         raise ValueError(f"not a whole cubin: {header.end - len(image)} bytes are missing")

@@ -76,5 +76,5 @@ def _cache() -> str:
     if folder is None:
         return "none: this user has no home folder; CUPYATTN_CACHE_DIR can name another"
     if folder.exists() and not cache.is_ours(folder):
-        return f"not used: {folder} belongs to another user, or others may write to it"
+        return f"not used: {folder}, or a folder above it, belongs to another user, or others may write to it"
     return _folder(folder)

@@ -1,4 +1,8 @@
-"""Kernels loaded on a device, ready to be launched; the one use of RawModule."""
+"""Kernels loaded on a device, ready to be launched.
+
+From memory, by what CuPy's RawModule is made of: a path would be opened again, and whoever is faster could have
+another file there.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +38,13 @@ def kernel(specialisation: Specialisation, device_index: int) -> Any:
     device = cupy.cuda.Device(device_index)
     capability = device.compute_capability  # "90", "120"
     target = target_for((int(capability[:-1]), int(capability[-1])))
-    driver = cupy.cuda.runtime.driverGetVersion() // 1000
-    entry = find(specialisation.source, specialisation.expression, target, driver=driver)
+    version = cupy.cuda.runtime.driverGetVersion() // 1000
+    entry = find(specialisation.source, specialisation.expression, target, driver=version)
     with device:
-        loaded = cupy.RawModule(path=str(entry.path)).get_function(entry.name)
-        loaded.max_dynamic_shared_size_bytes = specialisation.shared_memory  # above 48 KB it has to be asked for
-        return loaded.kernel
+        module = cupy.cuda.function.Module()
+        module.load(entry.image)
+        loaded = module.get_function(entry.name)
+        driver = cupy.cuda.driver
+        attribute = driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES  # above 48 KB it has to be asked for
+        driver.funcSetAttribute(loaded.ptr, attribute, specialisation.shared_memory)
+        return loaded

@@ -94,7 +94,7 @@ def prebuild(jobs: Sequence[Job], folder: Path, stream: TextIO, workers: int | N
                 else:
                     entry, is_new = future.result()
                     compiled, kept = compiled + is_new, kept + (not is_new)
-                    num_bytes += entry.path.stat().st_size
+                    num_bytes += len(entry.image)
                 progress.step(f"{wanted.source} for {target}")
         except BaseException:  # Ctrl-C: finish what is being compiled, and no more
             pool.shutdown(wait=False, cancel_futures=True)

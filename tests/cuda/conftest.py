@@ -45,7 +45,7 @@ def folder(tmp_path, monkeypatch):
     """The user's cache, empty; nothing is prebuilt, and nothing kept for this process."""
     monkeypatch.setenv("CUPYATTN_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "PREBUILT", tmp_path / "prebuilt")
-    monkeypatch.setattr(cache, "_process_folders", {})
+    monkeypatch.setattr(cache, "_in_memory", {})
     return cache.user_folder()
 
 

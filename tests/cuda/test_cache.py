@@ -1,12 +1,14 @@
 """Cubins on disk: compiled once, found again, and never loaded if anything about them is wrong."""
 
 import errno
+import hashlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -207,13 +209,76 @@ def test_a_folder_that_others_may_write_to_is_neither_read_nor_written(kept, sou
     kept.path.unlink()
     folder.chmod(mode)
     found = find(*WANTED, sources=sources)
-    assert found.path.parent != folder
+    assert found == replace(kept, path=None)
     assert cubins(folder) == []
     folder.chmod(0o700)
-    copy = folder / found.path.name
-    copy.write_bytes(found.path.read_bytes())
+    kept.path.write_bytes(found.image)
     folder.chmod(mode)
-    assert find(*WANTED, sources=sources) == found
+    assert find(*WANTED, sources=sources) is found
+
+
+@posix
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_nor_is_a_folder_inside_of_one_where_others_could_put_another_in_its_place(kept, sources, folder, mode):
+    folder.parent.chmod(mode)
+    assert find(*WANTED, sources=sources).path is None
+
+
+@posix
+def test_where_all_may_write_and_nobody_rename_what_is_others_a_folder_is_safe(kept, sources, folder):
+    folder.parent.chmod(0o1777)
+    assert find(*WANTED, sources=sources) == kept
+
+
+@posix
+def test_a_link_to_a_folder_is_as_safe_as_where_it_leads(kept, sources, folder, tmp_path):
+    (tmp_path / "open").mkdir()
+    real = folder.parent.rename(tmp_path / "open" / "cache")
+    folder.parent.symlink_to(real)
+    assert find(*WANTED, sources=sources).path == kept.path
+    (tmp_path / "open").chmod(0o777)
+    assert find(*WANTED, sources=sources).path is None
+
+
+@posix
+def test_what_is_loaded_is_what_was_looked_at_though_another_file_takes_its_place(kept, sources, monkeypatch):
+    real = cache._digest
+
+    def replaced_meanwhile(image):
+        kept.path.unlink()
+        kept.path.write_bytes(b"somebody else's")
+        return real(image)
+
+    monkeypatch.setattr(cache, "_digest", replaced_meanwhile)
+    assert find(*WANTED, sources=sources).image == kept.image
+
+
+@posix
+def test_a_pipe_in_the_cache_is_no_cubin_and_nobody_waits_for_it(kept, sources, compiled):
+    kept.path.unlink()
+    os.mkfifo(kept.path)
+    assert find(*WANTED, sources=sources) == kept
+    assert compiled == ["test::scale<3>"]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [b"", b"somebody's notes", b"\x7fELF\x02\x01" + b"\xff" * 500, b"\x7fELF\x02\x01" + bytes(500)],
+    ids=["nothing", "text", "tables anywhere", "no tables"],
+)
+def test_what_has_the_name_of_a_cubin_and_its_digest_and_is_none_is_passed_over(kept, sources, compiled, image):
+    digest = hashlib.sha256(image).hexdigest()[:32]
+    kept.path.with_name(f"{kept.path.name.rpartition('-')[0]}-{digest}.cubin").write_bytes(image)
+    kept.path.unlink()
+    assert find(*WANTED, sources=sources) == kept
+    assert compiled == ["test::scale<3>"]
+
+
+def test_of_two_cubins_one_that_is_none_does_not_hide_the_other(kept, sources, compiled):
+    digest = hashlib.sha256(b"").hexdigest()[:32]
+    kept.path.with_name(f"{kept.path.name.rpartition('-')[0]}-{digest}.cubin").touch()
+    assert find(*WANTED, sources=sources) == kept
+    assert compiled == []
 
 
 @posix
@@ -230,10 +295,14 @@ def test_a_file_that_others_may_write_to_is_not_loaded(kept, sources, compiled, 
     ("owner", "mode", "ours"),
     [("me", 0o700, True), ("root", 0o755, True), ("me", 0o755, True), ("other", 0o700, False), ("me", 0o720, False)],
 )
-def test_ours_is_what_only_this_user_and_root_can_write(monkeypatch, owner, mode, ours):
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+@pytest.mark.parametrize("above", [False, True])
+def test_ours_is_what_only_this_user_and_root_can_write(folder, monkeypatch, owner, mode, ours, above):
+    folder.mkdir(parents=True)
+    looked_at, real = folder.parent if above else folder, Path.stat
     status = SimpleNamespace(st_uid={"me": 1000, "root": 0, "other": 1001}[owner], st_mode=mode)
-    assert is_ours(SimpleNamespace(stat=lambda: status)) == ours
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(Path, "stat", lambda self, **how: status if self == looked_at else real(self, **how))
+    assert is_ours(folder) == ours
 
 
 def test_what_does_not_exist_is_not_ours(tmp_path):
@@ -245,19 +314,59 @@ def test_the_cache_is_made_for_its_owner_alone(kept, folder):
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
+@posix
+def test_so_are_the_folders_above_it_whatever_the_umask(nvrtc, sources, tmp_path, monkeypatch):
+    chosen = tmp_path / "a" / "b"
+    monkeypatch.setenv("CUPYATTN_CACHE_DIR", str(chosen))
+    before = os.umask(0)
+    try:
+        path = find(*WANTED, sources=sources).path
+    finally:
+        os.umask(before)
+    assert {each.stat().st_mode & 0o777 for each in (path.parent, chosen, chosen.parent)} == {0o700}
+
+
 # ---- Killed, crowded, full, read-only ---------------------------------------------------------------
 
 
-def test_what_a_killed_writer_left_is_not_loaded_and_goes_after_a_day(kept, sources, folder, compiled):
-    old, new = folder / "123-abc.part", folder / "124-def.part"
-    for path in (old, new):
-        path.write_bytes(kept.path.read_bytes()[:100])
-    os.utime(old, (time.time() - 2 * cache.A_DAY,) * 2)
+@posix
+@pytest.mark.parametrize("age", [0, 2 * 86400, -2 * 86400], ids=["now", "two days ago", "in two days"])
+def test_what_a_killed_writer_left_is_not_loaded_and_goes_with_the_next_one(kept, sources, folder, compiled, age):
+    left = folder / "123-abc.part"
+    left.write_bytes(kept.image[:100])
+    os.utime(left, (time.time() - age,) * 2)
     kept.path.unlink()
     assert find(*WANTED, sources=sources) == kept
     assert compiled == ["test::scale<3>"]
-    assert not old.exists()
-    assert new.exists()
+    assert not left.exists()
+
+
+WRITING = """
+from cupyattn.cuda import cache
+from cupyattn.cuda.cache import find
+real = cache.os.fsync
+def slowly(handle):
+    print("writing", flush=True)
+    sys.stdin.readline()
+    real(handle)
+cache.os.fsync = slowly
+print(find("scale.cu", "test::scale<5>", "sm_90a", sources=Path(sys.argv[1])).path)
+"""
+
+
+@posix
+@pytest.mark.usefixtures("nvrtc")
+def test_what_another_process_is_writing_is_left_to_it_whatever_the_clock_says(sources, folder):
+    writer = run_python(WRITING, sources, stdin=subprocess.PIPE)
+    assert writer.stdout.readline() == "writing\n"
+    (part,) = folder.glob("*.part")
+    os.utime(part, (0, 0))
+    find(*WANTED, sources=sources)
+    assert part.exists()
+    out, err = writer.communicate("go on\n", timeout=WAIT)
+    assert writer.returncode == 0, err
+    assert Path(out.strip()).exists()
+    assert len(cubins(folder)) == 2
 
 
 KILLED = """
@@ -322,12 +431,15 @@ def test_a_forked_child_does_not_wait_for_a_thread_it_does_not_have():
     assert finished(run_python(FORKED)) == "0"
 
 
-@pytest.mark.usefixtures("nvrtc")
-def test_without_a_usable_cache_it_works_from_a_folder_that_goes_with_the_process(sources, tmp_path):
+def test_without_a_usable_cache_a_kernel_is_compiled_once_and_kept_in_memory(
+    nvrtc, sources, tmp_path, compiled, monkeypatch
+):
     (tmp_path / "file").touch()
-    path = Path(finished(run_python(FIND, sources, env={"CUPYATTN_CACHE_DIR": str(tmp_path / "file")})))
-    assert path.suffix == ".cubin"
-    assert not path.parent.exists()
+    monkeypatch.setenv("CUPYATTN_CACHE_DIR", str(tmp_path / "file"))
+    found = find(*WANTED, sources=sources)
+    assert found.path is None
+    assert find(*WANTED, sources=sources) is found
+    assert compiled == ["test::scale<3>"]
 
 
 @posix
@@ -337,9 +449,7 @@ def test_a_read_only_cache_is_read_and_not_written(kept, sources, folder, compil
     if os.access(folder, os.W_OK):
         pytest.skip("this user may write everywhere")
     assert find(*WANTED, sources=sources) == kept
-    other = find("scale.cu", "test::scale<5>", "sm_90a", sources=sources)
-    assert other.path.parent != folder
-    assert other.path.exists()
+    assert find("scale.cu", "test::scale<5>", "sm_90a", sources=sources).path is None
     folder.chmod(0o700)
 
 
@@ -354,20 +464,10 @@ def test_a_full_disk_leaves_nothing_behind_and_the_kernel_works(nvrtc, sources, 
 
     monkeypatch.setattr(os, "fsync", full_at_first)
     found = find(*WANTED, sources=sources)
-    assert found.path.exists()
+    assert found.path is None
     assert list(folder.iterdir()) == []
     assert find(*WANTED, sources=sources) == found
     assert compiled == ["test::scale<3>"]
-
-
-def test_the_folder_of_a_process_is_made_anew_when_a_cleaner_took_it(nvrtc, sources, tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("CUPYATTN_CACHE_DIR", str(tmp_path / "file"))
-    first = find(*WANTED, sources=sources).path
-    cache.shutil.rmtree(first.parent)
-    second = find(*WANTED, sources=sources).path
-    assert second.exists()
-    assert second.parent != first.parent
 
 
 # ---- Where it is ------------------------------------------------------------------------------------
@@ -413,4 +513,4 @@ def test_a_user_without_a_home_has_no_cache(home, monkeypatch, nvrtc, sources):
 
     monkeypatch.setattr(Path, "home", homeless)
     assert cache.user_folder() is None
-    assert find(*WANTED, sources=sources).path.exists()
+    assert find(*WANTED, sources=sources).path is None

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,14 +21,16 @@ class FakeCupy:
         self.current = None
         self.capabilities = ["90", "120"]
         runtime = SimpleNamespace(driverGetVersion=lambda: 12080)
-        self.cuda = SimpleNamespace(Device=self.device, runtime=runtime)
+        driver = SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES=8, funcSetAttribute=self.set_attribute)
+        function = SimpleNamespace(Module=lambda: Module(self))
+        self.cuda = SimpleNamespace(Device=self.device, runtime=runtime, driver=driver, function=function)
 
     def device(self, index):
         return Device(self, index)
 
-    def RawModule(self, *, path):
-        assert isinstance(path, str)
-        return SimpleNamespace(get_function=lambda name: Loaded(self, path, name))
+    def set_attribute(self, pointer, attribute, value):
+        assert self.current is not None, "the attribute is of the function on the current device"
+        self.asked.append((self.current, *pointer, attribute, value))
 
 
 class Device:
@@ -44,24 +45,17 @@ class Device:
         self._cupy.current = None
 
 
-class Loaded:
-    def __init__(self, cupy, path, name):
-        self._cupy, self._path, self._name = cupy, path, name
-        self.shared = None
+class Module:
+    def __init__(self, cupy):
+        self._cupy = cupy
 
-    @property
-    def max_dynamic_shared_size_bytes(self):
-        return self.shared
+    def load(self, image):
+        assert isinstance(image, bytes)
+        assert self._cupy.current is not None, "a module is loaded into the current device's context"
+        self._image = image
 
-    @max_dynamic_shared_size_bytes.setter
-    def max_dynamic_shared_size_bytes(self, value):
-        assert self._cupy.current is not None, "the attribute is of the function on the current device"
-        self.shared = value
-
-    @property
-    def kernel(self):
-        self._cupy.asked.append((self._cupy.current, self._path, self._name, self.shared))
-        return object()
+    def get_function(self, name):
+        return SimpleNamespace(ptr=(self._image, name), module=self)
 
 
 @pytest.fixture
@@ -80,7 +74,7 @@ def found(monkeypatch):
 
     def find(source, expression, target, *, driver):
         calls.append((source, expression, target, driver))
-        return Entry(Path("/cubins") / target, "_Zflash", elf.Resources(168, 0, 0), "13.0")
+        return Entry(target.encode(), None, "_Zflash", elf.Resources(168, 0, 0), "13.0")
 
     monkeypatch.setattr(module, "find", find)
     return calls
@@ -95,8 +89,7 @@ def test_the_cubin_is_for_the_devices_architecture_and_no_newer_than_its_driver(
 @pytest.mark.parametrize("index", [0, 1])
 def test_it_is_loaded_on_its_device_with_its_shared_memory_allowed(cupy, found, index):
     kernel(WANTED, index)
-    target = ["sm_90a", "sm_120a"][index]
-    assert cupy.asked == [(index, str(Path("/cubins") / target), "_Zflash", 66560)]
+    assert cupy.asked == [(index, [b"sm_90a", b"sm_120a"][index], "_Zflash", 8, 66560)]
 
 
 def test_it_is_loaded_once_for_each_device_and_specialisation(cupy, found):
@@ -104,7 +97,7 @@ def test_it_is_loaded_once_for_each_device_and_specialisation(cupy, found):
     functions = [kernel(wanted, index) for wanted in (WANTED, other) for index in (0, 1)]
     again = [kernel(replace(wanted), index) for wanted in (WANTED, other) for index in (0, 1)]
     assert again == functions
-    assert len(set(functions)) == len(cupy.asked) == 4
+    assert len(set(map(id, functions))) == len(cupy.asked) == 4
 
 
 def test_a_gpu_without_kernels_is_refused_before_anything_is_looked_for(cupy, found):

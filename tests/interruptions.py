@@ -1,0 +1,51 @@
+"""Ctrl-C at every instruction: what a signal can do anywhere, done everywhere.
+
+for number, interrupted in at_every_instruction(lambda: run_all(tasks, 2), threads.__file__):
+    ...  # look at what is left; after the last number the call came to its end
+"""
+
+import itertools
+import sys
+
+
+class _Tracer:
+    """Raises before an instruction of some files: the one that has so many before it."""
+
+    def __init__(self, files, countdown, error):
+        self._files, self._left, self._error = files, countdown, error
+        self.has_raised = False
+
+    def __call__(self, frame, event, argument):
+        if frame.f_code.co_filename not in self._files or self.has_raised:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self._at_an_instruction
+
+    def _at_an_instruction(self, frame, event, argument):
+        if event == "opcode" and not self.has_raised:
+            self._left -= 1
+            if self._left < 0:
+                self.has_raised = True
+                raise self._error
+        return self._at_an_instruction
+
+
+def at_every_instruction(call, *files, error=KeyboardInterrupt, step=1):
+    """Make the call again and again, each time interrupted one instruction (or `step`) of these files later.
+
+    Yields the number of instructions before the interruption, and whether the error came out of the call; ends with
+    the first call that nothing interrupted.
+    """
+    for number in itertools.count(0, step):
+        tracer = _Tracer(frozenset(files), number, error)
+        before, came_out = sys.gettrace(), False
+        sys.settrace(tracer)
+        try:
+            call()
+        except error:
+            came_out = True
+        finally:
+            sys.settrace(before)
+        if not tracer.has_raised:
+            return
+        yield number, came_out
