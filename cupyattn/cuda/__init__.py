@@ -24,7 +24,7 @@ from cupyattn.cuda.launch import (
     recipe_of,
     record_of,
 )
-from cupyattn.cuda.memory import CuPyMemory, DLPackMemory, TorchMemory, copied
+from cupyattn.cuda.memory import CuPyMemory, JaxMemory, TorchMemory, copied
 from cupyattn.cuda.module import Specialisation, kernel
 from cupyattn.plan import Plan
 from cupyattn.problem import FLOAT8, Device, Problem, Shape, Spec
@@ -75,11 +75,11 @@ def _device(index: int) -> Device:
 def index_of(array: Any) -> int:
     """The CUDA ordinal of a CuPy, torch or JAX array."""
     device = getattr(array, "device", None)
-    for name in ("id", "index", "local_hardware_id"):
+    for name in ("local_hardware_id", "id", "index"):  # JAX's id counts the devices of all processes
         index = getattr(device, name, None)
         if isinstance(index, int):
             return index
-    return 0
+    return int(array.__dlpack_device__()[1])
 
 
 @functools.cache
@@ -90,9 +90,7 @@ def _memory(title: str) -> CuPyMemory:
     if title == "torch.Tensor":
         return TorchMemory()
     if title == "jax.Array":
-        import jax
-
-        return DLPackMemory(jax.dlpack.from_dlpack)
+        return JaxMemory()
     raise NotImplementedError(f"arrays of type {title} on a CUDA device: only CuPy, torch and JAX are known there")
 
 
@@ -119,10 +117,12 @@ def run(
     index = index_of(arrays["q"])
     with _current(index):
         operands = memory.bring(arrays)
-        like = operands["q"]
-        results = {name: memory.empty(spec.shape, spec.dtype, like) for name, spec in problem.results.items()}
-        if problem.sizes.num_heads and 0 not in problem.out_shape:
-            _ready(memory, index, operands, specs, results, plan, problem, seed)()
+        results = {name: memory.result(spec, arrays["q"]) for name, spec in problem.results.items()}
+        try:
+            if problem.sizes.num_heads and 0 not in problem.out_shape:
+                _ready(memory, index, operands, specs, results, plan, problem, seed)()
+        finally:  # copies may be under way
+            memory.launched(operands, results)
         return memory.home(results)
 
 
@@ -161,7 +161,7 @@ def run_from_cache(
             if has_to_be_copied(name, *view[1:], problem.sizes.batch_shape):
                 rule = f"{specs[name].name} has to be contiguous along its last axis: a cache is not copied"
                 raise ValueError(refusal(function, rule, (specs[name].name, view.shape, f"strides {view.strides}")))
-        results = {name: memory.empty(x.shape, x.dtype, operands["q"]) for name, x in problem.results.items()}
+        results = {name: memory.result(spec, arrays["q"]) for name, spec in problem.results.items()}
         seqlen = problem.sizes.seqlen_k if cache_seqlen is None else cache_seqlen
         launches = []
         if "k_new" in operands:
@@ -212,21 +212,23 @@ def _ready_to_append(
 ) -> _Launch:
     """That of ``append.cu``; where there are tables, "q" among the operands is the rotated copy from here on."""
     views = {}
-    for name in append.POINTERS:
-        if name in operands:
-            view = memory.view(operands[name], specs[name].dtype)
-            if has_to_be_copied("", *view[1:], problem.sizes.batch_shape):
-                operands[name] = memory.contiguous(operands[name])
+    stream = memory.stream(index)
+    with memory.temporaries(stream):
+        for name in append.POINTERS:
+            if name in operands:
                 view = memory.view(operands[name], specs[name].dtype)
-            views[name] = view
-    kept = list(operands.values())
-    if "rotary_cos" in operands:
-        operands["q"] = memory.empty(specs["q"].shape, specs["q"].dtype, operands["q"])
-        views["q_rotated"] = memory.view(operands["q"], specs["q"].dtype)
+                if has_to_be_copied("", *view[1:], problem.sizes.batch_shape):
+                    operands[name] = memory.contiguous(operands[name])
+                    view = memory.view(operands[name], specs[name].dtype)
+                views[name] = view
+        kept = list(operands.values())
+        if "rotary_cos" in operands:
+            operands["q"] = memory.empty(specs["q"].shape, specs["q"].dtype, operands["q"])
+            views["q_rotated"] = memory.view(operands["q"], specs["q"].dtype)
     recipe = append.recipe_of(problem, views, each_row, interleaved)
     record = append.record_of(recipe, views, cache_seqlen)
     what = recipe.specialisation
-    return _Launch(kernel(what, index), recipe.grid, what, record, memory.stream(index), kept)
+    return _Launch(kernel(what, index), recipe.grid, what, record, stream, kept)
 
 
 def _ready(
@@ -244,14 +246,15 @@ def _ready(
     views = {name: memory.view(array, specs[name].dtype) for name, array in operands.items()}
     recipe = recipe_of(plan, problem, views)
     kept = []
-    if recipe.copies:
-        for name in recipe.copies:
-            copy = copied(memory, name, operands[name], problem.sizes.batch_shape)
-            kept.append(copy)
-            views[name] = memory.view(copy, "float32" if name in ("alibi_slopes", "sinks") else specs[name].dtype)
-        recipe = recipe_of(plan, problem, views)
     stream = memory.stream(index)
-    scratch, workspace = memory.scratch(recipe.workspace, index, stream, operands["q"])
+    with memory.temporaries(stream):
+        if recipe.copies:
+            for name in recipe.copies:
+                copy = copied(memory, name, operands[name], problem.sizes.batch_shape)
+                kept.append(copy)
+                views[name] = memory.view(copy, "float32" if name in ("alibi_slopes", "sinks") else specs[name].dtype)
+            recipe = recipe_of(plan, problem, views)
+        scratch, workspace = memory.scratch(recipe.workspace, index, stream, operands["q"])
     addresses = {name: memory.pointer(array) for name, array in results.items()}
     record = record_of(recipe, views, addresses, seed, scratch, cache_seqlen)
     what = recipe.specialisation
