@@ -573,6 +573,7 @@ def test_a_step_with_a_cache_is_captured_and_played_again(torch, driver):
     for more in (0, 7):
         lengths += more
         exact, _, after = on_the_cpu(arguments)
+        driver.counters[0][:] = 7
         replay()
         np.testing.assert_allclose(out.numpy(), exact, atol=4e-3)
         np.testing.assert_array_equal(arguments["v_cache"].numpy(), after["v_cache"])
@@ -614,7 +615,7 @@ def test_threads_whose_default_streams_have_one_number_do_not_share_counters(tor
 
 @pytest.fixture
 def cupy(driver, monkeypatch):
-    """CuPy, whose memory is the host's and which launches nothing; `driver.seen` has who gave and got memory, and when."""
+    """CuPy, whose memory is the host's and which launches nothing; `driver.seen` has what was asked for, and when."""
     found = pytest.importorskip("cupy")
     driver.seen = []
 
