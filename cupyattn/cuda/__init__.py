@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cupyattn.cuda import append, maps
+from cupyattn.cuda.compiler import INSTALL
 from cupyattn.cuda.lanes import CuPyLane, TorchLane
 from cupyattn.cuda.launch import (
     View,
@@ -29,8 +30,6 @@ from cupyattn.cuda.module import Specialisation, kernel
 from cupyattn.plan import Plan
 from cupyattn.problem import FLOAT8, Device, Problem, Shape, Spec
 from cupyattn.reading import refusal
-
-INSTALL = "install cupyattn[cuda12] or cupyattn[cuda13], whichever CUDA version your driver supports"
 
 Arrays = Mapping[str, Any]
 
@@ -48,10 +47,14 @@ def device_of(function: str, title: str, array: Any) -> Device:
     try:
         import cupy
     except ImportError as error:
-        rule = f"the arrays are on a CUDA device ({title}) and CuPy is not installed; {INSTALL}"
+        rule = f"the arrays are on a CUDA device ({title}) and CuPy cannot be imported: {INSTALL}"
         raise ImportError(refusal(function, rule)) from error
     if not cupy.cuda.is_available():
         rule = f"the arrays are on a CUDA device ({title}) and CuPy finds no NVIDIA driver or GPU on this machine"
+        runtime = cupy.cuda.runtime
+        own, driver = runtime.runtimeGetVersion() // 1000, runtime.driverGetVersion() // 1000
+        if 0 < driver < own:
+            rule = f"CuPy here is for CUDA {own}, and the driver for CUDA {driver}: uninstall it, and {INSTALL}"
         raise RuntimeError(refusal(function, rule))
     return _device(index_of(array))
 

@@ -255,6 +255,31 @@ def test_cupy_arrays_by_pointer_and_stride(driver):
     assert seen == memory.View(q.ctypes.data, (2, 40, 3, 64), (7680, 64, 2560, 1), "float16")
 
 
+# ---- What has to be installed
+
+
+def test_without_cupy_the_door_says_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ImportError, match=r"attention: .* CuPy cannot be imported: pip install cupyattn"):
+        cuda.device_of("attention", "torch.Tensor", None)
+
+
+@pytest.mark.parametrize(
+    ("driver", "says"),
+    [
+        (12040, "CuPy here is for CUDA 13, and the driver for CUDA 12: uninstall it, and pip install"),
+        (13010, "finds no NVIDIA driver or GPU"),
+        (0, "finds no NVIDIA driver or GPU"),
+    ],
+)
+def test_a_cupy_for_a_newer_cuda_than_the_drivers_is_told_from_a_missing_gpu(monkeypatch, driver, says):
+    versions = SimpleNamespace(runtimeGetVersion=lambda: 13020, driverGetVersion=lambda: driver)
+    found = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False, runtime=versions))
+    monkeypatch.setitem(sys.modules, "cupy", found)
+    with pytest.raises(RuntimeError, match=says):
+        cuda.device_of("attention", "torch.Tensor", None)
+
+
 # ---- flash_attn_with_kvcache
 
 
