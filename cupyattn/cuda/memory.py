@@ -57,11 +57,6 @@ class CuPyMemory:
         """Memory for a result; `like` is an operand as the caller has it."""
         return self.empty(spec.shape, spec.dtype, like)
 
-    def zeros(self, count: int, like: Any) -> Any:
-        import cupy
-
-        return cupy.zeros(count, "int32")
-
     def contiguous(self, array: Any) -> Any:
         import cupy
 
@@ -121,10 +116,13 @@ class CuPyMemory:
             "partial_out": self.empty((workspace.partial_out,), "float32", like),
             "partial_lse": self.empty((workspace.partial_lse,), "float32", like),
         }
-        if stream.ptr == PER_THREAD or self.is_capturing(stream):
-            own["counters"] = self.zeros(workspace.counters, like)
+        fresh = stream.ptr == PER_THREAD or self.is_capturing(stream)
+        if fresh:
+            own["counters"] = self.empty((workspace.counters,), "int32", like)
         addresses = {name: self.pointer(array) for name, array in own.items()}
-        if "counters" not in own:
+        if fresh:
+            self.clear(addresses["counters"], workspace.counters, stream)
+        else:
             addresses["counters"] = self._counters_of(device_index, stream, workspace.counters)
         return addresses, list(own.values())
 
@@ -133,19 +131,24 @@ class CuPyMemory:
         address, room = self._counters.get((device_index, stream.ptr), (0, 0))
         if room < count:
             room = max(1024, 2 * count)
-            found = self.standing_zeros(room, stream)
+            found = self.standing(room)
             self._standing.append(found)  # with those it was too many for: to give memory back is to wait for the GPU
             address = int(found.ptr)
+            self.clear(address, room, stream)
             self._counters[device_index, stream.ptr] = address, room
         return address
 
-    def standing_zeros(self, count: int, stream: Stream) -> Any:
+    def standing(self, count: int) -> Any:
         """Memory from the driver and not from a library's pool, which may for a while be that of a graph."""
         import cupy
 
-        found = cupy.cuda.MemoryPointer(cupy.cuda.Memory(4 * count), 0)
-        found.memset_async(0, 4 * count, stream)
-        return found
+        return cupy.cuda.Memory(4 * count)
+
+    def clear(self, address: int, count: int, stream: Stream) -> None:
+        """No kernel, which while a graph is captured might have to be loaded."""
+        import cupy
+
+        cupy.cuda.runtime.memsetAsync(address, 0, 4 * count, stream.ptr)
 
     def launched(self, *what: Mapping[str, Any]) -> None:
         """To be told when all kernels are queued that work on these arrays."""
@@ -173,11 +176,6 @@ class TorchMemory(CuPyMemory):
         import torch
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
-
-    def zeros(self, count: int, like: Any) -> Any:
-        import torch
-
-        return torch.zeros(count, dtype=torch.int32, device=like.device)
 
     def contiguous(self, array: Any) -> Any:
         return array.contiguous()

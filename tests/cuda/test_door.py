@@ -72,10 +72,13 @@ class Driver:
 
         return scratch
 
-    def standing_zeros(self, memory, count, stream):
-        array = np.zeros(count, np.int32)
+    def clear(self, address, count, stream):
+        self.queue(lambda: ctypes.memset(address, 0, 4 * count))
+
+    def standing_memory(self, count):
+        array = np.full(count, -1, np.int32)
         self.look_at_numpy(array)
-        self.standing.append((stream.ptr, array))
+        self.standing.append((self.stream, array))
         return SimpleNamespace(ptr=array.ctypes.data)
 
     def buffers(self):
@@ -99,10 +102,10 @@ def driver(monkeypatch):
         monkeypatch.setattr(kind, "stream", lambda self, index: memory.Stream(found.stream))
         monkeypatch.setattr(kind, "is_capturing", lambda self, stream: found.nodes is not None)
     monkeypatch.setattr(memory.CuPyMemory, "scratch", found.scratch(memory.CuPyMemory.scratch))
-    monkeypatch.setattr(memory.CuPyMemory, "standing_zeros", lambda *given: found.standing_zeros(*given))
-    monkeypatch.setattr(
-        cuda, "_memory", functools.cache(cuda._memory.__wrapped__)
-    )  # counters of its own for every test
+    monkeypatch.setattr(memory.CuPyMemory, "standing", lambda self, count: found.standing_memory(count))
+    monkeypatch.setattr(memory.CuPyMemory, "clear", lambda self, *given: found.clear(*given))
+    # Every test has counters of its own, and its calls share them.
+    monkeypatch.setattr(cuda, "_memory", functools.cache(cuda._memory.__wrapped__))
     return found
 
 
@@ -121,13 +124,6 @@ def torch(driver, monkeypatch):
             return real(self, array, *more)
 
         monkeypatch.setattr(memory.TorchMemory, name, looking)
-
-    def zeros(self, count, like):
-        array = found.full((count,), -1, dtype=found.int32)
-        driver.queue(array.zero_)
-        return array
-
-    monkeypatch.setattr(memory.TorchMemory, "zeros", zeros)
     return found
 
 
@@ -652,7 +648,6 @@ def cupy(driver, monkeypatch):
         return found.cuda.UnownedMemory(array.ctypes.data, num_bytes, owner, device_id=0)
 
     monkeypatch.setattr(memory.CuPyMemory, "contiguous", lambda self, array: found.empty(array.shape, array.dtype))
-    monkeypatch.setattr(memory.CuPyMemory, "zeros", lambda self, count, like: found.empty(count, "int32"))
     monkeypatch.setattr(found.cuda, "get_current_stream", lambda: "the graph's")
     monkeypatch.setattr(found.cuda, "MemoryAsync", lambda num_bytes, stream: taken(stream, num_bytes))
     monkeypatch.setattr(cuda, "kernel", lambda what, index: lambda *call: driver.seen.append(what.source))
