@@ -25,7 +25,7 @@ from cupyattn.cuda.launch import (
     recipe_of,
     record_of,
 )
-from cupyattn.cuda.memory import CuPyMemory, JaxMemory, TorchMemory, copied
+from cupyattn.cuda.memory import NOTHING, CuPyMemory, JaxMemory, TorchMemory, copied
 from cupyattn.cuda.module import Specialisation, kernel
 from cupyattn.plan import Plan
 from cupyattn.problem import FLOAT8, Device, Problem, Shape, Spec
@@ -279,22 +279,11 @@ def lane(function: str, title: str, like: Any) -> CuPyLane | TorchLane:
     raise NotImplementedError(refusal(function, f"cannot keep arrays of {title} on the host"))
 
 
-class _Nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exception: object) -> None:
-        return None
-
-
-_NOTHING = _Nothing()
-
-
 def _current(index: int) -> Any:
     """Make a device the current one, if it is not."""
     import cupy
 
-    return _NOTHING if cupy.cuda.runtime.getDevice() == index else cupy.cuda.Device(index)
+    return NOTHING if cupy.cuda.runtime.getDevice() == index else cupy.cuda.Device(index)
 
 
 def notes(title: str, arrays: Arrays, specs: Mapping[str, Spec], problem: Problem, plan: Plan) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """Whose memory a launch works on: CuPy's, torch's, or JAX's through DLPack.
 
 Each class tells where an array lies, makes new ones where the caller's library makes them, and names the
-caller's stream.  No array is copied unless a kernel cannot read it as it is, and nobody waits for the GPU.
+caller's stream.  No array is copied unless a kernel cannot read it as it is, and nobody waits for the GPU, unless many
+calls of JAX's arrays are under way.
 
 What a launch needs for itself is given back when it is queued, and is its own until it has run, since the next user
 of that memory is behind it on the same stream.  In a CUDA graph that is not enough: it runs again, with the memory it
@@ -23,6 +24,7 @@ Scratch = dict[str, int]
 """Addresses by the names of ``params.Pointers``."""
 PER_THREAD = 2
 """``cudaStreamPerThread``: one number for the default streams of all threads."""
+NOTHING = nullcontext()
 MOST_UNDER_WAY = 32
 """Calls of JAX's arrays that are not waited for; XLA lets no more computations run ahead."""
 
@@ -89,7 +91,7 @@ class CuPyMemory:
         """
         import cupy
 
-        return cupy.cuda.using_allocator(_of_the_graph) if self.is_capturing(stream) else _NOTHING
+        return cupy.cuda.using_allocator(_of_the_graph) if self.is_capturing(stream) else NOTHING
 
     def gradients_wanted(self, arrays: Mapping[str, Any]) -> bool:
         """Whether the library would differentiate through this call."""
@@ -160,9 +162,6 @@ def _of_the_graph(num_bytes: int) -> Any:
     return cupy.cuda.MemoryPointer(cupy.cuda.MemoryAsync(num_bytes, cupy.cuda.get_current_stream()), 0)
 
 
-_NOTHING = nullcontext()
-
-
 class TorchMemory(CuPyMemory):
     """torch's tensors, caching allocator and current stream; by pointer, without DLPack."""
 
@@ -198,7 +197,7 @@ class TorchMemory(CuPyMemory):
 
     def temporaries(self, stream: Stream) -> AbstractContextManager[Any]:
         """Anywhere: while a graph is captured torch has a pool for it, which lives as long."""
-        return _NOTHING
+        return NOTHING
 
     def gradients_wanted(self, arrays: Mapping[str, Any]) -> bool:
         import torch
@@ -214,11 +213,11 @@ class TorchMemory(CuPyMemory):
 class JaxMemory(CuPyMemory):
     """Eager arrays of JAX, as CuPy's by DLPack, and the results back.
 
-    XLA computes on streams of its own.  Of them DLPack lets ours wait for an array, and theirs for a result; it does
-    not let XLA wait for the end of our reading, nor us for that of its: XLA says that it is done with an array
-    when its last reader is queued.  So all memory is XLA's own, of results too, which is given to others behind XLA's
-    readers and behind nobody else's; and it is held here until an event behind our kernel has passed.  What the last
-    calls have used is let go by the next one.
+    XLA computes on streams of its own.  DLPack lets our stream wait for its arrays, and its streams for our results.
+    It lets neither side wait for the other's reading: XLA learns nothing of our kernel, and says that it is done with an
+    array when its own last reader is queued, not when it has run.  So all memory is XLA's, that of results too, since
+    XLA gives it to nobody before its own readers are through; and all is held here until an event behind our kernel
+    has passed.  Who asks is the next call: what the last one used is held until there is another, or none any more.
     """
 
     def __init__(self) -> None:

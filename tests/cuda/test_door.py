@@ -97,7 +97,7 @@ def driver(monkeypatch):
     monkeypatch.setattr(cuda, "device_of", lambda function, title, array: H100)
     monkeypatch.setattr(cuda, "_device", lambda index: H100)
     monkeypatch.setattr(maps, "encode", encode)
-    monkeypatch.setattr(cuda, "_current", lambda index: cuda._NOTHING)
+    monkeypatch.setattr(cuda, "_current", lambda index: cuda.NOTHING)
     for kind in (memory.CuPyMemory, memory.TorchMemory):
         monkeypatch.setattr(kind, "stream", lambda self, index: memory.Stream(found.stream))
         monkeypatch.setattr(kind, "is_capturing", lambda self, stream: found.nodes is not None)
