@@ -214,10 +214,10 @@ class JaxMemory(CuPyMemory):
     """Eager arrays of JAX, as CuPy's by DLPack, and the results back.
 
     XLA computes on streams of its own.  DLPack lets our stream wait for its arrays, and its streams for our results.
-    It lets neither side wait for the other's reading: XLA learns nothing of our kernel, and says that it is done with an
-    array when its own last reader is queued, not when it has run.  So all memory is XLA's, that of results too, since
-    XLA gives it to nobody before its own readers are through; and all is held here until an event behind our kernel
-    has passed.  Who asks is the next call: what the last one used is held until there is another, or none any more.
+    It lets neither side wait for the other's reading: XLA learns nothing of our kernel, and says that it is done with
+    an array when its own last reader is queued, not when it has run.  So all memory is XLA's, that of results too,
+    since XLA gives it to nobody before its own readers are through; and all is held here until an event behind our
+    kernel has passed.  The next call asks for it: what the last one used is held until then, or the process ends.
     """
 
     def __init__(self) -> None:
