@@ -3,7 +3,9 @@
 The same cases pass under the emulator; what is new here is the hardware, and the way in and out.
 """
 
+import gc
 import itertools
+import threading
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from emulated import (
 )
 
 import cupyattn
+from cupyattn.cuda import memory
 
 pytestmark = pytest.mark.gpu
 
@@ -322,10 +325,165 @@ def test_a_cupy_graph_replays(cupy):
         stream.synchronize()
 
 
-def test_jax_arrays_go_there_and_back(cupy, rng):
-    jax = pytest.importorskip("jax")
-    if not any(device.platform == "gpu" for device in jax.devices()):
+def captured_by_torch(torch, *call):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = cupyattn.attention(*call)
+    return graph, out
+
+
+def split_by_torch(torch):
+    """The results of two calls whose keys are cut into splits, and a graph of each with its result."""
+
+    def array(seqlen, num_heads):
+        return torch.randn((4, seqlen, num_heads, 64), device="cuda", dtype=torch.float16)
+
+    calls = [(array(1, 8), array(4000, 2), array(4000, 2)) for _ in range(2)]
+    expected = [cupyattn.attention(*call) for call in calls]
+    graphs = [captured_by_torch(torch, *call) for call in calls]
+    torch.cuda.synchronize()
+    return expected, graphs
+
+
+def test_a_torch_graph_is_right_whatever_was_played_before_it(torch, cupy, monkeypatch):
+    counters, real = [], memory.TorchMemory.scratch
+
+    def scratch(self, workspace, *more):
+        addresses, kept = real(self, workspace, *more)
+        counters.append((addresses["counters"], workspace.counters))
+        return addresses, kept
+
+    monkeypatch.setattr(memory.TorchMemory, "scratch", scratch)
+    expected, graphs = split_by_torch(torch)
+    *eager, first, second = counters
+    assert len({address for address, _ in (eager[0], first, second)}) == 3
+    for i in (1, 0, 1):
+        graph, out = graphs[i]
+        out.fill_(np.nan)
+        for address, count in (first, second):
+            memory_there = cupy.cuda.UnownedMemory(address, 4 * count, None, device_id=0)
+            cupy.ndarray(count, "int32", cupy.cuda.MemoryPointer(memory_there, 0)).fill(7)
+        cupy.cuda.Device().synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, expected[i])
+
+
+def test_torch_graphs_are_played_side_by_side(torch):
+    expected, graphs = split_by_torch(torch)
+    streams = [torch.cuda.Stream() for _ in graphs]
+    for _ in range(50):
+        for (_, out), stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                out.fill_(np.nan)
+        for (graph, _), stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, exact) for (_, out), exact in zip(graphs, expected, strict=True))
+
+
+def test_cupy_graphs_have_memory_of_their_own(cupy):
+    """k is copied on the way, so that copies, partial results and counters are all the graph's."""
+    calls, graphs, outs = [], [], []
+    for _ in range(2):
+        q, k = (cupy.random.standard_normal((4, n, 8, 128), dtype="float32").astype("float16") for n in (1, 4000))
+        calls.append((cupy.ascontiguousarray(q[..., ::2]), k[..., ::2], k[..., ::2]))
+    expected = [cupyattn.attention(*call) for call in calls]
+    cupy.cuda.Device().synchronize()
+    capturing, *streams = (cupy.cuda.Stream(non_blocking=True) for _ in range(3))
+    with capturing:
+        for call in calls:
+            cupyattn.attention(*call)
+            capturing.begin_capture()
+            outs.append(cupyattn.attention(*call))
+            graphs.append(capturing.end_capture())
+        others = [cupy.full(calls[0][1].shape, np.nan, "float16") for _ in range(8)]  # what the pool has is given out
+        capturing.synchronize()
+    assert len(others) == 8
+    for order in ((1,), (0, 1), *[(0, 1)] * 50):
+        for i in order:
+            with streams[i]:
+                outs[i].fill(np.nan)
+        for i in order:
+            graphs[i].launch(streams[i])
+        cupy.cuda.Device().synchronize()
+        for i in order:
+            cupy.testing.assert_array_equal(outs[i], expected[i])
+
+
+def test_two_launches_on_branches_of_one_graph(cupy):
+    q, k = (cupy.random.standard_normal((4, n, 8, 64), dtype="float32").astype("float16") for n in (1, 4000))
+    expected = cupyattn.attention(q, k, k)
+    cupy.cuda.Device().synchronize()
+    stem, branch = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    with stem:
+        stem.begin_capture()
+        branch.wait_event(stem.record())
+        with branch:
+            outs = [cupyattn.attention(q, k, k)]
+        outs.append(cupyattn.attention(q, k, k))
+        stem.wait_event(branch.record())
+        graph = stem.end_capture()
+    for _ in range(20):
+        for out in outs:
+            out.fill(np.nan)
+        cupy.cuda.Device().synchronize()
+        graph.launch(stem)
+        stem.synchronize()
+        for out in outs:
+            cupy.testing.assert_array_equal(out, expected)
+
+
+def test_threads_on_their_own_default_streams(cupy):
+    q, k = (cupy.random.standard_normal((4, n, 8, 64), dtype="float32").astype("float16") for n in (1, 4000))
+    expected = cupyattn.attention(q, k, k)
+    cupy.cuda.Device().synchronize()
+    wrong = []
+
+    def work():
+        with cupy.cuda.Stream.ptds as stream:
+            outs = [cupyattn.attention(q, k, k) for _ in range(50)]
+            stream.synchronize()
+            wrong.extend(i for i, out in enumerate(outs) if not bool((out == expected).all()))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@pytest.fixture
+def jax(cupy):
+    found = pytest.importorskip("jax")
+    if not any(device.platform == "gpu" for device in found.devices()):
         pytest.skip("needs a JAX with CUDA")
+    return found
+
+
+def test_jax_arrays_may_be_let_go_before_the_kernel_has_read_them(cupy, jax, rng):
+    x = rng.standard_normal((4, 1000, 8, 64)).astype(np.float16)
+    there = cupy.asarray(x)
+    expected = cupyattn.attention(there, there, there).get()
+    busy = cupy.ones((4096, 4096), "float32")
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        for _ in range(5):
+            for _ in range(10):
+                busy @ busy  # the kernel has to wait behind these
+            out = cupyattn.attention(*(jax.numpy.asarray(x) + 0 for _ in range(3)))
+            gc.collect()
+            others = [jax.numpy.full(x.shape, np.nan, np.float16) for _ in range(8)]
+            result = out + 0
+            del out
+            others += [jax.numpy.full(x.shape, np.nan, np.float16) for _ in range(8)]
+            np.testing.assert_array_equal(np.asarray(result), expected)
+            assert len(others) == 16
+
+
+def test_jax_arrays_go_there_and_back(jax, rng):
     x = jax.numpy.asarray(rng.standard_normal((1, 50, 2, 64)).astype(np.float16))
     out = cupyattn.attention(x, x, x)
     assert isinstance(out, jax.Array)

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cupyattn.cuda import append, maps
+from cupyattn.cuda.compiler import INSTALL
 from cupyattn.cuda.lanes import CuPyLane, TorchLane
 from cupyattn.cuda.launch import (
     View,
@@ -24,13 +25,11 @@ from cupyattn.cuda.launch import (
     recipe_of,
     record_of,
 )
-from cupyattn.cuda.memory import CuPyMemory, DLPackMemory, TorchMemory, copied
+from cupyattn.cuda.memory import NOTHING, CuPyMemory, JaxMemory, TorchMemory, copied
 from cupyattn.cuda.module import Specialisation, kernel
 from cupyattn.plan import Plan
 from cupyattn.problem import FLOAT8, Device, Problem, Shape, Spec
 from cupyattn.reading import refusal
-
-INSTALL = "install cupyattn[cuda12] or cupyattn[cuda13], whichever CUDA version your driver supports"
 
 Arrays = Mapping[str, Any]
 
@@ -48,10 +47,14 @@ def device_of(function: str, title: str, array: Any) -> Device:
     try:
         import cupy
     except ImportError as error:
-        rule = f"the arrays are on a CUDA device ({title}) and CuPy is not installed; {INSTALL}"
+        rule = f"the arrays are on a CUDA device ({title}) and CuPy cannot be imported: {INSTALL}"
         raise ImportError(refusal(function, rule)) from error
     if not cupy.cuda.is_available():
         rule = f"the arrays are on a CUDA device ({title}) and CuPy finds no NVIDIA driver or GPU on this machine"
+        runtime = cupy.cuda.runtime
+        own, driver = runtime.runtimeGetVersion() // 1000, runtime.driverGetVersion() // 1000
+        if 0 < driver < own:
+            rule = f"CuPy here is for CUDA {own}, and the driver for CUDA {driver}: uninstall it, and {INSTALL}"
         raise RuntimeError(refusal(function, rule))
     return _device(index_of(array))
 
@@ -75,11 +78,11 @@ def _device(index: int) -> Device:
 def index_of(array: Any) -> int:
     """The CUDA ordinal of a CuPy, torch or JAX array."""
     device = getattr(array, "device", None)
-    for name in ("id", "index", "local_hardware_id"):
+    for name in ("local_hardware_id", "id", "index"):  # JAX's id counts the devices of all processes
         index = getattr(device, name, None)
         if isinstance(index, int):
             return index
-    return 0
+    return int(array.__dlpack_device__()[1])
 
 
 @functools.cache
@@ -90,9 +93,7 @@ def _memory(title: str) -> CuPyMemory:
     if title == "torch.Tensor":
         return TorchMemory()
     if title == "jax.Array":
-        import jax
-
-        return DLPackMemory(jax.dlpack.from_dlpack)
+        return JaxMemory()
     raise NotImplementedError(f"arrays of type {title} on a CUDA device: only CuPy, torch and JAX are known there")
 
 
@@ -119,10 +120,12 @@ def run(
     index = index_of(arrays["q"])
     with _current(index):
         operands = memory.bring(arrays)
-        like = operands["q"]
-        results = {name: memory.empty(spec.shape, spec.dtype, like) for name, spec in problem.results.items()}
-        if problem.sizes.num_heads and 0 not in problem.out_shape:
-            _ready(memory, index, operands, specs, results, plan, problem, seed)()
+        results = {name: memory.result(spec, arrays["q"]) for name, spec in problem.results.items()}
+        try:
+            if problem.sizes.num_heads and 0 not in problem.out_shape:
+                _ready(memory, index, operands, specs, results, plan, problem, seed)()
+        finally:  # copies may be under way
+            memory.launched(operands, results)
         return memory.home(results)
 
 
@@ -161,7 +164,7 @@ def run_from_cache(
             if has_to_be_copied(name, *view[1:], problem.sizes.batch_shape):
                 rule = f"{specs[name].name} has to be contiguous along its last axis: a cache is not copied"
                 raise ValueError(refusal(function, rule, (specs[name].name, view.shape, f"strides {view.strides}")))
-        results = {name: memory.empty(x.shape, x.dtype, operands["q"]) for name, x in problem.results.items()}
+        results = {name: memory.result(spec, arrays["q"]) for name, spec in problem.results.items()}
         seqlen = problem.sizes.seqlen_k if cache_seqlen is None else cache_seqlen
         launches = []
         if "k_new" in operands:
@@ -212,21 +215,23 @@ def _ready_to_append(
 ) -> _Launch:
     """That of ``append.cu``; where there are tables, "q" among the operands is the rotated copy from here on."""
     views = {}
-    for name in append.POINTERS:
-        if name in operands:
-            view = memory.view(operands[name], specs[name].dtype)
-            if has_to_be_copied("", *view[1:], problem.sizes.batch_shape):
-                operands[name] = memory.contiguous(operands[name])
+    stream = memory.stream(index)
+    with memory.temporaries(stream):
+        for name in append.POINTERS:
+            if name in operands:
                 view = memory.view(operands[name], specs[name].dtype)
-            views[name] = view
-    kept = list(operands.values())
-    if "rotary_cos" in operands:
-        operands["q"] = memory.empty(specs["q"].shape, specs["q"].dtype, operands["q"])
-        views["q_rotated"] = memory.view(operands["q"], specs["q"].dtype)
+                if has_to_be_copied("", *view[1:], problem.sizes.batch_shape):
+                    operands[name] = memory.contiguous(operands[name])
+                    view = memory.view(operands[name], specs[name].dtype)
+                views[name] = view
+        kept = list(operands.values())
+        if "rotary_cos" in operands:
+            operands["q"] = memory.empty(specs["q"].shape, specs["q"].dtype, operands["q"])
+            views["q_rotated"] = memory.view(operands["q"], specs["q"].dtype)
     recipe = append.recipe_of(problem, views, each_row, interleaved)
     record = append.record_of(recipe, views, cache_seqlen)
     what = recipe.specialisation
-    return _Launch(kernel(what, index), recipe.grid, what, record, memory.stream(index), kept)
+    return _Launch(kernel(what, index), recipe.grid, what, record, stream, kept)
 
 
 def _ready(
@@ -244,14 +249,15 @@ def _ready(
     views = {name: memory.view(array, specs[name].dtype) for name, array in operands.items()}
     recipe = recipe_of(plan, problem, views)
     kept = []
-    if recipe.copies:
-        for name in recipe.copies:
-            copy = copied(memory, name, operands[name], problem.sizes.batch_shape)
-            kept.append(copy)
-            views[name] = memory.view(copy, "float32" if name in ("alibi_slopes", "sinks") else specs[name].dtype)
-        recipe = recipe_of(plan, problem, views)
     stream = memory.stream(index)
-    scratch, workspace = memory.scratch(recipe.workspace, index, stream, operands["q"])
+    with memory.temporaries(stream):
+        if recipe.copies:
+            for name in recipe.copies:
+                copy = copied(memory, name, operands[name], problem.sizes.batch_shape)
+                kept.append(copy)
+                views[name] = memory.view(copy, "float32" if name in ("alibi_slopes", "sinks") else specs[name].dtype)
+            recipe = recipe_of(plan, problem, views)
+        scratch, workspace = memory.scratch(recipe.workspace, index, stream, operands["q"])
     addresses = {name: memory.pointer(array) for name, array in results.items()}
     record = record_of(recipe, views, addresses, seed, scratch, cache_seqlen)
     what = recipe.specialisation
@@ -273,22 +279,11 @@ def lane(function: str, title: str, like: Any) -> CuPyLane | TorchLane:
     raise NotImplementedError(refusal(function, f"cannot keep arrays of {title} on the host"))
 
 
-class _Nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exception: object) -> None:
-        return None
-
-
-_NOTHING = _Nothing()
-
-
 def _current(index: int) -> Any:
     """Make a device the current one, if it is not."""
     import cupy
 
-    return _NOTHING if cupy.cuda.runtime.getDevice() == index else cupy.cuda.Device(index)
+    return NOTHING if cupy.cuda.runtime.getDevice() == index else cupy.cuda.Device(index)
 
 
 def notes(title: str, arrays: Arrays, specs: Mapping[str, Spec], problem: Problem, plan: Plan) -> tuple[str, ...]:

@@ -24,7 +24,8 @@ SEED = "-frandom-seed=0"
 """So that the same text gives the same bytes everywhere.  Without it, names that are local to a text get a random
 number and the process's; NVRTC before 12.9 does not know it, and there a cubin may be kept twice."""
 
-INSTALL = "pip install nvidia-cuda-nvrtc (CUDA 13), nvidia-cuda-nvrtc-cu12 (CUDA 12) or cupy-cuda13x[ctk]"
+INSTALL = "pip install cupyattn[cuda12] or cupyattn[cuda13], whichever CUDA version your driver supports"
+"""What brings CuPy, and NVRTC with it."""
 
 _TARGETS = {
     (8, 0): "sm_80",
@@ -80,16 +81,27 @@ def load() -> tuple[Any, str]:
     Raises
     ------
     RuntimeError
-        CuPy or NVRTC is not installed.
+        CuPy or NVRTC is not installed; the message says which.
     """
+    try:
+        import cupy
+    except ImportError as error:
+        raise RuntimeError(f"CuPy, through which kernels are compiled, cannot be imported: {INSTALL}") from error
     try:
         from cupy.cuda import nvrtc
 
         major, minor = nvrtc.getVersion()
     except (ImportError, OSError, RuntimeError) as error:  # which one depends on how CuPy looks for the library
-        rule = f"NVRTC, CUDA's run-time compiler, cannot be loaded: {INSTALL}; or use cubins that were built before"
-        raise RuntimeError(rule) from error
+        hint = f"{_package_for(cupy)}; or use cubins that were built before"
+        raise RuntimeError(f"NVRTC, CUDA's run-time compiler, cannot be loaded: {hint}") from error
     return nvrtc, f"{major}.{minor}"
+
+
+def _package_for(cupy: Any) -> str:
+    """How to install the NVRTC that this CuPy loads, and no other."""
+    major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    package = "nvidia-cuda-nvrtc-cu12" if major == 12 else f"'nvidia-cuda-nvrtc=={major}.*'"
+    return f"pip install --upgrade {package}, since CuPy here is for CUDA {major}"
 
 
 @cache
@@ -106,7 +118,9 @@ def check(target: str) -> None:
     nvrtc, found = load()
     number = re.fullmatch(r"sm_(\d+)[af]?", target)
     if number is None or int(number[1]) not in nvrtc.getSupportedArchs():
-        raise RuntimeError(f"NVRTC {found} does not know {target}; install one that does: {INSTALL}")
+        import cupy
+
+        raise RuntimeError(f"NVRTC {found} does not know {target}; install one that does: {_package_for(cupy)}")
 
 
 def compile_cubin(text: str, expression: str, target: str) -> Cubin:

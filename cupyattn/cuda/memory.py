@@ -1,19 +1,32 @@
-"""Whose memory a launch works on: CuPy's, torch's, or anybody's through DLPack.
+"""Whose memory a launch works on: CuPy's, torch's, or JAX's through DLPack.
 
 Each class tells where an array lies, makes new ones where the caller's library makes them, and names the
-caller's stream.  No array is copied unless a kernel cannot read it as it is, and nobody waits for the GPU.
+caller's stream.  No array is copied unless a kernel cannot read it as it is, and nobody waits for the GPU, unless many
+calls of JAX's arrays are under way.
+
+What a launch needs for itself is given back when it is queued, and is its own until it has run, since the next user
+of that memory is behind it on the same stream.  In a CUDA graph that is not enough: it runs again, with the memory it
+was captured with, when the streams have long gone on.  There such memory is the graph's: see `temporaries`.
 """
 
 from __future__ import annotations
 
+import atexit
+from collections import deque
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 from cupyattn.cuda.launch import View, Workspace, has_one_batch_axis
-from cupyattn.problem import Shape
+from cupyattn.problem import Shape, Spec
 
 Scratch = dict[str, int]
 """Addresses by the names of ``params.Pointers``."""
+PER_THREAD = 2
+"""``cudaStreamPerThread``: one number for the default streams of all threads."""
+NOTHING = nullcontext()
+MOST_UNDER_WAY = 32
+"""Calls of JAX's arrays that are not waited for; XLA lets no more computations run ahead."""
 
 
 class Stream(NamedTuple):
@@ -26,7 +39,9 @@ class CuPyMemory:
     """CuPy's arrays, memory pool and current stream."""
 
     def __init__(self) -> None:
-        self._counters: dict[tuple[int, int], Any] = {}
+        self._counters: dict[tuple[int, int], tuple[int, int]] = {}
+        """Where, and how many, by device and stream."""
+        self._standing: list[Any] = []
 
     def view(self, array: Any, dtype: str) -> View:
         item = array.itemsize
@@ -40,10 +55,9 @@ class CuPyMemory:
 
         return cupy.empty(shape, like.dtype if dtype == "bfloat16" else dtype)
 
-    def zeros(self, count: int, like: Any) -> Any:
-        import cupy
-
-        return cupy.zeros(count, "int32")
+    def result(self, spec: Spec, like: Any) -> Any:
+        """Memory for a result; `like` is an operand as the caller has it."""
+        return self.empty(spec.shape, spec.dtype, like)
 
     def contiguous(self, array: Any) -> Any:
         import cupy
@@ -63,6 +77,22 @@ class CuPyMemory:
 
         return Stream(cupy.cuda.get_current_stream().ptr)
 
+    def is_capturing(self, stream: Stream) -> bool:
+        """Whether what is queued on the current stream becomes part of a CUDA graph."""
+        import cupy
+
+        return bool(cupy.cuda.runtime.streamIsCapturing(stream.ptr))
+
+    def temporaries(self, stream: Stream) -> AbstractContextManager[Any]:
+        """Where arrays are made that a launch needs for itself, on the current stream.
+
+        CuPy's pool knows nothing of graphs, and would give their memory to somebody else.  That of a capture is taken
+        from the driver, as nodes of the graph: from here to where it is let go, it is the graph's at every replay.
+        """
+        import cupy
+
+        return cupy.cuda.using_allocator(_of_the_graph) if self.is_capturing(stream) else NOTHING
+
     def gradients_wanted(self, arrays: Mapping[str, Any]) -> bool:
         """Whether the library would differentiate through this call."""
         return False
@@ -76,23 +106,60 @@ class CuPyMemory:
         return results
 
     def scratch(self, workspace: Workspace, device_index: int, stream: Stream, like: Any) -> tuple[Scratch, list[Any]]:
-        """Memory for a launch, and what has to be kept until it is queued.
+        """Memory for a launch, and what has to be kept until it is queued; asked for among `temporaries`.
 
         Counters are zero between launches and put back by each, so that those of a stream, whose launches
-        come one after the other, can be used again and again.
+        come one after the other, can be used again and again.  Not so in a graph, which may run beside all others and
+        is captured on any stream: each of its launches has counters of its own, and zeroes them, at every replay.
         """
         if not workspace.counters:
             return {}, []
-        key = (device_index, stream.ptr)
-        counters = self._counters.get(key)
-        if counters is None or counters.shape[0] < workspace.counters:
-            counters = self._counters[key] = self.zeros(max(1024, 2 * workspace.counters), like)
-        kept = {
+        own = {
             "partial_out": self.empty((workspace.partial_out,), "float32", like),
             "partial_lse": self.empty((workspace.partial_lse,), "float32", like),
-            "counters": counters,
         }
-        return {name: self.pointer(array) for name, array in kept.items()}, list(kept.values())
+        fresh = stream.ptr == PER_THREAD or self.is_capturing(stream)
+        if fresh:
+            own["counters"] = self.empty((workspace.counters,), "int32", like)
+        addresses = {name: self.pointer(array) for name, array in own.items()}
+        if fresh:
+            self.clear(addresses["counters"], workspace.counters, stream)
+        else:
+            addresses["counters"] = self._counters_of(device_index, stream, workspace.counters)
+        return addresses, list(own.values())
+
+    def _counters_of(self, device_index: int, stream: Stream, count: int) -> int:
+        """The address of a stream's counters."""
+        address, room = self._counters.get((device_index, stream.ptr), (0, 0))
+        if room < count:
+            room = max(1024, 2 * count)
+            found = self.standing(room)
+            self._standing.append(found)  # with those it was too many for: to give memory back is to wait for the GPU
+            address = int(found.ptr)
+            self.clear(address, room, stream)
+            self._counters[device_index, stream.ptr] = address, room
+        return address
+
+    def standing(self, count: int) -> Any:
+        """Memory from the driver and not from a library's pool, which may for a while be that of a graph."""
+        import cupy
+
+        return cupy.cuda.Memory(4 * count)
+
+    def clear(self, address: int, count: int, stream: Stream) -> None:
+        """No kernel, which while a graph is captured might have to be loaded."""
+        import cupy
+
+        cupy.cuda.runtime.memsetAsync(address, 0, 4 * count, stream.ptr)
+
+    def launched(self, *what: Mapping[str, Any]) -> None:
+        """To be told when all kernels are queued that work on these arrays."""
+
+
+def _of_the_graph(num_bytes: int) -> Any:
+    import cupy
+
+    return cupy.cuda.MemoryPointer(cupy.cuda.MemoryAsync(num_bytes, cupy.cuda.get_current_stream()), 0)
 
 
 class TorchMemory(CuPyMemory):
@@ -109,11 +176,6 @@ class TorchMemory(CuPyMemory):
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
 
-    def zeros(self, count: int, like: Any) -> Any:
-        import torch
-
-        return torch.zeros(count, dtype=torch.int32, device=like.device)
-
     def contiguous(self, array: Any) -> Any:
         return array.contiguous()
 
@@ -128,6 +190,15 @@ class TorchMemory(CuPyMemory):
 
         return Stream(torch.cuda.current_stream(device_index).cuda_stream)
 
+    def is_capturing(self, stream: Stream) -> bool:
+        import torch
+
+        return torch.cuda.is_current_stream_capturing()
+
+    def temporaries(self, stream: Stream) -> AbstractContextManager[Any]:
+        """Anywhere: while a graph is captured torch has a pool for it, which lives as long."""
+        return NOTHING
+
     def gradients_wanted(self, arrays: Mapping[str, Any]) -> bool:
         import torch
 
@@ -139,12 +210,28 @@ class TorchMemory(CuPyMemory):
         return arrays
 
 
-class DLPackMemory(CuPyMemory):
-    """Eager arrays of other libraries, JAX among them: as CuPy's, and the results back."""
+class JaxMemory(CuPyMemory):
+    """Eager arrays of JAX, as CuPy's by DLPack, and the results back.
 
-    def __init__(self, from_dlpack: Any) -> None:
+    XLA computes on streams of its own.  DLPack lets our stream wait for its arrays, and its streams for our results.
+    It lets neither side wait for the other's reading: XLA learns nothing of our kernel, and says that it is done with
+    an array when its own last reader is queued, not when it has run.  So all memory is XLA's, that of results too,
+    since XLA gives it to nobody before its own readers are through; and all is held here until an event behind our
+    kernel has passed.  The next call asks for it: what the last one used is held until then, or the process ends.
+    """
+
+    def __init__(self) -> None:
         super().__init__()
-        self._from_dlpack = from_dlpack
+        self._under_way: deque[tuple[Any, tuple[Mapping[str, Any], ...]]] = deque()
+        atexit.register(self.settle)
+
+    def result(self, spec: Spec, like: Any) -> Any:
+        import cupy
+        import jax
+
+        with jax.ensure_compile_time_eval():  # also where `like` is a constant of a traced function
+            (device,) = like.devices()
+            return cupy.from_dlpack(jax.numpy.empty(spec.shape, spec.dtype, device=device))
 
     def bring(self, arrays: Mapping[str, Any]) -> Mapping[str, Any]:
         import cupy
@@ -152,7 +239,54 @@ class DLPackMemory(CuPyMemory):
         return {name: cupy.from_dlpack(array) for name, array in arrays.items()}
 
     def home(self, results: dict[str, Any]) -> dict[str, Any]:
-        return {name: self._from_dlpack(array) for name, array in results.items()}
+        import jax
+
+        return {name: jax.dlpack.from_dlpack(_Handed(array)) for name, array in results.items()}
+
+    def launched(self, *what: Mapping[str, Any]) -> None:
+        import cupy
+
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record()
+        self._under_way.append((event, what))
+        for _ in range(len(self._under_way)):
+            try:
+                event, what = self._under_way.popleft()
+            except IndexError:  # another thread was faster
+                return
+            if len(self._under_way) >= MOST_UNDER_WAY:
+                event.synchronize()
+            if not event.done:
+                self._under_way.append((event, what))
+
+    def settle(self) -> None:
+        """Wait until no kernel needs what is held, and let go of it, as long as there is an XLA to give it back to."""
+        while self._under_way:
+            event, _ = self._under_way.popleft()
+            event.synchronize()
+
+
+class _Handed:
+    """A result on its way to JAX.
+
+    A consumer that does not say on which stream it will read is believed to use the default one by CuPy, and XLA does
+    not: for it the host waits.
+    """
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        found: tuple[int, int] = self._array.__dlpack_device__()
+        return found
+
+    def __dlpack__(self, *, stream: int | None = None, **more: Any) -> Any:
+        import cupy
+
+        if stream is None:
+            cupy.cuda.get_current_stream().synchronize()
+            stream = -1  # nobody has to wait
+        return self._array.__dlpack__(stream=stream, **more)
 
 
 def copied(memory: CuPyMemory, name: str, array: Any, batch_shape: Shape) -> Any:

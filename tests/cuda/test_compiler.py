@@ -122,7 +122,8 @@ def test_a_second_kernel_that_is_no_template_is_refused_by_name(sources):
 @pytest.mark.parametrize("target", ["sm_999", "sm_30", "compute_80", "80"])
 def test_an_architecture_that_nvrtc_does_not_know_is_refused_with_what_to_install(sources, target):
     with pytest.raises(
-        RuntimeError, match=rf"NVRTC \d+\.\d+ does not know {target}; install .*pip install nvidia-cuda-"
+        RuntimeError,
+        match=rf"NVRTC \d+\.\d+ does not know {target}; install one that does: pip install .*nvidia-cuda-nvrtc",
     ):
         compile_cubin(join("scale.cu", sources), "test::scale<3>", target)
 
@@ -149,8 +150,8 @@ def test_spills_are_counted():
 
 
 @pytest.fixture
-def no_nvrtc(monkeypatch):
-    """CuPy cannot be imported; that NVRTC itself is missing takes the same way, by another error."""
+def no_cupy(monkeypatch):
+    """CuPy cannot be imported."""
     monkeypatch.setitem(sys.modules, "cupy", None)
     monkeypatch.setitem(sys.modules, "cupy.cuda", None)
     compiler.version.cache_clear()
@@ -158,25 +159,32 @@ def no_nvrtc(monkeypatch):
     compiler.version.cache_clear()
 
 
-@pytest.mark.usefixtures("no_nvrtc")
-def test_without_nvrtc_compiling_says_what_to_install():
-    with pytest.raises(RuntimeError, match=r"^NVRTC.* cannot be loaded: pip install nvidia-cuda-nvrtc"):
+@pytest.mark.usefixtures("no_cupy")
+def test_without_cupy_compiling_says_to_install_cupy_and_not_nvrtc():
+    with pytest.raises(RuntimeError, match=r"^CuPy.* cannot be imported: pip install cupyattn\[cuda12\]") as caught:
         compile_cubin("", "k<1>", "sm_80")
+    assert "nvrtc" not in str(caught.value).lower()
 
 
-@pytest.mark.usefixtures("no_nvrtc")
-def test_without_nvrtc_there_is_no_version():
+@pytest.mark.usefixtures("no_cupy")
+def test_without_cupy_there_is_no_version():
     assert compiler.version() is None
 
 
 @needs_nvrtc
-def test_a_missing_library_is_told_like_a_missing_cupy(monkeypatch):
+@pytest.mark.parametrize(
+    ("runtime", "package"), [(12090, "nvidia-cuda-nvrtc-cu12"), (13020, "'nvidia-cuda-nvrtc==13.*'")]
+)
+def test_a_missing_nvrtc_is_named_as_the_one_that_this_cupy_loads(monkeypatch, runtime, package):
+    import cupy
     from cupy.cuda import nvrtc
 
     def missing():
         raise RuntimeError('Failure finding "libnvrtc.so.13"')
 
     monkeypatch.setattr(nvrtc, "getVersion", missing)
+    monkeypatch.setattr(cupy.cuda.runtime, "runtimeGetVersion", lambda: runtime)
     with pytest.raises(RuntimeError, match=r"^NVRTC.* cannot be loaded: pip install") as caught:
         compile_cubin("", "k<1>", "sm_80")
+    assert f"--upgrade {package}, since CuPy here is for CUDA {runtime // 1000}" in str(caught.value)
     assert "libnvrtc" in str(caught.value.__cause__)

@@ -2,6 +2,13 @@
 under the emulator, and nothing in between but what stands for the driver."""
 
 import ctypes
+import functools
+import gc
+import sys
+import threading
+import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import emulator
 import numpy as np
@@ -21,6 +28,8 @@ class Driver:
 
     def __init__(self):
         self.launches, self.storages = [], {}
+        self.counters, self.standing = [], []
+        self.stream, self.nodes = 0, None
 
     def kernel(self, specialisation, index):
         emulator.require_compiler()
@@ -29,12 +38,48 @@ class Driver:
         def launch(grid, block, arguments, shared_memory, stream):
             (record,) = arguments
             self.launches.append((specialisation, grid))
-            built.launch(record, grid, block[0], shared_memory, self.buffers())
+            self.queue(lambda: built.launch(record, grid, block[0], shared_memory, self.buffers()))
 
         return launch
 
+    def queue(self, work):
+        """Done at once, or at every replay of the graph that is being captured."""
+        if self.nodes is None:
+            work()
+        else:
+            self.nodes.append(work)
+
+    @contextmanager
+    def capture(self):
+        """The graph of what is queued, as a function; memory that anybody looked at lives as long as the driver."""
+        nodes = self.nodes = []
+        yield lambda: [work() for work in nodes]
+        self.nodes = None
+
     def look_at(self, storage):
         self.storages[storage.data_ptr()] = storage
+
+    def look_at_numpy(self, array):
+        self.storages[array.ctypes.data] = SimpleNamespace(nbytes=lambda: array.nbytes, array=array)
+
+    def scratch(self, real):
+        def scratch(memory, workspace, *more):
+            addresses, kept = real(memory, workspace, *more)
+            if workspace.counters:
+                numbers = (ctypes.c_int32 * workspace.counters).from_address(addresses["counters"])
+                self.counters.append(np.ctypeslib.as_array(numbers))
+            return addresses, kept
+
+        return scratch
+
+    def clear(self, address, count, stream):
+        self.queue(lambda: ctypes.memset(address, 0, 4 * count))
+
+    def standing_memory(self, count):
+        array = np.full(count, -1, np.int32)
+        self.look_at_numpy(array)
+        self.standing.append((self.stream, array))
+        return SimpleNamespace(ptr=array.ctypes.data)
 
     def buffers(self):
         """(bytes, writable) of each storage, as the emulator wants to know."""
@@ -52,10 +97,15 @@ def driver(monkeypatch):
     monkeypatch.setattr(cuda, "device_of", lambda function, title, array: H100)
     monkeypatch.setattr(cuda, "_device", lambda index: H100)
     monkeypatch.setattr(maps, "encode", encode)
-    monkeypatch.setattr(cuda, "_current", lambda index: cuda._NOTHING)
-    monkeypatch.setattr(memory.CuPyMemory, "stream", lambda self, index: memory.Stream(0))
-    monkeypatch.setattr(memory.TorchMemory, "stream", lambda self, index: memory.Stream(0))
-    monkeypatch.setattr(cuda, "_memory", cuda._memory.__wrapped__)  # counters of its own for every test
+    monkeypatch.setattr(cuda, "_current", lambda index: cuda.NOTHING)
+    for kind in (memory.CuPyMemory, memory.TorchMemory):
+        monkeypatch.setattr(kind, "stream", lambda self, index: memory.Stream(found.stream))
+        monkeypatch.setattr(kind, "is_capturing", lambda self, stream: found.nodes is not None)
+    monkeypatch.setattr(memory.CuPyMemory, "scratch", found.scratch(memory.CuPyMemory.scratch))
+    monkeypatch.setattr(memory.CuPyMemory, "standing", lambda self, count: found.standing_memory(count))
+    monkeypatch.setattr(memory.CuPyMemory, "clear", lambda self, *given: found.clear(*given))
+    # Every test has counters of its own, and its calls share them.
+    monkeypatch.setattr(cuda, "_memory", functools.cache(cuda._memory.__wrapped__))
     return found
 
 
@@ -199,6 +249,31 @@ def test_cupy_arrays_by_pointer_and_stride(driver):
     q = rng.standard_normal((2, 3, 40, 64)).astype(np.float16).swapaxes(1, 2)
     seen = memory.CuPyMemory().view(host_backed(q), "float16")
     assert seen == memory.View(q.ctypes.data, (2, 40, 3, 64), (7680, 64, 2560, 1), "float16")
+
+
+# ---- What has to be installed
+
+
+def test_without_cupy_the_door_says_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ImportError, match=r"attention: .* CuPy cannot be imported: pip install cupyattn"):
+        cuda.device_of("attention", "torch.Tensor", None)
+
+
+@pytest.mark.parametrize(
+    ("driver", "says"),
+    [
+        (12040, "CuPy here is for CUDA 13, and the driver for CUDA 12: uninstall it, and pip install"),
+        (13010, "finds no NVIDIA driver or GPU"),
+        (0, "finds no NVIDIA driver or GPU"),
+    ],
+)
+def test_a_cupy_for_a_newer_cuda_than_the_drivers_is_told_from_a_missing_gpu(monkeypatch, driver, says):
+    versions = SimpleNamespace(runtimeGetVersion=lambda: 13020, driverGetVersion=lambda: driver)
+    found = SimpleNamespace(cuda=SimpleNamespace(is_available=lambda: False, runtime=versions))
+    monkeypatch.setitem(sys.modules, "cupy", found)
+    with pytest.raises(RuntimeError, match=says):
+        cuda.device_of("attention", "torch.Tensor", None)
 
 
 # ---- flash_attn_with_kvcache
@@ -465,3 +540,296 @@ def test_float8_caches_of_other_libraries_than_torch_are_refused(torch, driver, 
         cupyattn.flash_attn_with_kvcache(**arguments)
     assert driver.launches == []
     assert torch.equal(arguments["k_cache"].view(torch.uint8), before.view(torch.uint8))
+
+
+# ---- CUDA graphs, and streams that share a number
+
+
+def split_call(torch, seqlen_k=700):
+    """Arguments of a call whose keys are cut into splits, and the result."""
+    q, k, v = torch.randn(2, 1, 4, 64).half(), *torch.randn(2, 2, seqlen_k, 2, 64).half()
+    return (q, k, v), expected(q, k, v)
+
+
+def addresses(driver):
+    return [x.ctypes.data for x in driver.counters]
+
+
+def test_a_graph_is_right_whatever_was_played_before_it(torch, driver):
+    arguments, exact = split_call(torch)
+    with driver.capture() as first:
+        one = cupyattn.attention(*arguments)
+    with driver.capture() as second:
+        other = cupyattn.attention(*arguments)
+    for counters in driver.counters:
+        counters[:] = 7
+    for replay, out in ((second, other), (first, one), (second, other)):
+        out.fill_(np.nan)
+        replay()
+        np.testing.assert_allclose(out.numpy(), exact, atol=2e-3)
+        for counters in driver.counters:
+            counters[:] = 1
+
+
+def test_every_launch_of_a_graph_has_counters_that_nobody_else_has(torch, driver):
+    arguments, _ = split_call(torch)
+    cupyattn.attention(*arguments)
+    for _ in range(2):
+        with driver.capture():
+            cupyattn.attention(*arguments)
+            cupyattn.attention(*arguments)
+    cupyattn.attention(*arguments)
+    before, *captured, after = addresses(driver)
+    assert before == after
+    assert len({before, *captured}) == 5
+
+
+def test_a_step_with_a_cache_is_captured_and_played_again(torch, driver):
+    torch.manual_seed(0)
+    lengths = torch.tensor([2000, 3, 700], dtype=torch.int32)
+    changes = {name: torch.randn(3, 2048, 2, 64).half() for name in ("k_cache", "v_cache")}
+    arguments = cache_call(torch, **changes, rotary_cos=None, rotary_sin=None, cache_seqlens=lengths)
+    with driver.capture() as replay:
+        out = cupyattn.flash_attn_with_kvcache(**arguments, num_splits=3)
+    for more in (0, 7):
+        lengths += more
+        exact, _, after = on_the_cpu(arguments)
+        driver.counters[0][:] = 7
+        replay()
+        np.testing.assert_allclose(out.numpy(), exact, atol=4e-3)
+        np.testing.assert_array_equal(arguments["v_cache"].numpy(), after["v_cache"])
+    assert len(driver.launches) == 2
+
+
+def test_the_launches_of_a_stream_share_counters_and_other_streams_have_others(torch, driver):
+    arguments, exact = split_call(torch)
+    for driver.stream in (0, 5, 0, 5):
+        np.testing.assert_allclose(cupyattn.attention(*arguments).numpy(), exact, atol=2e-3)
+    first, second, *more = addresses(driver)
+    assert first != second
+    assert more == [first, second]
+    assert [stream for stream, _ in driver.standing] == [0, 5]
+
+
+def test_more_counters_than_there_were_are_new_ones(driver):
+    found = memory.TorchMemory()
+    few, many = (found._counters_of(0, memory.Stream(0), count) for count in (3, 5000))
+    assert few != many
+    assert [found._counters_of(0, memory.Stream(0), count) for count in (9000, 3)] == [many, many]
+    assert [len(array) for _, array in driver.standing] == [1024, 10000]
+    assert len(found._standing) == 2  # what may still be used is not given back
+
+
+def test_threads_whose_default_streams_have_one_number_do_not_share_counters(torch, driver):
+    arguments, exact = split_call(torch)
+    driver.stream = memory.PER_THREAD
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(cupyattn.attention(*arguments))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    for out in found:
+        np.testing.assert_allclose(out.numpy(), exact, atol=2e-3)
+    assert len(set(addresses(driver))) == 2
+    assert driver.standing == []
+
+
+@pytest.fixture
+def cupy(driver, monkeypatch):
+    """CuPy, whose memory is the host's and which launches nothing; `driver.seen` has what was asked for, and when."""
+    found = pytest.importorskip("cupy")
+    driver.seen = []
+
+    def taken(whose, num_bytes):
+        array, owner = np.empty(num_bytes, np.uint8), type("Owner", (), {})()
+        driver.look_at_numpy(array)
+        driver.seen.append(whose)
+        weakref.finalize(owner, driver.seen.append, f"{whose} again")
+        return found.cuda.UnownedMemory(array.ctypes.data, num_bytes, owner, device_id=0)
+
+    monkeypatch.setattr(memory.CuPyMemory, "contiguous", lambda self, array: found.empty(array.shape, array.dtype))
+    monkeypatch.setattr(found.cuda, "get_current_stream", lambda: "the graph's")
+    monkeypatch.setattr(found.cuda, "MemoryAsync", lambda num_bytes, stream: taken(stream, num_bytes))
+    monkeypatch.setattr(cuda, "kernel", lambda what, index: lambda *call: driver.seen.append(what.source))
+    with found.cuda.using_allocator(lambda num_bytes: found.cuda.MemoryPointer(taken("the pool's", num_bytes), 0)):
+        yield found
+
+
+def test_what_a_captured_launch_of_cupy_needs_for_itself_is_the_graphs_until_it_has_run(cupy, driver):
+    q, k = cupy.empty((1, 1, 2, 64), "float16"), cupy.empty((1, 700, 2, 128), "float16")[..., ::2]
+    driver.seen.clear()
+    with driver.capture():
+        out = cupyattn.attention(q, k, k)
+    result, *own, launch = driver.seen[:7]
+    assert (out.shape, result, launch) == (q.shape, "the pool's", "splitkv.cu")
+    assert own == 5 * ["the graph's"]  # two copies, partial_out, partial_lse and counters
+    assert driver.seen[7:] == 5 * ["the graph's again"]
+
+
+def test_what_two_captured_launches_of_cupy_share_is_the_graphs_until_both_have_run(cupy, driver):
+    arrays = {
+        name: cupy.empty(shape, "float16")
+        for name, shape in {"q": (1, 1, 2, 64), "k": (1, 1, 2, 64), "v": (1, 1, 2, 64), "k_cache": (1, 64, 2, 64),
+                            "v_cache": (1, 64, 2, 64), "rotary_cos": (64, 16), "rotary_sin": (64, 16)}.items()
+    }  # fmt: skip
+    driver.seen.clear()
+    with driver.capture():
+        out = cupyattn.flash_attn_with_kvcache(**arrays, cache_seqlens=9)
+    assert out.shape == (1, 1, 2, 64)
+    assert driver.seen == ["the pool's", "the graph's", "append.cu", "splitkv.cu", "the graph's again"]
+
+
+def test_outside_of_a_graph_cupys_pool_gives_all_but_the_counters(cupy, driver):
+    q, k = cupy.empty((1, 1, 2, 64), "float16"), cupy.empty((1, 700, 2, 64), "float16")
+    driver.seen.clear()
+    for _ in range(2):
+        cupyattn.attention(q, k, k)
+    each = [*3 * ["the pool's"], "splitkv.cu", *3 * ["the pool's again"]]
+    assert driver.seen == 2 * each
+    assert len(driver.standing) == 1
+
+
+# ---- JAX, whose CPU arrays say that they are on a GPU
+
+
+class HostArray:
+    """What CuPy makes of an array of JAX."""
+
+    def __init__(self, array):
+        self.kept, self.array = array, np.asarray(array)
+        self.shape, self.strides, self.itemsize = self.array.shape, self.array.strides, self.array.itemsize
+        self.dtype, self.data = self.array.dtype, SimpleNamespace(ptr=self.array.ctypes.data)
+
+    def __dlpack_device__(self):
+        return (1, 0)
+
+    def __dlpack__(self, *, stream, **more):
+        assert stream == -1
+        raw = (ctypes.c_uint8 * self.array.nbytes).from_address(self.data.ptr)
+        raw.kept = self
+        return np.frombuffer(raw, self.dtype).reshape(self.shape).__dlpack__(**more)
+
+
+class Event:
+    """An event that passes when it is waited for, or when it is told to."""
+
+    def __init__(self, disable_timing):
+        self.done = self.recorded = False
+
+    def record(self):
+        self.recorded = True
+
+    def synchronize(self):
+        assert self.recorded
+        self.done = True
+
+
+@pytest.fixture
+def jax(driver, monkeypatch):
+    """JAX; `driver.brought` has weak references to what CuPy made of its arrays, `driver.events` the events."""
+    found = pytest.importorskip("jax")
+    from cupyattn.jax_arrays import Jax
+
+    driver.brought, driver.events, driver.waits = [], [], 0
+
+    def from_dlpack(array):
+        made = HostArray(array)
+        driver.look_at_numpy(made.array)
+        driver.brought.append(weakref.ref(made))
+        return made
+
+    def new_event(**options):
+        driver.events.append(Event(**options))
+        return driver.events[-1]
+
+    def wait():
+        driver.waits += 1
+
+    stream = SimpleNamespace(ptr=0, synchronize=wait)
+    streams = SimpleNamespace(get_current_stream=lambda: stream, Event=new_event)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(from_dlpack=from_dlpack, cuda=streams))
+    monkeypatch.setattr(Jax, "place", lambda self, array: ("cuda", "cuda:0"))
+    yield found
+    cuda._memory("jax.Array").settle()
+
+
+def call_of_jax(jax):
+    """One call with keys of its own, and whether its result is right; nothing of it is kept."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(shape).astype("f2") for shape in ((1, 20, 2, 64), (1, 30, 2, 64), (1, 30, 2, 64))]
+    out, lse = cupyattn.attention(*map(jax.numpy.asarray, arrays), return_lse=True)
+    assert (type(out), out.dtype, lse.dtype) == (type(jax.numpy.zeros(1)), "float16", "float32")
+    exact = cupyattn.attention(*[x.astype("f8") for x in arrays])
+    np.testing.assert_allclose(np.asarray(out), exact, atol=2e-3)
+
+
+def alive(driver):
+    gc.collect()
+    return sum(made() is not None for made in driver.brought)
+
+
+def test_arrays_of_jax_are_held_until_an_event_behind_the_kernel_has_passed(jax, driver):
+    call_of_jax(jax)
+    assert alive(driver) == 5
+    call_of_jax(jax)
+    assert alive(driver) == 10
+    for event in driver.events:
+        event.done = True
+    call_of_jax(jax)
+    assert alive(driver) == 5
+
+
+def test_results_for_jax_are_memory_of_jax(jax, driver):
+    call_of_jax(jax)  # CuPy's `empty`, which would be asked otherwise, is not there
+    assert len(driver.brought) == 3 + 2
+
+
+def test_no_more_calls_of_jax_are_held_than_xla_lets_run_ahead(jax, driver, monkeypatch):
+    monkeypatch.setattr(memory, "MOST_UNDER_WAY", 2)
+    for _ in range(5):
+        call_of_jax(jax)
+    assert [event.done for event in driver.events] == [True, True, True, False, False]
+    assert alive(driver) == 2 * 5
+
+
+def test_what_is_held_at_the_end_is_waited_for_and_let_go(jax, driver, monkeypatch):
+    at_exit = []
+    monkeypatch.setattr(memory.atexit, "register", at_exit.append)
+    call_of_jax(jax)
+    (settle,) = at_exit
+    settle()
+    assert alive(driver) == 0
+    assert [event.done for event in driver.events] == [True]
+
+
+def test_arrays_of_jax_are_held_if_a_launch_fails_since_copies_of_them_may_be_under_way(jax, driver, monkeypatch):
+    def kernel(*wanted):
+        raise RuntimeError("does not compile")
+
+    monkeypatch.setattr(cuda, "kernel", kernel)
+    with pytest.raises(RuntimeError, match="does not compile"):
+        call_of_jax(jax)
+    assert alive(driver) == 5
+
+
+def test_constants_of_a_function_that_jax_traces(jax, driver):
+    q = jax.random.normal(jax.random.key(0), (1, 20, 2, 64), "float16")
+    exact = cupyattn.attention(*3 * [np.asarray(q).astype("f8")])
+    np.testing.assert_allclose(np.asarray(jax.jit(lambda: cupyattn.attention(q, q, q))()), exact, atol=2e-3)
+
+
+@pytest.mark.parametrize(("stream", "passed", "waits"), [(5, 5, 0), (-1, -1, 0), (None, -1, 1)])
+def test_a_consumer_that_does_not_say_its_stream_is_waited_for(jax, driver, stream, passed, waits):
+    asked = []
+    given = SimpleNamespace(__dlpack__=lambda **options: asked.append(options), __dlpack_device__=lambda: (2, 3))
+    handed = memory._Handed(given)
+    handed.__dlpack__(stream=stream, copy=False)
+    assert asked == [{"stream": passed, "copy": False}]
+    assert driver.waits == waits
+    assert handed.__dlpack_device__() == (2, 3)
+
+
+def test_the_ordinal_of_a_device_is_not_jaxs_number_of_it_among_all_processes():
+    devices = SimpleNamespace(id=9, local_hardware_id=1), SimpleNamespace(id=2), SimpleNamespace(index=3), "a sharding"
+    arrays = [SimpleNamespace(device=device, __dlpack_device__=lambda: (2, 4)) for device in devices]
+    assert [cuda.index_of(array) for array in arrays] == [1, 2, 3, 4]
