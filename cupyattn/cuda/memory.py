@@ -25,6 +25,8 @@ Scratch = dict[str, int]
 PER_THREAD = 2
 """``cudaStreamPerThread``: one number for the default streams of all threads."""
 NOTHING = nullcontext()
+LEGACY = (0, 1)
+"""The default stream of a device, which cannot be captured: to be asked, while others are, is an error to CUDA."""
 MOST_UNDER_WAY = 32
 """Calls of JAX's arrays that are not waited for; XLA lets no more computations run ahead."""
 
@@ -79,6 +81,8 @@ class CuPyMemory:
 
     def is_capturing(self, stream: Stream) -> bool:
         """Whether what is queued on the current stream becomes part of a CUDA graph."""
+        if stream.ptr in LEGACY:
+            return False
         import cupy
 
         return bool(cupy.cuda.runtime.streamIsCapturing(stream.ptr))

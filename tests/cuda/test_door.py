@@ -634,6 +634,16 @@ def test_threads_whose_default_streams_have_one_number_do_not_share_counters(tor
     assert driver.standing == []
 
 
+def test_the_legacy_stream_is_not_asked_whether_it_is_captured(monkeypatch):
+    """CUDA answers with an error while another stream is being captured."""
+    asked = []
+    runtime = SimpleNamespace(streamIsCapturing=lambda pointer: asked.append(pointer) or 1)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    found = [memory.CuPyMemory().is_capturing(memory.Stream(pointer)) for pointer in (0, 1, 2, 77)]
+    assert found == [False, False, True, True]
+    assert asked == [2, 77]
+
+
 @pytest.fixture
 def cupy(driver, monkeypatch):
     """CuPy, whose memory is the host's and which launches nothing; `driver.seen` has what was asked for, and when."""
