@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cupyattn.problem import FLOATS, ITEMSIZE, Array, Problem, Shape, Spec
-from cupyattn.reading import DESCALES, refusal, short
+from cupyattn.reading import DESCALES, refusal, short, span
 from cupyattn.rotary import rotated
 
 NEW = (("k_new", "k"), ("v_new", "v"))
@@ -257,7 +257,7 @@ class Appended:
     def _check_places(self, function: str, specs: Mapping[str, Spec]) -> None:
         cache, shown = specs["k"], ("cache_batch_idx", short(self.places.tolist()))
         if self.places.min(initial=0) < 0 or self.places.max(initial=-1) >= cache.shape[0]:
-            rule = f"cache_batch_idx has to be from 0 to {cache.shape[0] - 1}"
+            rule = f"cache_batch_idx has to be {span(0, cache.shape[0] - 1)}"
             raise ValueError(refusal(function, rule, shown, (cache.name, cache.shape)))
         written = self.places[self.new > 0]
         if np.unique(written).size != written.size:
@@ -350,7 +350,7 @@ class Appended:
         known = specs["rotary_cos"].shape[0]
         for what in (keys, rows):
             if what.size and (what.min() < 0 or what.max() >= known):
-                rule = f"positions have to be from 0 to {known - 1}, the rows of rotary_cos and rotary_sin"
+                rule = f"positions have to be {span(0, known - 1)}, the rows of rotary_cos and rotary_sin"
                 came = (("positions", f"{what.min()} to {what.max()}"), ("rotary_cos", specs["rotary_cos"].shape))
                 raise ValueError(refusal(function, rule, *came))
         return keys, np.asarray(rows)
