@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -276,11 +277,14 @@ def attend_options(
 
 def integers(function: str, name: str, values: Sequence[int] | Array, *, low: int, high: int) -> list[int]:
     """A list of integers on the host, from a sequence of them or from an array of any library."""
-    if not isinstance(values, (list, tuple)):
+    rule = f"{name} has to be a list of integers, or an array of one axis"
+    is_sequence = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+    if not is_sequence and not hasattr(values, "shape"):
+        raise TypeError(refusal(function, rule, (name, reprlib.repr(values), type(values).__name__)))
+    if not is_sequence:
         visit = enter(function, {name: (name, values)})
         spec = dict(visit.specs)[name]
         if len(spec.shape) != 1 or not spec.dtype.startswith(("int", "uint")):
-            rule = f"{name} has to be a list of integers, or an array of one axis"
             raise TypeError(refusal(function, rule, (name, spec.shape, spec.dtype)))
         if visit.library.is_deferred(visit.arrays):
             raise TypeError(refusal(function, f"needs the values of {name}, {visit.library.when_deferred}"))
