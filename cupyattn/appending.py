@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from itertools import permutations
+from math import gcd
+from typing import NamedTuple
 
 import numpy as np
 
-from cupyattn.problem import FLOATS, Array, Problem, Spec
-from cupyattn.reading import DESCALES, refusal, short
+from cupyattn.problem import FLOATS, ITEMSIZE, Array, Problem, Shape, Spec
+from cupyattn.reading import DESCALES, refusal, short, span
 from cupyattn.rotary import rotated
 
 NEW = (("k_new", "k"), ("v_new", "v"))
@@ -26,8 +28,8 @@ INDICES = (
 )
 ASKED = ("q", "k", "v", "alibi_slopes", "sinks", "block_table", "cu_seqlens_q", *DESCALES)
 """What attention is asked besides, as it came."""
-MOST_STEPS: Any = 1000
-"""Steps that may be spent on finding out whether two caches share memory."""
+Pages = tuple[Array, Array]
+"""Of some places: the page of each, or its sequence of a cache without pages, and its slot there."""
 
 
 @lru_cache(maxsize=4096)
@@ -102,6 +104,77 @@ def _check_tables(function: str, specs: Mapping[str, Spec], problem: Problem) ->
     if cos.shape[0] < problem.sizes.seqlen_k:
         rule = f"rotary_cos has to have a row for every place of a sequence in the cache, {problem.sizes.seqlen_k}"
         raise ValueError(refusal(function, rule, (cos.name, cos.shape), (specs["k"].name, specs["k"].shape)))
+
+
+class Memory(NamedTuple):
+    """Where a cache lies: the address of its first number, and bytes from step to step along each axis."""
+
+    address: int
+    shape: Shape
+    strides: tuple[int, ...]
+    itemsize: int
+
+    @classmethod
+    def of(cls, array: Array) -> Memory:
+        return cls(array.__array_interface__["data"][0], array.shape, array.strides, array.itemsize)
+
+    @classmethod
+    def of_view(cls, address: int, shape: Shape, steps: tuple[int, ...], dtype: str) -> Memory:
+        """From steps in numbers, as the GPU's kernels have them."""
+        item = ITEMSIZE[dtype]
+        return cls(address, shape, tuple(step * item for step in steps), item)
+
+    @property
+    def lowest(self) -> int:
+        return self.address + sum((size - 1) * min(0, step) for size, step in self._steps())
+
+    @property
+    def reach(self) -> int:
+        """Bytes from the lowest one to the end."""
+        return self.itemsize + sum((size - 1) * abs(step) for size, step in self._steps())
+
+    def _steps(self) -> list[tuple[int, int]]:
+        return list(zip(self.shape, self.strides, strict=True))
+
+    def is_near(self, other: Memory) -> bool:
+        """One lies in the other's bounds, or reaches into them."""
+        if 0 in self.shape or 0 in other.shape:
+            return False
+        return self.lowest < other.lowest + other.reach and other.lowest < self.lowest + self.reach
+
+    def piece(self) -> int:
+        """Bytes of a token that lie together, in order."""
+        length = self.itemsize
+        for size, step in reversed(self._steps()[2:]):
+            if size > 1 and step != length:
+                break
+            length *= size
+        return length
+
+    def pieces(self, places: Pages, length: int) -> Array:
+        """The addresses of all pieces, of so many bytes, of the tokens at some places."""
+        (_, page_step), (_, slot_step), (heads, head_step), (dim, step) = self._steps()
+        within = np.add.outer(np.arange(heads) * head_step, np.arange(dim) * step).ravel()[:: length // self.itemsize]
+        page, slot = places
+        return np.add.outer(self.address + page.astype(np.int64) * page_step + slot * slot_step, within).ravel()
+
+    def places(self, addresses: Array) -> Pages | None:
+        """Those of the tokens that have a byte at one of the addresses; None: steps do not nest, and nobody can say."""
+        offset = addresses - self.lowest
+        inside = (offset >= 0) & (offset < self.reach)
+        offset = offset[inside]
+        found = {0: np.zeros_like(offset), 1: np.zeros_like(offset)}
+        reach, held = self.reach, np.ones(offset.size, bool)
+        for axis, (size, step) in sorted(enumerate(self._steps()), key=lambda entry: -abs(entry[1][1])):
+            if size > 1:
+                reach -= (size - 1) * abs(step)
+                if abs(step) < reach:
+                    return None
+                index, offset = np.divmod(offset, abs(step))
+                held &= index < size
+                found[axis] = index if step > 0 else size - 1 - index
+        held &= offset < self.itemsize
+        return found[0][held], found[1][held]
 
 
 @dataclass
@@ -184,7 +257,7 @@ class Appended:
     def _check_places(self, function: str, specs: Mapping[str, Spec]) -> None:
         cache, shown = specs["k"], ("cache_batch_idx", short(self.places.tolist()))
         if self.places.min(initial=0) < 0 or self.places.max(initial=-1) >= cache.shape[0]:
-            rule = f"cache_batch_idx has to be from 0 to {cache.shape[0] - 1}"
+            rule = f"cache_batch_idx has to be {span(0, cache.shape[0] - 1)}"
             raise ValueError(refusal(function, rule, shown, (cache.name, cache.shape)))
         written = self.places[self.new > 0]
         if np.unique(written).size != written.size:
@@ -201,8 +274,8 @@ class Appended:
             rule = f"{spec.name} of sequence {index} names page {table[index, entry]}, and there are {num_pages}"
             row = short(table[index].tolist())
             raise ValueError(refusal(function, rule, (spec.name, row), (specs["k"].name, specs["k"].shape)))
-        sequence, _, key = self._tokens()
-        slots = table[sequence, key // page_size].astype(np.int64) * page_size + key % page_size
+        page, slot = self._written(table, page_size)
+        slots = page.astype(np.int64) * page_size + slot
         if np.unique(slots).size != slots.size:
             rule = f"{spec.name} leads two new tokens to one row of a page"
             raise ValueError(refusal(function, rule, (spec.name, spec.shape), ("cache_seqlens", self.seqlens.tolist())))
@@ -212,6 +285,47 @@ class Appended:
         sequence = np.repeat(np.arange(self.new.size), self.new)
         within = np.arange(sequence.size) - np.repeat(np.cumsum(self.new) - self.new, self.new)
         return sequence, within, self.seqlens[sequence] + within
+
+    def _written(self, table: Array | None, page_size: int) -> Pages:
+        """The places of all new tokens."""
+        sequence, _, key = self._tokens()
+        if table is None:
+            return self.places[sequence], key
+        return table[sequence, key // page_size], key % page_size
+
+    def check_apart(self, function: str, specs: Mapping[str, Spec], k: Memory, v: Memory, table: Array | None) -> None:
+        """Refuse to write in one cache what is memory of a live token, old or new, in the other.
+
+        Raises
+        ------
+        ValueError
+            It is, or the caches lie in each other's bounds by steps of which it cannot be told.
+        """
+        if not self.new.any() or not k.is_near(v):
+            return
+        page_size, length = k.shape[1], gcd(k.piece(), v.piece())
+        places = self._written(table, page_size)
+        for one, other in permutations((k, v)):
+            pieces = one.pieces(places, length)
+            # pieces are as long in both: where two of them meet, an end of one lies in the other
+            taken = other.places(np.concatenate([pieces, pieces + (length - 1)]))
+            if taken is None or self._are_live(taken, table, page_size).any():
+                rule = f"{specs['k'].name} and {specs['v'].name} share memory, and a new token of one would overwrite"
+                rule += " a token of the other"
+                raise ValueError(refusal(function, rule, (specs["k"].name, k.shape), (specs["v"].name, v.shape)))
+
+    def _are_live(self, places: Pages, table: Array | None, page_size: int) -> Array:
+        """Whether any sequence has a key there, once all new ones are in."""
+        table = self.places[:, None] if table is None else table
+        begins = np.arange(table.shape[1]) * page_size
+        first, stop = (np.clip(x[:, None] - begins, 0, page_size) for x in (self.first_key, self.stops))
+        pages, which = np.unique(places[0], return_inverse=True)
+        named = (first < stop) & np.isin(table, pages)
+        row = np.searchsorted(pages, table[named])
+        begun = np.zeros((pages.size, page_size + 1), np.int64)
+        np.add.at(begun, (row, first[named]), 1)
+        np.add.at(begun, (row, stop[named]), -1)
+        return np.asarray(np.cumsum(begun, axis=1)[which, places[1]] > 0)
 
     def check_positions(
         self, function: str, specs: Mapping[str, Spec], problem: Problem, each_row: bool
@@ -236,7 +350,7 @@ class Appended:
         known = specs["rotary_cos"].shape[0]
         for what in (keys, rows):
             if what.size and (what.min() < 0 or what.max() >= known):
-                rule = f"positions have to be from 0 to {known - 1}, the rows of rotary_cos and rotary_sin"
+                rule = f"positions have to be {span(0, known - 1)}, the rows of rotary_cos and rotary_sin"
                 came = (("positions", f"{what.min()} to {what.max()}"), ("rotary_cos", specs["rotary_cos"].shape))
                 raise ValueError(refusal(function, rule, *came))
         return keys, np.asarray(rows)
@@ -258,8 +372,9 @@ class Appended:
         asked |= {"first_key": self.first_key, "seqused_k": self.stops, "cache_batch_idx": self.places}
         if "k_new" not in specs:
             return asked
-        _check_apart(function, specs, operands)
-        sequence, within, key = self._tokens()
+        table = operands.get("block_table")
+        self.check_apart(function, specs, Memory.of(operands["k"]), Memory.of(operands["v"]), table)
+        sequence, within, _ = self._tokens()
         rows = (sequence, within) if self.starts_new is None else (self.starts_new[sequence] + within,)
         new = {cache: operands[name][rows] for name, cache in NEW}
         if "rotary_cos" in specs:
@@ -268,11 +383,9 @@ class Appended:
             new["k"] = rotated(new["k"], *tables, at_keys, interleaved, problem.dtype)
             used = slice(None) if self.starts_q is None else slice(int(self.starts_q[-1]))
             asked["q"] = rotated(operands["q"][used], *tables, at_rows, interleaved, problem.dtype)
-        if "block_table" in operands:
-            page_size = operands["k"].shape[1]
-            places = (operands["block_table"][sequence, key // page_size], key % page_size)
-        else:
-            places = (self.places[sequence], key)
+        elif any(np.may_share_memory(operands["q"], operands[cache]) for _, cache in NEW):
+            asked["q"] = operands["q"].copy()
+        places = self._written(table, operands["k"].shape[1])
         for name, values in new.items():
             operands[name][places] = values
         return asked
@@ -291,15 +404,3 @@ def _check_starts(function: str, name: str, starts: Array, rows: Spec, longest: 
     if longest is not None and steps.max(initial=0) > longest:
         rule = f"a sequence of {name} is longer than max_seqlen_q"
         raise ValueError(refusal(function, rule, shown, ("longest", int(steps.max())), ("allowed", longest)))
-
-
-def _check_apart(function: str, specs: Mapping[str, Spec], operands: Mapping[str, Array]) -> None:
-    """Refuse caches that share memory, as far as that is quickly found out."""
-    k, v = operands["k"], operands["v"]
-    try:
-        together = np.shares_memory(k, v, max_work=MOST_STEPS)
-    except np.exceptions.TooHardError:
-        return
-    if together:
-        rule = f"{specs['k'].name} and {specs['v'].name} share memory, and both were to be overwritten"
-        raise ValueError(refusal(function, rule, (specs["k"].name, k.shape), (specs["v"].name, v.shape)))

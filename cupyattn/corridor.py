@@ -69,6 +69,15 @@ def answer_from_cache(
     return visit.run(forward, None, problem.results)
 
 
+def views_on_gpu(visit: Visit, words: tuple[str, ...]) -> list[Any]:
+    """Where some of the arrays lie, as `cuda.launch.View` says it."""
+    from cupyattn import cuda
+
+    return list(
+        cuda.views(visit.library.title, {word: visit.arrays[word] for word in words}, dict(visit.specs)).values()
+    )
+
+
 def plan_for(function: str, problem: Problem, device: Device, fixed_split_size: int | None = None) -> Plan:
     """The plan, or every implementation's objections at once."""
     plan = choose(problem, device, fixed_split_size)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from cupyattn import reading
-from cupyattn.appending import INDICES, Appended, check_new
+from cupyattn.appending import INDICES, Appended, Memory, check_new
 from cupyattn.arrays import Arrays, Visit, enter, untraced
-from cupyattn.corridor import Rotation, answer_from_cache, plan_for
+from cupyattn.corridor import Rotation, answer_from_cache, plan_for, views_on_gpu
 from cupyattn.plan import with_num_splits
 from cupyattn.problem import Array
 from cupyattn.reading import Options, refusal
@@ -116,13 +116,15 @@ def flash_attn_with_kvcache(
         As `attention`; an index array is not int32, or the caches cannot be overwritten: JAX's and dask's cannot.
     ValueError
         As `attention`; a cache is read-only or has no room, an index leads out of an array, or two new tokens would be
-        written to one place.  The caches are as they were.
+        written to one place, or one of them over a live token of the other cache.  The caches are as they were.
     NotImplementedError
         Gradients are wanted, which there are none.
 
     Notes
     -----
     Two sequences may share pages, and append to different rows of one; all appending is done before any of it is read.
+    Both caches may be views of one buffer, page by page or head by head, as long as no new token of one is memory of a
+    live token of the other.
 
     New float8_e4m3fn keys and values are stored as they come: they have to be multiples of the same descales as those
     in the cache.  Where they are rotated, and `q` with them, they are rounded to float8_e4m3fn again, to nearest even;
@@ -130,8 +132,8 @@ def flash_attn_with_kvcache(
 
     On a GPU it is two launches, or one if nothing is appended, and nobody waits for the values of index arrays, unless
     `check_indices`: what they name outside of the arrays is neither read nor written, and keys and values of a page
-    that there is not count as zeros.  Two new tokens for one place leave either of them there, and `k` and `v` must
-    not lie in the caches themselves.
+    that there is not count as zeros.  Two new tokens for one place, be it named by both caches, leave either of
+    them there, and `q`, `k` and `v` must not lie in the caches themselves.
 
     Examples
     --------
@@ -205,6 +207,8 @@ def flash_attn_with_kvcache(
     if visit.kind == "cuda" and waits:
         values = {name: visit.library.values(array) for name, array in _indices(visit.arrays).items()}
         found = Appended.read(FUNCTION, specs, problem, values, seqlen)
+        in_k, in_v = (Memory.of_view(*view) for view in views_on_gpu(visit, ("k", "v")))
+        found.check_apart(FUNCTION, specs, in_k, in_v, values.get("block_table"))
         if rotary_cos is not None:
             found.check_positions(FUNCTION, specs, problem, rotation.each_row)
     results = answer_from_cache(visit, problem, plan, seqlen, rotation, append)

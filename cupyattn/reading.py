@@ -104,8 +104,13 @@ def integer(function: str, name: str, value: Any, *, low: int, high: int = LARGE
             refusal(function, f"{name} has to be an integer", (name, repr(value), type(value).__name__))
         ) from None
     if not low <= result <= high:
-        raise ValueError(refusal(function, f"{name} has to be from {low} to {high}", (name, reprlib.repr(result))))
+        raise ValueError(refusal(function, f"{name} has to be {span(low, high)}", (name, reprlib.repr(result))))
     return result
+
+
+def span(low: int, high: int) -> str:
+    """What an integer has to be, in words."""
+    return f"from {low} to {high}" if low <= high else "one of those that there are, and there are none"
 
 
 def flag(function: str, name: str, value: Any) -> bool:

@@ -1,6 +1,8 @@
 """KV caches: attention over what was appended is attention over all of it at once."""
 
+import copy
 import inspect
+import pickle
 
 import ml_dtypes
 import numpy as np
@@ -193,9 +195,20 @@ def test_everything_may_be_forgotten(make, rng):
     cache = make()
     cache.append(k, v)
     cache.truncate(0)
-    assert not cache.attend(q).any()
+    assert cache.attend(q[:, :0]).shape == (2, 0, 4, 8)
     cache.append(v, k)
     assert_same_bits(cache.attend(q), whole(q, v, k))
+
+
+@every_cache
+@pytest.mark.parametrize("integer", [int, np.int64, np.array, lambda n: needs("torch").tensor(n)])
+def test_a_length_is_an_integer_of_any_kind(make, integer, rng):
+    _, k, v = draw(rng, seqlen=3)
+    cache = make()
+    cache.append(k, v)
+    cache.truncate(integer(2))
+    cache.reorder(range(1))
+    assert cache.lengths == (2,)
 
 
 @every_cache
@@ -220,6 +233,79 @@ def test_reordered_sequences_go_on_from_what_the_others_were(make, rng):
     source = [1, 0, 1]
     both = [np.concatenate([x[source, :5], x[:, 5:]], axis=1) for x in (k, v)]
     assert_same_bits(cache.attend(q), whole(q, *both))
+
+
+WAYS = {"copy": copy.copy, "deepcopy": copy.deepcopy, "pickle": lambda cache: pickle.loads(pickle.dumps(cache))}
+every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+HOMES = [Home("float32"), Torch("float32"), Torch("bfloat16"), Strict("float32", "device1")]
+
+
+@every_cache
+@every_way
+@pytest.mark.parametrize("home", HOMES, ids=str)
+def test_a_copy_goes_on_in_memory_of_its_own(make, way, home, rng):
+    check_copy(make, way, home, rng)
+
+
+def test_a_copy_of_what_jax_holds_goes_on_by_itself(rng):
+    check_copy(CACHES["paged"], copy.copy, Jax("float32"), rng)
+
+
+def check_copy(make, way, home, rng):
+    q, k, v = draw(rng, seqlen=7, dtype=DTYPES[home.dtype])
+    there = [home.make(x) for x in (q, k, v)]
+
+    def part(*stretch):
+        return (slice(None), slice(*stretch), Ellipsis)
+
+    first = make()
+    first.append(there[1][part(0, 3)], there[2][part(0, 3)])
+    first.attend(there[0][part(0, 3)])
+    second = way(first)
+    assert (second.lengths, second.nbytes) == (first.lengths, first.nbytes)
+    for cache, stretch in ((first, (3, 5)), (second, (5, 7)), (first, (4, 5))):
+        cache.append(there[1][part(*stretch)], there[2][part(*stretch)])
+    second.truncate(4)
+    for cache, kept in ((first, [0, 1, 2, 3, 4, 4]), (second, [0, 1, 2, 5])):
+        out = cache.attend(there[0][part(0, 4)])
+        home.check(out, there[0])
+        assert_same_bits(out, whole(q[:, :4], k[:, kept], v[:, kept]))
+    first.reorder([1, 0])
+    assert_same_bits(second.attend(there[0][part(0, 4)]), out)
+
+
+@every_cache
+@every_way
+def test_a_copy_of_an_empty_cache_is_empty(make, way, rng):
+    q, k, v = draw(rng, seqlen=3)
+    first = make()
+    second = way(first)
+    first.append(v, k)
+    assert (len(second), second.nbytes) == (0, 0)
+    second.append(k.astype(np.float64), v.astype(np.float64))  # what the other is made of does not count
+    assert_same_bits(first.attend(q), whole(q, v, k))
+
+
+@every_cache
+def test_a_copy_has_what_a_subclass_has_besides(make):
+    cache = make()
+    kind = type(f"My{type(cache).__name__}", (type(cache),), {})
+    cache.__class__, cache.notes = kind, ["layer 3"]
+    twin = copy.copy(cache)
+    assert type(twin) is kind
+    assert twin.notes is cache.notes
+
+
+@every_cache
+@every_way
+def test_a_copy_made_in_inference_mode_goes_on_outside_of_it(make, way):
+    torch = needs("torch")
+    cache, one = make(), torch.ones((1, 1, 2, 4))
+    cache.append(one, one)
+    with torch.inference_mode():
+        twin = way(cache)
+    twin.append(one, one)
+    assert (len(cache), len(twin)) == (1, 2)
 
 
 @every_cache
@@ -261,10 +347,21 @@ def refusals():
     yield "a fractional length", TypeError, "truncate: length", lambda c: c.truncate(1.5)
     yield "no such sequence", ValueError, r"reorder: sequences\[1\]", lambda c: c.reorder([0, 2])
     yield "a float sequence", TypeError, "reorder: sequences", lambda c: c.reorder(np.zeros(2))
+    listed = r"reorder: sequences has to be a list of integers, or an array of one axis\n +sequences +{}"
+    yield "one sequence", TypeError, listed.format("1  int"), lambda c: c.reorder(1)
+    yield "sequences as text", TypeError, listed.format("'10'  str"), lambda c: c.reorder("10")
     yield "q of another dtype", TypeError, "attend: ", lambda c: c.attend(q.astype("f8"))
     yield "q of another head_dim", ValueError, "attend: ", lambda c: c.attend(q[..., :4])
     yield "q of three axes", ValueError, "attend: q has to have 4 axes", lambda c: c.attend(q[0])
     yield "no queries", TypeError, "attend: q has to be an array", lambda c: c.attend(None)
+    five, six = (np.ones((2, n, 4, 8), np.float32) for n in (5, 6))
+    yield "a query too many", ValueError, "q has 5 rows of sequence 0, which has 3 tokens", lambda c: c.attend(five)
+    yield (
+        "queries of anything",
+        ValueError,
+        "attend: q has 6 rows of sequence 0, which has 3 tokens; append",
+        lambda c: c.attend(six, causal=False),
+    )
     yield "a negative softcap", ValueError, "attend: softcap", lambda c: c.attend(q, softcap=-1)
     yield "half a window", TypeError, "attend: window_size", lambda c: c.attend(q, window_size=3)
     yield "a scale that is none", TypeError, "attend: softmax_scale", lambda c: c.attend(q, softmax_scale="a")
@@ -647,6 +744,17 @@ def paged_refusals():
     yield "rows left over", r"attend: seqlens have to sum up to the tokens of q, 2", lambda c: c.attend(q, [1, 0])
     yield "rows of others", "attend: q has to be of 2 sequences", lambda c: c.attend(q, [1, 0, 1])
     yield "rows not packed", "attend: q has to have 3 axes", lambda c: c.attend(q[None], [1, 1])
+    missing = (
+        r"has to have 4 axes, \(batch, seqlen, .*; for packed {}, \(tokens, .*\), give seqlens, the tokens of each"
+    )
+    yield "rows without seqlens", "attend: q " + missing.format("q"), lambda c: c.attend(q)
+    yield "tokens without seqlens", "append: k " + missing.format("k and v"), lambda c: c.append(k, k)
+    superfluous = "append: k has to have 3 axes, .*, if seqlens are given, which are for packed k and v"
+    yield "seqlens for nothing", superfluous, lambda c: c.append(k[None], k[None], [1, 1])
+    four = np.ones((4, 4, 8), np.float32)
+    many = "attend: q has 4 rows of sequence 1, which has 3 tokens"
+    yield "rows of no tokens", many, lambda c: c.attend(four, [0, 4])
+    yield "rows of no shared tokens", many, lambda c: c.attend(four, [0, 4], cascade=True, causal=False)
     yield "no such fork", "fork: sequence has to be from 0 to 1", lambda c: c.fork(2)
     yield "a longer cut", r"truncate: length\[1\] has to be from 0 to 3", lambda c: c.truncate([3, 4])
     yield "cuts of others", "truncate: length has to be at most the tokens", lambda c: c.truncate([1])
@@ -663,6 +771,37 @@ def test_pages_refuse_what_cannot_be_meant(message, call, rng):
         call(cache)
     assert cache.lengths == (3, 3)
     assert_same_bits(cache.attend(q), whole(q, k, v))
+
+
+@pytest.mark.parametrize("call", [lambda c: c.fork(0), lambda c: c.reorder([0])], ids=["fork", "reorder"])
+def test_where_there_are_no_sequences_that_is_said(call):
+    cache = PagedCache(num_pages=8, page_size=4)
+    with pytest.raises(ValueError, match=r"(sequence|sequences\[0\]) has to be one of those .* and there are none"):
+        call(cache)
+    assert cache.lengths == ()
+    cache.reorder([])
+    assert cache.add_sequence() == 0
+
+
+def test_a_copy_of_pages_without_tokens_has_sequences_of_its_own():
+    cache = PagedCache(num_pages=8, page_size=4)
+    cache.add_sequence()
+    twin = copy.copy(cache)
+    assert cache.add_sequence() == 1
+    assert (cache.lengths, twin.lengths) == ((0, 0), (0,))
+
+
+def test_a_copy_shares_no_pages_and_its_forks_do(rng):
+    q, k, v = draw(rng, batch=1, seqlen=6)
+    cache = PagedCache(num_pages=4, page_size=4)
+    cache.append(k[:, :5], v[:, :5])
+    twin = copy.copy(cache)
+    assert twin.fork(0) == 1
+    twin.append(k[0, 5:], v[0, 5:], [0, 1])
+    cache.truncate(0)
+    cache.append(np.full_like(k, np.nan), np.full_like(v, np.nan))
+    assert (cache.num_free_pages, twin.num_free_pages) == (2, 1)
+    assert_same_bits(twin.attend(q[0], [0, 6]), whole(q, k, v)[0])
 
 
 def test_a_cascade_of_float8_is_refused_in_words(rng):
@@ -781,7 +920,7 @@ def test_a_prefetch_is_not_outlived_by_what_it_fetched(change, rng):
     for cache in (told, untold):
         change(cache)
         cache.append(k[:, :1], v[:, :1])
-    assert_same_bits(told.attend(q), untold.attend(q))
+    assert_same_bits(told.attend(q[:, 1:]), untold.attend(q[:, 1:]))
 
 
 class RecordedLane:
@@ -820,6 +959,38 @@ class RecordedLane:
     def settle(self):
         self.ready()
         self.log.append("settle")
+
+
+class SlowLane(RecordedLane):
+    """What is saved is there when `settle` was called and not before."""
+
+    saved = ()
+
+    def save(self, host, index, values):
+        host[index] = np.nan
+        self.saved = [*self.saved, (host[index], values.copy())]
+        return host
+
+    def settle(self):
+        for target, values in self.saved:
+            target[...] = values
+        self.saved = ()
+        super().settle()
+
+
+@every_way
+def test_a_copy_of_what_is_on_its_way_to_the_host_waits_for_it(way, rng, monkeypatch):
+    q, k, v = draw(rng, seqlen=4)
+    monkeypatch.setattr("cupyattn.cache.offloaded._lane", lambda function, kind: SlowLane())
+    cache = OffloadedCache()
+    cache.append(k[:, :3], v[:, :3])
+    cache.prefetch()
+    monkeypatch.setattr(RecordedLane, "move", lambda self, host, index, values: host.__setitem__(index, values) or host)
+    twin = way(cache)
+    assert twin._lane is not cache._lane
+    assert (twin.nbytes_fetched, cache.nbytes_fetched > 0) == (0, True)
+    assert_same_bits(twin.attend(q[:, :3]), whole(q[:, :3], k[:, :3], v[:, :3]))
+    assert_same_bits(cache.attend(q[:, :3]), whole(q[:, :3], k[:, :3], v[:, :3]))
 
 
 def test_copies_that_take_their_time_are_waited_for(rng, monkeypatch):

@@ -1,5 +1,7 @@
 """Caches under any sequence of calls: they keep what a list would keep, and what raises changes nothing."""
 
+import copy
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
@@ -47,6 +49,17 @@ class Machine(RuleBasedStateMachine):
             q[None], kv[None], 2 * kv[None], causal=True, alignment="bottom-right", return_lse=True, **options
         )
         return q, out[0], lse[0]
+
+    @rule(stays=st.booleans())
+    def copy(self, stays):
+        """Nothing that happens to a copy, or to what it was made of, is seen by the other."""
+        one, other = self.cache, copy.copy(self.cache)
+        self.cache, left = (one, other) if stays else (other, one)
+        left.truncate(len(left))
+        if self.tokens:
+            poison = np.full((len(self.tokens), 1, HEADS_KV, HEAD_DIM), np.nan)
+            refusal_of(lambda: left.append(poison, poison))
+        left.reorder([])
 
     @invariant()
     def the_lengths_are_those_of_the_sequences(self):

@@ -490,6 +490,135 @@ def test_new_keys_may_be_rows_of_the_cache_itself():
     assert_same_bits(cache[0, 5:7], expected[0])
 
 
+def interleaved(dims, *, order=(0, 1, 2, 3), gaps=(1, 1, 1, 1), signs=(1, 1, 1, 1)):
+    """Bytes from step to step of float32 numbers, the axes nested in some order with gaps between; their reach."""
+    steps, reach = [0] * 4, 4
+    for axis in reversed(order):
+        steps[axis] = reach * gaps[axis]
+        reach = steps[axis] * dims[axis]
+    return tuple(step * sign for step, sign in zip(steps, signs, strict=True)), reach
+
+
+def bytes_of(cache, places):
+    """The numbers of all bytes of tokens at some places, one by one."""
+    (pages, slots), base = places, cache.base.__array_interface__["data"][0]
+    found = set()
+    for page, slot in zip(pages, slots, strict=True):
+        for index in np.ndindex(cache.shape[2:]):
+            address = cache[(page, slot, *index, ...)].__array_interface__["data"][0]
+            found |= set(range(address - base, address - base + 4))
+    return found
+
+
+def of_one_buffer(rng, has_pages):
+    """A call whose caches are views of one buffer, and whether a new token of one is in a live token of the other."""
+    dims = (16, 3, 2, 2) if has_pages else (6, 6, 2, 2)
+    orders = [(0, 1, 2, 3), (0, 1, 2, 3), (1, 0, 2, 3), (2, 0, 1, 3), (0, 2, 1, 3), (0, 1, 3, 2)]
+    order, gaps = orders[rng.integers(6)], tuple(rng.choice([1, 1, 2], 4))
+    wide = (*dims[:3], dims[3] - rng.integers(2))  # head_dim_v may be smaller
+    signs = tuple(rng.choice([1, 1, 1, -1], 4))
+    (steps, reach), (steps_v, reach_v) = (
+        interleaved(dims, order=order, gaps=gaps, signs=signs),
+        interleaved(dims, order=order if rng.integers(4) else orders[rng.integers(6)], gaps=gaps, signs=signs),
+    )
+    shift = int(rng.choice([0, 4, 8, 16, 2, abs(steps[0]), abs(steps[1]), abs(steps[2]), rng.integers(reach)]))
+    buffer = np.zeros(reach + reach_v + shift, np.uint8)
+
+    def view(shape, steps, first):
+        first += sum(-step * (size - 1) for step, size in zip(steps, shape, strict=True) if step < 0)
+        return np.ndarray(shape, np.float32, buffer, first, steps)
+
+    k_cache, v_cache = view(dims, steps, 0), view(wide, steps_v, shift)
+    k_cache[...], v_cache[...] = rng.standard_normal(dims), rng.standard_normal(wide)
+    batch = 2
+    table = rng.permutation(dims[0])[: 2 * batch if has_pages else batch].reshape(batch, -1).astype(np.int32)
+    capacity, count = table.shape[1] * dims[1], int(rng.integers(1, 3))
+    seqlens = rng.integers(0, capacity - count + 1, batch)
+    leftpad = np.array([rng.integers(0, n + 1) for n in seqlens])
+    places = []
+    for first, stop in ((seqlens, seqlens + count), (leftpad, seqlens + count)):
+        keys = [(b, key) for b in range(batch) for key in range(first[b], stop[b])]
+        places.append(zip(*((table[b, key // dims[1]], key % dims[1]) for b, key in keys), strict=True))
+    new, live = map(list, places)
+    both = (k_cache, v_cache)
+    together = any(bytes_of(a, new) & bytes_of(b, live) for a, b in (both, both[::-1]))
+    named = {"block_table": table} if has_pages else {"cache_batch_idx": table[:, 0]}
+    q, k = rng.standard_normal((2, batch, count, 2, 2)).astype(np.float32)
+    v = rng.standard_normal((batch, count, 2, wide[3])).astype(np.float32)
+    lengths = {"cache_seqlens": seqlens.astype(np.int32), "cache_leftpad": leftpad.astype(np.int32)}
+    return {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, **lengths, **named}, together
+
+
+@pytest.mark.parametrize("has_pages", [False, True], ids=["contiguous", "paged"])
+def test_caches_of_one_buffer_are_refused_only_where_a_new_token_is_a_live_one_of_the_other(rng, has_pages):
+    """Pages, slots, heads and features interleaved, forwards and backwards, against a count of bytes one by one."""
+    refused = 0
+    for _ in range(120):
+        arguments, together = of_one_buffer(rng, has_pages)
+        apart = {name: x.copy() for name, x in arguments.items()}
+        refused += together
+        if together:
+            before = arguments["k_cache"].base.tobytes()
+            with pytest.raises(ValueError, match="k_cache and v_cache share memory, and a new token"):
+                flash_attn_with_kvcache(**arguments)
+            assert arguments["k_cache"].base.tobytes() == before
+        else:
+            assert_same_bits(flash_attn_with_kvcache(**arguments), flash_attn_with_kvcache(**apart))
+    assert 30 < refused < 90
+
+
+def test_interleaved_pages_of_one_buffer_are_appended_to(rng):
+    """As transformers' continuous batching lays out layers: a page of keys, one of values, one of the next layer's."""
+    layers, blocks, page_size = 2, 6, 4
+    buffer = np.zeros((blocks * layers * 2, page_size, 2, 8), np.float32)
+    expected = buffer.copy()
+    table = ints([0, 2], [4, 1]) * 2 * layers
+    for layer in range(layers):
+        caches = [buffer[2 * layer + which :][: len(buffer) - 3] for which in range(2)]
+        apart = [cache.copy() for cache in caches]
+        for n in range(6):
+            q, k, v = rng.standard_normal((3, 2, 1, 2, 8)).astype(np.float32)
+            given = {"cache_seqlens": ints(n, n), "block_table": table}
+            assert_same_bits(
+                flash_attn_with_kvcache(q, *caches, k, v, **given), flash_attn_with_kvcache(q, *apart, k, v, **given)
+            )
+            for which, new in enumerate((k, v)):
+                expected[table[:, n // page_size] + 2 * layer + which, n % page_size] = new[:, 0]
+    assert_same_bits(buffer, expected)
+
+
+def test_interleaved_pages_are_refused_where_one_is_named_by_both():
+    buffer = floats(12, 4, 2, 8)
+    before = buffer.copy()
+    arguments = paged(k_cache=buffer[:-1], v_cache=buffer[1:], cache_seqlens=ints(3, 5))
+    arguments["block_table"] = ints([0, 2], [4, 1])  # v's page 1 is k's page 2
+    with pytest.raises(ValueError, match="k_cache and v_cache share memory"):
+        flash_attn_with_kvcache(**arguments)
+    assert_same_bits(buffer, before)
+    arguments["block_table"] = ints([0, 2], [4, 6])
+    flash_attn_with_kvcache(**arguments)
+
+
+def test_caches_in_each_others_bounds_by_steps_that_do_not_nest_are_refused():
+    """Places at 0, 2, 4 and 3, 5, 7: nobody decides which numbers such a cache has."""
+    buffer = floats(40)
+    odd = [np.lib.stride_tricks.as_strided(buffer[first:], (2, 3, 1, 1), (12, 8, 4, 4)) for first in range(2)]
+    new = floats(2, 1, 1, 1)
+    with pytest.raises(ValueError, match="k_cache and v_cache share memory"):
+        flash_attn_with_kvcache(new, *odd, new, new, cache_seqlens=0)
+    far = np.lib.stride_tricks.as_strided(buffer[20:], (2, 3, 1, 1), (12, 8, 4, 4))
+    assert_same_bits(flash_attn_with_kvcache(new, odd[0], far, new, new, cache_seqlens=0), new)
+
+
+def test_queries_may_be_rows_of_the_cache_itself():
+    arguments = good(k_cache=floats(2, CAPACITY, 4, 8), v_cache=floats(2, CAPACITY, 4, 8, seed=2))
+    arguments |= {"k": floats(2, 2, 4, 8, seed=3), "v": floats(2, 2, 4, 8, seed=4), "cache_seqlens": ints(5, 5)}
+    apart = {name: x.copy() for name, x in arguments.items()}
+    arguments["q"] = arguments["k_cache"][:, 5:7]
+    apart["q"] = apart["k_cache"][:, 5:7].copy()
+    assert_same_bits(flash_attn_with_kvcache(**arguments), flash_attn_with_kvcache(**apart))
+
+
 def test_one_place_of_the_cache_may_be_read_twice():
     arguments = good(k=None, v=None, cache_batch_idx=ints(1, 1))
     out = flash_attn_with_kvcache(**{**arguments, "q": np.repeat(arguments["q"][:1], 2, axis=0)}, causal=True)

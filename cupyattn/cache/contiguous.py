@@ -13,7 +13,7 @@ import numpy as np
 
 from cupyattn import reading
 from cupyattn.arrays import untraced
-from cupyattn.cache.protocol import Cache, Kind, integers, nbytes_of
+from cupyattn.cache.protocol import Cache, Kind, integers, nbytes_of, rows_of
 from cupyattn.problem import Array
 from cupyattn.reading import Options, refusal
 
@@ -67,6 +67,11 @@ class ContiguousCache(Cache):
         self._store: Store | None = None
         self._gone = 0
         """Tokens that have left."""
+
+    def _part(self) -> None:
+        if self._kind is not None and self._store is not None:
+            roomy = new_store(self._kind, self._store.batch, self._store.capacity)
+            self._store = written(self._kind, roomy, *self._store.live())
 
     def __len__(self) -> int:
         return 0 if self._store is None else self._gone + self._store.stop - self._store.start
@@ -140,7 +145,6 @@ class ContiguousCache(Cache):
         self._store = written(kind, fresh._replace(start=0, stop=0), k, v)
 
     def _keys(self, function: str, q: Array, options: Options) -> tuple[Array, Array, Options]:
-        self._known(function)
         assert self._store is not None
         return *self._store.live(), options
 
@@ -231,7 +235,7 @@ class SlidingWindowCache(ContiguousCache):
             raise ValueError(refusal(function, rule, ("window_size", options.window), ("window", self.window)))
         left = farthest if left is None else left
         k, v, options = super()._keys(function, q, options._replace(window=(left, right)))
-        rows = q.shape[1] if len(getattr(q, "shape", ())) == 4 else 0
+        rows = rows_of(q)
         if self._gone > max(0, len(self) - rows - left):
             rule = f"the first of {rows} queries would see tokens that have left the window"
             raise ValueError(refusal(function, rule, ("q", tuple(q.shape)), ("tokens left", k.shape[1])))

@@ -66,10 +66,25 @@ class OffloadedCache(Cache):
     def __init__(self) -> None:
         super().__init__()
         self._lane: Any = None
+        """What brings tokens to the host and back, from the first ones on."""
         self._host: Fetched | None = None
         """Tokens first, so that those of all sequences are one piece of memory to copy."""
         self._fetched: Fetched | None = None
         self._length = 0
+
+    def _part(self) -> None:
+        kind, host = self._kind, self._host
+        if kind is not None and host is not None:
+            if self._lane is not None:
+                self._lane.settle()
+            self._lane, self._fetched = _lane(type(self).__name__, kind), None
+            self._host = self._moved(self._lane, kind, int(host.k.shape[1]), int(host.k.shape[0]), host)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For `pickle` and `copy.deepcopy`: what is on the host, once it is there."""
+        if self._lane is not None:
+            self._lane.settle()
+        return {**vars(self), "_lane": None, "_fetched": None}
 
     def __len__(self) -> int:
         return self._length

@@ -12,7 +12,7 @@ import numpy as np
 from cupyattn import reading
 from cupyattn.arrays import enter, untraced
 from cupyattn.cache.pages import NoPagesError, Pages
-from cupyattn.cache.protocol import Cache, Kind, attend_options, integers, nbytes_of
+from cupyattn.cache.protocol import Cache, Kind, attend_options, check_rows, integers, nbytes_of, own
 from cupyattn.corridor import Named, answer
 from cupyattn.parts import Part, answer_in_parts
 from cupyattn.problem import FLOAT8, Array, Shape
@@ -57,6 +57,11 @@ class PagedCache(Cache):
         self._table: Array | None = None
         """block_table at the arrays' home; None: has to be made anew."""
 
+    def _part(self) -> None:
+        self._pages = self._pages.copy()
+        if self._kind is not None:
+            self._k, self._v = (own(self._kind, pages) for pages in (self._k, self._v))
+
     def __len__(self) -> int:
         return max(self._pages.lengths, default=0)
 
@@ -95,7 +100,7 @@ class PagedCache(Cache):
             As `Cache.append`; the pages do not suffice, or seqlens do not sum up to the tokens.
         """
         function = self._named("append")
-        kind = self._tokens(function, k, v, "bshd" if seqlens is None else "thd")
+        kind = self._tokens(function, k, v, *_axes("k and v", seqlens))
         counts = self._counts(function, "k", tuple(k.shape), seqlens)
         if self._pages.lengths and len(counts) != len(self._pages.lengths):
             rule = f"tokens have to be for {len(self._pages.lengths)} sequences"
@@ -181,14 +186,16 @@ class PagedCache(Cache):
         shares = reading.flag(function, "cascade", cascade)
         kind = self._known(function)
         shape = dict(enter(function, {"q": ("q", q), "kept": ("the cache", kind.anchor)}).specs)["q"].shape
+        axes, otherwise = _axes("q", seqlens)
         rank = 4 if seqlens is None else 3
         if len(shape) != rank:
-            rule = f"q has to have {rank} axes, {reading.AXES['bshd' if rank == 4 else 'thd']}"
+            rule = f"q has to have {rank} axes, {reading.AXES[axes]}{otherwise}"
             raise ValueError(refusal(function, rule, ("q", shape)))
         rows = self._counts(function, "q", shape, seqlens)
         if len(rows) != len(self._pages.lengths):
             rule = f"q has to be of {len(self._pages.lengths)} sequences"
             raise ValueError(refusal(function, rule, ("q", shape), ("sequences", len(rows))))
+        check_rows(function, q, rows, self._pages.lengths)
         edits = {
             "alibi_slopes": ("alibi_slopes", alibi_slopes),
             "sinks": ("sinks", sinks),
@@ -272,7 +279,7 @@ class PagedCache(Cache):
         """
         function = self._named("truncate")
         now = self._pages.lengths
-        if isinstance(length, (int, np.integer)):
+        if isinstance(length, (int, np.integer)) or getattr(length, "shape", None) == ():
             most = reading.integer(function, "length", length, low=0, high=len(self))
             lengths = [min(most, own) for own in now]
         else:
@@ -304,6 +311,13 @@ class PagedCache(Cache):
         self._pages.grow(self._pages.growth([0] * (count + 1)))
         self._table = None
         return count
+
+
+def _axes(names: str, seqlens: object) -> tuple[str, str]:
+    """Those of k, v and q, and what else could have been meant."""
+    if seqlens is None:
+        return "bshd", f"; for packed {names}, {reading.AXES['thd']}, give seqlens, the tokens of each sequence"
+    return "thd", f", if seqlens are given, which are for packed {names}"
 
 
 def _packed(rows: Array) -> Array:

@@ -45,6 +45,12 @@ class Pages:
         self.references = [0] * num_pages
         self.free = list(range(num_pages))[::-1]
 
+    def copy(self) -> Pages:
+        twin = Pages(0, self.page_size)
+        twin.tables, twin.lengths = [list(table) for table in self.tables], list(self.lengths)
+        twin.references, twin.free = list(self.references), list(self.free)
+        return twin
+
     def growth(self, counts: Sequence[int]) -> Growth:
         """What `counts` more tokens of each sequence would change; sequences that are not there yet are empty.
 

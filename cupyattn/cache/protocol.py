@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -38,11 +39,28 @@ class Cache:
     dtype, heads and head_dim are those of the first tokens appended; arrays of any library that can be written to
     will do, and those of JAX, which are copied at each append.  Values are kept, gradients are not.
 
-    A call that raises leaves the cache as it was.
+    A call that raises leaves the cache as it was.  Copies have memory of their own, those of `copy.copy` too.
     """
 
     def __init__(self) -> None:
         self._kind: Kind | None = None
+
+    @untraced
+    def __copy__(self) -> Self:
+        """A cache that goes on from what this one is, in memory of its own; what else a subclass has is shared."""
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        twin._part()
+        return twin
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What `pickle` and `copy.deepcopy` make, in memory as the cache would have made it: pinned, say."""
+        vars(self).update(state)
+        self._part()
+
+    def _part(self) -> None:
+        """Go on in copies of all that is written to, which another cache has as well."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         """Tokens so far, those that have left a window included; of the longest sequence, where lengths differ."""
@@ -120,7 +138,8 @@ class Cache:
         Parameters
         ----------
         q : array, shape (batch, seqlen_q, num_heads, head_dim)
-            Of the last seqlen_q tokens, which have been appended: masks are aligned bottom-right.
+            Of the last seqlen_q tokens, which have been appended, so of no more than those: masks are aligned
+            bottom-right.
         causal : bool
             A query sees no token after its own.
         q_descale, k_descale, v_descale : array of float32, optional
@@ -136,11 +155,13 @@ class Cache:
         Raises
         ------
         TypeError, ValueError, NotImplementedError
-            As `attention`; also if nothing has been appended yet.
+            As `attention`; also if nothing has been appended yet, or fewer tokens than there are queries.
         """
         function = self._named("attend")
         options = attend_options(function, causal, window_size, softmax_scale, softcap, compute_dtype, return_lse)
         size = reading.split_size(function, fixed_split_size)
+        self._known(function)
+        check_rows(function, q, [rows_of(q)], [len(self)])
         keys, values, options = self._keys(function, q, options)
         named = {
             "q": ("q", q),
@@ -174,14 +195,14 @@ class Cache:
             raise ValueError(refusal(function, "nothing has been appended yet"))
         return self._kind
 
-    def _tokens(self, function: str, k: Array, v: Array, axes: str) -> Kind:
-        """Look at new tokens; refuse those that do not go with the others."""
+    def _tokens(self, function: str, k: Array, v: Array, axes: str, otherwise: str = "") -> Kind:
+        """Look at new tokens; refuse those that do not go with the others.  `otherwise` is said after their axes."""
         named = {"k": ("k", k), "v": ("v", v)}
         if self._kind is not None:
             named["kept"] = ("the cache", self._kind.anchor)
         visit = enter(function, named)
         specs = dict(visit.specs)
-        _check_tokens(function, specs, axes)
+        _check_tokens(function, specs, axes, otherwise)
         visit.library.check_keepable(function, {"k": k, "v": v})
         if visit.kind == "cuda":
             visit.device()
@@ -193,7 +214,7 @@ class Cache:
         return Kind(visit.library, anchor, specs["k"].dtype, *features, visit.kind)
 
 
-def _check_tokens(function: str, specs: dict[str, Spec], axes: str) -> None:
+def _check_tokens(function: str, specs: dict[str, Spec], axes: str, otherwise: str) -> None:
     k, v = specs["k"], specs["v"]
     rank = len(AXES[axes].split(","))
     for spec in (k, v):
@@ -201,7 +222,7 @@ def _check_tokens(function: str, specs: dict[str, Spec], axes: str) -> None:
             rule = f"{spec.name} has to be one of {', '.join(ITEMSIZE)}"
             raise TypeError(refusal(function, rule, (spec.name, spec.shape, spec.dtype)))
         if len(spec.shape) != rank:
-            rule = f"{spec.name} has to have {rank} axes, {AXES[axes]}"
+            rule = f"{spec.name} has to have {rank} axes, {AXES[axes]}{otherwise}"
             raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
     if k.dtype != v.dtype:
         rule = "k and v have to be of one dtype"
@@ -219,6 +240,19 @@ def _check_alike(function: str, specs: dict[str, Spec], kind: Kind) -> None:
         if spec.shape[-2:] != features:
             rule = f"{spec.name} has to have the cache's heads and head_dim, {features}"
             raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
+
+
+def rows_of(q: Any) -> int:
+    """Queries of each sequence; 0 for what has other axes, and is refused for that."""
+    return int(q.shape[1]) if len(getattr(q, "shape", ())) == 4 else 0
+
+
+def check_rows(function: str, q: Any, rows: Sequence[int], lengths: Sequence[int]) -> None:
+    """Refuse more queries of a sequence than it has tokens: they are those of tokens."""
+    for sequence, (count, length) in enumerate(zip(rows, lengths, strict=True)):
+        if count > length:
+            rule = f"q has {count} rows of sequence {sequence}, which has {length} tokens; append theirs first"
+            raise ValueError(refusal(function, rule, ("q", tuple(q.shape)), ("tokens", reading.short(list(lengths)))))
 
 
 def attend_options(
@@ -243,16 +277,24 @@ def attend_options(
 
 def integers(function: str, name: str, values: Sequence[int] | Array, *, low: int, high: int) -> list[int]:
     """A list of integers on the host, from a sequence of them or from an array of any library."""
-    if not isinstance(values, (list, tuple)):
+    rule = f"{name} has to be a list of integers, or an array of one axis"
+    is_sequence = isinstance(values, Sequence) and not isinstance(values, (str, bytes))
+    if not is_sequence and not hasattr(values, "shape"):
+        raise TypeError(refusal(function, rule, (name, reprlib.repr(values), type(values).__name__)))
+    if not is_sequence:
         visit = enter(function, {name: (name, values)})
         spec = dict(visit.specs)[name]
         if len(spec.shape) != 1 or not spec.dtype.startswith(("int", "uint")):
-            rule = f"{name} has to be a list of integers, or an array of one axis"
             raise TypeError(refusal(function, rule, (name, spec.shape, spec.dtype)))
         if visit.library.is_deferred(visit.arrays):
             raise TypeError(refusal(function, f"needs the values of {name}, {visit.library.when_deferred}"))
         values = np.asarray(visit.library.values(values)).tolist()
     return [reading.integer(function, f"{name}[{i}]", value, low=low, high=high) for i, value in enumerate(values)]
+
+
+def own(kind: Kind, array: Array) -> Array:
+    """A copy, at the cache's home."""
+    return kind.library.put(kind.library.empty(tuple(array.shape), kind.anchor), (slice(None), Ellipsis), array)
 
 
 def nbytes_of(kind: Kind | None, *arrays: Array) -> int:

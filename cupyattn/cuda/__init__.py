@@ -286,18 +286,23 @@ def _current(index: int) -> Any:
     return NOTHING if cupy.cuda.runtime.getDevice() == index else cupy.cuda.Device(index)
 
 
+def views(title: str, arrays: Arrays, specs: Mapping[str, Spec]) -> dict[str, View]:
+    """Where the arrays lie."""
+    memory = _memory(title)
+    return {name: memory.view(array, specs[name].dtype) for name, array in memory.bring(arrays).items()}
+
+
 def notes(title: str, arrays: Arrays, specs: Mapping[str, Spec], problem: Problem, plan: Plan) -> tuple[str, ...]:
     """What `explain` says about these very arrays: which are copied, how the others are read, and by which kernel."""
-    memory = _memory(title)
-    views = {name: memory.view(array, specs[name].dtype) for name, array in memory.bring(arrays).items()}
+    lie = views(title, arrays, specs)
     found = []
-    for name, view in views.items():
+    for name, view in lie.items():
         if has_to_be_copied(name, *view[1:], problem.sizes.batch_shape):
             found.append(f"{name} is copied: {_why(name, view, problem.sizes.batch_shape)}")
         elif name in ("q", "k", "v") and not is_aligned(view):
             found.append(f"{name} is read number by number: its rows do not start at multiples of 16 bytes")
     if plan.kernel == "hopper" and plan.instead is not None:
-        reasons = map_objections(problem, views)
+        reasons = map_objections(problem, lie)
         found += [f"{plan.instead.kernel} runs instead: no tensor map, {reason}" for reason in reasons]
     return tuple(found)
 

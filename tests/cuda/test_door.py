@@ -415,6 +415,19 @@ def test_wrong_indices_are_refused_where_that_was_asked_for(torch, driver, how, 
     cupyattn.flash_attn_with_kvcache(**arguments)
 
 
+def test_pages_of_keys_that_are_pages_of_values_are_refused_where_that_was_asked_for(torch, driver):
+    buffer = torch.randn(40, 16, 2, 64).half()
+    views = {"k_cache": buffer[:-1], "v_cache": buffer[1:]}
+    table = torch.arange(12, dtype=torch.int32).reshape(3, 4)
+    arguments, before = cache_call(torch, **views, block_table=table), buffer.clone()
+    with pytest.raises(ValueError, match="k_cache and v_cache share memory"):
+        cupyattn.flash_attn_with_kvcache(**arguments, check_indices=True)
+    assert driver.launches == []
+    assert torch.equal(buffer, before)
+    cupyattn.flash_attn_with_kvcache(**{**arguments, "block_table": 2 * table}, check_indices=True)
+    assert len(driver.launches) == 2
+
+
 def test_right_indices_pass_where_they_are_looked_at(torch, driver):
     cupyattn.flash_attn_with_kvcache(**cache_call(torch, pages=True), check_indices=True)
     assert len(driver.launches) == 2
