@@ -42,14 +42,30 @@ def run(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int =
         out = part.of(results["out"])
         lse = part.lse_of(results["lse"])
         for tile in part.tiles:
-            tasks.append((tile.work, partial(_forward_task, part, tile, out, lse)))
-    if len(parts) > 1:
-        tasks.sort(key=lambda entry: -entry[0])
-    run_all([task for _, task in tasks], plan.num_workers)
+            tasks.append((part.cost(tile), partial(_forward_task, part, tile, out, lse)))
+    run_all(_in_order(tasks, plan.num_workers), plan.num_workers)
     if problem.needs_dropout_mask:
         with np.errstate(all="ignore"):
             results["dropout_mask"] = _dropout_mask(problem, parts)
     return results
+
+
+LITTLE = 2**20
+"""Cost up to which a task is mostly Python, of which only one thread runs at a time."""
+
+
+def _in_order(tasks: list[tuple[int, Task]], num_workers: int) -> list[Task]:
+    """Tasks with their costs as those to run, the dearest first; threads get all those of little cost as one."""
+    dearest = sorted(tasks, key=lambda entry: -entry[0])
+    if num_workers == 1 or not dearest or dearest[-1][0] > LITTLE:
+        return [task for _, task in dearest]
+    together = [task for cost, task in dearest if cost <= LITTLE]
+
+    def all_of_little_cost(scratch: Scratch) -> None:
+        for task in together:
+            task(scratch)
+
+    return [all_of_little_cost, *(task for cost, task in dearest if cost > LITTLE)]
 
 
 def _forward_task(part: Part, where: TileIndex, out: Rows, lse: Rows, scratch: Scratch) -> None:
@@ -104,13 +120,13 @@ def run_backward(
         if name in operands:
             collected[name] = np.zeros(operands[name].shape, compute)
     job = _BackwardJob(problem, collected, grads, forward, threading.Lock())
-    tasks: list[Task] = []
+    tasks: list[tuple[int, Task]] = []
     for part in cut_into_parts(plan, problem, operands, seed):
         if part.out_size == 0 or (part.seqlen_k == 0 and not problem.edits.sinks) or part.num_heads == 0:
             continue
         owners = _owners(part, sizes.num_heads_k, sizes.num_heads_v)
-        tasks.extend(partial(job.run, part, tiles) for tiles in owners)
-    run_all(tasks, plan.num_workers)
+        tasks.extend((sum(map(part.cost, tiles)), partial(job.run, part, tiles)) for tiles in owners)
+    run_all(_in_order(tasks, plan.num_workers), plan.num_workers)
     return {
         name: narrow(_sum_to(gradient, operands[name].shape), _dtype_name(operands[name]))
         for name, gradient in collected.items()

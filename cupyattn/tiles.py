@@ -166,6 +166,8 @@ def _is_tidy(array: Array) -> bool:
     )
 
 
+COST_OF_A_NUMBER = 16
+"""Multiplications that take as long as copying it."""
 STRETCH = 512
 """Keys that are looked at together when a head's facts are collected."""
 
@@ -332,6 +334,12 @@ class Part:
         if isinstance(self.plan.tile, CpuTile) and not self.problem.layout.lengths_are_data:
             return self.plan.tile
         return cpu_tile(self.problem.sizes, self.batch, self.seqlen_q, self.seqlen_k, self.num_workers)
+
+    def cost(self, where: TileIndex) -> int:
+        """Of a tile, roughly, in floating-point operations; a number that is read or written counts as some."""
+        sizes, pairs = self.problem.sizes, where.pairs.stop - where.pairs.start
+        numbers = where.batch_size * (where.num_heads * len(where.rows) + pairs * len(where.touched))
+        return int(2 * (where.work + COST_OF_A_NUMBER * numbers) * (sizes.head_dim + sizes.head_dim_v))
 
     def stacked(self, rows: Rows, where: TileIndex) -> Array:
         """The tile's rows of an array of the caller's, (batch, pairs, heads * rows, ...)."""
