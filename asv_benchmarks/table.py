@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 
-from benchmarks import SUITE, attention, caches, decode, memory, overhead
+from benchmarks import SUITE, attention, caches, decode, memory, overhead, ragged
 from benchmarks.common import fastest
 
 from cupyattn.threads import num_cores
@@ -32,6 +32,7 @@ WANTED = (
     caches.Growth.track_appends,
     caches.Decode.track_attend,
     caches.Cascade.track_attend,
+    ragged.Varlen.track_time,
     overhead.Corridor.track_overhead,
     overhead.Rooms.time_call,
     overhead.Import.track_import,

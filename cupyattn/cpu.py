@@ -17,10 +17,10 @@ from cupyattn.cutting import cut_into_parts
 from cupyattn.numpy_ref import Array, KeyBlock, State
 from cupyattn.plan import Plan
 from cupyattn.problem import Problem
-from cupyattn.rounding import STORAGE, narrow, widen
+from cupyattn.rounding import STORAGE, narrow
 from cupyattn.scratch import Scratch
 from cupyattn.threads import Task, run_all
-from cupyattn.tiles import Keys, Part, TileIndex, heads_first, piece_index
+from cupyattn.tiles import Keys, Part, Rows, TileIndex, end_to_end, heads_first, piece_index
 
 
 def run(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int = 0) -> dict[str, Array]:
@@ -39,28 +39,44 @@ def run(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int =
     ]
     tasks: list[tuple[int, Task]] = []
     for part in parts:
-        out = part.of(heads_first(results["out"], problem))
+        out = part.of(results["out"])
         lse = part.lse_of(results["lse"])
         for tile in part.tiles:
-            tasks.append((tile.work, partial(_forward_task, part, tile, out, lse)))
-    if len(parts) > 1:
-        tasks.sort(key=lambda entry: -entry[0])
-    run_all([task for _, task in tasks], plan.num_workers)
+            tasks.append((part.cost(tile), partial(_forward_task, part, tile, out, lse)))
+    run_all(_in_order(tasks, plan.num_workers), plan.num_workers)
     if problem.needs_dropout_mask:
         with np.errstate(all="ignore"):
             results["dropout_mask"] = _dropout_mask(problem, parts)
     return results
 
 
-def _forward_task(part: Part, where: TileIndex, out: Array, lse: Array, scratch: Scratch) -> None:
+LITTLE = 2**20
+"""Cost up to which a task is mostly Python, of which only one thread runs at a time."""
+
+
+def _in_order(tasks: list[tuple[int, Task]], num_workers: int) -> list[Task]:
+    """Tasks with their costs as those to run, the dearest first; threads get all those of little cost as one."""
+    dearest = sorted(tasks, key=lambda entry: -entry[0])
+    if num_workers == 1 or not dearest or dearest[-1][0] > LITTLE:
+        return [task for _, task in dearest]
+    together = [task for cost, task in dearest if cost <= LITTLE]
+
+    def all_of_little_cost(scratch: Scratch) -> None:
+        for task in together:
+            task(scratch)
+
+    return [all_of_little_cost, *(task for cost, task in dearest if cost > LITTLE)]
+
+
+def _forward_task(part: Part, where: TileIndex, out: Rows, lse: Rows, scratch: Scratch) -> None:
     state = part.attend(where, scratch)
     shape = (where.batch_size, where.num_heads, len(where.rows))
     problem = part.problem
     values = state.out.reshape(*shape, problem.sizes.head_dim_v)
     if problem.out_dtype == "bfloat16":
         values = narrow(values, problem.out_dtype)
-    out[where.batches, where.heads, where.row_slice] = values
-    lse[where.batches, where.heads, where.row_slice] = state.lse.reshape(shape)
+    out.put(where, values)
+    lse.put(where, state.lse.reshape(shape))
 
 
 def _dropout_mask(problem: Problem, parts: list[Part]) -> Array:
@@ -104,13 +120,13 @@ def run_backward(
         if name in operands:
             collected[name] = np.zeros(operands[name].shape, compute)
     job = _BackwardJob(problem, collected, grads, forward, threading.Lock())
-    tasks: list[Task] = []
+    tasks: list[tuple[int, Task]] = []
     for part in cut_into_parts(plan, problem, operands, seed):
         if part.out_size == 0 or (part.seqlen_k == 0 and not problem.edits.sinks) or part.num_heads == 0:
             continue
         owners = _owners(part, sizes.num_heads_k, sizes.num_heads_v)
-        tasks.extend(partial(job.run, part, tiles) for tiles in owners)
-    run_all(tasks, plan.num_workers)
+        tasks.extend((sum(map(part.cost, tiles)), partial(job.run, part, tiles)) for tiles in owners)
+    run_all(_in_order(tasks, plan.num_workers), plan.num_workers)
     return {
         name: narrow(_sum_to(gradient, operands[name].shape), _dtype_name(operands[name]))
         for name, gradient in collected.items()
@@ -146,18 +162,7 @@ def _owners(part: Part, num_heads_k: int, num_heads_v: int) -> list[list[TileInd
     per_owner = part.num_heads // int(np.gcd(num_heads_k, num_heads_v))
     groups: dict[tuple[int, int], list[TileIndex]] = {}
     for where in part.tiles:
-        for batch in range(where.batches.start, where.batches.stop):
-            for pair in range(where.pairs.start, where.pairs.stop):
-                group = part.problem.sizes.queries_per_pair
-                first, last = max(where.heads.start, pair * group), min(where.heads.stop, (pair + 1) * group)
-                single = TileIndex(
-                    slice(batch, batch + 1),
-                    slice(pair, pair + 1),
-                    slice(first, last),
-                    where.rows,
-                    where.touched,
-                )
-                groups.setdefault((batch, first // per_owner), []).append(single)
+        groups.setdefault((where.batches.start, where.heads.start // per_owner), []).append(where)
     return list(groups.values())
 
 
@@ -172,15 +177,17 @@ class _BackwardJob:
     adding: threading.Lock
 
     def run(self, part: Part, tiles: list[TileIndex], scratch: Scratch) -> None:
-        """The tiles of one sequence that share keys, one after the other."""
+        """The tiles of some sequences that share keys, one after the other."""
         problem, compute = self.problem, part.compute_dtype
-        totals: dict[tuple[str, int], Array] = {}
+        batches = tiles[0].batches
+        totals: dict[tuple[str, int], tuple[slice, Array]] = {}
 
         def share(name: str, keys: Keys, where: TileIndex) -> Array:
-            head = keys.head_slice(where.pairs).start
-            if (name, head) not in totals:
-                totals[name, head] = np.zeros((part.seqlen_k, keys.array.shape[-1]), compute)
-            return totals[name, head]
+            heads = keys.head_slice(where.pairs)
+            if (name, heads.start) not in totals:
+                shape = (where.batch_size, heads.stop - heads.start, part.seqlen_k, keys.array.shape[-1])
+                totals[name, heads.start] = heads, np.zeros(shape, compute)
+            return totals[name, heads.start][1]
 
         for where in tiles:
             tile = part.tile(where, scratch, backward=True)
@@ -199,40 +206,39 @@ class _BackwardJob:
                 dv_total: Array = dv_total,
                 where: TileIndex = where,
             ) -> None:
-                dk_total[block.keys] += dk[0, 0]
-                dv_total[block.keys] += dv[0, 0]
+                dk_total[:, :, block.keys] += dk
+                dv_total[:, :, block.keys] += dv
                 if dbias is not None:
-                    self.add_bias(part, where, block.keys, dbias[:, 0])
+                    by_head = dbias.reshape(where.batch_size, where.num_heads, *dbias.shape[-2:])
+                    self.add_bias(part, where, block.keys, by_head)
 
             gradients = numpy_ref.flash_backward(tile, state, dout, dlse, problem.edits.softmax_scale, add)
-            dq = part.of(heads_first(self.collected["q"], problem))
-            target = dq[where.batches, where.heads, where.row_slice]
-            target += gradients.dq.reshape(target.shape)
+            shape = (where.batch_size, where.num_heads, len(where.rows))
+            part.of(self.collected["q"]).put(where, gradients.dq.reshape(*shape, -1))
             with self.adding:
                 if gradients.dsinks is not None:
-                    by_head = gradients.dsinks.reshape(where.num_heads, -1).sum(axis=-1)
-                    self.collected["sinks"][where.heads] += by_head
+                    self.collected["sinks"][where.heads] += gradients.dsinks.reshape(shape).sum(axis=(0, -1))
                 if gradients.dslopes is not None:
-                    slopes = self.collected["alibi_slopes"]
-                    row = part.batch_ids[where.batches.start]
-                    here = slopes if slopes.ndim == 1 else slopes[row if slopes.shape[0] > 1 else 0]
-                    here[where.heads] += gradients.dslopes.reshape(-1)
+                    slopes, dslopes = self.collected["alibi_slopes"], gradients.dslopes.reshape(shape[:2])
+                    if slopes.ndim == 1:
+                        slopes[where.heads] += dslopes.sum(axis=0)
+                    else:
+                        slopes[part.batch_ids[batches], where.heads] += dslopes
         with self.adding:
-            for (name, head), total in totals.items():
-                self.add_keys(name, part, tiles[0].batches.start, head, total)
+            for (name, _), (heads, total) in totals.items():
+                self.add_keys(name, part, batches, heads, total)
 
     def rows_like_out(self, part: Part, where: TileIndex, name: str) -> Array:
         array = self.grads.get(name)
         if array is None:
             array = np.broadcast_to(np.zeros((), part.compute_dtype), self.problem.out_shape)
-        return part.rows_of(part.of(heads_first(array, self.problem)), where)
+        return part.stacked(part.of(array), where)
 
     def rows_like_lse(self, part: Part, where: TileIndex, name: str) -> Array | None:
         array = self.grads.get(name)
         if array is None:
             return None
-        piece = part.lse_of(array)[where.batches, where.heads, where.row_slice]
-        return widen(piece, part.compute_dtype).reshape(1, 1, -1)
+        return part.stacked(part.lse_of(array), where)
 
     def state(self, part: Part, where: TileIndex, scratch: Scratch) -> State:
         """The forward's result: the caller's, or computed again where it was not kept."""
@@ -252,14 +258,15 @@ class _BackwardJob:
             target = total[index]
             target += _sum_to(dbias, target.shape)
 
-    def add_keys(self, name: str, part: Part, batch: int, head: int, total: Array) -> None:
-        source = part.k if name == "k" else part.v
-        gradient = self.collected[name]
-        if source.pages is not None:
-            index = np.arange(part.seqlen_k)
-            page_size = gradient.shape[1]
-            np.add.at(gradient, (source.pages[index // page_size], index % page_size, head), total)
-        elif self.problem.layout.ragged:
-            gradient[part.first_key : part.first_key + part.seqlen_k, head] += total
+    def add_keys(self, name: str, part: Part, batches: slice, heads: slice, total: Array) -> None:
+        """Sum the gradients of all keys of some sequences and heads, (batch, heads, keys, dim)."""
+        source, gradient = part.k if name == "k" else part.v, self.collected[name]
+        if source.places is not None:
+            index = source.places.index(batches, slice(0, part.seqlen_k), heads)
+            np.add.at(gradient, index, total.swapaxes(1, 2))  # sequences may share pages
+            return
+        if part.stretch_k is not None:
+            view = end_to_end(gradient, part.stretch_k, part.batch, part.seqlen_k)
         else:
-            heads_first(gradient, self.problem)[part.outer][batch, head] += total
+            view = heads_first(gradient, self.problem)[part.outer]
+        view[batches, heads] += total

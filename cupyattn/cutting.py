@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from cupyattn.numpy_ref import Array
 from cupyattn.plan import Plan
 from cupyattn.problem import FLOAT8, Problem
 from cupyattn.rounding import widen
-from cupyattn.tiles import Keys, Part, heads_first
+from cupyattn.tiles import Index, Keys, Part, Places, Rows, end_to_end, heads_first
 
 
 class Descales(NamedTuple):
@@ -50,7 +51,6 @@ def _descales(problem: Problem, operands: Mapping[str, Array], compute: str) -> 
 def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int) -> Iterator[Part]:
     """The parts of a problem, each with views of the operands."""
     sizes, compute = problem.sizes, plan.compute_dtype
-    pairs = sizes.num_heads // sizes.queries_per_pair
     slopes, sinks = operands.get("alibi_slopes"), operands.get("sinks")
     if slopes is not None:
         slopes = widen(slopes, compute)
@@ -59,9 +59,10 @@ def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], 
         sinks = widen(sinks, compute)
     descales = _descales(problem, operands, compute)
     if problem.layout.lengths_are_data:
-        cut = _cached_parts if problem.layout.cached else _ragged_parts
-        yield from cut(plan, problem, operands, seed, pairs, compute, slopes, sinks, descales)
+        everything = _Sequences(plan, problem, operands, seed, slopes, sinks, descales)
+        yield from map(everything.part, everything.groups())
         return
+    pairs = sizes.num_heads // sizes.queries_per_pair
     lead = sizes.batch_shape or (1,)
     rank = len(lead) + 3
 
@@ -84,10 +85,10 @@ def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], 
             plan,
             problem,
             outer,
-            slice(None),
-            q[outer],
+            Rows(q[outer]),
             Keys(k[outer], pairs, compute, descale=factors.k),
             Keys(v[outer], pairs, compute, descale=factors.v),
+            sizes.seqlen_q,
             sizes.seqlen_k,
             ids[outer],
             seed,
@@ -99,90 +100,112 @@ def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], 
         )
 
 
-def _ragged_parts(
-    plan: Plan,
-    problem: Problem,
-    operands: Mapping[str, Array],
-    seed: int,
-    pairs: int,
-    compute: str,
-    slopes: Array | None,
-    sinks: Array | None,
-    descales: Descales,
-) -> Iterator[Part]:
-    q = heads_first(operands["q"], problem)
-    starts_q, starts_k = operands["cu_seqlens_q"].tolist(), operands["cu_seqlens_k"].tolist()
-    table = operands.get("block_table")
-    for index in range(problem.sizes.batch):
-        tokens = slice(starts_q[index], starts_q[index + 1])
-        first, last = starts_k[index], starts_k[index + 1]
-        here = np.array([index])
-        factors = descales.of(here)
+SHORT = 2**17
+"""Numbers of a sequence up to which it goes together with others: by itself it would cost more than copying them."""
+SHARE = 4
+"""Parts per worker from which a part need not be shared out among them."""
 
-        def keys(name: str, descale: Array | None, first: int = first, last: int = last, index: int = index) -> Keys:
-            if table is not None:
-                return Keys(operands[name], pairs, compute, table[index], descale)
-            array = heads_first(operands[name], problem)[:, :, first:last]
-            return Keys(array, pairs, compute, descale=descale)
 
-        yield Part(
-            plan,
+@dataclass
+class _Sequences:
+    """The sequences of a problem in which each has lengths of its own."""
+
+    plan: Plan
+    problem: Problem
+    operands: Mapping[str, Array]
+    seed: int
+    slopes: Array | None
+    sinks: Array | None
+    descales: Descales
+
+    def __post_init__(self) -> None:
+        sizes, operands = self.problem.sizes, self.operands
+        if self.problem.layout.ragged:
+            self.starts_q, self.seqlens_q = _starts_and_lengths(operands["cu_seqlens_q"])
+        else:
+            self.starts_q, self.seqlens_q = np.zeros(sizes.batch, np.int64), np.full(sizes.batch, sizes.seqlen_q)
+        if self.problem.layout.cached:
+            self.starts_k = operands["first_key"]
+            self.seqlens_k = operands["seqused_k"] - self.starts_k
+        else:
+            self.starts_k, self.seqlens_k = _starts_and_lengths(operands["cu_seqlens_k"])
+            if "block_table" in operands:
+                self.starts_k = np.zeros(sizes.batch, np.int64)
+        self.work = max(1, int((self.seqlens_q * self.seqlens_k).sum()))
+
+    def groups(self) -> Iterator[Array]:
+        """The sequences that have rows; short ones together with all that are as long.
+
+        By nothing but lengths, so that results do not depend on where keys lie.
+        """
+        sizes = self.problem.sizes
+        with_rows = np.flatnonzero(self.seqlens_q)
+        order = with_rows[np.lexsort((self.seqlens_k[with_rows], self.seqlens_q[with_rows]))]
+        rows, keys = self.seqlens_q[order], self.seqlens_k[order]
+        per_row = sizes.num_heads * (sizes.head_dim + sizes.head_dim_v)
+        per_key = sizes.num_heads_k * sizes.head_dim + sizes.num_heads_v * sizes.head_dim_v
+        alone = rows * per_row + keys * per_key > SHORT
+        apart = (np.diff(rows) != 0) | (np.diff(keys) != 0) | alone[1:]
+        yield from np.split(order, np.flatnonzero(apart) + 1) if order.size else ()
+
+    def part(self, ids: Array) -> Part:
+        """Sequences of the same lengths as one part."""
+        problem, sizes = self.problem, self.problem.sizes
+        seqlen_q, seqlen_k = int(self.seqlens_q[ids[0]]), int(self.seqlens_k[ids[0]])
+        sequences = None if problem.layout.ragged else ids
+        places_q, index_q = _lie(self.starts_q[ids], seqlen_q, sequences)
+        if problem.layout.page_size is None:
+            sequences = self.operands["cache_batch_idx"][ids] if problem.layout.cached else None
+            places_k, index_k = _lie(self.starts_k[ids], seqlen_k, sequences)
+        else:
+            pages = self.operands["block_table"][ids]
+            places_k, index_k = Places(self.starts_k[ids], None, pages, problem.layout.page_size), None
+        pairs = sizes.num_heads // sizes.queries_per_pair
+        factors = self.descales.of(ids)
+
+        def keys(name: str, descale: Array | None) -> Keys:
+            array = self.operands[name]
+            view = array if index_k is None else end_to_end(array, index_k, ids.size, seqlen_k)
+            return Keys(view, pairs, self.plan.compute_dtype, places_k, descale)
+
+        q = self.operands["q"]
+        workers, work = self.plan.num_workers, ids.size * seqlen_q * seqlen_k
+        return Part(
+            self.plan,
             problem,
             (),
-            tokens,
-            q[:, :, tokens],
+            Rows(q if index_q is None else end_to_end(q, index_q, ids.size, seqlen_q), places_q),
             keys("k", factors.k),
             keys("v", factors.v),
-            last - first,
-            here,
-            seed,
-            slopes=slopes if slopes is None or slopes.shape[0] == 1 else slopes[index : index + 1],
-            sinks=sinks,
+            seqlen_q,
+            seqlen_k,
+            ids,
+            self.seed,
+            slopes=self.slopes if self.slopes is None or self.slopes.shape[0] == 1 else self.slopes[ids],
+            sinks=self.sinks,
             q_descale=factors.q,
-            first_key=first,
+            stretch_q=index_q,
+            stretch_k=index_k,
+            num_workers=workers if SHARE * workers * work >= self.work else 1,
         )
 
 
-def _cached_parts(
-    plan: Plan,
-    problem: Problem,
-    operands: Mapping[str, Array],
-    seed: int,
-    pairs: int,
-    compute: str,
-    slopes: Array | None,
-    sinks: Array | None,
-    descales: Descales,
-) -> Iterator[Part]:
-    """One part per sequence: its keys are those from first_key up to seqused_k, in its place or its pages."""
-    q, table = heads_first(operands["q"], problem), operands.get("block_table")
-    starts_q = operands["cu_seqlens_q"].tolist() if problem.layout.ragged else None
-    spans = zip(operands["first_key"].tolist(), operands["seqused_k"].tolist(), strict=True)
-    for index, (first, stop) in enumerate(spans):
-        factors = descales.of(np.array([index]))  # the sequence's in this call, wherever in the cache it lies
+def _starts_and_lengths(cu_seqlens: Array) -> tuple[Array, Array]:
+    bounds = cu_seqlens.astype(np.int64)
+    return bounds[:-1], np.diff(bounds)
 
-        def keys(
-            name: str, descale: Array | None, index: int = index, live: slice = slice(first, stop), first: int = first
-        ) -> Keys:
-            if table is not None:
-                return Keys(operands[name], pairs, compute, table[index], descale, first)
-            array = operands[name][operands["cache_batch_idx"][index], live]
-            return Keys(array.swapaxes(0, 1)[None], pairs, compute, descale=descale)
 
-        here = slice(index, index + 1)
-        tokens = slice(None) if starts_q is None else slice(starts_q[index], starts_q[index + 1])
-        yield Part(
-            plan,
-            problem,
-            () if starts_q is not None else (here,),
-            tokens,
-            q[:, :, tokens] if starts_q is not None else q[here],
-            keys("k", factors.k),
-            keys("v", factors.v),
-            stop - first,
-            np.array([index]),
-            seed,
-            slopes=slopes if slopes is None or slopes.shape[0] == 1 else slopes[here],
-            sinks=sinks,
-            q_descale=factors.q,
-        )
+def _lie(starts: Array, seqlen: int, sequences: Array | None) -> tuple[Places | None, Index | None]:
+    """Where sequences lie: in one stretch of the array, or at places.
+
+    Each is in a sequence of the array's, or they are all among its tokens.
+    """
+    first, count = int(starts[0]), starts.size
+    if sequences is None:
+        if (np.diff(starts) == seqlen).all():
+            return None, (slice(first, first + count * seqlen),)
+        return Places(starts), None
+    if (np.diff(sequences) == 1).all() and (starts == first).all():
+        there = int(sequences[0])
+        return None, (slice(there, there + count), slice(first, first + seqlen))
+    return Places(starts, sequences), None

@@ -107,6 +107,8 @@ wider ones fewer steps of Python, until they leave a core's second-level cache t
 SCORES_SIDE_BY_SIDE = 2**18
 """Scores a tile may hold when it takes several small heads or many keys at once, 2 MB of float64; twice as many where
 only one thread works."""
+NUMBERS_SIDE_BY_SIDE = 2**19
+"""Numbers of q, k and v that a tile may hold when it takes several batches at once, 4 MB of float64."""
 MOST_KEYS = 8192
 FEWEST_ROWS = 128
 """Splitting rows further over more threads costs more than it gains."""
@@ -135,7 +137,11 @@ def cpu_tile(sizes: Sizes, batch: int, seqlen_q: int, seqlen_k: int, num_workers
     if heads == group and each_has_its_keys and block_k == seqlen_k:
         room = min(room_for_scores // (rows * block_k), num_pairs * batch // enough)
         pairs = max(1, min(num_pairs, room))
-        batches = max(1, min(batch, room // pairs)) if pairs == num_pairs else 1
+        numbers = sizes.num_heads * block_q * sizes.head_dim + num_pairs * seqlen_k * (
+            sizes.head_dim + sizes.head_dim_v
+        )
+        if pairs == num_pairs:
+            batches = max(1, min(batch, room // pairs, NUMBERS_SIDE_BY_SIDE // max(1, numbers)))
     return CpuTile(block_q, block_k, heads, pairs, batches)
 
 

@@ -10,9 +10,8 @@ import math
 import numbers
 import operator
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -529,44 +528,45 @@ def check_sequences(function: str, specs: Mapping[str, Spec], sizes: Sizes, oper
 
     Entries of the block_table past the last page of a sequence are not looked at.
     """
-    lengths = {}
+    lengths: dict[str, Array] = {}
     for name, total, longest in (
         ("cu_seqlens_q", sizes.total_q, sizes.seqlen_q),
         ("cu_seqlens_k", None if "block_table" in specs else specs["k"].shape[0], sizes.seqlen_k),
     ):
-        starts, shown = operands[name].tolist(), specs[name].name
-        steps = [b - a for a, b in pairwise(starts)]
-        lengths[name] = steps
+        starts, shown = operands[name].astype(np.int64), specs[name].name
+        steps = lengths[name] = np.diff(starts)
         values = short(starts)
         if starts[0] != 0:
             raise ValueError(refusal(function, f"{shown} has to start with 0", (shown, values)))
-        if min(steps, default=0) < 0:
+        if steps.min(initial=0) < 0:
             raise ValueError(refusal(function, f"{shown} must not decrease", (shown, values)))
         if total is not None and starts[-1] > total:
             array = specs["q" if name == "cu_seqlens_q" else "k"]
             rule = f"{shown} ends after the last row of {array.name}"
             raise ValueError(refusal(function, rule, (shown, values), (array.name, array.shape)))
-        if max(steps, default=0) > longest:
+        if steps.max(initial=0) > longest:
             rule = f"a sequence of {shown} is longer than {name.replace('cu_seqlens', 'max_seqlen')}"
-            raise ValueError(refusal(function, rule, (shown, values), ("longest", max(steps)), ("allowed", longest)))
+            raise ValueError(refusal(function, rule, (shown, values), ("longest", steps.max()), ("allowed", longest)))
     if "block_table" in specs:
         _check_pages(function, specs, lengths["cu_seqlens_k"], operands["block_table"])
 
 
-def _check_pages(function: str, specs: Mapping[str, Spec], lengths: list[int], table: Array) -> None:
+def _check_pages(function: str, specs: Mapping[str, Spec], lengths: Array, table: Array) -> None:
     num_pages, page_size = specs["k"].shape[:2]
     name = specs["block_table"].name
-    for index, length in enumerate(lengths):
-        used = -(-length // page_size)
-        if used > table.shape[1]:
-            rule = f"sequence {index} needs {used} pages of {page_size} keys for its {length} keys"
-            raise ValueError(refusal(function, rule, (name, table.shape, "(batch, pages of a sequence)")))
-        pages = table[index, :used].tolist()
-        wrong = [page for page in pages if not 0 <= page < num_pages]
-        if wrong:
-            rule = f"{name} of sequence {index} names page {wrong[0]}, and there are {num_pages}"
-            raise ValueError(refusal(function, rule, (name, short(pages)), (specs["k"].name, specs["k"].shape)))
+    used = -(-lengths // page_size)
+    if used.max(initial=0) > table.shape[1]:
+        index = int(np.argmax(used > table.shape[1]))
+        rule = f"sequence {index} needs {used[index]} pages of {page_size} keys for its {lengths[index]} keys"
+        raise ValueError(refusal(function, rule, (name, table.shape, "(batch, pages of a sequence)")))
+    wrong = (np.arange(table.shape[1]) < used[:, None]) & ((table < 0) | (table >= num_pages))
+    if wrong.any():
+        index, entry = (int(i) for i in np.argwhere(wrong)[0])
+        rule = f"{name} of sequence {index} names page {table[index, entry]}, and there are {num_pages}"
+        pages = short(table[index, : used[index]])
+        raise ValueError(refusal(function, rule, (name, pages), (specs["k"].name, specs["k"].shape)))
 
 
-def short(values: list[int]) -> str:
-    return str(values) if len(values) <= 12 else f"[{', '.join(map(str, values[:10]))}, ... {len(values)} entries]"
+def short(values: Sequence[int] | Array) -> str:
+    first = [int(value) for value in values[:12]]
+    return str(first) if len(values) <= 12 else f"[{', '.join(map(str, first[:10]))}, ... {len(values)} entries]"

@@ -1,7 +1,7 @@
 """Cutting a problem on the CPU into parts and tiles, and the view of the operands each of them has.
 
-A *part* is a stretch of the problem in which every sequence has the same lengths: a whole dense batch,
-or one sequence of a ragged one.  A *tile* is some rows of some heads of a part, and one task.
+A *part* is some sequences of the problem that have the same lengths: a whole dense batch, or those of a ragged one
+that are as long as each other.  A *tile* is some rows of some heads of a part, and one task.
 """
 
 from __future__ import annotations
@@ -68,24 +68,62 @@ class TileIndex:
         return self.batch_size * self.num_heads * len(self.rows) * len(self.touched)
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where a part's rows (or keys) lie in one of the caller's arrays, (..., heads, dim), if no view has them all."""
+
+    starts: Array
+    """The place of each sequence's first row: among all tokens, in its pages, or in its sequence of the array."""
+    sequences: Array | None = None
+    """The sequence of the array that each sequence is, if it is (sequences, seqlen, heads, dim)."""
+    pages: Array | None = None
+    """The page of each page_size rows of each sequence, if the array is (pages, page_size, heads, dim)."""
+    page_size: int = 0
+
+    def index(self, batches: slice, rows: slice, heads: slice) -> Index:
+        """Of some rows and heads of some sequences: what is found there is (batch, rows, heads, ...)."""
+        index = self.starts[batches, None] + np.arange(rows.start, rows.stop)
+        if self.pages is not None:
+            ids = np.arange(batches.start, batches.stop)[:, None]
+            return self.pages[ids, index // self.page_size], index % self.page_size, heads
+        return (index, heads) if self.sequences is None else (self.sequences[batches, None], index, heads)
+
+
+class Rows(NamedTuple):
+    """A part's rows in one of the caller's arrays: q, out, lse or a gradient of theirs."""
+
+    array: Array
+    """A view, (batch, heads, rows, ...); or, with `places`, all the caller's, (..., heads, ...)."""
+    places: Places | None = None
+
+    def of(self, where: TileIndex) -> Array:
+        """Those of a tile, (batch, heads, rows, ...)."""
+        if self.places is None:
+            return self.array[where.batches, where.heads, where.row_slice]
+        return self.array[self.places.index(where.batches, where.row_slice, where.heads)].swapaxes(1, 2)
+
+    def put(self, where: TileIndex, values: Array) -> None:
+        if self.places is None:
+            self.array[where.batches, where.heads, where.row_slice] = values
+        else:
+            self.array[self.places.index(where.batches, where.row_slice, where.heads)] = values.swapaxes(1, 2)
+
+
 @dataclass
 class Keys:
     """The keys (or values) of a part, fetched block by block in the compute dtype."""
 
     array: Array
-    """(batch, heads, keys, dim); or pages, (pages, page_size, heads, dim)."""
+    """A view, (batch, heads, keys, dim); or, with `places`, all the caller's, (..., heads, dim)."""
     num_pairs: int
     compute_dtype: str
-    pages: Array | None = None
-    """The page of each page_size keys, if `array` is paged."""
+    places: Places | None = None
     descale: Array | None = None
     """A factor of the numbers in `array`, (batch, heads)."""
-    first: int = 0
-    """Where the part's keys start in its pages."""
 
     @property
     def num_heads(self) -> int:
-        return int(self.array.shape[1 if self.pages is None else 2])
+        return int(self.array.shape[1 if self.places is None else -2])
 
     def head_slice(self, pairs: slice) -> slice:
         """The heads that `pairs` use.  Several pairs at once only where each has a head of its own."""
@@ -95,7 +133,7 @@ class Keys:
         return slice(head, head + 1)
 
     def __post_init__(self) -> None:
-        self._direct = self.pages is None and self.array.dtype == self.compute_dtype and _is_tidy(self.array)
+        self._direct = self.places is None and self.array.dtype == self.compute_dtype and _is_tidy(self.array)
 
     def block(self, batches: slice, pairs: slice, keys: slice, scratch: Scratch, name: str) -> Array:
         """(batch, pairs, keys, dim), laid out so that the BLAS takes it without a detour.
@@ -105,13 +143,10 @@ class Keys:
         heads = self.head_slice(pairs)
         if self._direct:
             return self.array[batches, heads, keys]
-        if self.pages is None:
+        if self.places is None:
             block = self.array[batches, heads, keys]
         else:
-            page_size = self.array.shape[1]
-            index = np.arange(self.first + keys.start, self.first + keys.stop)
-            rows = self.array[self.pages[index // page_size], index % page_size, heads]
-            block = rows.swapaxes(0, 1)[None]
+            block = self.array[self.places.index(batches, keys, heads)].swapaxes(1, 2)
         if are_bits(block):
             block = widen(block, self.compute_dtype)
         tidy = scratch.array(name, block.shape, self.compute_dtype)
@@ -131,6 +166,8 @@ def _is_tidy(array: Array) -> bool:
     )
 
 
+COST_OF_A_NUMBER = 16
+"""Multiplications that take as long as copying it."""
 STRETCH = 512
 """Keys that are looked at together when a head's facts are collected."""
 
@@ -227,18 +264,16 @@ def hidden_band(num_rows: int, num_keys: int, diagonal: int, left: int | None, r
 
 @dataclass
 class Part:
-    """A stretch of the problem in which every sequence has the same lengths."""
+    """Some sequences of the problem that have the same lengths."""
 
     plan: Plan
     problem: Problem
     outer: Index
     """Index of all batch axes but the last."""
-    tokens: slice
-    """Rows of a ragged q; everything otherwise."""
-    q: Array
-    """(batch, heads, seqlen_q, head_dim)."""
+    q: Rows
     k: Keys
     v: Keys
+    seqlen_q: int
     seqlen_k: int
     batch_ids: Array
     """The position in the whole batch of each sequence: what dropout counts by."""
@@ -250,8 +285,11 @@ class Part:
     sinks: Array | None = None
     q_descale: Array | None = None
     """A factor of the numbers in `q`, (batch, heads)."""
-    first_key: int = 0
-    """Where the keys of a ragged sequence start in k."""
+    stretch_q: Index | None = None
+    """The part's rows in q and out, if it is one of many whose sequences lie end to end there."""
+    stretch_k: Index | None = None
+    num_workers: int = 1
+    """That there should be tiles for."""
     _facts: dict[tuple[str, int, int], Any] = field(default_factory=dict)
     """What was found out about the keys of some heads, by (what, first batch, first pair)."""
 
@@ -260,46 +298,54 @@ class Part:
         return self.problem.sizes.num_heads
 
     @property
-    def seqlen_q(self) -> int:
-        return int(self.q.shape[-2])
+    def batch(self) -> int:
+        return int(self.batch_ids.size)
 
     @property
     def out_size(self) -> int:
-        return int(self.q.shape[0]) * self.seqlen_q
+        return self.batch * self.seqlen_q
 
     @property
     def compute_dtype(self) -> str:
         return self.k.compute_dtype
 
-    def of(self, array: Array) -> Array:
-        """This part of a heads-first (..., batch, heads, seqlen, dim) array of the caller's rows."""
-        return array[self.outer][:, :, self.tokens]
+    def of(self, array: Array) -> Rows:
+        """This part of an array of the caller's rows, shaped like out."""
+        if self.q.places is not None:
+            return Rows(array, self.q.places)
+        if self.stretch_q is not None:
+            return Rows(end_to_end(array, self.stretch_q, self.batch, self.seqlen_q))
+        return Rows(heads_first(array, self.problem)[self.outer])
 
-    def lse_of(self, array: Array) -> Array:
-        """This part of an array shaped like lse, as (batch, heads, seqlen_q)."""
-        if self.problem.layout.ragged:
-            return array[None, :, self.tokens]
-        return array[self.outer] if array.ndim >= 3 else array.reshape((1,) * (3 - array.ndim) + array.shape)
+    def lse_of(self, array: Array) -> Rows:
+        """This part of an array shaped like lse."""
+        if self.problem.layout.lengths_are_data:
+            return self.of(array.swapaxes(-1, -2))
+        return Rows(array[self.outer] if array.ndim >= 3 else array.reshape((1,) * (3 - array.ndim) + array.shape))
 
     @property
     def tiles(self) -> tuple[TileIndex, ...]:
         """The part, cut as the plan says; the most work first."""
-        return cut_into_tiles(self.problem, self.cut, int(self.q.shape[0]), self.seqlen_q, self.seqlen_k)
+        return cut_into_tiles(self.problem, self.cut, self.batch, self.seqlen_q, self.seqlen_k)
 
     @property
     def cut(self) -> CpuTile:
-        """How the part is cut into tiles: as planned, or by its own lengths if it is one of many sequences."""
+        """How the part is cut into tiles: as planned, or by its own lengths if it is one of many."""
         if isinstance(self.plan.tile, CpuTile) and not self.problem.layout.lengths_are_data:
             return self.plan.tile
-        batch = int(self.q.shape[0])
-        return cpu_tile(self.problem.sizes, batch, self.seqlen_q, self.seqlen_k, self.plan.num_workers)
+        return cpu_tile(self.problem.sizes, self.batch, self.seqlen_q, self.seqlen_k, self.num_workers)
 
-    def rows_of(self, array: Array, where: TileIndex) -> Array:
-        """The tile's rows of a (batch, heads, seqlen_q, dim) array, stacked: (batch, pairs, heads * rows, dim)."""
-        piece = widen(array[where.batches, where.heads, where.row_slice], self.compute_dtype)
+    def cost(self, where: TileIndex) -> int:
+        """Of a tile, roughly, in floating-point operations; a number that is read or written counts as some."""
+        sizes, pairs = self.problem.sizes, where.pairs.stop - where.pairs.start
+        numbers = where.batch_size * (where.num_heads * len(where.rows) + pairs * len(where.touched))
+        return int(2 * (where.work + COST_OF_A_NUMBER * numbers) * (sizes.head_dim + sizes.head_dim_v))
+
+    def stacked(self, rows: Rows, where: TileIndex) -> Array:
+        """The tile's rows of an array of the caller's, (batch, pairs, heads * rows, ...)."""
+        piece = widen(rows.of(where), self.compute_dtype)
         pairs = where.pairs.stop - where.pairs.start
-        rows = where.num_heads // pairs * len(where.rows)
-        return piece.reshape(piece.shape[0], pairs, rows, piece.shape[-1])
+        return piece.reshape(piece.shape[0], pairs, where.num_heads // pairs * len(where.rows), *piece.shape[3:])
 
     def tile(self, where: TileIndex, scratch: Scratch, backward: bool = False) -> numpy_ref.Tile:
         """The arithmetic's view of a tile."""
@@ -331,7 +377,7 @@ class Part:
 
     def scaled_queries(self, where: TileIndex, pairs: int, scratch: Scratch) -> Array:
         """The tile's queries times the softmax scale, stacked: (batch, pairs, heads * rows, head_dim)."""
-        piece = self.q[where.batches, where.heads, where.row_slice]
+        piece = self.q.of(where)
         if are_bits(piece):
             piece = widen(piece, self.compute_dtype)
         if self.q_descale is not None:
@@ -360,7 +406,7 @@ class Part:
         known = (name, where.batches.start, where.pairs.start)
         if known not in self._facts:
             source = self.k if name == "k" else self.v
-            if source.pages is None and not are_bits(source.array):
+            if source.places is None and not are_bits(source.array):
                 whole = source.array[where.batches, source.head_slice(where.pairs)]
                 self._facts[known] = np.isfinite(whole.sum(dtype=self.compute_dtype))
             else:
@@ -462,6 +508,12 @@ class Part:
             range(cut.keys.start, cut.keys.stop),
         )
         return np.asarray(stays * np.dtype(self.compute_dtype).type(factor))
+
+
+def end_to_end(array: Array, stretch: Index, batch: int, seqlen: int) -> Array:
+    """View a stretch of (tokens, heads, ...) or (batch, seqlen, heads, ...) as (batch, heads, seqlen, ...)."""
+    rows = array[stretch]
+    return rows.reshape(batch, seqlen, *rows.shape[len(stretch) :]).swapaxes(1, 2)
 
 
 def _or_one(array: Array, axis: int, index: slice) -> slice:

@@ -310,7 +310,8 @@ def test_gradients_flow_beside_the_weights_that_return_attn_probs_gives(rng):
     assert_same_gradients((out, lse), dense_flash(q, k, v, **options), [q, k, v], rng)
 
 
-LENGTHS_Q, LENGTHS_K = [3, 0, 5, 2], [4, 3, 2, 0]
+LENGTHS_Q, LENGTHS_K = [3, 0, 5, 3, 2, 3], [4, 3, 2, 4, 0, 4]
+"""Of three sequences as long as each other, none lies right after another."""
 
 
 def starts_of(lengths):
@@ -334,7 +335,7 @@ def dense_varlen(q, k, v, slopes, **options):
 
 @pytest.mark.parametrize("options", FLASH_OPTIONS, ids=str)
 def test_autograd_through_flash_attn_varlen_func(rng, options):
-    q, k, v, slopes = leaves(rng, (12, 4, 6), (11, 2, 6), (11, 1, 5), (4, 4))
+    q, k, v, slopes = leaves(rng, (18, 4, 6), (19, 2, 6), (19, 1, 5), (6, 4))
     ours = cupyattn.flash_attn_varlen_func(
         q, k, v, starts_of(LENGTHS_Q), starts_of(LENGTHS_K), 5, 4, alibi_slopes=slopes, return_lse=True, **options
     )
@@ -344,8 +345,8 @@ def test_autograd_through_flash_attn_varlen_func(rng, options):
 @pytest.mark.parametrize("page_size", [1, 3, 16])
 def test_gradients_flow_into_pages_and_sum_where_sequences_share_one(rng, page_size):
     used = [-(-length // page_size) for length in LENGTHS_K]
-    q, pages_k, pages_v, slopes = leaves(rng, (10, 4, 6), *[(max(used) + 1, page_size, 2, 6)] * 2, (4, 4))
-    table = torch.zeros(4, max(used), dtype=torch.int32)
+    q, pages_k, pages_v, slopes = leaves(rng, (16, 4, 6), *[(max(used) + 1, page_size, 2, 6)] * 2, (6, 4))
+    table = torch.zeros(6, max(used), dtype=torch.int32)
     for b, count in enumerate(used):
         table[b, :count] = torch.arange(1, count + 1)  # every sequence starts with page 1
     ours = cupyattn.flash_attn_varlen_func(

@@ -460,6 +460,15 @@ def test_the_tile_of_a_cpu_holds_a_bounded_number_of_scores(cut):
 
 @settings(derandomize=True, deadline=None, max_examples=500)
 @given(cut_problems())
+def test_the_tile_of_a_cpu_holds_a_bounded_number_of_queries_and_keys_where_it_takes_several_batches(cut):
+    tile = cpu_tile(*cut)
+    if tile.batch > 1:
+        numbers = tile.pairs * (tile.heads * tile.block_q * 64 + tile.block_k * 128)
+        assert tile.batch * numbers <= plan.NUMBERS_SIDE_BY_SIDE
+
+
+@settings(derandomize=True, deadline=None, max_examples=500)
+@given(cut_problems())
 def test_heads_and_batches_lie_side_by_side_only_where_they_are_whole(cut):
     sizes, _, _, seqlen_k, _ = cut
     tile = cpu_tile(*cut)
