@@ -74,7 +74,8 @@ def attention(
     bias : array, optional
         Added to the scores; broadcasts like `mask`.  A key with bias -inf is not seen.
     softmax_scale : float, optional
-        Multiplies ``q @ k.T``; finite, not negative.  Default ``head_dim ** -0.5``.
+        Multiplies ``q @ k.T``; finite.  Default ``head_dim ** -0.5``.  As every number, it may be an array of shape ()
+        of any library, but not one that is traced or requires grad.
     softcap : float
         If not 0, scores become ``softcap * tanh(score / softcap)``, before ALiBi and bias.
     alibi_slopes : array, shape (num_heads,) or (batch, num_heads), optional
@@ -119,6 +120,11 @@ def attention(
         No implementation takes the problem on this device; the message lists each one's reasons.
     ImportError, RuntimeError
         The arrays are on a GPU, and CuPy or the driver is missing.
+
+    Warns
+    -----
+    UserWarning
+        Heads and sequence look exchanged: more heads than any model has, and not more positions than a model has heads.
 
     Notes
     -----

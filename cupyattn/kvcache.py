@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from cupyattn import reading
 from cupyattn.appending import INDICES, Appended, Memory, check_new
 from cupyattn.arrays import Arrays, Visit, enter, untraced
@@ -170,7 +168,7 @@ def flash_attn_with_kvcache(
         "rotary_seqlens": ("rotary_seqlens", rotary_seqlens),
     }
     seqlen = None
-    if isinstance(cache_seqlens, (int, np.integer)):
+    if reading.is_one_number(cache_seqlens):
         seqlen = reading.integer(FUNCTION, "cache_seqlens", cache_seqlens, low=0)
     else:
         named["cache_seqlens"] = ("cache_seqlens", cache_seqlens)

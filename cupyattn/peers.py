@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from cupyattn import reading
-from cupyattn.arrays import Arrays, enter, untraced
+from cupyattn.arrays import enter, untraced
 from cupyattn.corridor import answer
 from cupyattn.problem import Array
 from cupyattn.reading import Options, refusal
@@ -47,7 +47,7 @@ def scaled_dot_product_attention(
     is_causal : bool
         Query ``i`` sees keys ``0 .. i``: aligned top-left, as torch's is.
     scale : float, optional
-        Multiplies the scores; finite, not negative.  Default ``head_dim ** -0.5``.
+        Multiplies the scores; finite.  Default ``head_dim ** -0.5``.
     enable_gqa : bool
         Let each key head serve a group of neighbouring query heads; key and value may differ in heads.
     dropout_seed, compute_dtype, return_lse
@@ -91,7 +91,7 @@ def scaled_dot_product_attention(
         specs = dict(enter(function, {**arrays, "bias": ("attn_mask", attn_mask)}).specs)
         kind = specs["bias"].dtype
         if kind not in ("bool", "float32", specs["q"].dtype):
-            rule = f"attn_mask has to be bool, float32 or of query's dtype, {specs['q'].dtype}"
+            rule = f"attn_mask has to be bool, float32 or of query's dtype, {specs['q'].dtype}; attn_mask != 0 is bool"
             raise TypeError(refusal(function, rule, ("attn_mask", specs["bias"].shape, kind)))
         arrays["mask" if kind == "bool" else "bias"] = ("attn_mask", attn_mask)
     found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
@@ -157,13 +157,11 @@ def flash_attn_func(
     """
     function = "flash_attn_func"
     arrays = {"q": ("q", q), "k": ("k", k), "v": ("v", v)}
-    options = _flash_options(
-        function, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs,
-        return_lse, compute_dtype,
+    return _flash(
+        function, arrays,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype,
     )  # fmt: skip
-    arrays |= _flash_extras(alibi_slopes, q_descale, k_descale, v_descale)
-    found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
-    return _flash_results(found, return_lse, return_attn_probs)
 
 
 @untraced
@@ -190,14 +188,12 @@ def flash_attn_qkvpacked_func(
     Parameters, results and errors as for `flash_attn_func`.
     """
     function = "flash_attn_qkvpacked_func"
-    arrays = _unpacked(function, "qkv", qkv, 3)
-    options = _flash_options(
-        function, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs,
-        return_lse, compute_dtype,
+    arrays = _unpacked(function, "qkv", qkv, 3, "batch, seqlen")
+    return _flash(
+        function, arrays,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype,
     )  # fmt: skip
-    arrays |= _flash_extras(alibi_slopes, q_descale, k_descale, v_descale)
-    found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
-    return _flash_results(found, return_lse, return_attn_probs)
 
 
 @untraced
@@ -225,14 +221,12 @@ def flash_attn_kvpacked_func(
     `kv` is (batch, seqlen_k, 2, num_heads_kv, head_dim).  Parameters, results and errors as for `flash_attn_func`.
     """
     function = "flash_attn_kvpacked_func"
-    arrays = {"q": ("q", q), **_unpacked(function, "kv", kv, 2)}
-    options = _flash_options(
-        function, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs,
-        return_lse, compute_dtype,
+    arrays = {"q": ("q", q), **_unpacked(function, "kv", kv, 2, "batch, seqlen")}
+    return _flash(
+        function, arrays,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype,
     )  # fmt: skip
-    arrays |= _flash_extras(alibi_slopes, q_descale, k_descale, v_descale)
-    found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
-    return _flash_results(found, return_lse, return_attn_probs)
 
 
 @untraced
@@ -270,7 +264,7 @@ def flash_attn_varlen_func(
         Or pages, (num_pages, page_size, num_heads_kv, head_dim), any page size, if `block_table` is given.
     cu_seqlens_q, cu_seqlens_k : array of int32, shape (batch + 1,)
         Where each sequence starts, and the end of the last one; a sequence may be empty.  Rows of q after
-        the end give zeros.
+        the end give zeros.  No other integers, as in flash-attn: on a GPU they would cost one more launch.
     max_seqlen_q, max_seqlen_k : int
         At least the longest sequence.
     block_table : array of int32, shape (batch, pages of a sequence), optional
@@ -303,68 +297,153 @@ def flash_attn_varlen_func(
         "cu_seqlens_k": ("cu_seqlens_k", cu_seqlens_k),
         "block_table": ("block_table", block_table),
     }
-    options = _flash_options(
-        function, dropout_p, softmax_scale, causal, window_size, softcap, deterministic, return_attn_probs,
-        return_lse, compute_dtype, axes="thd",
-        max_seqlen_q=reading.integer(function, "max_seqlen_q", max_seqlen_q, low=0),
-        max_seqlen_k=reading.integer(function, "max_seqlen_k", max_seqlen_k, low=0),
+    longest_q = reading.integer(function, "max_seqlen_q", max_seqlen_q, low=0)
+    longest_k = reading.integer(function, "max_seqlen_k", max_seqlen_k, low=0)
+    return _flash(
+        function, arrays,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype,
+        (longest_q, longest_k),
     )  # fmt: skip
-    arrays |= _flash_extras(alibi_slopes, q_descale, k_descale, v_descale)
-    found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
-    return _flash_results(found, return_lse, return_attn_probs)
 
 
-def _flash_options(
+@untraced
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Array,
+    cu_seqlens: Array,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    q_descale: Array | None = None,
+    k_descale: Array | None = None,
+    v_descale: Array | None = None,
+    return_lse: bool = False,
+    dropout_seed: int | None = None,
+    compute_dtype: Any = None,
+) -> Any:
+    """flash-attn's flash_attn_varlen_qkvpacked_func: `flash_attn_varlen_func` with q, k and v in one array.
+
+    `qkv` is (total, 3, num_heads, head_dim); `cu_seqlens` and `max_seqlen` hold for q and for k.  Other parameters,
+    results and errors as for `flash_attn_varlen_func`.
+    """
+    function = "flash_attn_varlen_qkvpacked_func"
+    starts = ("cu_seqlens", cu_seqlens)
+    arrays = {**_unpacked(function, "qkv", qkv, 3, "total"), "cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    longest = reading.integer(function, "max_seqlen", max_seqlen, low=0)
+    return _flash(
+        function, arrays,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype,
+        (longest, longest),
+    )  # fmt: skip
+
+
+@untraced
+def flash_attn_varlen_kvpacked_func(
+    q: Array,
+    kv: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    q_descale: Array | None = None,
+    k_descale: Array | None = None,
+    v_descale: Array | None = None,
+    return_lse: bool = False,
+    dropout_seed: int | None = None,
+    compute_dtype: Any = None,
+) -> Any:
+    """flash-attn's flash_attn_varlen_kvpacked_func: `flash_attn_varlen_func` with k and v in one array.
+
+    `kv` is (total_k, 2, num_heads_kv, head_dim).  Parameters, results and errors as for `flash_attn_varlen_func`.
+    """
+    function = "flash_attn_varlen_kvpacked_func"
+    arrays = {"q": ("q", q), **_unpacked(function, "kv", kv, 2, "total_k")}
+    arrays |= {"cu_seqlens_q": ("cu_seqlens_q", cu_seqlens_q), "cu_seqlens_k": ("cu_seqlens_k", cu_seqlens_k)}
+    longest_q = reading.integer(function, "max_seqlen_q", max_seqlen_q, low=0)
+    longest_k = reading.integer(function, "max_seqlen_k", max_seqlen_k, low=0)
+    return _flash(
+        function, arrays,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype,
+        (longest_q, longest_k),
+    )  # fmt: skip
+
+
+def _flash(
     function: str,
+    arrays: dict[str, tuple[str, Any]],
     dropout_p: float,
     softmax_scale: float | None,
     causal: bool,
     window_size: Any,
     softcap: float,
+    alibi_slopes: Array | None,
     deterministic: bool,
     return_attn_probs: bool,
+    q_descale: Array | None,
+    k_descale: Array | None,
+    v_descale: Array | None,
     return_lse: bool,
+    dropout_seed: int | None,
     compute_dtype: Any,
-    **layout: Any,
-) -> Options:
+    longest: tuple[int, int] | None = None,
+) -> Any:
+    """What flash-attn's functions have in common; `longest` are the max_seqlens of packed sequences."""
     reading.flag(function, "deterministic", deterministic)
     wants_probs = reading.flag(function, "return_attn_probs", return_attn_probs)
-    return Options(
+    wants_lse = reading.flag(function, "return_lse", return_lse)
+    options = Options(
+        axes="bshd" if longest is None else "thd",
         causal=reading.flag(function, "causal", causal),
         window=reading.window(function, "window_size", window_size),
         softmax_scale=reading.softmax_scale(function, "softmax_scale", softmax_scale),
         softcap=reading.softcap(function, softcap),
         dropout_p=reading.dropout_p(function, dropout_p),
         compute_dtype=reading.compute_dtype(function, compute_dtype),
-        needs_lse=reading.flag(function, "return_lse", return_lse) or wants_probs,
+        needs_lse=wants_lse or wants_probs,
         needs_dropout_mask=wants_probs,
+        max_seqlen_q=0 if longest is None else longest[0],
+        max_seqlen_k=0 if longest is None else longest[1],
         takes_float8=True,
-        **layout,
     )
-
-
-def _flash_extras(
-    alibi_slopes: Array | None, q_descale: Array | None, k_descale: Array | None, v_descale: Array | None
-) -> dict[str, tuple[str, Any]]:
-    return {
+    arrays |= {
         "alibi_slopes": ("alibi_slopes", alibi_slopes),
         "q_descale": ("q_descale", q_descale),
         "k_descale": ("k_descale", k_descale),
         "v_descale": ("v_descale", v_descale),
     }
-
-
-def _flash_results(found: Arrays, return_lse: bool, return_attn_probs: bool) -> Any:
-    if return_attn_probs:
+    found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
+    if wants_probs:
         return found["out"], found["lse"], found.get("dropout_mask")
-    return (found["out"], found["lse"]) if return_lse else found["out"]
+    return (found["out"], found["lse"]) if wants_lse else found["out"]
 
 
-def _unpacked(function: str, name: str, packed: Array, count: int) -> dict[str, tuple[str, Any]]:
-    """The q, k, v (or k, v) in the third axis of a packed array, as views."""
+def _unpacked(function: str, name: str, packed: Array, count: int, axes: str) -> dict[str, tuple[str, Any]]:
+    """The q, k, v (or k, v) in an axis of a packed array, the third from the end, as views."""
     shape = enter(function, {name: (name, packed)}).specs[0][1].shape
-    if len(shape) != 5 or shape[2] != count:
-        rule = f"{name} has to be (batch, seqlen, {count}, num_heads, head_dim)"
+    rank = len(axes.split(",")) + 3
+    if len(shape) != rank or shape[-3] != count:
+        rule = f"{name} has to be ({axes}, {count}, num_heads, head_dim)"
         raise ValueError(refusal(function, rule, (name, shape)))
-    words = ("q", "k", "v")[-count:]
-    return {word: (f"{name}[:, :, {i}]", packed[:, :, i, :, :]) for i, word in enumerate(words)}
+    words, lead = ("q", "k", "v")[-count:], (slice(None),) * (rank - 3)
+    shown = ", ".join(":" * len(lead))
+    return {
+        word: (f"{name}[{shown}, {i}]", packed[(*lead, i, slice(None), slice(None))]) for i, word in enumerate(words)
+    }

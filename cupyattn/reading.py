@@ -10,7 +10,9 @@ import math
 import numbers
 import operator
 import reprlib
-from collections.abc import Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -61,18 +63,110 @@ def refusal(function: str, rule: str, *shown: tuple[str, object] | tuple[str, ob
 
 
 # ---------------------------------------------------------------------------------------------------
+# Words
+# ---------------------------------------------------------------------------------------------------
+
+SAME = (
+    *(("q", "query"), ("k", "key"), ("v", "value")),
+    ("causal", "is_causal"),
+    ("softmax_scale", "scale"),
+    ("mask", "attn_mask"),
+    ("bias", "attn_mask"),
+    ("window_size", "local_window_size"),
+    ("sinks", "learnable_sink"),
+    ("block_table", "page_table"),
+    ("return_lse", "return_softmax_lse", "return_residual"),
+    ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"),
+    ("max_seqlen", "max_seqlen_q", "max_seqlen_k"),
+)
+"""Words of torch, JAX, flash-attn and ours for one thing."""
+
+ELSEWHERE = {
+    "attention takes it": (
+        *("softmax_scale", "softcap", "window_size", "alibi_slopes", "sinks", "mask", "bias", "alignment", "layout"),
+        *("dropout_p", "dropout_seed", "fixed_split_size", "compute_dtype", "causal", "return_lse"),
+        *("q_descale", "k_descale", "v_descale"),
+    ),
+    "flash_attn_func and its kind return lse and weights": ("return_attn_probs",),
+    "flash_attn_varlen_func takes sequences of different lengths, packed as by unpad_input": (
+        *("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen", "max_seqlen_q", "max_seqlen_k"),
+        *("query_seq_lengths", "key_value_seq_lengths", "seqused_q", "seqused_k"),
+    ),
+    "flash_attn_varlen_func, flash_attn_with_kvcache and PagedCache have pages": ("block_table", "page_table"),
+    "flash_attn_with_kvcache takes it": (
+        *("k_cache", "v_cache", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "cu_seqlens_k_new", "num_splits"),
+        *("rotary_cos", "rotary_sin", "rotary_interleaved", "rotary_seqlens", "check_indices"),
+    ),
+    "fewer key heads than query heads serve groups anyway: leave it out": ("enable_gqa",),
+    "results are the same in every run: leave it out": ("deterministic",),
+    "what runs is chosen by shapes and devices, see explain: leave it out": (
+        *("implementation", "backend", "pack_gqa", "sm_margin", "scheduler_metadata"),
+    ),
+}
+"""What to do with a word, where a function has none for the same."""
+
+
+def unknown_words(function: str, strangers: Sequence[str], words: Sequence[str]) -> str:
+    """The text of an error about keywords that a function does not have, but maybe another of its kind."""
+    shown = []
+    for stranger in strangers:
+        others = dict.fromkeys(word for group in SAME if stranger in group for word in group)
+        here = " or ".join(word for word in others if word in words)
+        there = [(text, word) for word in (stranger, *others) for text, those in ELSEWHERE.items() if word in those]
+        if here:
+            shown.append((stranger, f"here it is {here}"))
+        elif there:
+            text, word = there[0]
+            shown.append((stranger, text if word == stranger else f"{text}, as {word}"))
+        else:
+            shown.append((stranger, "nobody has one of this name"))
+    rule = f"has no argument {', '.join(strangers)}; it has {', '.join(words)}"
+    return refusal(function, rule, *shown)
+
+
+# ---------------------------------------------------------------------------------------------------
 # Scalars
 # ---------------------------------------------------------------------------------------------------
 
 
-def number(function: str, name: str, value: Any, *, rule: str, ok: Any) -> float:
-    """A finite real number for which `ok` holds."""
+def known(function: str, name: str, value: Any) -> Any:
+    """The Python number in an array of shape (), of any library; whatever else came, as it came."""
+    if getattr(value, "shape", None) != () or not hasattr(value, "dtype"):
+        return value
+    kind = dtype_name(getattr(value.dtype, "name", value.dtype))
+    start = next((start for start in _CONVERSIONS if kind.startswith(start)), None)
+    if start is None:
+        return value
+    if getattr(value, "requires_grad", False):
+        rule = f"{name} requires grad, and no gradient of it is computed: multiply arrays by it, or pass its detach()"
+        raise TypeError(refusal(function, rule, (name, kind, type(value).__name__)))
+    try:
+        return _CONVERSIONS[start](value)
+    except Exception:  # traced, under vmap, without memory: each library has an error of its own for that
+        rule = f"{name} has to be known now, as it is not under a trace (jit, grad, vmap) or without memory (meta)"
+        raise TypeError(refusal(function, f"{rule}; pass a number", (name, kind, type(value).__name__))) from None
+
+
+_CONVERSIONS: Mapping[str, Callable[[Any], Any]] = {
+    "bool": bool,
+    "int": operator.index,
+    "uint": operator.index,
+    "float": float,
+    "bfloat": float,
+}
+"""By how a dtype's name starts."""
+
+
+def number(function: str, name: str, value: Any, *, rule: str, ok: Callable[[float], bool] = math.isfinite) -> float:
+    """A finite real number for which `ok` holds, from a number or an array of shape ()."""
     if type(value) is float and math.isfinite(value) and ok(value):
         return value
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(refusal(function, f"{name} has to be a number", (name, repr(value), type(value).__name__)))
+    real = value if isinstance(value, numbers.Real) else known(function, name, value)
+    if isinstance(real, bool) or not isinstance(real, numbers.Real):
+        came = (name, reprlib.repr(value), type(value).__name__)
+        raise TypeError(refusal(function, f"{name} has to be a number, or an array of shape () with one", came))
     try:
-        result = float(value)
+        result = float(real)
     except OverflowError:
         result = math.inf
     if not math.isfinite(result) or not ok(result):
@@ -82,7 +176,7 @@ def number(function: str, name: str, value: Any, *, rule: str, ok: Any) -> float
 
 def softmax_scale(function: str, name: str, value: Any) -> float | None:
     """The factor of the scores; None: head_dim ** -0.5, once head_dim is known."""
-    return None if value is None else number(function, name, value, rule="finite and not negative", ok=lambda x: x >= 0)
+    return None if value is None else number(function, name, value, rule="finite")
 
 
 def softcap(function: str, value: Any) -> float:
@@ -94,13 +188,16 @@ def dropout_p(function: str, value: Any) -> float:
 
 
 def integer(function: str, name: str, value: Any, *, low: int, high: int = LARGEST_SIZE) -> int:
-    if isinstance(value, bool):
-        raise TypeError(refusal(function, f"{name} has to be an integer", (name, value, "bool")))
+    """An integer, from one of any type or an array of shape ()."""
+    whole = value if type(value) is int else known(function, name, value)
     try:
-        result = operator.index(value)
+        if isinstance(whole, bool) or getattr(whole, "shape", ()) != ():
+            raise TypeError
+        result = operator.index(whole)
     except TypeError:
+        came = (name, reprlib.repr(value), type(value).__name__)
         raise TypeError(
-            refusal(function, f"{name} has to be an integer", (name, repr(value), type(value).__name__))
+            refusal(function, f"{name} has to be an integer, or an array of shape () with one", came)
         ) from None
     if not low <= result <= high:
         raise ValueError(refusal(function, f"{name} has to be {span(low, high)}", (name, reprlib.repr(result))))
@@ -112,12 +209,19 @@ def span(low: int, high: int) -> str:
     return f"from {low} to {high}" if low <= high else "one of those that there are, and there are none"
 
 
+def is_one_number(value: Any) -> bool:
+    """What is for `integer` where an array of many may come as well."""
+    return isinstance(value, int) or getattr(value, "shape", None) == ()
+
+
 def flag(function: str, name: str, value: Any) -> bool:
+    """True or False, from one of Python or an array of shape ()."""
     if value is True or value is False:
         return bool(value)
-    if not isinstance(value, np.bool_):
-        raise TypeError(refusal(function, f"{name} has to be True or False", (name, repr(value))))
-    return bool(value)
+    said = known(function, name, value)
+    if not isinstance(said, bool):
+        raise TypeError(refusal(function, f"{name} has to be True or False", (name, reprlib.repr(value))))
+    return said
 
 
 def choice(function: str, name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
@@ -245,6 +349,20 @@ def read(function: str, specs: tuple[tuple[str, Spec], ...], options: Options) -
 @lru_cache(maxsize=4096)
 def _read(function: str, spec_items: tuple[tuple[str, Spec], ...], options: Options) -> Problem:
     specs = dict(spec_items)
+    try:
+        problem = _problem(function, specs, options)
+    except ValueError as error:
+        if _may_be_turned(specs, options):
+            raise ValueError(f"{error}\n{_turn(function, options.axes)}") from None
+        raise
+    if _is_turned(specs, options):
+        shown = [(specs[word].name, specs[word].shape) for word in ("q", "k", "v")]
+        text = refusal(function, "heads and sequence look exchanged", *shown)
+        warnings.warn(f"{text}\n{_turn(function, options.axes)}", UserWarning, stacklevel=_level_outside())
+    return problem
+
+
+def _problem(function: str, specs: Mapping[str, Spec], options: Options) -> Problem:
     _check_dtypes(function, specs, options.takes_float8)
     for spec in specs.values():
         if any(size > LARGEST_SIZE for size in spec.shape):
@@ -280,6 +398,82 @@ def check_results(function: str, specs: Mapping[str, Spec], results: Mapping[str
             raise ValueError(refusal(function, rule, *((given.name, given.shape) for given in specs.values())))
 
 
+def int32_rule(name: str) -> str:
+    """Other integers are not converted: on a GPU that would be one more launch, and too large ones would go unseen."""
+    return f"{name} has to be int32, as flash-attn has it; pass {name}.astype(np.int32), in torch .to(torch.int32)"
+
+
+MOST_HEADS = {"bshd": 256, "bhsd": 1024}
+"""More than any model has: Falcon 180B has 232.  Where heads come first, windows or a batch may be among them."""
+MOST_ODD_HEADS = 71
+"""Falcon 7B's; an odd number above that is the length of a sequence, as 77 of CLIP and 197 of ViT are."""
+
+
+def _is_turned(specs: Mapping[str, Spec], options: Options) -> bool:
+    """Whether heads and sequence are exchanged for certain, though all fits: for a warning.
+
+    The axis of heads is longer than any model's, or odd and longer than any that is odd; that of the sequence is
+    shorter and may be heads: those of k and v divide those of q.  Nothing is certain of short sequences: 5 tokens of
+    32 heads are as usual as 5 heads of 32 tokens.  Who says layout="bhsd" knows that there is a choice.
+    """
+    shapes = _exchangeable(specs, options)
+    is_chosen = options.axes == "bhsd" and not options.any_rank
+    return shapes is not None and not is_chosen and _are_no_heads(shapes, options.axes)
+
+
+def _may_be_turned(specs: Mapping[str, Spec], options: Options) -> bool:
+    """The same for a hint where something does not fit: besides, key heads that are more than query heads, or queries
+    that are more than keys and a multiple of them, are signs."""
+    shapes = _exchangeable(specs, options)
+    if shapes is None:
+        return False
+    (heads_q, rows_q), (heads_k, rows_k), _ = shapes
+    return heads_k > heads_q or rows_q > rows_k or _are_no_heads(shapes, options.axes)
+
+
+def _exchangeable(specs: Mapping[str, Spec], options: Options) -> list[tuple[int, int]] | None:
+    """(heads, rows) of q, k and v as they are read, if they would fit the other way round as well."""
+    if options.axes == "thd" or "block_table" in specs or any(len(specs[word].shape) != 4 for word in ("q", "k", "v")):
+        return None
+    head_axis, row_axis = (2, 1) if options.axes == "bshd" else (1, 2)
+    shapes = [(specs[word].shape[head_axis], specs[word].shape[row_axis]) for word in ("q", "k", "v")]
+    (_, rows_q), (heads_k, rows_k), (heads_v, rows_v) = shapes
+    fits = heads_k == heads_v and min(rows_k, rows_v) > 0 and rows_q % rows_k == rows_q % rows_v == 0
+    return shapes if fits and rows_q <= MOST_HEADS["bshd"] and not _is_odd(rows_q) else None
+
+
+def _is_odd(heads: int) -> bool:
+    return heads > MOST_ODD_HEADS and heads % 2 == 1
+
+
+def _are_no_heads(shapes: list[tuple[int, int]], axes: Axes) -> bool:
+    too_many = any(heads > MOST_HEADS[axes] or (axes == "bshd" and _is_odd(heads)) for heads, _ in shapes)
+    return too_many and max(rows for _, rows in shapes) < max(heads for heads, _ in shapes)
+
+
+def _turn(function: str, axes: Axes) -> str:
+    """What to do with arrays whose heads and sequence are exchanged."""
+    other: Axes = "bhsd" if axes == "bshd" else "bshd"
+    if function in ("attention", "attention_backward", "explain"):
+        remedy = f'say layout="{other}"'
+    elif axes == "bshd":
+        remedy = f"pass swapaxes(1, 2) of each: flash-attn's layout, and that of caches, is {AXES[axes]}"
+    else:
+        remedy = "call attention, or flash_attn_func, which take them; torch's layout is the other one"
+    return f"    if the arrays are {AXES[other]}, {remedy}"
+
+
+def _level_outside() -> int:
+    """The stacklevel, seen from the caller, of the line that called the package."""
+    level, outside = 1, 1
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+        if frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+            outside = level
+    return outside + 1
+
+
 DESCALES = ("q_descale", "k_descale", "v_descale")
 """Of FLOAT8 operands: the factor that each head's numbers were divided by before they were rounded."""
 
@@ -298,7 +492,7 @@ def _check_dtypes(function: str, specs: Mapping[str, Spec], takes_float8: bool) 
         raise TypeError(refusal(function, rule, *((spec.name, spec.shape, spec.dtype) for spec in operands)))
     for name, spec in specs.items():
         if name == "mask" and spec.dtype != "bool":
-            rule = f"{spec.name} has to be boolean, True where a key may be seen"
+            rule = f"{spec.name} has to be boolean, True where a key may be seen; what is added to scores is a bias"
         elif name in ("bias", "alibi_slopes", "sinks") and spec.dtype not in FLOATS:
             rule = f"{spec.name} has to be one of {', '.join(FLOATS)}"
         elif name in DESCALES and spec.dtype != "float32":
@@ -306,7 +500,7 @@ def _check_dtypes(function: str, specs: Mapping[str, Spec], takes_float8: bool) 
         elif name in DESCALES and operands[0].dtype != FLOAT8:
             rule = f"{spec.name} is for operands of {FLOAT8}, and {operands[0].name} is {operands[0].dtype}"
         elif name in INDICES and spec.dtype != "int32":
-            rule = f"{spec.name} has to be int32"
+            rule = int32_rule(spec.name)
         else:
             continue
         raise TypeError(refusal(function, rule, (spec.name, spec.shape, spec.dtype)))
@@ -545,7 +739,7 @@ def check_sequences(function: str, specs: Mapping[str, Spec], sizes: Sizes, oper
             rule = f"{shown} ends after the last row of {array.name}"
             raise ValueError(refusal(function, rule, (shown, values), (array.name, array.shape)))
         if steps.max(initial=0) > longest:
-            rule = f"a sequence of {shown} is longer than {name.replace('cu_seqlens', 'max_seqlen')}"
+            rule = f"a sequence of {shown} is longer than {shown.replace('cu_seqlens', 'max_seqlen')}"
             raise ValueError(refusal(function, rule, (shown, values), ("longest", steps.max()), ("allowed", longest)))
     if "block_table" in specs:
         _check_pages(function, specs, lengths["cu_seqlens_k"], operands["block_table"])

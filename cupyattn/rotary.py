@@ -65,7 +65,7 @@ def apply_rotary_emb(
     overwrite = reading.flag(function, "inplace", inplace)
     arrays = {"x": ("x", x), "cos": ("cos", cos), "sin": ("sin", sin), "cu_seqlens": ("cu_seqlens", cu_seqlens)}
     offset = 0
-    if isinstance(seqlen_offsets, (int, np.integer)):
+    if reading.is_one_number(seqlen_offsets):
         offset = reading.integer(function, "seqlen_offsets", seqlen_offsets, low=0)
     else:
         arrays["offsets"] = ("seqlen_offsets", seqlen_offsets)
@@ -150,7 +150,7 @@ def _check(function: str, specs: dict[str, Spec], max_seqlen: int | None) -> Non
     if packed:
         spec = specs["cu_seqlens"]
         if spec.dtype != "int32":
-            raise TypeError(refusal(function, "cu_seqlens has to be int32", (spec.name, spec.shape, spec.dtype)))
+            raise TypeError(refusal(function, reading.int32_rule(spec.name), (spec.name, spec.shape, spec.dtype)))
         if len(spec.shape) != 1 or spec.shape[0] < 1:
             raise ValueError(refusal(function, "cu_seqlens has to be (batch + 1,)", (spec.name, spec.shape)))
     elif max_seqlen is not None:

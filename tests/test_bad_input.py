@@ -21,6 +21,7 @@ NAN, INF = float("nan"), float("inf")
 ATTENTION, BACKWARD, EXPLAIN = "attention", "attention_backward", "explain"
 SDPA = "scaled_dot_product_attention"
 FLASH, QKV, KV = "flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_kvpacked_func"
+VARLEN_QKV, VARLEN_KV = "flash_attn_varlen_qkvpacked_func", "flash_attn_varlen_kvpacked_func"
 VARLEN, PAGED = "flash_attn_varlen_func", "flash_attn_varlen_func of pages"
 KVCACHE = "flash_attn_with_kvcache"  # the other bad calls of it are in test_kvcache.py
 ROTARY, PACKED = "apply_rotary_emb", "apply_rotary_emb of a packed x"
@@ -56,6 +57,8 @@ def good(call):
         QKV: {"qkv": floats(2, 5, 3, 4, 8)},
         KV: {"q": q, "kv": floats(2, 5, 2, 2, 8)},
         VARLEN: {"q": q[0], "k": k[0], "v": v[0], **starts},
+        VARLEN_QKV: {"qkv": floats(5, 3, 4, 8), "cu_seqlens": starts["cu_seqlens_q"], "max_seqlen": 3},
+        VARLEN_KV: {"q": q[0], "kv": floats(5, 2, 2, 8), **starts},
         PAGED: {"q": q[0], **pages, **starts},
         KVCACHE: {"q": q, "k_cache": floats(2, 9, 2, 8), "v_cache": floats(2, 9, 2, 8), "cache_seqlens": 7},
         ROTARY: {"x": q, **tables},
@@ -283,7 +286,7 @@ MASKS = [
     bad("mask_of_other_sizes", ATTENTION, ValueError, "mask", "(5, 6)", "(2, 4, 5, 5)", mask=np.ones((5, 6), bool)),
     bad("mask_of_too_many_axes", ATTENTION, ValueError, "mask", "(1, 1, 1, 5, 5)", mask=np.ones((1, 1, 1, 5, 5), bool)),
     bad("mask_of_integers", ATTENTION, TypeError, "mask", "(5, 5)", "int64", mask=np.ones((5, 5), int)),
-    bad("mask_of_floats", ATTENTION, TypeError, "mask", "float32", mask=floats(5, 5)),
+    bad("mask_of_floats", ATTENTION, TypeError, "mask", "float32", "bias", mask=floats(5, 5)),
     bad("mask_as_list", ATTENTION, TypeError, "mask", "list", mask=[[True] * 5] * 5),
     bad("bias_of_other_sizes", ATTENTION, ValueError, "bias", "(3, 5, 5)", bias=floats(3, 5, 5)),
     bad("bias_of_integers", ATTENTION, TypeError, "bias", "int32", bias=np.ones((5, 5), np.int32)),
@@ -298,7 +301,7 @@ MASKS = [
         attn_mask=np.ones((4, 5), bool),
     ),
     bad("sdpa_bias_of_other_sizes", SDPA, ValueError, "attn_mask", "(3, 5, 5)", attn_mask=floats(3, 5, 5)),
-    bad("sdpa_mask_of_integers", SDPA, TypeError, "attn_mask", "(5, 5)", "int64", attn_mask=np.ones((5, 5), int)),
+    bad("sdpa_mask_of_integers", SDPA, TypeError, "attn_mask", "!= 0", "int64", attn_mask=np.ones((5, 5), int)),
     bad("sdpa_bias_of_another_dtype", SDPA, TypeError, "attn_mask", "float64", attn_mask=floats(5, 5, dtype="float64")),
     bad("sdpa_mask_as_list", SDPA, TypeError, "attn_mask", "list", attn_mask=[[0.0] * 5] * 5),
     bad("slopes_of_three_heads", ATTENTION, ValueError, "alibi_slopes", "(3,)", "(2, 4)", alibi_slopes=floats(3)),
@@ -313,16 +316,17 @@ MASKS = [
 ]
 
 NUMBERS = [
-    bad("scale_negative", ATTENTION, ValueError, "softmax_scale", "-0.5", softmax_scale=-0.5),
     bad("scale_nan", ATTENTION, ValueError, "softmax_scale", "nan", softmax_scale=NAN),
     bad("scale_infinite", FLASH, ValueError, "softmax_scale", "inf", softmax_scale=INF),
     bad("scale_nan_of_numpy", QKV, ValueError, "softmax_scale", "nan", softmax_scale=np.float32("nan")),
     bad("scale_as_text", ATTENTION, TypeError, "softmax_scale", "'0.5'", "str", softmax_scale="0.5"),
     bad("scale_as_array", ATTENTION, TypeError, "softmax_scale", "array([0.5])", softmax_scale=np.array([0.5])),
+    bad("scale_as_array_of_text", FLASH, TypeError, "softmax_scale", "shape ()", softmax_scale=np.array("0.5")),
+    bad("scale_as_array_of_bool", FLASH, TypeError, "softmax_scale", "shape ()", softmax_scale=np.array(True)),
+    bad("scale_as_infinite_array", SDPA, ValueError, "scale", "inf", scale=np.array(INF)),
     bad("scale_as_bool", ATTENTION, TypeError, "softmax_scale", "True", "bool", softmax_scale=True),
     bad("scale_complex", ATTENTION, TypeError, "softmax_scale", "1j", "complex", softmax_scale=1j),
     bad("scale_past_float64", ATTENTION, ValueError, "softmax_scale", "finite", softmax_scale=10**400),
-    bad("sdpa_scale_negative", SDPA, ValueError, "scale", "-1", scale=-1),
     bad("sdpa_scale_infinite", SDPA, ValueError, "scale", "-inf", scale=-INF),
     bad("sdpa_scale_as_list", SDPA, TypeError, "scale", "[0.5]", "list", scale=[0.5]),
     bad("softcap_negative", ATTENTION, ValueError, "softcap", "-30", softcap=-30),
@@ -467,13 +471,35 @@ LIBRARIES = [
 
 SEQUENCES = [
     bad("cache_past_its_end", KVCACHE, ValueError, "10 keys", "room for 9", cache_seqlens=10),
-    bad("cache_of_int64", KVCACHE, TypeError, "cache_seqlens", "int64", cache_seqlens=ints(7, 7, dtype="int64")),
+    bad(
+        "cache_of_int64", KVCACHE, TypeError, "cache_seqlens", "int64", "cache_seqlens.astype(np.int32)",
+        cache_seqlens=ints(7, 7, dtype="int64"),
+    ),
     bad("starts_decrease", VARLEN, ValueError, "cu_seqlens_q", "[0, 4, 3]", "decrease", cu_seqlens_q=ints(0, 4, 3)),
     bad("starts_not_at_zero", VARLEN, ValueError, "cu_seqlens_k", "[1, 3, 5]", cu_seqlens_k=ints(1, 3, 5)),
     bad("starts_below_zero", VARLEN, ValueError, "cu_seqlens_k", "[-1, 3, 5]", cu_seqlens_k=ints(-1, 3, 5)),
     bad("starts_past_q", VARLEN, ValueError, "cu_seqlens_q", "[0, 3, 6]", "(5, 4, 8)", cu_seqlens_q=ints(0, 3, 6)),
     bad("starts_past_k", VARLEN, ValueError, "cu_seqlens_k", "[0, 3, 6]", "(5, 2, 8)", cu_seqlens_k=ints(0, 3, 6)),
-    bad("starts_of_int64", VARLEN, TypeError, "cu_seqlens_q", "int64", cu_seqlens_q=ints(0, 2, 5, dtype="int64")),
+    bad(
+        "starts_of_int64", VARLEN, TypeError, "cu_seqlens_q", "int64", "cu_seqlens_q.astype(np.int32)",
+        "to(torch.int32)", cu_seqlens_q=ints(0, 2, 5, dtype="int64"),
+    ),
+    bad(
+        "starts_of_qkv_of_int64", VARLEN_QKV, TypeError, "int64", "cu_seqlens.astype(np.int32)",
+        cu_seqlens=ints(0, 2, 5, dtype="int64"),
+    ),
+    bad("starts_of_qkv_past_it", VARLEN_QKV, ValueError, "cu_seqlens", "[0, 2, 6]", cu_seqlens=ints(0, 2, 6)),
+    bad("longest_of_qkv_too_small", VARLEN_QKV, ValueError, "max_seqlen", "cu_seqlens", "2", max_seqlen=2),
+    bad("longest_of_qkv_float", VARLEN_QKV, TypeError, "max_seqlen", "3.0", "float", max_seqlen=3.0),
+    bad(
+        "qkv_of_a_batch", VARLEN_QKV, ValueError, "qkv", "(total, 3, num_heads, head_dim)", "(1, 5, 3, 4, 8)",
+        qkv=floats(1, 5, 3, 4, 8),
+    ),
+    bad(
+        "kv_of_tokens_first_heads_second", VARLEN_KV, ValueError, "kv", "(total_k, 2, num_heads, head_dim)",
+        "(5, 4, 2, 8)", kv=floats(5, 4, 2, 8),
+    ),
+    bad("longest_of_kv_too_small", VARLEN_KV, ValueError, "max_seqlen_k", "1", max_seqlen_k=1),
     bad("starts_of_uint32", VARLEN, TypeError, "cu_seqlens_k", "uint32", cu_seqlens_k=ints(0, 2, 5, dtype="uint32")),
     bad("starts_of_floats", VARLEN, TypeError, "cu_seqlens_k", "float32", cu_seqlens_k=floats(3)),
     bad("starts_as_list", VARLEN, TypeError, "cu_seqlens_q", "list", cu_seqlens_q=[0, 2, 5]),
@@ -500,7 +526,10 @@ SEQUENCES = [
     bad("page_past_the_last", PAGED, ValueError, "block_table", "4", "[0, 4]", block_table=ints([0, 4], [2, 1])),
     bad("page_negative", PAGED, ValueError, "block_table", "-1", block_table=ints([0, 1], [-1, 1])),
     bad("too_few_pages", PAGED, ValueError, "block_table", "(2, 1)", "2 pages", block_table=ints([0], [2])),
-    bad("table_of_int64", PAGED, TypeError, "block_table", "int64", block_table=ints([0, 3], [2, 1], dtype="int64")),
+    bad(
+        "table_of_int64", PAGED, TypeError, "block_table", "int64", "block_table.astype(np.int32)",
+        block_table=ints([0, 3], [2, 1], dtype="int64"),
+    ),
     bad("table_of_floats", PAGED, TypeError, "block_table", "float32", block_table=floats(2, 2)),
     bad("table_of_one_axis", PAGED, ValueError, "block_table", "(2,)", block_table=ints(0, 3)),
     bad("table_of_another_batch", PAGED, ValueError, "block_table", "(1, 2)", block_table=ints([0, 3])),
@@ -558,7 +587,10 @@ ROTATIONS = [
     bad("longest_without_starts", ROTARY, ValueError, "max_seqlen", "5", "cu_seqlens", max_seqlen=5),
     bad("longest_of_x_too_small", PACKED, ValueError, "max_seqlen", "3", "2", max_seqlen=2),
     bad("longest_of_x_float", PACKED, TypeError, "max_seqlen", "3.0", max_seqlen=3.0),
-    bad("starts_of_x_int64", PACKED, TypeError, "cu_seqlens", "int64", cu_seqlens=ints(0, 2, 5, dtype="int64")),
+    bad(
+        "starts_of_x_int64", PACKED, TypeError, "cu_seqlens", "int64", "cu_seqlens.astype(np.int32)",
+        cu_seqlens=ints(0, 2, 5, dtype="int64"),
+    ),
     bad("starts_of_x_of_two_axes", PACKED, ValueError, "cu_seqlens", "(1, 2)", cu_seqlens=ints([0, 5])),
     bad("starts_of_x_not_at_zero", PACKED, ValueError, "cu_seqlens", "[1, 2, 5]", cu_seqlens=ints(1, 2, 5)),
     bad("starts_of_x_past_x", PACKED, ValueError, "cu_seqlens", "[0, 2, 6]", "(5, 4, 8)", cu_seqlens=ints(0, 2, 6)),

@@ -460,8 +460,16 @@ def test_a_scale_of_zero_gives_the_mean_of_the_visible_values(rng):
     assert_matches(out, np.broadcast_to(v.mean(axis=1, keepdims=True), out.shape), rtol=1e-13, atol=1e-15)
 
 
+def test_a_negative_scale_prefers_the_keys_that_a_positive_one_avoids(rng):
+    q, k, v = draw(rng, 5, 5)
+    found = cupyattn.attention(q, k, v, softmax_scale=-3.0, causal=True, return_lse=True)
+    assert_is_attention(found, q, k, v, scale=-3.0, visible=band(5, 5, right=0))
+    assert_matches(found[0], cupyattn.attention(-q, k, v, softmax_scale=3.0, causal=True), rtol=1e-12, atol=1e-14)
+
+
 EDITS = {
     "scale then softcap": {"softmax_scale": 3.0, "softcap": 0.7},
+    "negative scale then softcap": {"softmax_scale": -3.0, "softcap": 0.7, "alibi_slopes": np.array([0.5, 3.0])},
     "softcap then alibi": {"softcap": 0.7, "alibi_slopes": np.array([0.5, 3.0])},
     "softcap then bias": {"softcap": 0.7, "bias": np.linspace(-4.0, 4.0, 25).reshape(5, 5)},
     "bias then mask": {"bias": np.full((5, 5), 1e6), "mask": np.eye(5, dtype=bool)},

@@ -342,6 +342,40 @@ def test_autograd_through_flash_attn_varlen_func(rng, options):
     assert_same_gradients(ours, dense_varlen(q, k, v, slopes, **options), [q, k, v, slopes], rng)
 
 
+@pytest.mark.parametrize("options", FLASH_OPTIONS, ids=str)
+def test_autograd_through_the_packed_varlen_functions(rng, options):
+    qkv, slopes = leaves(rng, (12, 3, 2, 4), (4, 2))
+    starts = starts_of(LENGTHS_Q)
+    ours = cupyattn.flash_attn_varlen_qkvpacked_func(qkv, starts, 5, alibi_slopes=slopes, return_lse=True, **options)
+    same = cupyattn.flash_attn_varlen_func(
+        *qkv.unbind(1), starts, starts, 5, 5, alibi_slopes=slopes, return_lse=True, **options
+    )
+    assert_same_gradients(ours, same, [qkv, slopes], rng)
+    q, kv, slopes = leaves(rng, (12, 4, 6), (11, 2, 2, 6), (4, 4))
+    ours = cupyattn.flash_attn_varlen_kvpacked_func(
+        q, kv, starts, starts_of(LENGTHS_K), 5, 4, alibi_slopes=slopes, return_lse=True, **options
+    )
+    assert_same_gradients(ours, dense_varlen(q, *kv.unbind(1), slopes, **options), [q, kv, slopes], rng)
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 1.5}, {"window_size": (2, 1)}], ids=str)
+@pytest.mark.parametrize("spread", [1.0, 200.0])
+def test_gradients_of_a_negative_scale_are_those_of_the_dense_formula(rng, options, spread):
+    q, k, v = leaves(rng, (2, 7, 4, 6), (2, 7, 2, 6), (2, 7, 2, 6))
+    slopes, sinks = leaves(rng, (4,), (4,))
+    left, right = options.get("window_size", (None, None))
+    visible = band(7, 7, left, 0 if "causal" in options else right)
+    ours = cupyattn.attention(
+        q * spread, k, v, softmax_scale=-0.7, alibi_slopes=slopes, sinks=sinks, return_lse=True, **options
+    )
+    theirs = dense(
+        *(x.transpose(1, 2) for x in (q * spread, k, v)),
+        visible, -0.7, options.get("softcap", 0.0), slopes, sinks=sinks,
+    )  # fmt: skip
+    theirs = theirs[0].transpose(1, 2), theirs[1]
+    assert_same_gradients(ours, theirs, [q, k, v, slopes, sinks], rng, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("page_size", [1, 3, 16])
 def test_gradients_flow_into_pages_and_sum_where_sequences_share_one(rng, page_size):
     used = [-(-length // page_size) for length in LENGTHS_K]

@@ -412,6 +412,11 @@ def test_a_decode_step_by_step_is_one_prefill():
     assert_matches(np.concatenate(rows, axis=1), cupyattn.flash_attn_func(q, k, v, causal=True), atol=1e-7)
 
 
+def test_a_length_for_all_may_be_an_array_of_shape_nothing():
+    out = flash_attn_with_kvcache(**good(cache_seqlens=np.array(5)))
+    assert_same_bits(out, flash_attn_with_kvcache(**good(cache_seqlens=5)))
+
+
 def test_without_lengths_all_of_the_cache_is_attended():
     arguments = good(k=None, v=None, cache_seqlens=None)
     whole = cupyattn.flash_attn_func(arguments["q"], arguments["k_cache"], arguments["v_cache"])
@@ -971,6 +976,8 @@ BAD = [
      {**tables(), "rotary_sin": floats(24, 3) * np.complex64(1j)}),
     ("cache_seqlens of int64", good, TypeError, ["cache_seqlens has to be int32", "int64"],
      {"cache_seqlens": np.array([5, 9])}),
+    ("cache_seqlens as an array of a float", good, TypeError, ["cache_seqlens has to be an integer", "array(5.)"],
+     {"cache_seqlens": np.array(5.0)}),
     ("cache_seqlens as a list", good, TypeError, ["cache_seqlens has to be an array", "list"],
      {"cache_seqlens": [5, 9]}),
     ("cache_seqlens as a float", good, TypeError, ["cache_seqlens has to be an array", "float"],

@@ -234,7 +234,7 @@ def calls(draw):
         "causal": draw(st.booleans()),
         "window_size": (draw(sides), draw(sides)),
         "alignment": draw(st.sampled_from(["top-left", "bottom-right"])),
-        "softmax_scale": draw(st.sampled_from([None, 0.0, 3.0])),
+        "softmax_scale": draw(st.sampled_from([None, 0.0, 3.0, -3.0])),
         "softcap": draw(st.sampled_from([0.0, 0.0, 2.0])),
     }
     if draw(st.booleans()):
@@ -277,6 +277,25 @@ CUTS = {
     "window": {"window_size": (100, 17), "alignment": "bottom-right"},
     "narrow": {"window_size": (0, 1), "alignment": "top-left"},
 }
+
+
+NEGATIVE = {
+    **CUTS,
+    "softcap": {"softcap": 2.0},
+    "alibi": {"alibi_slopes": np.array([0.01, 0.3]), "alignment": "bottom-right"},
+    "sinks": {"sinks": np.array([-0.3, 1.0])},
+}
+
+
+@pytest.mark.parametrize("name", NEGATIVE)
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 300.0])
+@pytest.mark.parametrize("compute_dtype", ["float64", "float32"])
+def test_a_negative_scale_is_one_whether_or_not_scores_are_bounded(rng, name, spread, compute_dtype):
+    q = spread * rng.standard_normal((1, 2, 150, 4))
+    k, v = rng.standard_normal((2, 1, 1, 170, 4))
+    exact = compute_dtype == "float64" or spread > 1  # large scores of float32 are off by themselves
+    options = NEGATIVE[name] | {"softmax_scale": -0.7, "compute_dtype": "float64" if exact else compute_dtype}
+    assert_attention_is_its_definition(q, k, v, **({} if exact else {"rtol": 1e-4, "atol": 1e-4}), **options)
 
 
 @pytest.mark.parametrize("cut", CUTS)

@@ -184,6 +184,23 @@ def test_sdpa_follows_torchs_random_generator(rng):
     assert not torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_sdpa_takes_a_negative_scale_as_torch_does(rng, is_causal):
+    q, k, v = (torch.from_numpy(x) for x in rng.standard_normal((3, 2, 3, 80, 5)))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # its other one multiplies hidden -inf
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=-0.3, is_causal=is_causal)
+    ours = cupyattn.scaled_dot_product_attention(q, k, v, scale=-0.3, is_causal=is_causal)
+    assert_matches(ours, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_sdpa_takes_numbers_that_are_tensors_as_torch_does(rng):
+    q, k, v = (torch.from_numpy(x) for x in rng.standard_normal((3, 2, 3, 4, 5)))
+    arguments = (q, k, v, None, torch.tensor(0.0))
+    expected = torch.nn.functional.scaled_dot_product_attention(*arguments, scale=torch.tensor(0.25))
+    ours = cupyattn.scaled_dot_product_attention(*arguments, torch.tensor(False), scale=torch.tensor(0.25))
+    assert_matches(ours, expected, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     ("arguments", "options"),
     [
@@ -288,7 +305,7 @@ def flash_options(draw, batch, num_heads, rng):
         "window": (draw(sides), draw(sides)),
         "softcap": draw(st.sampled_from([0.0, 0.0, 1.5])),
         "slopes": None if slopes_shape is None else rng.uniform(0.0, 2.0, slopes_shape).astype(np.float32),
-        "scale": draw(st.sampled_from([None, 0.0, 2.0])),
+        "scale": draw(st.sampled_from([None, 0.0, 2.0, -1.5])),
     }
 
 
@@ -412,6 +429,26 @@ def test_varlen_attends_each_sequence_alone_and_gives_zero_to_rows_after_the_las
     assert_matches(lse, expected_lse, rtol=1e-12 if dtype == "float64" else FLOAT32_ROUNDING, atol=1e-12)
 
 
+@settings(derandomize=True, deadline=None, max_examples=25)
+@given(varlen_calls())
+def test_the_packed_varlen_functions_do_what_the_unpacked_one_does(call):
+    _, (q, k, _), lengths_q, lengths_k, options = call
+    starts_q, starts_k = starts_of(lengths_q), starts_of(lengths_k)
+    longest_q, longest_k = max(lengths_q, default=0), max(lengths_k, default=0)
+    options = {**for_peer(options), "return_lse": True}
+    v = k[::-1] + k.dtype.type(1)
+    expected = cupyattn.flash_attn_varlen_func(q, k, v, starts_q, starts_k, longest_q, longest_k, **options)
+    kv = np.stack([k, v], axis=1)
+    actual = cupyattn.flash_attn_varlen_kvpacked_func(q, kv, starts_q, starts_k, longest_q, longest_k, **options)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_same_bits(ours, theirs)
+    k, v = q[:, ::-1], q + q.dtype.type(1)
+    expected = cupyattn.flash_attn_varlen_func(q, k, v, starts_q, starts_q, longest_q, longest_q, **options)
+    actual = cupyattn.flash_attn_varlen_qkvpacked_func(np.stack([q, k, v], axis=1), starts_q, longest_q, **options)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_same_bits(ours, theirs)
+
+
 def paged(k, v, lengths, page_size, rng):
     """Packed k and v scattered over shuffled pages; whatever no sequence uses is nan, or no page at all."""
     used = [-(-length // page_size) for length in lengths]
@@ -472,6 +509,7 @@ def flash_functions(rng):
     packed = [x.reshape(10, 4, 8) for x in (q, k, v)]
     starts = starts_of([5, 5])
     dense = (2, 5, 4, 8), (2, 4, 5), (2, 4, 5, 5)
+    ends = (10, 4, 8), (4, 10), (2, 4, 5, 5)
     return {
         "flash_attn_func": (lambda **o: cupyattn.flash_attn_func(q, k, v, **o), dense),
         "flash_attn_qkvpacked_func": (
@@ -484,7 +522,17 @@ def flash_functions(rng):
         ),
         "flash_attn_varlen_func": (
             lambda **o: cupyattn.flash_attn_varlen_func(*packed, starts, starts, 5, 5, **o),
-            ((10, 4, 8), (4, 10), (2, 4, 5, 5)),
+            ends,
+        ),
+        "flash_attn_varlen_qkvpacked_func": (
+            lambda **o: cupyattn.flash_attn_varlen_qkvpacked_func(np.stack(packed, axis=1), starts, 5, **o),
+            ends,
+        ),
+        "flash_attn_varlen_kvpacked_func": (
+            lambda **o: cupyattn.flash_attn_varlen_kvpacked_func(
+                packed[0], np.stack(packed[1:], axis=1), starts, starts, 5, 5, **o
+            ),
+            ends,
         ),
     }
 
@@ -494,6 +542,8 @@ FLASH_FUNCTIONS = [
     "flash_attn_qkvpacked_func",
     "flash_attn_kvpacked_func",
     "flash_attn_varlen_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_varlen_kvpacked_func",
 ]
 
 
@@ -681,6 +731,14 @@ PEERS = {
         **dict.fromkeys(["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"], REQUIRED),
         **FLASH_DEFAULTS,
         "block_table": None,
+    },
+    "flash_attn_varlen_qkvpacked_func": {
+        **dict.fromkeys(["qkv", "cu_seqlens", "max_seqlen"], REQUIRED),
+        **FLASH_DEFAULTS,
+    },
+    "flash_attn_varlen_kvpacked_func": {
+        **dict.fromkeys(["q", "kv", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"], REQUIRED),
+        **FLASH_DEFAULTS,
     },
 }
 

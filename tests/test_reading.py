@@ -1,11 +1,14 @@
 """What a caller's arguments turn into: defaults, spellings of one meaning, and the text of a refusal."""
 
+import inspect
 import re
+import warnings
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
+import cupyattn
 from cupyattn import reading
 from cupyattn.problem import Layout, Mask, Spec
 from cupyattn.reading import Options, check_sequences, read, refusal
@@ -308,6 +311,92 @@ def test_an_integer_may_be_of_any_integer_type(value):
     assert number == 3
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_scale_may_have_any_sign(sign):
+    assert reading.softmax_scale("f", "scale", 0.3 * sign) == 0.3 * sign
+
+
+LIBRARIES = ["numpy", "torch", "jax.numpy", "array_api_strict"]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_every_number_may_be_an_array_of_shape_nothing_of_any_library(library):
+    xp = pytest.importorskip(library)
+    half, three, true = xp.asarray(0.5), xp.asarray(3), xp.asarray(True)
+    found = [
+        *(reading.softmax_scale("f", "scale", x) for x in (half, three)),
+        *(f("f", half) for f in (reading.softcap, reading.dropout_p)),
+        *(reading.dropout_seed("f", three), reading.split_size("f", three)),
+        *reading.window("f", "window_size", (three, xp.asarray(-1))),
+        reading.flag("f", "causal", true),
+    ]
+    assert found == [0.5, 3.0, 0.5, 0.5, 3, 3, 3, None, True]
+    assert [type(x) for x in found] == [float, float, float, float, int, int, int, type(None), bool]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", ">f8", "longdouble"])
+def test_a_number_in_an_array_may_be_of_any_floating_dtype(dtype):
+    kind = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    assert reading.softcap("f", np.array(0.5, kind)) == 0.5
+    assert reading.softcap("f", np.array(0.5, kind)[()]) == 0.5
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_an_array_of_one_number_in_an_axis_is_no_number(library):
+    xp = pytest.importorskip(library)
+    for read_one, value in ((reading.softcap, 0.5), (reading.dropout_seed, 3), (reading.dropout_p, 1)):
+        with pytest.raises(TypeError, match=r"f: \w+ has to be an? (number|integer), or an array of shape \(\)"):
+            read_one("f", xp.asarray([value]))
+    with pytest.raises(TypeError, match="f: causal has to be True or False"):
+        reading.flag("f", "causal", xp.asarray([True]))
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_arrays_of_shape_nothing_are_of_the_right_kind_or_refused(library):
+    xp = pytest.importorskip(library)
+    for read_one, value in (
+        (lambda x: reading.softcap("f", x), True),
+        (lambda x: reading.dropout_seed("f", x), 3.0),
+        (lambda x: reading.dropout_seed("f", x), True),
+        (lambda x: reading.flag("f", "causal", x), 1),
+    ):
+        with pytest.raises(TypeError, match=r"^f: \w+ has to be"):
+            read_one(xp.asarray(value))
+
+
+def test_a_number_that_requires_grad_is_refused_instead_of_losing_its_gradient():
+    torch = pytest.importorskip("torch")
+    for make in (lambda: torch.tensor(0.5, requires_grad=True), lambda: torch.nn.Parameter(torch.tensor(0.5))):
+        with pytest.raises(TypeError, match=r"f: scale requires grad, and no gradient of it is computed.*detach"):
+            reading.softmax_scale("f", "scale", make())
+        assert reading.softmax_scale("f", "scale", make().detach()) == 0.5
+    with pytest.raises(TypeError, match="f: scale requires grad"):
+        torch.func.grad(lambda x: reading.softmax_scale("f", "scale", x))(torch.tensor(0.5))
+
+
+def test_a_number_that_is_not_known_yet_is_refused_in_words():
+    torch, jax = pytest.importorskip("torch"), pytest.importorskip("jax")
+    words = "f: scale has to be known now, as it is not under a trace"
+
+    def scale(x):
+        return reading.softmax_scale("f", "scale", x)
+
+    with pytest.raises(TypeError, match=words):
+        jax.jit(scale)(0.5)
+    with pytest.raises(TypeError, match=words):
+        jax.grad(scale)(0.5)
+    with pytest.raises(TypeError, match=words):
+        torch.func.vmap(scale)(torch.ones(2))
+    with pytest.raises(TypeError, match=words):
+        scale(torch.ones((), device="meta"))
+    with pytest.raises(TypeError, match=words):
+        scale(jax.ShapeDtypeStruct((), "float32"))
+    with pytest.raises(TypeError, match="f: dropout_seed has to be known now"):
+        jax.jit(lambda x: reading.dropout_seed("f", x))(3)
+    with pytest.raises(TypeError, match="f: causal has to be known now"):
+        jax.jit(lambda x: reading.flag("f", "causal", x))(True)
+
+
 @pytest.mark.parametrize("value", [0, 2**64 - 1, np.uint64(2**64 - 1), None])
 def test_every_seed_of_64_bits_is_a_seed(value):
     assert reading.dropout_seed("f", value) == value
@@ -328,6 +417,231 @@ def test_a_choice_is_one_of_those_allowed():
     assert reading.choice("f", "alignment", None, (None, "top-left")) is None
     with pytest.raises(ValueError, match="f: layout has to be one of 'bshd', 'bhsd'\n    layout  'xyz'"):
         reading.choice("f", "layout", "xyz", ("bshd", "bhsd"))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Heads and sequence exchanged
+# ---------------------------------------------------------------------------------------------------
+
+REAL = {
+    "decode of grouped heads": ((1, 1, 32, 128), (1, 8192, 8, 128)),
+    "decode of a batch": ((64, 1, 32, 128), (64, 4096, 8, 128)),
+    "decode over one key": ((1, 1, 32, 128), (1, 1, 8, 128)),
+    "decode of one head for all": ((1, 1, 71, 64), (1, 300, 1, 64)),
+    "decode of few keys": ((1, 1, 8, 64), (1, 3, 8, 64)),
+    "prefill": ((2, 4096, 32, 128), (2, 4096, 32, 128)),
+    "prefill of grouped heads": ((2, 4096, 128, 128), (2, 4096, 8, 128)),
+    "chunk of a prefill": ((1, 512, 32, 128), (1, 8192, 8, 128)),
+    "short prompt": ((1, 5, 32, 64), (1, 5, 32, 64)),
+    "short prompt of grouped heads": ((1, 5, 32, 64), (1, 5, 8, 64)),
+    "short prompt of 71 heads": ((1, 5, 71, 64), (1, 5, 71, 64)),
+    "short prompt of Falcon 180B": ((1, 7, 232, 64), (1, 7, 8, 64)),
+    "short prompt of Falcon 180B, keys repeated": ((1, 7, 232, 64), (1, 7, 232, 64)),
+    "short prompt of 128 heads": ((1, 4, 128, 128), (1, 4, 128, 128)),
+    "one token": ((1, 1, 32, 64), (1, 1, 32, 64)),
+    "drafts": ((1, 8, 64, 128), (1, 1000, 8, 128)),
+    "more drafts than keys": ((1, 8, 64, 128), (1, 4, 8, 128)),
+    "vision": ((8, 197, 12, 64), (8, 197, 12, 64)),
+    "cross attention from text": ((1, 77, 8, 40), (1, 4096, 8, 40)),
+    "cross attention to text": ((1, 4096, 8, 40), (1, 77, 8, 40)),
+    "text": ((1, 77, 12, 64), (1, 77, 12, 64)),
+    "windows of 49": ((64, 49, 4, 32), (64, 49, 4, 32)),
+    "windows of 49, 32 heads": ((64, 49, 32, 32), (64, 49, 32, 32)),
+    "windows of 16, 24 heads": ((64, 16, 24, 32), (64, 16, 24, 32)),
+    "patches of 25 heads": ((1, 1024, 25, 64), (1, 1024, 25, 64)),
+}
+"""(q, k) of (batch, seqlen, num_heads, head_dim) as models have them."""
+
+CERTAIN = {
+    "grouped heads": ((1, 32, 4096, 128), (1, 8, 4096, 128)),
+    "as many": ((2, 32, 4096, 128), (2, 32, 4096, 128)),
+    "a few tokens more than anybody has heads": ((1, 32, 257, 128), (1, 32, 257, 128)),
+    "vision": ((2, 12, 197, 64), (2, 12, 197, 64)),
+    "text": ((1, 8, 77, 64), (1, 8, 77, 64)),
+    "cross attention": ((1, 8, 4096, 40), (1, 8, 1024, 40)),
+    "71 heads": ((1, 71, 300, 64), (1, 1, 300, 64)),
+}
+"""(q, k) of (batch, num_heads, seqlen, head_dim)."""
+
+
+def read_as(shapes, function="attention", **options):
+    return read(function, specs(q=shapes[0], k=shapes[1], v=shapes[1]), Options(**options))
+
+
+def turned(shapes):
+    return [(batch, second, first, head_dim) for batch, first, second, head_dim in shapes]
+
+
+@pytest.mark.parametrize("function", ["attention", "flash_attn_func"])
+@pytest.mark.parametrize("name", REAL)
+def test_real_shapes_raise_no_false_alarm(name, function):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_as(REAL[name], function)
+        read_as(turned(REAL[name]), function, axes="bhsd")
+        read_as(turned(REAL[name]), "scaled_dot_product_attention", axes="bhsd", any_rank=True)
+
+
+@pytest.mark.parametrize("name", CERTAIN)
+def test_heads_before_the_sequence_are_warned_of_where_nothing_else_can_be_meant(name):
+    with pytest.warns(UserWarning, match=r"attention: heads and sequence look exchanged(.|\n)*say layout=\"bhsd\""):
+        read_as(CERTAIN[name])
+    with pytest.warns(UserWarning, match=r"flash_attn_func: heads and sequence look exchanged(.|\n)*swapaxes\(1, 2\)"):
+        read_as(CERTAIN[name], "flash_attn_func")
+
+
+def test_a_layout_that_was_chosen_is_not_doubted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_as(turned(CERTAIN["as many"]), axes="bhsd")
+        read_as(CERTAIN["as many"], axes="bhsd")
+
+
+def test_thousands_of_heads_of_torchs_function_are_warned_of():
+    torchs = {"function": "scaled_dot_product_attention", "axes": "bhsd", "any_rank": True}
+    for shapes in (((1, 4096, 32, 128), (1, 4096, 8, 128)), ((1, 1, 32, 128), (1, 8192, 8, 128))):
+        with pytest.warns(
+            UserWarning, match=r"look exchanged(.|\n)*\(batch, seqlen, num_heads, head_dim\), call attention"
+        ):
+            read_as(shapes, grouped_heads=False, **torchs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_as(((8, 1024, 49, 32), (8, 1024, 49, 32)), **torchs)  # windows before their keys
+
+
+def test_a_warning_comes_once_for_a_problem_and_points_to_the_callers_line():
+    shapes = (1, 16, 999, 8), (1, 16, 999, 8), (1, 16, 999, 8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            cupyattn.explain(*shapes)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        (((1, 32, 1, 128), (1, 8, 8192, 128)), {}),
+        (((1, 32, 1, 128), (1, 32, 8192, 128)), {}),
+        (((1, 8, 5, 40), (1, 8, 12, 40)), {}),
+        (((1, 8, 6, 40), (1, 2, 6, 40)), {"causal": True, "alignment": None}),
+        (((1, 32, 4096, 128), (1, 8, 4096, 128)), {"causal": True, "alignment": None}),
+        (((2, 32, 4096, 128), (3, 32, 4096, 128)), {}),
+    ],
+    ids=str,
+)
+def test_an_error_names_the_layout_where_that_may_be_what_is_wrong(shapes, options):
+    with pytest.raises(
+        ValueError, match=r"\n    if the arrays are \(batch, num_heads, seqlen, head_dim\), say layout="
+    ):
+        read_as(shapes, **options)
+    with pytest.raises(ValueError, match=r"\n    if the arrays are .*, pass swapaxes\(1, 2\) of each"):
+        read_as(shapes, "flash_attn_func", **options)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        (((2, 100, 10, 64), (2, 100, 4, 64)), {}),
+        (((2, 5, 10, 64), (2, 5, 4, 64)), {}),
+        (((1, 1, 32, 128), (1, 8192, 8, 128)), {"causal": True, "alignment": None}),
+        (((1, 512, 32, 128), (1, 1024, 8, 128)), {"causal": True, "alignment": None}),
+        (((2, 4096, 32, 128), (3, 4096, 32, 128)), {}),
+    ],
+    ids=str,
+)
+def test_other_errors_do_not_speak_of_the_layout(shapes, options):
+    with pytest.raises(ValueError, match=r"^attention: ") as caught:
+        read_as(shapes, **options)
+    assert "layout" not in str(caught.value)
+
+
+def test_torchs_error_about_groups_does_not_speak_of_the_layout():
+    with pytest.raises(ValueError, match="enable_gqa=True lets key heads serve groups") as caught:
+        read("f", specs(q=(1, 32, 100, 128), k=(1, 8, 100, 128), v=(1, 8, 100, 128)), torch_like())
+    assert "the arrays are" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Words of others
+# ---------------------------------------------------------------------------------------------------
+
+ATTENTIONS = [name for name in cupyattn.__all__ if "attn_" in name or name in ("attention", "cascade_attention")]
+ATTENTIONS += ["scaled_dot_product_attention", "attention_backward", "explain"]
+TORCHS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+JAXS = (
+    *("query", "key", "value", "bias", "mask", "scale", "is_causal", "query_seq_lengths", "key_value_seq_lengths"),
+    *("local_window_size", "implementation", "return_residual"),
+)
+FLASH_ATTNS = (
+    *("q", "k", "v", "dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "deterministic"),
+    *("return_attn_probs", "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen", "max_seqlen_q", "max_seqlen_k"),
+    *("block_table", "k_cache", "v_cache", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx"),
+    *("cache_leftpad", "rotary_interleaved", "num_splits", "return_softmax_lse", "q_descale", "k_descale", "v_descale"),
+    *("page_table", "cu_seqlens_k_new", "rotary_seqlens", "pack_gqa", "sm_margin", "learnable_sink"),
+    *("seqused_q", "seqused_k"),
+)
+OURS = (
+    *("layout", "alignment", "mask", "bias", "sinks", "dropout_seed", "compute_dtype", "fixed_split_size"),
+    *("return_lse", "check_indices"),
+)
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_words_of_torch_jax_flash_attn_and_ours_are_answered_with_what_to_say_instead(name):
+    function = getattr(cupyattn, name)
+    own = list(inspect.signature(function).parameters)
+    of_operands = {"q", "k", "v", "query", "key", "value"}  # of functions that have packed ones
+    for word in {*TORCHS, *JAXS, *FLASH_ATTNS, *OURS}.difference(own):
+        with pytest.raises(TypeError, match=rf"^{name}: has no argument {word}; it has {', '.join(own)}\n") as caught:
+            function(**{word: None})
+        line = str(caught.value).splitlines()[-1].strip()
+        named = re.search(r"here it is (\w+)(?: or (\w+))?(?: or (\w+))?$", line)
+        if named:
+            assert {x for x in named.groups() if x} <= set(own)
+        elif not (word in of_operands and {"qkv", "kv", "k_cache"} & set(own)):
+            assert "nobody" not in line, line
+
+
+def test_jaxs_words_are_all_known():
+    jax = pytest.importorskip("jax")
+    assert set(inspect.signature(jax.nn.dot_product_attention).parameters) <= set(JAXS)
+
+
+@pytest.mark.parametrize(
+    ("name", "word", "words"),
+    [
+        ("attention", "attn_mask", "here it is mask or bias"),
+        ("attention", "is_causal", "here it is causal"),
+        ("attention", "scale", "here it is softmax_scale"),
+        ("attention", "query", "here it is q"),
+        ("attention", "enable_gqa", "leave it out"),
+        ("scaled_dot_product_attention", "mask", "here it is attn_mask"),
+        ("scaled_dot_product_attention", "window_size", "attention takes it"),
+        ("flash_attn_func", "attn_mask", "attention takes it, as mask"),
+        ("flash_attn_func", "cu_seqlens_q", "flash_attn_varlen_func takes sequences of different lengths"),
+        ("flash_attn_varlen_qkvpacked_func", "cu_seqlens_k", "here it is cu_seqlens"),
+        ("attention", "colour", "nobody has one of this name"),
+    ],
+)
+def test_a_strangers_word_is_explained(name, word, words):
+    with pytest.raises(TypeError, match=rf"{word} +.*{words}"):
+        getattr(cupyattn, name)(**{word: None})
+
+
+def test_methods_of_caches_explain_words_as_well():
+    cache = cupyattn.DynamicCache()
+    with pytest.raises(
+        TypeError, match=r"^DynamicCache.attend: has no argument scale; it has q, causal.*\n.*softmax_scale$"
+    ):
+        cache.attend(np.ones((1, 1, 1, 2)), scale=1.0)
+
+
+def test_what_is_wrong_besides_words_keeps_its_own_error():
+    with pytest.raises(TypeError, match=r"^attention: q has to be an array"):
+        cupyattn.attention(1, 2, 3, causal=True)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'v'"):
+        cupyattn.attention(1, k=2)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -315,6 +315,13 @@ def test_a_parameter_that_requires_gradients_cannot_be_overwritten():
     assert_same_bits(x, before)
 
 
+def test_an_offset_may_be_an_array_of_shape_nothing():
+    x, cos, sin = drawn("float32")
+    assert_same_bits(
+        apply_rotary_emb(x, cos, sin, seqlen_offsets=np.array(2)), apply_rotary_emb(x, cos, sin, seqlen_offsets=2)
+    )
+
+
 # ---------------------------------------------------------------------------------------------------
 # Refused
 # ---------------------------------------------------------------------------------------------------
@@ -338,7 +345,7 @@ SEQUENCES = "cu_seqlens has to start with 0, must not decrease, and has to end w
         (TypeError, "seqlen_offsets has to be an integer", {"seqlen_offsets": True}),
         (TypeError, "seqlen_offsets has to be int32 or int64", {"seqlen_offsets": np.array([0.0, 1.0])}),
         (ValueError, r"one position per sequence, \(2,\)", {"seqlen_offsets": np.array([0, 1, 2])}),
-        (ValueError, "seqlen_offsets has to be an int, or", {"seqlen_offsets": np.array(1)}),
+        (ValueError, "seqlen_offsets has to be an int, or", {"seqlen_offsets": np.array([[1, 1]])}),
         (ValueError, "must not exceed head_dim", {"cos": WIDE, "sin": WIDE}),
         (ValueError, ONE_SHAPE, {"sin": SIN[:9]}),
         (ValueError, ONE_SHAPE, {"cos": COS[None], "sin": SIN[None]}),

@@ -279,7 +279,7 @@ class PagedCache(Cache):
         """
         function = self._named("truncate")
         now = self._pages.lengths
-        if isinstance(length, (int, np.integer)) or getattr(length, "shape", None) == ():
+        if reading.is_one_number(length):
             most = reading.integer(function, "length", length, low=0, high=len(self))
             lengths = [min(most, own) for own in now]
         else:
