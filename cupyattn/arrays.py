@@ -342,6 +342,10 @@ def _gathered(function: str, present: Present, found: list[Library]) -> Present:
         except (TypeError, ValueError) as error:
             rule = f"{name} is of a dtype that {visit.library.title} does not have"
             raise TypeError(refusal(function, rule, (name, array.shape, str(array.dtype)))) from error
+        kind = visit.library.dtype(brought[word])
+        if array.dtype.kind in "iu" and kind != array.dtype.name and (array.astype(kind) != array).any():
+            rule = f"{name} holds numbers that are too large for {kind}, as which {visit.library.title} takes it"
+            raise ValueError(refusal(function, rule, (name, array.shape, str(array.dtype))))
     return {word: (name, brought.get(word, array)) for word, (name, array) in present.items()}
 
 
