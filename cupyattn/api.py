@@ -307,7 +307,7 @@ def attention_backward(
         return gradients(plan, problem, inputs, known_here, seed or 0)
 
     wanted = [name for name in ("q", "k", "v", "bias", "sinks", "alibi_slopes") if name in specs]
-    found = visit.run(backward, None, {name: specs[name] for name in wanted})
+    found = visit.as_given(visit.run(backward, None, {name: specs[name] for name in wanted}))
     return Gradients(**{f"d{name}": found[name] for name in wanted})
 
 

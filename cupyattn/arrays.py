@@ -32,12 +32,12 @@ from cupyattn.library import (
     model_of,
     name_of,
 )
-from cupyattn.problem import Array, Device, Problem, Shape, Spec
+from cupyattn.problem import Alignment, Array, Device, Problem, Shape, Spec
 from cupyattn.reading import check_results, refusal, unknown_words
 from cupyattn.threads import num_cores
 from cupyattn.torch_arrays import TORCH, Torch
 
-__all__ = ["OPTIONAL", "Arrays", "Visit", "cuda_lane", "described", "enter", "untraced"]
+__all__ = ["OPTIONAL", "Arrays", "Visit", "alignment_meant", "cuda_lane", "described", "enter", "untraced"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -209,11 +209,13 @@ class Visit:
     specs: tuple[tuple[str, Spec], ...]
     kind: str
     """ "cpu" or "cuda"."""
+    given: Arrays
+    """The arrays as they came, before torch.autocast."""
 
     def device(self) -> Device:
         """What the planner has to know of the arrays' device."""
         if self.kind == "cpu":
-            return _cpu()
+            return _cpu(self.library.num_threads())
         from cupyattn import cuda
 
         return cuda.device_of(self.function, self.library.title, next(iter(self.arrays.values())))
@@ -236,10 +238,14 @@ class Visit:
         check_results(self.function, dict(self.specs), results)
         return self.library.run(Job(self.function, tuple(self.arrays), forward, backward, results, kept), self.arrays)
 
+    def as_given(self, gradients: Arrays) -> Arrays:
+        """Gradients, by their arguments' names, in the dtypes in which these came."""
+        return gradients if self.given is self.arrays else self.library.as_given(gradients, self.given)
+
 
 @cache
-def _cpu() -> Device:
-    return Device("cpu", "cpu", num_cores())
+def _cpu(most_threads: int | None) -> Device:
+    return Device("cpu", "cpu", num_cores() if most_threads is None else min(num_cores(), most_threads))
 
 
 OPTIONAL = frozenset(
@@ -261,9 +267,22 @@ OPTIONAL = frozenset(
 )
 """Our words for arguments that may be None."""
 
+COMPANIONS = frozenset(
+    (
+        *("mask", "bias", "alibi_slopes", "sinks", "q_descale", "k_descale", "v_descale", "block_table"),
+        *("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new", "cache_seqlens", "cache_batch_idx"),
+        *("cache_leftpad", "rotary_seqlens", "offsets", "cos", "sin", "rotary_cos", "rotary_sin"),
+        *("attention_mask", "unused_mask", "indices"),
+    )
+)
+"""Our words for what may be NumPy's beside arrays of another library."""
 
-def enter(function: str, arrays: Mapping[str, tuple[str, Any]]) -> Visit:
+
+def enter(function: str, arrays: Mapping[str, tuple[str, Any]], in_place: tuple[str, ...] = ()) -> Visit:
     """Look at the arrays of a call, given as {our word: (the caller's name, array or None)}.
+
+    What goes with q, k and v may be NumPy's: it is copied to where they are.  Arrays that are written to, those
+    `in_place`, stay what they are under torch.autocast, too.
 
     Raises
     ------
@@ -271,25 +290,82 @@ def enter(function: str, arrays: Mapping[str, tuple[str, Any]]) -> Visit:
         Something is not an array, or the arrays are of different libraries.
     ValueError
         The arrays are on different devices, or on one nothing here can work on.
+    NotImplementedError
+        The call is being traced, and its results would be constants of the trace.
     """
     present = {word: entry for word, entry in arrays.items() if entry[1] is not None or word not in OPTIONAL}
-    specs, found, places = [], [], []
-    for word, (name, array) in present.items():
-        library = _library_of_type(type(array))  # type: ignore[arg-type]
-        if library is None:
-            came = (name, reprlib.repr(array), type(array).__name__)
-            raise TypeError(refusal(function, f"{name} has to be an array", came))
-        objection = library.refuses(array)
-        if objection:
-            raise TypeError(refusal(function, f"{name} {objection}", (name, type(array).__name__)))
-        found.append(library)
-        specs.append((word, Spec(name, library.shape(array), library.dtype(array))))
+    found = [_library_of(function, name, array) for name, array in present.values()]
     library = found[0]
     if any(other is not library for other in found):
+        return enter(function, _gathered(function, present, found), in_place)
+    library.check_call(function)
+    for name, array in present.values():
+        _check(function, library, name, array)
+    given = {word: array for word, (_, array) in present.items()}
+    if library is _NUMPY:
+        return Visit(function, library, given, _specs(library, present, given), "cpu", given)
+    kind = _place(function, library, present)
+    called = library.as_called(given, kind, in_place)
+    return Visit(function, library, called, _specs(library, present, called), kind, given)
+
+
+Present = Mapping[str, tuple[str, Any]]
+
+
+def _library_of(function: str, name: str, array: Any) -> Library:
+    library = _library_of_type(type(array))  # type: ignore[arg-type]
+    if library is None:
+        rule, shown = f"{name} has to be an array", reprlib.repr(array)
+        if isinstance(array, (list, tuple)):
+            rule, shown = f"{rule}; numpy.asarray makes one of a {type(array).__name__}", f"of length {len(array)}"
+        raise TypeError(refusal(function, rule, (name, shown, type(array).__name__)))
+    return library
+
+
+def _check(function: str, library: Library, name: str, array: Any) -> None:
+    objection = library.refuses(array)
+    if objection:
+        raise TypeError(refusal(function, f"{name} {objection}", (name, type(array).__name__)))
+
+
+def _specs(library: Library, present: Present, arrays: Arrays) -> tuple[tuple[str, Spec], ...]:
+    return tuple(
+        [(word, Spec(present[word][0], library.shape(array), library.dtype(array))) for word, array in arrays.items()]
+    )
+
+
+def _gathered(function: str, present: Present, found: list[Library]) -> Present:
+    """Arrays of two libraries as those of one: NumPy's that go with others, copied to where these are."""
+    strangers = {
+        word: array
+        for (word, (_, array)), library in zip(present.items(), found, strict=True)
+        if library is _NUMPY and word.rstrip("0123456789") in COMPANIONS
+    }
+    if len(set(found) - {_NUMPY}) > 1 or len(strangers) < found.count(_NUMPY):
         shown = [(name, f"{type(x).__module__.partition('.')[0]}.{type(x).__name__}") for name, x in present.values()]
         raise TypeError(refusal(function, "all arrays have to be of one library", *shown))
-    if library is _NUMPY:
-        return Visit(function, library, {word: x for word, (_, x) in present.items()}, tuple(specs), "cpu")
+    visit = enter(function, {word: entry for word, entry in present.items() if word not in strangers})
+    if visit.kind == "cuda":
+        visit.device()  # or CuPy would say in its own words what is missing
+    values, brought = list(visit.arrays.values()), {}
+    like = next((array for array in values if visit.library.place(array)[1] != "traced"), values[0])
+    for word, array in strangers.items():
+        name = present[word][0]
+        _check(function, _NUMPY, name, array)
+        try:
+            brought[word] = visit.library.bring(array.astype(array.dtype.newbyteorder("=")), like)
+        except (TypeError, ValueError) as error:
+            rule = f"{name} is of a dtype that {visit.library.title} does not have"
+            raise TypeError(refusal(function, rule, (name, array.shape, str(array.dtype)))) from error
+        kind = visit.library.dtype(brought[word])
+        if array.dtype.kind in "iu" and kind != array.dtype.name and (array.astype(kind) != array).any():
+            rule = f"{name} holds numbers that are too large for {kind}, as which {visit.library.title} takes it"
+            raise ValueError(refusal(function, rule, (name, array.shape, str(array.dtype))))
+    return {word: (name, brought.get(word, array)) for word, (name, array) in present.items()}
+
+
+def _place(function: str, library: Library, present: Present) -> str:
+    """ "cpu" or "cuda", where all of them are."""
     if library is _OTHER:
         try:
             array_api_compat.array_namespace(*(array for _, array in present.values()))
@@ -306,7 +382,13 @@ def enter(function: str, arrays: Mapping[str, tuple[str, Any]]) -> Visit:
     if kind not in ("cpu", "cuda"):
         name = next(iter(present.values()))[0]
         raise ValueError(refusal(function, "arrays have to be on the CPU or on a CUDA device", (name, places[0][1])))
-    return Visit(function, library, {word: x for word, (_, x) in present.items()}, tuple(specs), kind)
+    return kind
+
+
+def alignment_meant(mask: Any) -> tuple[Alignment, Shape] | None:
+    """Of a mask that says "causal" and has no values: where the diagonal lies, and between what lengths."""
+    library = _library_of_type(type(mask))  # type: ignore[arg-type]
+    return None if library is None else library.alignment_meant(mask)
 
 
 def described(array: Any) -> tuple[Shape, str] | None:

@@ -33,6 +33,9 @@ def answer(
     plan = plan_for(function, problem, visit.device(), fixed_split_size)
     if problem.dropout_p > 0.0 and seed is None:
         seed = visit.library.draw_seed(function)
+        if not isinstance(seed, int):
+            visit.arrays = {**visit.arrays, "seed": seed}
+            seed = None
     return _run(visit, problem, plan, seed or 0)
 
 
@@ -88,18 +91,19 @@ def plan_for(function: str, problem: Problem, device: Device, fixed_split_size: 
 
 
 def _run(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays:
+    """The results; the seed is one of the operands where each of many calls at once has its own."""
     specs = dict(visit.specs)
 
     def forward(operands: Arrays) -> Arrays:
         if problem.layout.ragged:
             check_sequences(visit.function, specs, problem.sizes, operands)
-        return cpu.run(plan, problem, operands, seed)
+        return cpu.run(plan, problem, operands, int(operands.get("seed", seed)))
 
     def backward(operands: Arrays, known: Arrays) -> Arrays:
         if problem.dtype == FLOAT8:
             rule = f"has no gradients of {FLOAT8}, nor of what comes with it, and one was asked for"
             raise NotImplementedError(refusal(visit.function, rule))
-        return gradients(plan, problem, operands, known, seed)
+        return gradients(plan, problem, operands, known, int(operands.get("seed", seed)))
 
     if visit.kind == "cuda":
         from cupyattn import cuda

@@ -120,7 +120,14 @@ class Jax(Library):
 
         differentiable = jax.custom_vjp(call)
         differentiable.defvjp(lambda *values: (call(*values), values), call_backward)
-        return dict(zip(job.results, differentiable(*arrays.values()), strict=True))
+        try:
+            found = differentiable(*arrays.values())
+        except TypeError as error:
+            if "forward-mode" not in str(error):
+                raise
+            rule = "has no forward-mode derivative; jax.grad, jax.vjp and jax.jacrev have one"
+            raise NotImplementedError(refusal(job.function, rule)) from error
+        return dict(zip(job.results, found, strict=True))
 
     def _call_back(self, job: Job, arrays: Arrays) -> Arrays:
         """Under jit and vmap: a callback to the host."""
@@ -139,7 +146,13 @@ class Jax(Library):
             found = jax.pure_callback(on_host, shapes, *values, vmap_method="sequential")
             return cast(Any, jax.lax.optimization_barrier)(found)
 
-        return dict(zip(job.results, jax.jit(on_devices)(*arrays.values()), strict=True))
+        def derivative(primals: Any, tangents: Any) -> Any:
+            rule = "has first derivatives only, by jax.grad, jax.vjp and jax.jacrev, and another was asked for"
+            raise NotImplementedError(refusal(job.function, rule))
+
+        underivable: Any = jax.custom_jvp(on_devices)
+        underivable.defjvp(derivative)
+        return dict(zip(job.results, jax.jit(underivable)(*arrays.values()), strict=True))
 
 
 JAX = Jax()

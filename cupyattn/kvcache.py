@@ -173,7 +173,8 @@ def flash_attn_with_kvcache(
     else:
         named["cache_seqlens"] = ("cache_seqlens", cache_seqlens)
     needed = ("q", "k", "v")
-    visit = enter(FUNCTION, {word: entry for word, entry in named.items() if entry[1] is not None or word in needed})
+    present = {word: entry for word, entry in named.items() if entry[1] is not None or word in needed}
+    visit = enter(FUNCTION, present, in_place=("k", "v"))
     specs = dict(visit.specs)
     left, right = reading.window(FUNCTION, "window_size", window_size)
     options = Options(

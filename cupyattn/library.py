@@ -14,7 +14,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-from cupyattn.problem import FLOAT8, Array, Shape, Spec
+from cupyattn.problem import FLOAT8, Alignment, Array, Shape, Spec
 from cupyattn.reading import dtype_name, refusal
 
 Arrays = dict[str, Any]
@@ -58,13 +58,41 @@ class Library:
         kind = int(array.__dlpack_device__()[0]) if hasattr(array, "__dlpack_device__") else 1
         return {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}.get(kind, f"device {kind}"), array_api_compat.device(array)
 
+    def check_call(self, function: str) -> None:
+        """Refuse any call there is now, where nothing that is computed would be right later."""
+
     def refuses(self, array: Any) -> str | None:
         """Why this very array cannot be taken."""
-        return None if hasattr(array, "__dlpack__") else "has no __dlpack__, by which its values could be read"
+        for name, what in (
+            ("__dlpack__", "by which its values could be read"),
+            ("device", "on which results could be"),
+        ):
+            if not hasattr(array, name):
+                return f"has no {name}, {what}; pass what numpy.asarray makes of it"
+        return None
+
+    def as_called(self, arrays: Arrays, kind: str, in_place: tuple[str, ...]) -> Arrays:
+        """The arrays of a call, cast where the library casts them by itself; those `in_place` are written to."""
+        return arrays
+
+    def as_given(self, results: Arrays, given: Arrays) -> Arrays:
+        """Gradients in the dtypes in which their arguments came, before `as_called`."""
+        return results
+
+    def alignment_meant(self, mask: Any) -> tuple[Alignment, Shape] | None:
+        """Of a mask that says "causal" and has no values: where the diagonal lies, and between what lengths."""
+        return None
+
+    def num_threads(self) -> int | None:
+        """How many the user has told the library to use."""
+        return None
 
     def to_numpy(self, array: Any) -> Array:
         """The same memory as a NumPy array; bfloat16 and float8 as their bits (see `rounding`)."""
-        return bits_of(np.from_dlpack(array))
+        try:
+            return bits_of(np.from_dlpack(array))
+        except ValueError:
+            return bits_of(np.from_dlpack(_OldDLPack(array)))
 
     def values(self, array: Any) -> Array:
         """The same for a look at the values outside of `run`; they have to be there, see `is_deferred`."""
@@ -123,7 +151,8 @@ class Library:
                 rule = f"{name} cannot be kept: arrays of {type(array).__name__} are immutable"
                 raise TypeError(refusal(function, rule, (name, self.shape(array))))
 
-    def draw_seed(self, function: str) -> int:
+    def draw_seed(self, function: str) -> Any:
+        """An int; or, where a call stands for many and each is to have a seed of its own, an array of this library."""
         return int.from_bytes(os.urandom(8), "little")
 
     def is_deferred(self, arrays: Arrays) -> bool:
@@ -163,6 +192,19 @@ class Library:
             name: self.from_numpy(outcome[name], spec.dtype, model_of(name, arrays))
             for name, spec in job.results.items()
         }
+
+
+class _OldDLPack:
+    """An array of a library that knows the DLPack of 2022, without the arguments that came later."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+
+    def __dlpack__(self, **arguments: Any) -> Any:
+        return self._array.__dlpack__()
+
+    def __dlpack_device__(self) -> Any:
+        return self._array.__dlpack_device__()
 
 
 def model_of(name: str, arrays: Arrays) -> Any:

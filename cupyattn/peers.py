@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from cupyattn import reading
-from cupyattn.arrays import enter, untraced
+from cupyattn.arrays import alignment_meant, enter, untraced
 from cupyattn.corridor import answer
 from cupyattn.problem import Array
 from cupyattn.reading import Options, refusal
@@ -75,10 +75,15 @@ def scaled_dot_product_attention(
     if attn_mask is not None and causal:
         rule = "attn_mask and is_causal exclude each other; put the causal part into the mask"
         raise ValueError(refusal(function, rule, ("is_causal", is_causal), ("attn_mask", "given")))
+    arrays: dict[str, tuple[str, Any]] = {"q": ("query", query), "k": ("key", key), "v": ("value", value)}
+    meant = alignment_meant(attn_mask)
+    if meant is not None:
+        _check_lengths(function, arrays, meant[1])
+        causal, attn_mask = True, None
     options = Options(
         axes="bhsd",
         causal=causal,
-        alignment="top-left",
+        alignment="top-left" if meant is None else meant[0],
         softmax_scale=reading.softmax_scale(function, "scale", scale),
         dropout_p=reading.dropout_p(function, dropout_p),
         compute_dtype=reading.compute_dtype(function, compute_dtype),
@@ -86,18 +91,28 @@ def scaled_dot_product_attention(
         grouped_heads=reading.flag(function, "enable_gqa", enable_gqa),
         any_rank=True,
     )
-    arrays: dict[str, tuple[str, Any]] = {"q": ("query", query), "k": ("key", key), "v": ("value", value)}
     if attn_mask is not None:
-        specs = dict(enter(function, {**arrays, "bias": ("attn_mask", attn_mask)}).specs)
+        visit = enter(function, {**arrays, "bias": ("attn_mask", attn_mask)})
+        specs = dict(visit.specs)
         kind = specs["bias"].dtype
         if kind not in ("bool", "float32", specs["q"].dtype):
             rule = f"attn_mask has to be bool, float32 or of query's dtype, {specs['q'].dtype}; attn_mask != 0 is bool"
             raise TypeError(refusal(function, rule, ("attn_mask", specs["bias"].shape, kind)))
-        arrays["mask" if kind == "bool" else "bias"] = ("attn_mask", attn_mask)
+        arrays = {word: (specs[word].name, array) for word, array in visit.arrays.items()}
+        if kind == "bool":
+            arrays["mask"] = arrays.pop("bias")
     found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
     if query.ndim == key.ndim == value.ndim == 2:  # no head axis came, so none goes
         found = {name: array[0, ...] for name, array in found.items()}
     return (found["out"], found["lse"]) if return_lse else found["out"]
+
+
+def _check_lengths(function: str, arrays: dict[str, tuple[str, Any]], lengths: tuple[int, ...]) -> None:
+    """Refuse a causal bias between other lengths than those of query and key."""
+    shapes = [spec.shape for _, spec in enter(function, arrays).specs]
+    if any(len(shape) > 1 and shape[-2] != length for shape, length in zip(shapes, lengths, strict=False)):
+        rule = f"attn_mask is causal between {lengths[0]} queries and {lengths[1]} keys"
+        raise ValueError(refusal(function, rule, ("query", shapes[0]), ("key", shapes[1])))
 
 
 @untraced

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from cupyattn.library import Arrays, Job, Library, check_no_overlap
-from cupyattn.problem import Array, Shape
+from cupyattn.problem import Alignment, Array, Shape
 from cupyattn.reading import refusal
+
+CAST = frozenset({"q", "k", "v", "k_new", "v_new", "k_prefix", "v_prefix", "bias", "dout"})
+"""Our words for what torch.autocast casts: what its own function is given, by any name."""
 
 
 class Torch(Library):
@@ -17,22 +21,62 @@ class Torch(Library):
     when_deferred = "which under vmap are those of many; call it outside of vmap"
 
     def dtype(self, array: Any) -> str:
-        return str(array.dtype)[len("torch.") :]
+        return _name_of(array.dtype)
 
     def place(self, array: Any) -> tuple[str, Any]:
         return array.device.type, array.device
 
+    def check_call(self, function: str) -> None:
+        """Refuse to become a constant of somebody's graph.  In the implementation of an operator nothing is traced."""
+        if sys.modules["torch"]._C._is_tracing():
+            by = "torch.jit.trace"
+        elif (proxies := sys.modules.get("torch.fx.experimental.proxy_tensor")) and proxies.get_proxy_mode():
+            by = "make_fx or torch.export"
+        else:
+            return
+        rule = (
+            f"cannot be traced by {by}, whose graph would hold the numbers of this example for all others. {_TRACEABLE}"
+        )
+        raise NotImplementedError(refusal(function, rule))
+
     def refuses(self, array: Any) -> str | None:
-        if _wraps_others(type(array)):  # type: ignore[arg-type]
-            return f"is a {type(array).__name__}, which has no memory of its own; pass a plain tensor"
-        layout = str(array.layout)
-        if layout != "torch.strided" or array.is_nested:
-            return f"is not a strided tensor ({'nested' if array.is_nested else layout})"
+        said = _way_of_its_own(type(array))  # type: ignore[arg-type]
+        if said:
+            return said
+        if array.layout is not sys.modules["torch"].strided or array.is_nested:
+            return f"is not a strided tensor ({'nested' if array.is_nested else array.layout})"
         return None
 
     def has_no_values(self, array: Any) -> bool:
         """On the meta device, or a FakeTensor."""
-        return array.device.type == "meta" or type(array).__name__ == "FakeTensor"
+        kind: Any = type(array)
+        return kind.__name__ == "FakeTensor" or (array.device.type == "meta" and not _way_of_its_own(kind))
+
+    def as_called(self, arrays: Arrays, kind: str, in_place: tuple[str, ...]) -> Arrays:
+        """Under torch.autocast as torch's own function has them: q, k, v and a bias, unless they are float64."""
+        torch = sys.modules["torch"]
+        if not torch.is_autocast_enabled(kind):
+            return arrays
+        dtype, narrow = torch.get_autocast_dtype(kind), (torch.float16, torch.bfloat16, torch.float32)
+
+        def is_cast(word: str, array: Any) -> bool:
+            return array.dtype in narrow and word not in in_place and word.rstrip("0123456789") in CAST
+
+        return {word: array.to(dtype) if is_cast(word, array) else array for word, array in arrays.items()}
+
+    def as_given(self, results: Arrays, given: Arrays) -> Arrays:
+        return {name: result.to(given[name].dtype) for name, result in results.items()}
+
+    def alignment_meant(self, mask: Any) -> tuple[Alignment, Shape] | None:
+        """Of torch's causal_upper_left and causal_lower_right."""
+        bias = sys.modules.get("torch.nn.attention.bias")
+        if bias is None or not isinstance(mask, bias.CausalBias):
+            return None
+        is_left = mask.variant == bias.CausalVariant.UPPER_LEFT
+        return "top-left" if is_left else "bottom-right", (mask.seq_len_q, mask.seq_len_kv)
+
+    def num_threads(self) -> int | None:
+        return int(sys.modules["torch"].get_num_threads())
 
     def is_deferred(self, arrays: Arrays) -> bool:
         """Under vmap."""
@@ -118,11 +162,12 @@ class Torch(Library):
     def differentiates(self, arrays: Arrays) -> bool:
         return self.is_transformed() or self._records(arrays)
 
-    def draw_seed(self, function: str) -> int:
-        """From torch's own generator on the CPU, so that torch.manual_seed governs it."""
+    def draw_seed(self, function: str) -> Any:
+        """From torch's own generator on the CPU, so that torch.manual_seed governs it, as vmap's randomness does."""
         import torch
 
-        return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu"))
+        seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+        return seed if self.is_deferred({"seed": seed}) else int(seed)
 
     def run(self, job: Job, arrays: Arrays) -> Arrays:
         if self.is_transformed() or (job.backward is not None and self._records(arrays)):
@@ -143,12 +188,33 @@ class Torch(Library):
         return torch.is_grad_enabled() and any(array.requires_grad for array in arrays.values())
 
 
+_TRACEABLE = (
+    "torch.compile goes around the call; a model of transformers with cupyattn's integration, and "
+    "torch.ops.cupyattn.attention, which that defines, are recorded"
+)
+
+
 @cache
-def _wraps_others(kind: Any) -> bool:
-    """A kind of tensor that has its own way with every operation: what is in its memory, if any, says nothing."""
+def _name_of(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@cache
+def _way_of_its_own(kind: Any) -> str:
+    """What to say of a kind of tensor that has its own way with operations: what is in its memory says nothing."""
     import torch
 
-    return kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+    plain, name = (torch.Tensor, torch.nn.Parameter), kind.__name__
+    if name == "FakeTensor":
+        return f"is a FakeTensor, which has no values: that of a graph which is being traced, perhaps. {_TRACEABLE}"
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"is a {name}, which has no memory of its own; pass a plain tensor"
+    own = (getattr(x.__torch_function__, "__func__", x.__torch_function__) for x in (kind, *plain))
+    if next(own) in own:
+        return ""
+    if name == "CausalBias":
+        return "is a CausalBias, which has no values; pass causal=True and its alignment, 'top-left' or 'bottom-right'"
+    return f"is a {name}, which says by __torch_function__ what it means; pass a plain tensor"
 
 
 def _without_gradients(tensor: Any) -> Any:

@@ -900,6 +900,250 @@ def test_tensors_that_wrap_others_are_refused_by_name():
         cupyattn.attention(q, masked_tensor(q, q > 0), q)
 
 
+def kinds_of_tensors():
+    torch = needs("torch")
+
+    class Meaning(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    class Plain(torch.Tensor):
+        pass
+
+    return Meaning, Plain
+
+
+@calls
+def test_a_tensor_with_a_torch_function_of_its_own_is_refused_in_every_place(call):
+    meaning, plain = kinds_of_tensors()
+    operands = operands_of(call)
+    for name in operands:
+        tensors = as_tensors(operands)
+        tensors[name] = tensors[name].as_subclass(meaning)
+        with pytest.raises(TypeError, match=rf"{title_of(call)}: .* is a Meaning, which says by __torch_function__"):
+            call(**tensors)
+    torch = needs("torch")
+    parameters = {n: torch.nn.Parameter(x) if x.is_floating_point() else x for n, x in as_tensors(operands).items()}
+    others = {name: x.as_subclass(plain) for name, x in as_tensors(operands).items()}
+    buffers = {name: torch.nn.Buffer(x) for name, x in as_tensors(operands).items()}
+    for arrays in (parameters, others, buffers):
+        with torch.no_grad():
+            assert_same_results(call(**arrays), call(**operands))
+
+
+def test_explain_refuses_tensors_with_a_meaning_of_their_own():
+    torch = needs("torch")
+    from torch.nn.attention.bias import causal_upper_left
+
+    meaning, _ = kinds_of_tensors()
+    q = torch.ones(1, 4, 2, 8)
+    with pytest.raises(TypeError, match=r"explain: bias is a CausalBias, .* pass causal=True and its alignment"):
+        cupyattn.explain(q, q, q, bias=causal_upper_left(4, 4))
+    for strange in (q.as_subclass(meaning), q.to("meta").as_subclass(meaning)):
+        with pytest.raises(TypeError, match="explain: k is a Meaning"):
+            cupyattn.explain(q, strange, q)
+
+
+# Autocast ------------------------------------------------------------------------------------------
+
+
+def under_autocast(dtype="bfloat16"):
+    torch = needs("torch")
+    return torch.autocast("cpu", dtype=getattr(torch, dtype))
+
+
+CAST = {
+    *("q", "k", "v", "query", "key", "value", "rows", "keys", "values", "qkv", "kv", "bias", "dout"),
+    *("packed_q", "packed_k", "packed_v", "pages_k", "pages_v"),
+}
+"""Operands that torch.autocast casts."""
+ATTENTIONS = [call for call in SMOOTH if call is not merge_states and not call.__name__.startswith("apply_rotary")]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("call", ATTENTIONS, ids=lambda call: call.__name__)
+def test_autocast_casts_q_k_v_and_a_bias_and_gradients_come_back(call, dtype):
+    """As torch's own function does; the same as if the caller had cast them."""
+    torch = needs("torch")
+    operands = operands_of(call)
+    tensors, cast = as_tensors(operands), as_tensors(operands)
+    leaves = {name: x.requires_grad_() for name, x in tensors.items() if x.is_floating_point()}
+    others = {name: x.requires_grad_() for name, x in cast.items() if x.is_floating_point()}
+    expected = call(**{name: x.to(getattr(torch, dtype)) if name in CAST else x for name, x in cast.items()})
+    with under_autocast(dtype):
+        found = call(**tensors)
+    assert dtype_name(found[0]) == dtype
+    assert_same_results(found, expected)
+    gradients = [torch.autograd.grad(results[0].float().sum(), list(x.values()), allow_unused=True)
+                 for results, x in ((found, leaves), (expected, others))]  # fmt: skip
+    assert_same_results(*gradients)
+    assert {g.dtype for g in gradients[0] if g is not None} == {torch.float32}
+    outside = call(**tensors)
+    with torch.autocast("cpu", enabled=False):
+        assert_same_results(call(**tensors), outside)
+
+
+def test_under_autocast_sdpa_takes_what_torchs_own_takes():
+    torch = needs("torch")
+    q, k = torch.randn(2, 1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    bias = torch.randn(5, 5, generator=torch.Generator().manual_seed(1))
+    peer, ours = torch.nn.functional.scaled_dot_product_attention, cupyattn.scaled_dot_product_attention
+    for dtype in ("bfloat16", "float16"):
+        with under_autocast(dtype):
+            for v in (k, k.bfloat16(), k.half()):
+                for mask in (None, bias, bias.half(), bias.bfloat16(), bias > 0):
+                    found, wanted = ours(q, k, v, mask), peer(q, k, v, mask)
+                    assert found.dtype == wanted.dtype
+                    assert_matches(found, wanted.double(), rtol=2.0**-5, atol=2.0**-6)
+            assert ours(q.double(), k.double(), k.double()).dtype == torch.float64
+            with pytest.raises(TypeError, match="have to be of one dtype"):
+                ours(q.double(), k, k)
+            assert dtype_name(cupyattn.attention(q.numpy(), k.numpy(), k.numpy())) == "float32"
+
+
+def test_under_autocast_attention_backward_gives_gradients_in_the_dtypes_of_its_arguments():
+    torch = needs("torch")
+    operands = {name: everything("float32")[name] for name in ("dout", "q", "k", "v", "bias")}
+    tensors = as_tensors(operands)
+    expected = cupyattn.attention_backward(**{name: x.bfloat16() for name, x in tensors.items()})
+    with under_autocast():
+        found = cupyattn.attention_backward(**tensors)
+        again = cupyattn.attention_backward(**(tensors | {"dout": tensors["dout"].bfloat16()}))
+    for gradients in (found, again):
+        for gradient, wanted in zip(gradients[:4], expected[:4], strict=True):
+            assert gradient.dtype == torch.float32
+            assert_same_bits(gradient, wanted.float())
+
+
+CACHES = [
+    *(cupyattn.DynamicCache, lambda: cupyattn.StaticCache(16), lambda: cupyattn.SlidingWindowCache(16)),
+    *(lambda: cupyattn.PagedCache(8, 4), cupyattn.OffloadedCache),
+]
+
+
+@pytest.mark.parametrize("make", CACHES, ids=["dynamic", "static", "sliding", "paged", "offloaded"])
+def test_under_autocast_caches_keep_what_it_casts_to(make):
+    torch = needs("torch")
+    q, k, v = (x for x in as_tensors({n: everything("float32")[n] for n in ("q", "k", "v")}).values())
+    cache, narrow = make(), make()
+    with under_autocast(), torch.no_grad():
+        for part in (slice(0, 6), slice(6, 7)):
+            cache.append(k[:, part], v[:, part])
+        found = cache.attend(q)
+    narrow.append(k.bfloat16(), v.bfloat16())
+    assert cache.nbytes == narrow.nbytes
+    assert_same_bits(found, narrow.attend(q.bfloat16()))
+    with pytest.raises(TypeError, match="has to be of the cache's dtype, bfloat16"):
+        cache.append(k, v)
+
+
+def test_under_autocast_a_cache_that_is_written_to_stays_what_it_is():
+    q, k, v = (x for x in as_tensors({n: everything("float32")[n] for n in ("q", "k", "v")}).values())
+    new = k[:, :1] + 1
+    wide, narrow = [k.clone(), v.clone()], [k.bfloat16(), v.bfloat16()]
+    with under_autocast(), pytest.raises(TypeError, match="flash_attn_with_kvcache: q, k_cache, v_cache have to be"):
+        cupyattn.flash_attn_with_kvcache(q, *wide, new, new, cache_seqlens=3)
+    assert_same_results(wide, [k, v])
+    with under_autocast():
+        found = cupyattn.flash_attn_with_kvcache(q, *narrow, new, new, cache_seqlens=3)
+    assert_same_bits(narrow[0][:, 3:4], new.bfloat16())
+    again = [k.bfloat16(), v.bfloat16()]
+    assert_same_bits(
+        found, cupyattn.flash_attn_with_kvcache(q.bfloat16(), *again, *[new.bfloat16()] * 2, cache_seqlens=3)
+    )
+
+
+def test_a_compiled_function_knows_of_autocast():
+    torch = needs("torch")
+    q, k, v = (x for x in as_tensors({n: everything("float32")[n] for n in ("q", "k", "v")}).values())
+    torch.compiler.reset()
+    compiled = torch.compile(lambda q, k, v: 2 * cupyattn.attention(q, k, v), backend="eager")
+    with under_autocast():
+        found = compiled(q, k, v)
+    assert_same_bits(found, 2 * cupyattn.attention(q.bfloat16(), k.bfloat16(), v.bfloat16()))
+
+
+# Traces --------------------------------------------------------------------------------------------
+
+
+def by_jit(function, tensors):
+    torch = needs("torch")
+    return torch.jit.trace(function, tensors, check_trace=False)
+
+
+def by_make_fx(function, tensors, **options):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function, **options)(*tensors)
+
+
+def by_export(function, tensors):
+    torch = needs("torch")
+
+    class Model(torch.nn.Module):
+        def forward(self, *tensors):
+            return function(*tensors)
+
+    return torch.export.export(Model(), tensors, strict=False).module()
+
+
+TRACES = {
+    "torch.jit.trace": by_jit,
+    "make_fx": by_make_fx,
+    "make_fx, pre-dispatch": lambda function, tensors: by_make_fx(function, tensors, pre_dispatch=True),
+    "make_fx, fake": lambda function, tensors: by_make_fx(function, tensors, tracing_mode="fake"),
+    "torch.export": by_export,
+}
+ignore_traces = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:Converting a tensor")
+
+
+@ignore_traces
+@pytest.mark.parametrize("way", TRACES)
+@pytest.mark.parametrize("call", [attention, flash_attn_func, merge_states, unpad_input, attention_backward])
+def test_a_trace_that_would_keep_the_examples_numbers_is_refused_in_words(call, way):
+    needs("torch")
+    tensors = as_tensors(operands_of(call))
+
+    def function(*values):
+        return call(**dict(zip(tensors, values, strict=True)))
+
+    with pytest.raises(
+        NotImplementedError, match=rf"{title_of(call)}: cannot be traced by .*attention, .* are recorded"
+    ):
+        TRACES[way](function, tuple(tensors.values()))
+    call(**tensors)  # once it is over nothing is traced
+
+
+@ignore_traces
+def test_whoever_only_looks_on_is_no_trace():
+    needs("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    tensors = as_tensors(operands_of(attention))
+    with FlopCounterMode(display=False):
+        assert_same_results(attention(**tensors), attention(**operands_of(attention)))
+
+
+@ignore_traces
+@pytest.mark.parametrize("way", TRACES)
+def test_an_operator_whose_implementation_calls_attention_is_recorded(way):
+    torch = needs("torch")
+    if not hasattr(torch.ops.cupyattn_tests, "attention"):
+        operator = torch.library.custom_op(
+            "cupyattn_tests::attention",
+            lambda q, k, v: cupyattn.attention(q, k, v),
+            mutates_args=(),
+            schema="(Tensor q, Tensor k, Tensor v) -> Tensor",
+        )
+        operator.register_fake(lambda q, k, v: q.new_empty(q.shape))
+    first, second = (
+        tuple(as_tensors({n: everything("float32", seed)[n] for n in ("q", "k", "v")}).values()) for seed in (3, 4)
+    )
+    traced = TRACES[way](lambda q, k, v: torch.ops.cupyattn_tests.attention(q, k, v), first)
+    assert_same_bits(traced(*second), cupyattn.attention(*second))
+
+
 @calls
 def test_tensors_without_values_are_refused_by_name(call):
     torch = needs("torch")
@@ -994,6 +1238,48 @@ def test_jaxs_vmap_is_a_loop():
     gradient = jax.vmap(jax.grad(lambda *x: cupyattn.attention(*x).sum()))(q, k, v)
     ones = np.ones(q.shape[1:], np.float32)
     assert_same_bits(gradient[2], cupyattn.attention_backward(ones, *(np.asarray(x[2]) for x in (q, k, v))).dq)
+
+
+SECOND_DERIVATIVES = {
+    "grad of grad": lambda jax, f, q: jax.grad(lambda q: (jax.grad(f)(q) ** 2).sum())(q),
+    "hessian": lambda jax, f, q: jax.hessian(f)(q),
+    "hessian-vector product": lambda jax, f, q: jax.jvp(jax.grad(f), (q,), (q,)),
+    "jit": lambda jax, f, q: jax.jit(jax.grad(lambda q: (jax.grad(f)(q) ** 2).sum()))(q),
+}
+
+
+@pytest.mark.parametrize("way", SECOND_DERIVATIVES)
+def test_second_derivatives_of_jax_are_refused_in_our_words(way):
+    jax = needs("jax")
+    q, k, v = (jax.numpy.asarray(everything("float32")[name]) for name in ("q", "k", "v"))
+    with pytest.raises(NotImplementedError, match="attention: has first derivatives only"):
+        SECOND_DERIVATIVES[way](jax, lambda q: (cupyattn.attention(q, k, v) ** 2).sum(), q)
+
+
+@pytest.mark.parametrize("way", ["jvp", "jacfwd", "jit of jacfwd"])
+@pytest.mark.parametrize("call", [attention, merge_states, flash_attn_varlen_func], ids=lambda call: call.__name__)
+def test_forward_mode_of_jax_is_refused_in_our_words(call, way):
+    jax = needs("jax")
+    arrays = {name: jax.numpy.asarray(array) for name, array in operands_of(call).items()}
+    first = next(iter(arrays))
+
+    def of_one(x):
+        return call(**{**arrays, first: x})[0]
+
+    ways = {
+        "jvp": lambda x: jax.jvp(of_one, (x,), (x,)),
+        "jacfwd": jax.jacfwd(of_one),
+        "jit of jacfwd": jax.jit(jax.jacfwd(of_one)),
+    }
+    with pytest.raises(NotImplementedError, match=f"{title_of(call)}: has no forward-mode derivative; jax.grad"):
+        ways[way](arrays[first])
+
+
+def test_the_gradient_of_jaxs_attention_backward_is_refused_in_our_words():
+    jax = needs("jax")
+    q = jax.numpy.asarray(everything("float32")["q"])
+    with pytest.raises(NotImplementedError, match="attention_backward: has first derivatives only"):
+        jax.grad(lambda q: cupyattn.attention_backward(q, q, q, q).dq.sum())(q)
 
 
 def test_under_jit_wrong_sequences_are_refused_when_they_are_seen():
@@ -1129,6 +1415,11 @@ def test_dask_arrays_of_unknown_size_are_refused():
 # Refused
 # ---------------------------------------------------------------------------------------------------
 
+COMPANIONS = {
+    *("mask", "bias", "slopes", "sinks", "cu_seqlens_q", "cu_seqlens_k", "block_table", "cos", "sin", "offsets"),
+    *("attention_mask", "unused_mask", "indices"),
+}
+"""Operands that may be NumPy's beside arrays of another library."""
 OTHERS = [Torch("float32"), Jax("float32"), Strict("float32"), Dask("float32")]
 
 
@@ -1136,12 +1427,82 @@ OTHERS = [Torch("float32"), Jax("float32"), Strict("float32"), Dask("float32")]
 @pytest.mark.parametrize("call", [c for c in CALLS if c is not flash_attn_qkvpacked_func], ids=lambda c: c.__name__)
 def test_arrays_of_two_libraries_are_refused(call, home):
     operands = operands_of(call)
-    last = next(reversed(operands))
-    for stranger in (next(iter(operands)), last):
-        mixed = {name: home.make(x) if name == stranger else x for name, x in operands.items()}
+    own = [name for name in operands if name not in COMPANIONS]
+    for strangers in ([own[0]], [own[-1]], list(operands)[-1:]):
+        if strangers == own:  # all others are companions
+            continue
+        mixed = {name: home.make(x) if name in strangers else x for name, x in operands.items()}
         expected = rf"(?s){title_of(call)}: all arrays have to be of one library.*numpy\.ndarray"
         with pytest.raises(TypeError, match=expected):
             call(**mixed)
+
+
+@pytest.mark.parametrize("home", [*OTHERS, Jax("float32", jit=True)], ids=str)
+@pytest.mark.parametrize("call", [c for c in CALLS if COMPANIONS & operands_of(c).keys()], ids=lambda c: c.__name__)
+def test_what_goes_with_q_k_and_v_may_be_numpys(call, home):
+    """Masks, biases, slopes, sinks, rotary tables and index arrays, in any memory: read-only, of another byte order."""
+    operands = operands_of(call)
+    if call in PADDING and home.lazy:
+        return
+    if call is pad_input and isinstance(home, Dask):
+        return
+    given = {name: as_stranger(x) if name in COMPANIONS else home.make(x) for name, x in operands.items()}
+    if isinstance(home, Jax) and home.jit:
+        constants = {name: x for name, x in given.items() if name in COMPANIONS}
+        found = home.call(
+            lambda **own: call(**own, **constants), {n: x for n, x in given.items() if n not in constants}
+        )
+    else:
+        found = call(**given)
+    assert_same_results(found, call(**operands))
+    for name in COMPANIONS & operands.keys():
+        assert_same_bits(given[name], operands[name])
+
+
+def as_stranger(array):
+    array = array.astype(array.dtype.newbyteorder(">"))[::-1].copy()[::-1]
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize("home", [home for home in OTHERS if not home.lazy], ids=str)
+def test_descales_and_cache_indices_may_be_numpys(home):
+    drawn = everything("float32")
+    q, k, v = (drawn[name] for name in ("q", "k", "v"))
+    seqlens, padding = np.array([7, 3], np.int32), np.array([1, 0], np.int32)
+    expected = cupyattn.flash_attn_with_kvcache(q, k, v, cache_seqlens=seqlens, cache_leftpad=padding)
+    found = cupyattn.flash_attn_with_kvcache(
+        *(home.make(x) for x in (q, k, v)), cache_seqlens=seqlens, cache_leftpad=padding
+    )
+    assert_same_bits(found, expected)
+    common = cupyattn.cascade_attention(q, k[0], v[0], k, v, sinks=drawn["sinks"])
+    mixed = cupyattn.cascade_attention(*map(home.make, (q, k[0], v[0], k, v)), sinks=drawn["sinks"])
+    assert_same_bits(mixed, common)
+
+
+def test_descales_of_float8_tensors_may_be_numpys():
+    operands = float8_operands()
+    given = {name: x if "descale" in name else Torch(FLOAT8).make(x) for name, x in operands.items()}
+    assert_same_results(attention_of_float8(**given), attention_of_float8(**operands))
+
+
+def test_numpys_mask_is_copied_and_may_change_before_the_gradient():
+    operands = {name: everything("float32")[name] for name in ("q", "k", "v")}
+    bias = everything("float32")["bias"].copy()
+    dout = everything("float32")["dout"]
+    expected = cupyattn.attention_backward(dout, **operands, bias=bias).dq
+    tensors = as_tensors(operands)
+    out = cupyattn.attention(tensors["q"].requires_grad_(), tensors["k"], tensors["v"], bias=bias)
+    bias[...] = 0
+    out.backward(Torch("").make(dout))
+    assert_same_bits(tensors["q"].grad, expected)
+
+
+def test_integers_that_jax_cannot_hold_are_refused_and_not_wrapped():
+    jax = needs("jax")
+    x, angles = jax.numpy.ones((1, 2, 2, 4)), np.ones((5, 2), np.float32)
+    with pytest.raises(ValueError, match="apply_rotary_emb: seqlen_offsets holds numbers that are too large for int32"):
+        cupyattn.apply_rotary_emb(x, angles, angles, seqlen_offsets=np.array([2**32 + 1]))
 
 
 def test_the_refusal_of_two_libraries_names_each_argument():
@@ -1172,6 +1533,37 @@ def test_what_is_no_array_is_refused_by_name(stranger):
     for arguments, name in (((stranger, q, q), "q"), ((q, stranger, q), "k"), ((q, q, stranger), "v")):
         with pytest.raises(TypeError, match=rf"attention: .*\n(    .*\n)*    {name}  .*{type(stranger).__name__}"):
             cupyattn.attention(*arguments)
+
+
+def test_a_nested_list_is_refused_in_a_line_that_says_what_to_do():
+    q = np.ones((1, 8, 8, 8), np.float32)
+    with pytest.raises(TypeError, match=r"q has to be an array; numpy\.asarray makes one of a list") as caught:
+        cupyattn.attention(q.tolist(), q, q)
+    assert len(str(caught.value)) < 150
+
+
+def test_arrays_without_a_device_are_refused_by_name():
+    """MLX's, for one."""
+
+    class Homeless:
+        shape, dtype, ndim = (1, 2, 2, 4), np.dtype("float32"), 4
+        __dlpack__ = __dlpack_device__ = __array_namespace__ = lambda self, **arguments: None
+
+    with pytest.raises(TypeError, match=r"attention: q has no device, .*; pass what numpy\.asarray makes of it"):
+        cupyattn.attention(Homeless(), Homeless(), Homeless())
+
+
+@calls
+def test_arrays_of_the_array_api_of_2022_are_taken(call):
+    """Their __dlpack__ knows no max_version."""
+    strict = needs("array_api_strict")
+    operands = operands_of(call)
+    strict.set_array_api_strict_flags(api_version="2022.12")
+    try:
+        found = call(**{name: Strict("float32").make(array) for name, array in operands.items()})
+        assert_same_results(found, call(**operands))
+    finally:
+        strict.reset_array_api_strict_flags()
 
 
 def test_special_arrays_are_refused_by_name():
@@ -1353,6 +1745,40 @@ def test_torchs_generator_governs_dropout():
         assert torch.equal(state, torch.get_rng_state())  # whoever needs no number draws none
     assert_same_bits(again, first)
     assert not torch.equal(first, second)
+
+
+def test_under_vmap_randomness_says_whether_each_has_a_dropout_of_its_own():
+    torch = needs("torch")
+    x = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0)).expand(3, -1, -1, -1)
+
+    def of_one(x, **seed):
+        return cupyattn.scaled_dot_product_attention(x, x, x, dropout_p=0.5, **seed)
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        same = torch.func.vmap(of_one, randomness="same")(x)
+        different = torch.func.vmap(of_one, randomness="different")(x)
+        grads = torch.func.vmap(torch.func.grad(lambda x: of_one(x).sum()), randomness="different")(x)
+        torch.manual_seed(1)
+        seeds = torch.func.vmap(
+            lambda x: torch.randint(0, 2**63 - 1, (), device="cpu") + 0 * x.sum().long(), randomness="different"
+        )(x)
+        torch.manual_seed(1)
+        again = torch.func.vmap(of_one, randomness="different")(x)
+        torch.manual_seed(1)
+        again_grads = torch.func.vmap(torch.func.grad(lambda x: of_one(x).sum()), randomness="different")(x)
+        with pytest.raises(RuntimeError, match="randomness"):
+            torch.func.vmap(of_one)(x)
+    for i, seed in enumerate(seeds.tolist()):
+        assert_same_bits(again[i], of_one(x[i], dropout_seed=seed))
+        expected = torch.func.grad(lambda x, seed=seed: of_one(x, dropout_seed=seed).sum())(x[i])
+        assert_same_bits(again_grads[i], expected)
+    assert torch.equal(same[0], same[1])
+    for three in (different, grads):
+        assert not torch.equal(three[0], three[1])
+        assert not torch.equal(three[1], three[2])
+    seeded = torch.func.vmap(lambda x: of_one(x, dropout_seed=1), randomness="different")(x)
+    assert torch.equal(seeded[0], seeded[1])
 
 
 def test_torchs_backward_drops_what_the_forward_dropped():

@@ -410,8 +410,12 @@ LIBRARIES = [
         made=elsewhere("torch", k=floats(2, 5, 2, 8)),
     ),
     bad(
-        "torch_and_numpy_mask", SDPA, TypeError, "attn_mask", "numpy.ndarray", "torch.Tensor",
-        made=elsewhere("torch", SDPA), attn_mask=np.ones((5, 5), bool),
+        "numpy_and_torch_mask", SDPA, TypeError, "attn_mask", "numpy.ndarray", "torch.Tensor",
+        made=elsewhere("torch", attn_mask=np.ones((5, 5), bool)),
+    ),
+    bad(
+        "torch_and_numpy_mask_of_words", SDPA, TypeError, "attn_mask", "object", "torch.Tensor",
+        made=elsewhere("torch", SDPA), attn_mask=np.full((5, 5), None),
     ),
     bad("numpy_and_jax", FLASH, TypeError, "v", "numpy.ndarray", made=elsewhere("jax", v=floats(2, 5, 2, 8))),
     bad("numpy_and_dask", FLASH, TypeError, "q", "dask.Array", made=elsewhere("dask", q=floats(2, 5, 4, 8))),
@@ -420,8 +424,8 @@ LIBRARIES = [
         made=elsewhere("array_api_strict", q=floats(2, 5, 4, 8)),
     ),
     bad(
-        "torch_rotation_by_numpy", ROTARY, TypeError, "x", "torch.Tensor", "cos", "numpy.ndarray",
-        made=elsewhere("torch", x=floats(2, 5, 4, 8)),
+        "rotation_by_torch", ROTARY, TypeError, "x", "numpy.ndarray", "cos", "torch.Tensor",
+        made=elsewhere("torch", cos=floats(6, 3)),
     ),
     bad(
         "torch_and_numpy_states", MERGE, TypeError, "outs[0]", "torch.Tensor", "lses[0]", "numpy.ndarray",

@@ -235,6 +235,38 @@ def test_sdpa_refuses_what_torchs_documentation_forbids_and_its_cpu_kernels_do_n
         cupyattn.scaled_dot_product_attention(q, k, torch.ones(2, 3, 7, 5))
 
 
+@pytest.mark.filterwarnings("ignore:Lower right causal bias will produce NaNs:UserWarning")
+@pytest.mark.parametrize("heads", [2, 8])
+@pytest.mark.parametrize("lengths", [(4, 9), (5, 5), (9, 4)])
+@pytest.mark.parametrize("name", ["causal_upper_left", "causal_lower_right"])
+def test_torchs_own_causal_biases_mean_what_they_mean_to_torch(rng, name, lengths, heads):
+    """What is in their memory says nothing; rows that see no key give zeros, as torch's do."""
+    from torch.nn.attention import bias as biases
+
+    q, k, v = (torch.from_numpy(rng.standard_normal((2, heads, n, 16))) for n in (lengths[0], *lengths[1:] * 2))
+    mask = getattr(biases, name)(*lengths)
+    if hasattr(mask, "fill_"):
+        torch.Tensor.fill_(mask, 3.0)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    found = cupyattn.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert_matches(found, expected, rtol=1e-12, atol=1e-14)
+    on_numpy = cupyattn.scaled_dot_product_attention(*(x.numpy() for x in (q, k, v)), attn_mask=mask)
+    assert_same_bits(on_numpy, found)
+
+
+def test_torchs_own_causal_biases_have_to_fit_and_go_with_no_other_mask(rng):
+    from torch.nn.attention.bias import causal_lower_right, causal_upper_left
+
+    q, k = (torch.from_numpy(rng.standard_normal((1, 2, n, 8))) for n in (4, 9))
+    sdpa = cupyattn.scaled_dot_product_attention
+    with pytest.raises(ValueError, match="attn_mask is causal between 4 queries and 4 keys"):
+        sdpa(q, k, k, attn_mask=causal_lower_right(4, 4))
+    with pytest.raises(ValueError, match="attn_mask and is_causal exclude each other"):
+        sdpa(q, k, k, attn_mask=causal_upper_left(4, 9), is_causal=True)
+    with pytest.raises(TypeError, match="attention: mask is a CausalBias"):
+        cupyattn.attention(q, q, q, mask=causal_upper_left(4, 4))
+
+
 @pytest.mark.parametrize("kinds", [("float32", "float64"), ("int64", "int64"), ("complex64", "complex64")], ids=str)
 def test_sdpa_refuses_the_dtypes_that_torch_refuses(kinds):
     query, key = (torch.ones(2, 3, 4, 5, dtype=getattr(torch, kind)) for kind in kinds)

@@ -291,6 +291,29 @@ def test_no_more_threads_than_the_user_allows_the_blas():
     assert max(seen) <= 3
 
 
+def test_torchs_own_limit_holds_for_tensors():
+    """torch's DataLoader sets it to one in each of its workers."""
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).standard_normal((1, 1500, 2, 16)).astype(np.float32)
+    t, before = torch.from_numpy(x), torch.get_num_threads()
+    expected = cupyattn.attention(x, x, x)
+    started = []
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(
+        threading.Thread, "start", lambda thread, start=threading.Thread.start: started.append(start(thread))
+    )
+    torch.set_num_threads(1)
+    try:
+        np.testing.assert_array_equal(cupyattn.attention(t, t, t), expected)
+        assert (started, cupyattn.explain(t, t, t).num_workers) == ([], 1)
+        torch.set_num_threads(2)
+        assert cupyattn.explain(t, t, t).num_workers == min(2, threads.num_cores())
+        assert cupyattn.explain(x, x, x).num_workers == threads.num_cores()
+    finally:
+        monkey.undo()
+        torch.set_num_threads(before)
+
+
 def test_no_thread_outlives_the_call():
     before = set(threading.enumerate())
     run_all([lambda scratch: None] * 20, 3)

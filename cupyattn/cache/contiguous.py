@@ -92,7 +92,7 @@ class ContiguousCache(Cache):
     @untraced
     def append(self, k: Array, v: Array) -> None:
         function = self._named("append")
-        kind = self._tokens(function, k, v, "bshd")
+        kind, k, v = self._tokens(function, k, v, "bshd")
         batch, count = int(k.shape[0]), int(k.shape[1])
         store = self._store
         if store is not None and batch != store.batch:

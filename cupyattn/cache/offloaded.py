@@ -105,7 +105,7 @@ class OffloadedCache(Cache):
     @untraced
     def append(self, k: Array, v: Array) -> None:
         function = self._named("append")
-        kind = self._tokens(function, k, v, "bshd")
+        kind, k, v = self._tokens(function, k, v, "bshd")
         batch, count = int(k.shape[0]), int(k.shape[1])
         if self._host is not None and batch != self._host.k.shape[1]:
             rule = f"k has to have the cache's batch, {self._host.k.shape[1]}"

@@ -100,7 +100,7 @@ class PagedCache(Cache):
             As `Cache.append`; the pages do not suffice, or seqlens do not sum up to the tokens.
         """
         function = self._named("append")
-        kind = self._tokens(function, k, v, *_axes("k and v", seqlens))
+        kind, k, v = self._tokens(function, k, v, *_axes("k and v", seqlens))
         counts = self._counts(function, "k", tuple(k.shape), seqlens)
         if self._pages.lengths and len(counts) != len(self._pages.lengths):
             rule = f"tokens have to be for {len(self._pages.lengths)} sequences"

@@ -195,23 +195,26 @@ class Cache:
             raise ValueError(refusal(function, "nothing has been appended yet"))
         return self._kind
 
-    def _tokens(self, function: str, k: Array, v: Array, axes: str, otherwise: str = "") -> Kind:
-        """Look at new tokens; refuse those that do not go with the others.  `otherwise` is said after their axes."""
+    def _tokens(self, function: str, k: Array, v: Array, axes: str, otherwise: str = "") -> tuple[Kind, Array, Array]:
+        """Look at new tokens, and return them as they are kept; refuse those that do not go with the others.
+
+        `otherwise` is said after their axes.
+        """
         named = {"k": ("k", k), "v": ("v", v)}
         if self._kind is not None:
             named["kept"] = ("the cache", self._kind.anchor)
         visit = enter(function, named)
-        specs = dict(visit.specs)
+        specs, k, v = dict(visit.specs), visit.arrays["k"], visit.arrays["v"]
         _check_tokens(function, specs, axes, otherwise)
         visit.library.check_keepable(function, {"k": k, "v": v})
         if visit.kind == "cuda":
             visit.device()
         if self._kind is not None:
             _check_alike(function, specs, self._kind)
-            return self._kind
+            return self._kind, k, v
         anchor = visit.library.empty((0,), k)
         features = specs["k"].shape[-2:], specs["v"].shape[-2:]
-        return Kind(visit.library, anchor, specs["k"].dtype, *features, visit.kind)
+        return Kind(visit.library, anchor, specs["k"].dtype, *features, visit.kind), k, v
 
 
 def _check_tokens(function: str, specs: dict[str, Spec], axes: str, otherwise: str) -> None:
