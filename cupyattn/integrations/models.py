@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 import warnings
-from collections.abc import Mapping
+from enum import IntEnum
 from functools import cache, wraps
 from typing import Any, NamedTuple
 
@@ -40,13 +40,23 @@ COMPARES_WITH_SDPA = re.compile(r"attn_implementation\s*([!=]=|(not )?in)[^\n]*[
 NEVER_NONE = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
 
 
+class Masks(IntEnum):
+    """What a class of models understands."""
+
+    NUMBERS = 0
+    """Numbers that are added to the scores, which is what "eager" has, and never None."""
+    BOOLEAN = 1
+    """Booleans too, but never None."""
+    NONE = 2
+    """None too: the layer's `is_causal` says it all."""
+
+
 class Manners(NamedTuple):
     """How a class of models treats an implementation whose name it does not know."""
 
     objection: str
     """Why it cannot use one; "" if it can."""
-    knows_none: bool
-    """A mask of None means to it that the layer's `is_causal` says it all."""
+    masks: Masks = Masks.NUMBERS
 
 
 @cache
@@ -59,20 +69,21 @@ def manners(cls: type) -> Manners:
         try:
             sources.append(inspect.getsource(sys.modules[each.__module__]))
         except (KeyError, OSError, TypeError):
-            return Manners(f"the source of {each.__name__} cannot be read", False)
-    # Who can leave masks to torch's or flash-attn's functions has layers that say whether they are causal.
-    knows_none = any(getattr(cls, flag, False) for flag in ("_supports_sdpa", "_supports_flash_attn"))
+            return Manners(f"the source of {each.__name__} cannot be read")
     if any(ATTENTION_CLASS.search(source) and not ASKS_BY_NAME.search(source) for source in sources):
-        return Manners("it has an attention of its own", False)
+        return Manners("it has an attention of its own")
     if any(CLASSES_BY_NAME.search(source) for source in sources):
-        return Manners("it has a class of attention for each name it knows", False)
-    if not knows_none and not getattr(cls, "_supports_attention_backend", False):
-        return Manners("it supports none but its own attention", False)
-    return Manners("", knows_none and not any(COMPARES_WITH_SDPA.search(source) for source in sources))
+        return Manners("it has a class of attention for each name it knows")
+    interface = getattr(cls, "_supports_attention_backend", False)
+    # Who can leave masks to torch's or flash-attn's functions has layers that say whether they are causal.
+    if getattr(cls, "_supports_sdpa", False) or (interface and getattr(cls, "_supports_flash_attn", False)):
+        by_name = any(COMPARES_WITH_SDPA.search(source) for source in sources)
+        return Manners("", Masks.BOOLEAN if by_name else Masks.NONE)
+    return Manners("" if interface else "it supports none but its own attention")
 
 
-_knows_none: dict[type, bool] = {}
-"""By the class of a configuration: whether the models that have it and use cupyattn know what None means."""
+_understood: dict[type, Masks] = {}
+"""By the class of a configuration: what the models that have it and use cupyattn understand."""
 
 
 def admit(name: str) -> None:
@@ -100,7 +111,7 @@ def admit(name: str) -> None:
             words = f"{type(self).__name__} keeps attn_implementation='eager', not {chosen!r}: {found.objection}"
             warnings.warn(words, stacklevel=2)
             return "eager"
-        _knows_none[config] = _knows_none.get(config, True) and found.knows_none
+        _understood[config] = min(found.masks, _understood.get(config, found.masks))
         return chosen
 
     get_correct_attn_implementation.asks_cupyattn = True  # type: ignore[attr-defined]
@@ -110,14 +121,14 @@ def admit(name: str) -> None:
 def mask(*arguments: Any, **keywords: Any) -> Any:
     """The mask of a model, made as transformers makes it for sdpa: boolean, None where the layers say enough.
 
-    It is never None for a model that did not say what None means.  One whose configuration nobody asked about, since
-    somebody changed the name in it afterwards, gets what "eager" has and everybody understands: numbers to be added.
+    It is never None for a model that did not say what None means, and numbers to be added, as "eager" has them, for one
+    that says nothing about booleans either, or that nobody asked since its configuration got the name afterwards.
     """
     from transformers.masking_utils import eager_mask, sdpa_mask
 
-    knows_none = _knows_none.get(type(keywords.get("config")))
-    make, always = (eager_mask if knows_none is None else sdpa_mask), ({} if knows_none else NEVER_NONE)
-    return make(*arguments, **{**keywords, **always})
+    understood = _understood.get(type(keywords.get("config")), Masks.NUMBERS)
+    make = eager_mask if understood == Masks.NUMBERS else sdpa_mask
+    return make(*arguments, **{**keywords, **({} if understood == Masks.NONE else NEVER_NONE)})
 
 
 def refuse_name(name: Any) -> None:
@@ -142,7 +153,9 @@ def names(layer: type, argument: str) -> bool:
     if layer not in _spelled:
         beside = [vars(sys.modules.get(each.__module__)) for each in layer.__mro__ if each.__module__ in sys.modules]
         eager = [found["eager_attention_forward"] for found in beside if "eager_attention_forward" in found]
-        own = [found for each in layer.__mro__ for found in vars(each).values() if not each.__module__.startswith("torch.")]
+        own = [
+            found for each in layer.__mro__ for found in vars(each).values() if not each.__module__.startswith("torch.")
+        ]
         _spelled[layer] = frozenset(word for function in (*own, *eager) for word in _words(function))
     return argument in _spelled[layer]
 

@@ -234,9 +234,7 @@ def _mask_and_bias(module: Any, attention_mask: Any, position_bias: Any) -> tupl
     return None, attention_mask if position_bias is None else position_bias + attention_mask
 
 
-def _packed(
-    module: Any, query: Any, key: Any, others: Mapping[str, Any], left: int | None, right: int | None
-) -> Any:
+def _packed(module: Any, query: Any, key: Any, others: Mapping[str, Any], left: int | None, right: int | None) -> Any:
     """Who sees whom in sequences packed into one row: boolean, (1 or batch, 1, seqlen_q, seqlen_k).
 
     A window, and what is causal, counts from the end of each sequence, as flash-attn has it.
@@ -258,9 +256,7 @@ def _packed(
             for start, indices in zip(starts, (rows, columns), strict=True)
         )
         # How far a token is from the end of its sequence; what lies behind the last one is a sequence, too.
-        ends = [
-            torch.cat([start, start.new_full((1,), length)]) for start, length in zip(starts, lengths, strict=True)
-        ]
+        ends = [torch.cat([start, start.new_full((1,), length)]) for start, length in zip(starts, lengths, strict=True)]
         rows, columns = rows - ends[0][first], columns - ends[1][second]
         same = (first[:, None] == second)[None]
     elif sequences is not None and sequences.shape[-1] == lengths[0] == lengths[1]:
