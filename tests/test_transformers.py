@@ -306,6 +306,7 @@ def test_models_with_an_attention_of_their_own_give_eagers_numbers_however_they_
 
 
 @pytest.mark.parametrize("name", [*OWN, *BY_NAME])
+@pytest.mark.filterwarnings("ignore:GitVisionModel keeps")
 def test_a_model_that_keeps_its_own_attention_says_so_by_name(name):
     family, config = (OWN | BY_NAME)[name]
     with pytest.warns(UserWarning, match=f"^{family} keeps attn_implementation='eager', not 'cupyattn': it "):

@@ -106,9 +106,10 @@ def admit(name: str) -> None:
         chosen = asked(self, *arguments, **keywords)
         if chosen not in NAMES:
             return chosen
-        found, config = manners(type(self)), type(self.config)
+        cls: type = type(self)
+        found, config = manners(cls), type(self.config)
         if found.objection:
-            words = f"{type(self).__name__} keeps attn_implementation='eager', not {chosen!r}: {found.objection}"
+            words = f"{cls.__name__} keeps attn_implementation='eager', not {chosen!r}: {found.objection}"
             warnings.warn(words, stacklevel=2)
             return "eager"
         _understood[config] = min(found.masks, _understood.get(config, found.masks))

@@ -61,24 +61,34 @@ def register(name: str = "cupyattn", *, compute_dtype: Any = None, ignored: Iter
     compute_dtype : {"float64", "float32"}, optional
         Of the arithmetic on the CPU, as for `cupyattn.attention`.  Default float64, rounded once.
     ignored : iterable of str
-        Names of arguments that a model passes to attention and that may be left out of account.  Others that
-        are not known raise a TypeError, which names them.
+        Names of arguments that a model's layers hand to attention and that may be left out of account.  Others that
+        they name and are not known here raise a TypeError.
 
     Raises
     ------
     ImportError
         transformers is not installed, or older than 5.0.
     TypeError, ValueError
-        `name` or `ignored` are not names, or `compute_dtype` is not one of those above.
+        `name` or `ignored` are not names, `name` means something else to transformers, or `compute_dtype` is not one of those above.
 
     Notes
     -----
     Rows that see no key, those of left padding, give zeros, where ``"eager"`` gives the mean of all values; no
     token depends on them.  Dropout applies while the module is training, its seed is drawn from torch's generator.
-    ``output_attentions=True`` raises: weights are never in memory.  Models that do not ask for implementations
-    by name (Bloom, for one) keep their own; transformers warns of it.
+    ``output_attentions=True`` raises: weights are never in memory.  Under torch.autocast queries, keys and values are
+    cast as torch's own attention casts them.
 
-    Under torch.compile a layer's attention is one operator, ``torch.ops.cupyattn.attention``, without a graph
+    Models that do not hand their attention over (Bloom, for one), that look a class up by the name (Falcon) or support
+    no implementation but their own (NllbMoe) keep ``"eager"``, however they are made, and a warning names them.  It is
+    told by the flags and the source of their class: the first registration wraps the method of transformers,
+    ``PreTrainedModel.get_correct_attn_implementation``, that every way of making a model passes.  Other names than
+    those registered here go through it unchanged.
+
+    Sequences packed into one row, told by ``cu_seq_lens_q`` and ``cu_seq_lens_k`` or by ``seq_idx``, do not see each
+    other, whatever the mask says.  Arguments that neither transformers' attention functions read nor the layer names,
+    those of a loss or a collator's columns, change nothing.
+
+    Under torch.compile, torch.export, torch.jit.trace and make_fx a layer's attention is one operator, ``torch.ops.cupyattn.attention``, without a graph
     break; the operator has gradients.  What it does is not fused with anything.
 
     Gradients exist on the CPU only, as for `cupyattn.attention`.
@@ -184,7 +194,7 @@ def _is_recorded() -> bool:
     """Whether calls are written down to be repeated with other numbers: torch.compile, export, jit.trace, make_fx."""
     import torch
 
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     return bool(torch._C._len_torch_dispatch_stack())
 
@@ -241,7 +251,7 @@ def _packed(module: Any, query: Any, key: Any, others: Mapping[str, Any], left: 
     """
     import torch
 
-    starts = [others.get("cu_seq_lens_q"), others.get("cu_seq_lens_k")]
+    starts: list[Any] = [others.get("cu_seq_lens_q"), others.get("cu_seq_lens_k")]
     lengths = query.shape[2], key.shape[2]
     sequences = others.get("seq_idx")
     came = [(name, type(others[name]).__name__) for name in sorted(PACKED) if others.get(name) is not None]
