@@ -69,7 +69,8 @@ def register(name: str = "cupyattn", *, compute_dtype: Any = None, ignored: Iter
     ImportError
         transformers is not installed, or older than 5.0.
     TypeError, ValueError
-        `name` or `ignored` are not names, `name` means something else to transformers, or `compute_dtype` is not one of those above.
+        `name` or `ignored` are not names, `name` means something else to transformers, or `compute_dtype` is not one
+        of those above.
 
     Notes
     -----
@@ -88,8 +89,9 @@ def register(name: str = "cupyattn", *, compute_dtype: Any = None, ignored: Iter
     other, whatever the mask says.  Arguments that neither transformers' attention functions read nor the layer names,
     those of a loss or a collator's columns, change nothing.
 
-    Under torch.compile, torch.export, torch.jit.trace and make_fx a layer's attention is one operator, ``torch.ops.cupyattn.attention``, without a graph
-    break; the operator has gradients.  What it does is not fused with anything.
+    Under torch.compile, torch.export, torch.jit.trace and make_fx a layer's attention is one operator,
+    ``torch.ops.cupyattn.attention``, without a graph break; the operator has gradients.  What it does is not fused
+    with anything.
 
     Gradients exist on the CPU only, as for `cupyattn.attention`.
     """
