@@ -35,6 +35,8 @@ ATTENTION_CLASS = re.compile(r"^class \w*Attention\w*\((torch\.)?nn\.Module\):",
 ASKS_BY_NAME = re.compile(r"ALL_ATTENTION_FUNCTIONS\s*(\.get_interface\(|\[)")
 CLASSES_BY_NAME = re.compile(r"\b(?!ALL_)\w+\[[\w.]*attn_implementation\]")
 COMPARES_WITH_SDPA = re.compile(r"attn_implementation\s*([!=]=|(not )?in)[^\n]*[\"']sdpa[\"']")
+CAUSAL_MASK = re.compile(r"\bcreate_(sliding_window_)?causal_mask\(")
+BIDIRECTIONAL_LAYER = re.compile(r"\bself\.is_causal = False")
 """What is looked for in the source of a model, as transformers does in `set_attn_implementation`."""
 
 NEVER_NONE = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
@@ -78,7 +80,9 @@ def manners(cls: type) -> Manners:
     # Who can leave masks to torch's or flash-attn's functions has layers that say whether they are causal.
     if getattr(cls, "_supports_sdpa", False) or (interface and getattr(cls, "_supports_flash_attn", False)):
         by_name = any(COMPARES_WITH_SDPA.search(source) for source in sources)
-        return Manners("", Masks.BOOLEAN if by_name else Masks.NONE)
+        # Where causal masks may meet layers that say they are not causal, the masks are right.
+        unclear = any(CAUSAL_MASK.search(source) and BIDIRECTIONAL_LAYER.search(source) for source in sources)
+        return Manners("", Masks.BOOLEAN if by_name or unclear else Masks.NONE)
     return Manners("" if interface else "it supports none but its own attention")
 
 
