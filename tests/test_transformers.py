@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
+from cupyattn.integrations import models  # noqa: E402 - skipped above where they are missing
 from cupyattn.integrations import transformers as integration  # noqa: E402 - skipped above where they are missing
 from cupyattn.integrations.transformers import attend, register  # noqa: E402
 
@@ -237,6 +238,276 @@ def test_bfloat16_models_generate():
 
 
 # ---------------------------------------------------------------------------------------------------
+# Models that cannot be handed over
+# ---------------------------------------------------------------------------------------------------
+
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+PICTURES = {**VISION, "image_size": 32, "patch_size": 16, "initializer_range": 0.3}
+BLOOM = {"vocab_size": WORDS, "hidden_size": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.3}
+OWN = {
+    "bloom": ("BloomForCausalLM", lambda: transformers.BloomConfig(**BLOOM)),
+    "mpt": ("MptForCausalLM", lambda: transformers.MptConfig(vocab_size=WORDS, d_model=32, n_layers=2, n_heads=4)),
+    "mpnet": ("MPNetModel", lambda: transformers.MPNetConfig(**TINY, initializer_range=0.3)),
+    "roformer": ("RoFormerModel", lambda: transformers.RoFormerConfig(**TINY, initializer_range=0.3)),
+    "blip text": ("BlipTextModel", lambda: transformers.BlipTextConfig(**TINY, initializer_range=0.3)),
+    "splinter": ("SplinterModel", lambda: transformers.SplinterConfig(**TINY, initializer_range=0.3)),
+}
+"""Families with an attention of their own; the last has layers that do not say whether they are causal."""
+BY_NAME = {
+    "falcon": ("FalconForCausalLM", lambda: transformers.FalconConfig(**VISION, vocab_size=WORDS)),
+    "git": ("GitModel", lambda: transformers.GitConfig(**VISION, vocab_size=WORDS, vision_config=PICTURES)),
+    "data2vec vision": ("Data2VecVisionModel", lambda: transformers.Data2VecVisionConfig(**PICTURES)),
+}
+"""Families that look a class up by the name of the implementation."""
+
+
+def from_pretrained(family, config, folder):
+    family._from_config(config(), attn_implementation="eager").save_pretrained(folder)
+    return family.from_pretrained(folder, attn_implementation="cupyattn")
+
+
+def constructed(family, config, _):
+    config = config()
+    config._attn_implementation = "cupyattn"
+    return family(config)
+
+
+def set_later(family, config, _):
+    model = family._from_config(config(), attn_implementation="eager")
+    model.set_attn_implementation("cupyattn")
+    return model
+
+
+WAYS_TO_MAKE = {
+    "_from_config": lambda family, config, _: family._from_config(config(), attn_implementation="cupyattn"),
+    "from_pretrained": from_pretrained,
+    "constructed": constructed,
+    "set_attn_implementation": set_later,
+}
+
+
+def assert_same_numbers(ours, family, config):
+    eager = family._from_config(config(), attn_implementation="eager").eval()
+    eager.load_state_dict(ours.state_dict())
+    ids, mask = prompts(padded=True)
+    for padding in (torch.ones_like(mask), mask):
+        with torch.no_grad():
+            expected, actual = (model.eval()(ids, attention_mask=padding)[0] for model in (eager, ours))
+        real = padding.bool()
+        np.testing.assert_allclose(actual[real], expected[real], rtol=TOLERANCE, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("way", WAYS_TO_MAKE)
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.filterwarnings("ignore:.*keeps attn_implementation='eager'")
+def test_models_with_an_attention_of_their_own_give_eagers_numbers_however_they_are_made(name, way, tmp_path):
+    family, config = getattr(transformers, OWN[name][0]), OWN[name][1]
+    assert_same_numbers(WAYS_TO_MAKE[way](family, config, tmp_path), family, config)
+
+
+@pytest.mark.parametrize("name", [*OWN, *BY_NAME])
+@pytest.mark.filterwarnings("ignore:GitVisionModel keeps")
+def test_a_model_that_keeps_its_own_attention_says_so_by_name(name):
+    family, config = (OWN | BY_NAME)[name]
+    with pytest.warns(UserWarning, match=f"^{family} keeps attn_implementation='eager', not 'cupyattn': it "):
+        model = getattr(transformers, family)._from_config(config(), attn_implementation="cupyattn")
+    assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.filterwarnings("ignore:.*keeps attn_implementation='eager'")
+def test_a_part_that_cannot_be_handed_over_leaves_the_others_to_cupyattn():
+    family = transformers.EncoderDecoderModel
+    parts = transformers.MegatronBertConfig(**TINY, initializer_range=0.3), transformers.BertConfig(**TINY)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    eager = family._from_config(copy.deepcopy(config), attn_implementation="eager").eval()
+    ours = family._from_config(copy.deepcopy(config), attn_implementation="cupyattn").eval()
+    ours.load_state_dict(eager.state_dict())
+    assert ours.encoder.config._attn_implementation == "eager"
+    assert ours.decoder.config._attn_implementation == "cupyattn"
+    ids, mask = prompts(padded=True)
+    with torch.no_grad():
+        expected, actual = (m(ids, attention_mask=mask, decoder_input_ids=ids[:, :4]).logits for m in (eager, ours))
+    np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_a_name_that_is_changed_in_the_configuration_hides_what_it_should():
+    """Nobody is asked then; the masks are eager's, which every model understands."""
+    family, config = transformers.BloomForCausalLM, OWN["bloom"][1]
+    ours = family._from_config(config(), attn_implementation="eager")
+    ours.config._attn_implementation = "cupyattn"
+    assert_same_numbers(ours, family, config)
+
+
+def test_registering_again_and_other_names_change_nothing_else():
+    model = transformers.PreTrainedModel
+    asked = model.get_correct_attn_implementation
+    register()
+    register("cupyattn_again")
+    assert model.get_correct_attn_implementation is asked
+    with pytest.warns(UserWarning, match="not 'cupyattn_again': it has an attention of its own"):
+        transformers.BloomModel._from_config(OWN["bloom"][1](), attn_implementation="cupyattn_again")
+    with pytest.raises(ValueError, match="does not support an attention implementation through torch"):
+        transformers.BloomModel._from_config(OWN["bloom"][1](), attn_implementation="sdpa")
+    assert transformers.FalconModel._from_config(BY_NAME["falcon"][1]()).config._attn_implementation == "sdpa"
+
+
+def test_a_class_whose_source_cannot_be_read_keeps_its_own():
+    family = type("Unreadable", (transformers.LlamaModel,), {"__module__": "nowhere"})
+    config = DECODERS["llama"]()
+    config._attn_implementation = "cupyattn"
+    with pytest.warns(UserWarning, match="Unreadable keeps .*: the source of Unreadable cannot be read"):
+        family(config)
+
+
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+GEMMA4 = {
+    **GROUPED,
+    "vocab_size_per_layer_input": WORDS,
+    "hidden_size_per_layer_input": 8,
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 64,
+    "rope_parameters": {"full_attention": ROPE, "sliding_attention": ROPE},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "masks"),
+    [
+        ("LlamaModel", "NONE"),
+        ("GptOssModel", "NONE"),
+        ("Gemma4TextModel", "BOOLEAN"),  # compares the name with "sdpa" to know what None means
+        ("Aimv2TextModel", "BOOLEAN"),  # a causal mask over layers that say they are not causal
+        ("DeepseekV4Model", "NUMBERS"),  # appends numbers to them
+    ],
+)
+def test_models_get_the_masks_they_understand(family, masks):
+    manners = models.manners(getattr(transformers, family))
+    assert manners == ("", models.Masks[masks])
+
+
+def test_gemma4_with_shared_keys_generates_what_eager_does():
+    """Its last layers have queries for the last logits only, which is more than a missing mask can say."""
+    eager, ours = both("gemma4", lambda: transformers.Gemma4TextConfig(**GEMMA4))
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7]])
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW, "do_sample": False}
+    with torch.no_grad():
+        whole = eager(ids).logits
+        for keep in (1, 3):
+            found = ours(ids, logits_to_keep=keep).logits
+            np.testing.assert_allclose(found, whole[:, -keep:], rtol=TOLERANCE, atol=TOLERANCE)
+    expected = eager.generate(ids, **options)
+    for way in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": ours}, {"cache_implementation": "static"}):
+        assert torch.equal(ours.generate(ids, **options, **way), expected), way
+
+
+# ---------------------------------------------------------------------------------------------------
+# Autocast and traces
+# ---------------------------------------------------------------------------------------------------
+
+
+def mixed():
+    """What a rotary model hands over under autocast: q and k in float32, v in bfloat16."""
+    q, k, v = (x.float().requires_grad_() for x in operands(5, 5))
+    return q, k, v.detach().bfloat16().requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("all_float32", [False, True])
+def test_autocast_gives_its_dtype_and_gradients_of_the_arrays_own(dtype, is_compiled, all_float32, compiled):
+    arrays = [x.detach().float().requires_grad_() for x in mixed()] if all_float32 else mixed()
+    numbers = torch.where(band(5, 5, 99, 0), 0.0, torch.finfo().min).expand(2, 1, 5, 5)
+    layer = Layer()
+
+    def loss(*arrays):
+        out, _ = attend(layer, *arrays, numbers)
+        return out, (out.float() ** 2).sum()
+
+    with torch.autocast("cpu", dtype=dtype):
+        out, number = (compiled(loss) if is_compiled else loss)(*arrays)
+    found = torch.autograd.grad(number, arrays)
+    exact = [x.detach().to(dtype).double().requires_grad_() for x in arrays]
+    right = definition(*exact, band(5, 5, 99, 0))
+    slopes = torch.autograd.grad((right**2).sum(), exact)
+    assert out.dtype == dtype
+    assert [x.dtype for x in found] == [x.dtype for x in arrays]
+    for actual, expected in zip((out, *found), (right, *slopes), strict=True):
+        error = (actual.double() - expected).abs().max() / expected.abs().max()
+        assert error < 2 * torch.finfo(dtype).eps
+
+
+def test_float64_stays_float64_under_autocast():
+    q, k, v = operands()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = attend(Layer(), q, k, v, None)
+    assert_close(out, definition(q, k, v, band(5, 5, 99, 0)))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma2"])
+def test_a_step_of_training_in_bfloat16_is_eagers(name):
+    """What a Trainer with bf16=True does; see below for the Trainer itself."""
+    eager, ours = both(name, DECODERS[name])
+    ids, mask = prompts(padded=True)
+    labels = torch.where(mask.cumsum(-1) > 1, ids, -100)
+    slopes = []
+    for model in (eager, ours):
+        model.train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=torch.tensor(20)).loss
+        loss.backward()
+        slopes.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert (slopes[1] - slopes[0]).norm() < 0.05 * slopes[0].norm()
+
+
+def test_the_trainer_trains_in_bfloat16(tmp_path):
+    pytest.importorskip("accelerate", reason="the Trainer needs it")
+    _, ours = both("qwen2", DECODERS["qwen2"])
+    ids, mask = prompts(padded=True)
+    rows = [{"input_ids": i, "attention_mask": m, "labels": i} for i, m in zip(ids, mask, strict=True)]
+    options = {"bf16": True, "use_cpu": True, "max_steps": 2, "report_to": [], "save_strategy": "no"}
+    arguments = transformers.TrainingArguments(tmp_path, **options, disable_tqdm=True)
+    found = transformers.Trainer(ours, arguments, train_dataset=rows).train()
+    assert np.isfinite(found.training_loss)
+
+
+class Seen(torch.nn.Module):
+    """A tiny ViT whose result is a tensor, as traces want it."""
+
+    def __init__(self):
+        super().__init__()
+        config = transformers.ViTConfig(**PICTURES)
+        self.model = transformers.ViTModel._from_config(config, attn_implementation="cupyattn").eval()
+
+    def forward(self, x):
+        return self.model(x).last_hidden_state
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("way", ["jit.trace", "export"])
+def test_a_traced_model_is_right_for_another_input(way):
+    model, (first, second) = Seen(), torch.randn(2, 1, 3, 32, 32)
+    with torch.no_grad():
+        if way == "export":
+            traced = torch.export.export(model, (first,)).module()
+        else:
+            traced = torch.jit.trace(model, (first,), check_trace=False)
+        np.testing.assert_allclose(traced(second), model(second), rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_make_fx_records_the_call():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    layer = Layer()
+    first, second = operands(), [x.flip(0) for x in operands()]
+    recorded = make_fx(lambda q, k, v: attend(layer, q, k, v, None)[0])(*first)
+    assert_close(recorded(*second), attend(layer, *second, None)[0])
+
+
+# ---------------------------------------------------------------------------------------------------
 # The contract, argument by argument
 # ---------------------------------------------------------------------------------------------------
 
@@ -369,25 +640,82 @@ def test_rows_that_see_nothing_are_zero():
     assert (out[0] != 0).all()
 
 
-@pytest.mark.parametrize("name", [*sorted(integration.REFUSED), *sorted(integration.PACKED)])
+@pytest.mark.parametrize("name", sorted(integration.REFUSED))
 def test_what_changes_the_meaning_is_refused_by_name(name):
     with pytest.raises(NotImplementedError, match=rf"(?s)cupyattn in transformers: {name}.*Layer"):
         attend(Layer(), *operands(), None, **{name: torch.ones(1)})
 
 
-@pytest.mark.parametrize("name", sorted(integration.PACKED))
-def test_where_packed_sequences_start_may_be_said_besides_in_the_mask(name):
-    q, k, v = operands()
-    visible = band(5, 5, 1, 0).expand(2, 1, 5, 5)
-    assert_close(attend(Layer(), q, k, v, visible, **{name: torch.ones(1)})[0], definition(q, k, v, visible))
+STARTS = torch.tensor([0, 4, 9], dtype=torch.int32)
+TOGETHER = STARTS.diff().repeat_interleave(STARTS.diff()) == STARTS.diff().repeat_interleave(STARTS.diff())[:, None]
+
+
+@pytest.mark.parametrize("said", ["cu_seq_lens", "seq_idx"])
+@pytest.mark.parametrize("mask", ["none", "boolean", "numbers"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_packed_sequences_do_not_see_each_other_whatever_the_mask_says(said, mask, window):
+    q, k, v = operands(9, 9, batch=1)
+    starts = {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS, "max_length_q": 5, "max_length_k": 5}
+    packed = {"cu_seq_lens": starts, "seq_idx": {"seq_idx": torch.tensor([[0] * 4 + [1] * 5])}}[said]
+    visible = band(9, 9, 99 if window is None else window - 1, 0)
+    given = {"none": None, "boolean": visible, "numbers": torch.where(visible, 0.0, -torch.inf)}[mask]
+    given = None if given is None else given.expand(1, 1, 9, 9)
+    out, _ = attend(Layer(), q, k, v, given, sliding_window=window, **packed)
+    assert_close(out, definition(q, k, v, visible & TOGETHER))
+
+
+def test_packed_queries_that_follow_their_caches_are_the_last_of_their_sequences():
+    q, k, v = operands(5, 9, batch=1)
+    starts = {"cu_seq_lens_q": torch.tensor([0, 2, 5]), "cu_seq_lens_k": torch.tensor([0, 4, 9])}
+    visible = torch.zeros(5, 9, dtype=torch.bool)
+    visible[:2, :4], visible[2:, 4:] = band(2, 4, 99, 0, shift=2), band(3, 5, 99, 0, shift=2)
+    assert_close(attend(Layer(), q, k, v, None, **starts)[0], definition(q, k, v, visible))
+
+
+@pytest.mark.parametrize(
+    ("packed", "words"),
+    [
+        ({"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS}, "packed into one row, not 2; pass an attention_mask"),
+        ({"cu_seq_lens_q": STARTS}, "where packed sequences start is said by cu_seq_lens_q and cu_seq_lens_k"),
+        ({"max_length_q": 5}, "where packed sequences start is said by"),
+        ({"seq_idx": torch.zeros(2, 4)}, "where packed sequences start is said by"),
+    ],
+)
+def test_packed_sequences_that_cannot_be_told_apart_are_refused(packed, words):
+    with pytest.raises(ValueError, match=rf"(?s){words}.*Layer"):
+        attend(Layer(), *operands(9, 9), band(9, 9, 99, 0).expand(2, 1, 9, 9), **packed)
+
+
+class Warm(Layer):
+    """A layer that knows an argument nobody else does."""
+
+    def forward(self, *arrays, **others):
+        return attend(self, *arrays, None, temperature=2.0, **others)
 
 
 def test_an_unknown_argument_is_refused_until_it_is_ignored():
-    with pytest.raises(TypeError, match="temperature is not known here"):
-        attend(Layer(), *operands(), None, temperature=2.0)
-    expected, _ = attend(Layer(), *operands(), None)
-    actual, _ = attend(Layer(), *operands(), None, temperature=2.0, ignored=frozenset({"temperature"}))
-    assert torch.equal(actual, expected)
+    with pytest.raises(TypeError, match=r"(?s)temperature is not known here.*Warm"):
+        Warm()(*operands())
+    Warm()(*operands(), ignored=frozenset({"temperature"}))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_an_argument_that_no_layer_names_changes_nothing(is_compiled, compiled):
+    layer, arrays = Layer(), operands()
+
+    def call(*arrays):
+        return attend(layer, *arrays, None, temperature=2.0)[0]
+
+    assert_close((compiled(call) if is_compiled else call)(*arrays), attend(layer, *arrays, None)[0])
+
+
+def test_arguments_of_the_loss_and_columns_of_a_collator_pass():
+    eager, ours = both("llama", DECODERS["llama"])
+    ids, _ = prompts(padded=False)
+    columns = {"special_tokens_mask": torch.zeros_like(ids), "length": torch.tensor([11, 11, 11]), "return_loss": True}
+    loss = {"ignore_index": 5, "shift_labels": ids.roll(1), "label_smoothing": 0.1, "num_items_in_batch": 7}
+    expected, actual = (model(ids, labels=ids, **loss, **columns).loss for model in (eager, ours))
+    np.testing.assert_allclose(actual.detach(), expected.detach(), rtol=TOLERANCE)
 
 
 @pytest.mark.parametrize("nothing", [None, False])
@@ -401,8 +729,8 @@ def test_a_mask_that_is_not_one_of_scores_is_refused(mask):
         attend(Layer(), *operands(), mask)
 
 
-def test_a_mask_of_integers_is_refused():
-    with pytest.raises(TypeError, match="mask has to be boolean"):
+def test_a_mask_of_integers_is_refused_and_told_what_to_pass():
+    with pytest.raises(TypeError, match=r"(?s)attention_mask has to be boolean, .* pass mask\.bool\(\) .*Layer"):
         attend(Layer(), *operands(), torch.ones(2, 1, 5, 5, dtype=torch.int64))
 
 
@@ -436,6 +764,16 @@ def test_another_name_and_compute_dtype(monkeypatch):
     [
         ({"name": 3}, TypeError, "name has to be a word"),
         ({"name": ""}, TypeError, "name has to be a word"),
+        ({"name": "sdpa"}, ValueError, "a name with 'sdpa' in it means to transformers torch's attention"),
+        ({"name": "eager"}, ValueError, "a name with 'eager' in it means to transformers a model's own attention"),
+        ({"name": "flash_cupyattn"}, ValueError, "a name with 'flash' in it means to transformers flash-attn"),
+        (
+            {"name": "flex_attention"},
+            ValueError,
+            "a name with 'flex' in it means to transformers torch's flex_attention",
+        ),
+        ({"name": "org/cupyattn"}, ValueError, "a name with '/' in it means to transformers a repository"),
+        ({"name": "paged|cupyattn"}, ValueError, r"a name with 'paged\|' in it means to transformers continuous batch"),
         ({"ignored": [3]}, TypeError, "ignored has to hold names"),
         ({"compute_dtype": "float16"}, ValueError, "compute_dtype has to be"),
     ],

@@ -6,7 +6,11 @@
     model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="cupyattn")
 
 A model calls `attend` once a layer, with tensors (batch, heads, seqlen, head_dim) and whatever else it knows.
-What it knows and we do not is refused, since it may change the meaning.
+
+An argument can change what attention means only if one of transformers' own attention functions reads it, or the layer
+names it when it calls.  Of the first kind are the parameters of `attend`, `REFUSED` and `PACKED`; what the layer names
+and we do not know is refused.  All else came along in a model's ``**kwargs``, for its loss or out of a collator, and
+changes nothing, as with "eager" and "sdpa".
 """
 
 from __future__ import annotations
@@ -17,18 +21,18 @@ from typing import Any
 
 from cupyattn import reading
 from cupyattn.api import attention, attention_backward
+from cupyattn.integrations import models
 from cupyattn.reading import refusal
 
 FUNCTION = "cupyattn in transformers"
 
 MEANINGLESS = frozenset(
     {
-        *("position_ids", "cache_position", "use_cache", "past_key_values", "return_dict", "output_hidden_states"),
-        *("output_router_logits", "num_items_in_batch", "logits_to_keep", "token_type_ids", "mm_token_type_ids"),
+        *("position_ids", "cache_position", "use_cache", "past_key_values"),
         "deterministic",  # results here are the same in every run
     }
 )
-"""Arguments that models pass through and that change nothing about attention, or did so before, in the mask."""
+"""Arguments that layers name and that change nothing about attention, or did so before, in the mask."""
 
 REFUSED = {
     "output_attentions": "the weights are never in memory; choose attn_implementation='eager' for them",
@@ -41,7 +45,7 @@ REFUSED = {
 """Arguments that change the meaning in a way that is not offered."""
 
 PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
-"""What says where sequences packed into one row start; the mask says it, too, if position_ids do."""
+"""What says where sequences packed into one row start."""
 
 
 def register(name: str = "cupyattn", *, compute_dtype: Any = None, ignored: Iterable[str] = ()) -> None:
@@ -57,47 +61,59 @@ def register(name: str = "cupyattn", *, compute_dtype: Any = None, ignored: Iter
     compute_dtype : {"float64", "float32"}, optional
         Of the arithmetic on the CPU, as for `cupyattn.attention`.  Default float64, rounded once.
     ignored : iterable of str
-        Names of arguments that a model passes to attention and that may be left out of account.  Others that
-        are not known raise a TypeError, which names them.
+        Names of arguments that a model's layers hand to attention and that may be left out of account.  Others that
+        they name and are not known here raise a TypeError.
 
     Raises
     ------
     ImportError
         transformers is not installed, or older than 5.0.
     TypeError, ValueError
-        `name` or `ignored` are not names, or `compute_dtype` is not one of those above.
+        `name` or `ignored` are not names, `name` means something else to transformers, or `compute_dtype` is not one
+        of those above.
 
     Notes
     -----
     Rows that see no key, those of left padding, give zeros, where ``"eager"`` gives the mean of all values; no
     token depends on them.  Dropout applies while the module is training, its seed is drawn from torch's generator.
-    ``output_attentions=True`` raises: weights are never in memory.  Models that do not ask for implementations
-    by name (Bloom, for one) keep their own; transformers warns of it.
+    ``output_attentions=True`` raises: weights are never in memory.  Under torch.autocast queries, keys and values are
+    cast as torch's own attention casts them.
 
-    Under torch.compile a layer's attention is one operator, ``torch.ops.cupyattn.attention``, without a graph
-    break; the operator has gradients.  What it does is not fused with anything.
+    Models that do not hand their attention over (Bloom, for one), that look a class up by the name (Falcon) or support
+    no implementation but their own (NllbMoe) keep ``"eager"``, however they are made, and a warning names them.  It is
+    told by the flags and the source of their class: the first registration wraps the method of transformers,
+    ``PreTrainedModel.get_correct_attn_implementation``, that every way of making a model passes.  Other names than
+    those registered here go through it unchanged.
+
+    Sequences packed into one row, told by ``cu_seq_lens_q`` and ``cu_seq_lens_k`` or by ``seq_idx``, do not see each
+    other, whatever the mask says.  Arguments that neither transformers' attention functions read nor the layer names,
+    those of a loss or a collator's columns, change nothing.
+
+    Under torch.compile, torch.export, torch.jit.trace and make_fx a layer's attention is one operator,
+    ``torch.ops.cupyattn.attention``, without a graph break; the operator has gradients.  What it does is not fused
+    with anything.
 
     Gradients exist on the CPU only, as for `cupyattn.attention`.
     """
-    if not isinstance(name, str) or not name:
-        raise TypeError(refusal("register", "name has to be a word", ("name", repr(name))))
+    models.refuse_name(name)
     names = frozenset([ignored] if isinstance(ignored, str) else ignored)
     if not all(isinstance(each, str) for each in names):
         raise TypeError(refusal("register", "ignored has to hold names of arguments", ("ignored", repr(ignored))))
     compute = reading.compute_dtype("register", compute_dtype)
     try:
+        import torch  # noqa: F401 - transformers can be imported without it
         import transformers
-        from transformers.masking_utils import sdpa_mask
     except ImportError as error:
         rule = "needs transformers 5.0 or newer and torch: pip install 'transformers>=5' torch"
         raise ImportError(refusal("register", rule)) from error
     if int(transformers.__version__.partition(".")[0]) < 5:
         rule = "needs transformers 5.0 or newer"
         raise ImportError(refusal("register", rule, ("transformers", transformers.__version__)))
+    models.admit(name)
     _define_operator()
     transformers.AttentionInterface.register(name, partial(attend, compute_dtype=compute, ignored=names))
     # Without a mask function of its own an implementation is handed no mask at all, padding or not.
-    transformers.AttentionMaskInterface.register(name, sdpa_mask)
+    transformers.AttentionMaskInterface.register(name, models.mask)
 
 
 def attend(
@@ -149,8 +165,9 @@ def attend(
     """
     import torch
 
-    _refuse_unknown(module, attention_mask, others, ignored)
+    _refuse_unknown(module, others, ignored)
     mask, bias = _mask_and_bias(module, attention_mask, position_bias)
+    query, key, value, bias = _as_autocast_does(query, key, value, bias)
     left = right = None
     if attention_mask is None:
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -158,48 +175,113 @@ def attend(
             left = right = sliding_window - 1
         if causal:
             right = 0
+    if any(others.get(name) is not None for name in PACKED):
+        visible = _packed(module, query, key, others, left, right)
+        mask = visible if mask is None else mask & visible
+        left = right = None
     if query.shape[0] == 1 < key.shape[0]:  # learned queries, the same for a whole batch
         query = query.expand(key.shape[0], -1, -1, -1)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
     dropout_p = float(dropout) if module.training else 0.0
     # Of several queries without a mask the first sees the first key, whatever room a cache has; a lone one is the last.
-    several = query.shape[2] > 1
+    several = bool(query.shape[2] > 1)
     rest: tuple[Any, ...] = (left, right, several, scaling, softcap or 0.0, dropout_p, compute_dtype)
-    if torch.compiler.is_compiling():
+    if _is_recorded():
         seed = torch.randint(0, 2**63 - 1, (), device="cpu") if dropout_p > 0.0 else None
         return torch.ops.cupyattn.attention(q, k, v, mask, bias, s_aux, seed, *rest), None
     return attention(q, k, v, **_keywords(mask, bias, s_aux, None, *rest)), None
 
 
-def _refuse_unknown(module: Any, attention_mask: Any, others: Mapping[str, Any], ignored: frozenset[str]) -> None:
+def _is_recorded() -> bool:
+    """Whether calls are written down to be repeated with other numbers: torch.compile, export, jit.trace, make_fx."""
+    import torch
+
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    return bool(torch._C._len_torch_dispatch_stack())
+
+
+def _as_autocast_does(query: Any, *others: Any) -> tuple[Any, ...]:
+    """In autocast's dtype where it is enabled, which torch's own attention would do; float64 stays."""
+    import torch
+
+    given = (query, *others)
+    kind = query.device.type
+    if not torch.is_autocast_enabled(kind):
+        return given
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in given)
+
+
+def _refuse_unknown(module: Any, others: Mapping[str, Any], ignored: frozenset[str]) -> None:
     layer = ("layer", type(module).__name__)
     for name, given in others.items():
-        if given is None or given is False or name in MEANINGLESS or name in ignored:
+        if given is None or given is False or name in MEANINGLESS or name in ignored or name in PACKED:
             continue
         came = (name, type(given).__name__)
         if name in REFUSED:
             raise NotImplementedError(refusal(FUNCTION, f"{name}: {REFUSED[name]}", came, layer))
-        if name in PACKED:
-            if attention_mask is None:
-                rule = f"{name} without a mask; pass position_ids that start again with each sequence, and no mask"
-                raise NotImplementedError(refusal(FUNCTION, rule, came, layer))
-            continue
-        rule = f"{name} is not known here, and may change what attention means; register(ignored=[{name!r}]) ignores it"
-        raise TypeError(refusal(FUNCTION, rule, came, layer))
+        if models.names(type(module), name):
+            rule = f"{name} is not known here, and may change what attention means"
+            raise TypeError(refusal(FUNCTION, f"{rule}; register(ignored=[{name!r}]) ignores it", came, layer))
 
 
 def _mask_and_bias(module: Any, attention_mask: Any, position_bias: Any) -> tuple[Any, Any]:
     """Who may be seen, and what is added to the scores; each may be None."""
+    import torch
+
     if attention_mask is None:
         return None, position_bias
+    layer = ("layer", type(module).__name__)
     shape = getattr(attention_mask, "shape", None)
-    if shape is None or not hasattr(attention_mask, "is_floating_point") or len(shape) != 4:
+    if shape is None or not isinstance(attention_mask, torch.Tensor) or len(shape) != 4:
         rule = "attention_mask has to be a tensor (batch, num_heads, seqlen_q, seqlen_k), or broadcast to it"
         came = ("attention_mask", type(attention_mask).__name__, "" if shape is None else str(tuple(shape)))
-        raise ValueError(refusal(FUNCTION, rule, came, ("layer", type(module).__name__)))
-    if not attention_mask.is_floating_point():
+        raise ValueError(refusal(FUNCTION, rule, came, layer))
+    if attention_mask.dtype == torch.bool:
         return attention_mask, position_bias
+    if not attention_mask.is_floating_point():
+        rule = "attention_mask has to be boolean, or numbers to add; pass mask.bool() if 1 marks what may be seen"
+        raise TypeError(refusal(FUNCTION, rule, ("attention_mask", attention_mask.dtype, str(tuple(shape))), layer))
     return None, attention_mask if position_bias is None else position_bias + attention_mask
+
+
+def _packed(module: Any, query: Any, key: Any, others: Mapping[str, Any], left: int | None, right: int | None) -> Any:
+    """Who sees whom in sequences packed into one row: boolean, (1 or batch, 1, seqlen_q, seqlen_k).
+
+    A window, and what is causal, counts from the end of each sequence, as flash-attn has it.
+    """
+    import torch
+
+    starts: list[Any] = [others.get("cu_seq_lens_q"), others.get("cu_seq_lens_k")]
+    lengths = query.shape[2], key.shape[2]
+    sequences = others.get("seq_idx")
+    came = [(name, type(others[name]).__name__) for name in sorted(PACKED) if others.get(name) is not None]
+    layer = ("layer", type(module).__name__)
+    rows, columns = (torch.arange(length, device=query.device) for length in lengths)
+    if starts[0] is not None and starts[1] is not None:
+        if query.shape[0] != 1:
+            rule = f"cu_seq_lens are of sequences packed into one row, not {query.shape[0]}; pass an attention_mask"
+            raise ValueError(refusal(FUNCTION, rule, *came, layer))
+        first, second = (
+            torch.searchsorted(start, indices.to(start.dtype), right=True)
+            for start, indices in zip(starts, (rows, columns), strict=True)
+        )
+        # How far a token is from the end of its sequence; what lies behind the last one is a sequence, too.
+        ends = [torch.cat([start, start.new_full((1,), length)]) for start, length in zip(starts, lengths, strict=True)]
+        rows, columns = rows - ends[0][first], columns - ends[1][second]
+        same = (first[:, None] == second)[None]
+    elif sequences is not None and sequences.shape[-1] == lengths[0] == lengths[1]:
+        same = sequences[:, :, None] == sequences[:, None, :]
+    else:
+        rule = "where packed sequences start is said by cu_seq_lens_q and cu_seq_lens_k, by seq_idx, or in a mask alone"
+        raise ValueError(refusal(FUNCTION, rule, *came, layer))
+    distance = columns - rows[:, None]
+    if left is not None:
+        same = same & (distance >= -left)
+    if right is not None:
+        same = same & (distance <= right)
+    return same[:, None]
 
 
 def _keywords(
