@@ -83,7 +83,7 @@ def number(function: str, name: str, value: Any, *, rule: str, ok: Any) -> float
 
 def softmax_scale(function: str, name: str, value: Any) -> float | None:
     """The factor of the scores; None: head_dim ** -0.5, once head_dim is known."""
-    return None if value is None else number(function, name, value, rule="finite and not negative", ok=lambda x: x >= 0)
+    return None if value is None else number(function, name, value, rule="finite", ok=lambda x: True)
 
 
 def softcap(function: str, value: Any) -> float:
