@@ -103,10 +103,10 @@ def test_torch_tensors(torch, rng, dtype, dims, shape, mask):
 )
 @pytest.mark.parametrize("seqlens", [(3, 1), (70, 5), (300, 17)], ids=str)
 @pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
-def test_rows_before_the_keys_under_scales_of_any_sign(torch, rng, seqlens, mask, scale):
+def test_rows_before_the_keys_under_scales_of_any_sign(torch, rng, seqlens, causal, scale):
     arrays = operands(rng, "bfloat16", "bshd", 2, (4, 2, 2), seqlens, (64, 64))
     q, k, v = (to_torch(torch, x) for x in arrays.values())
-    options = {**mask, "softmax_scale": scale}
+    options = {"causal": causal, "alignment": "bottom-right", "softmax_scale": scale}
     out, lse = cupyattn.attention(q, k, v, return_lse=True, **options)
     tile = cupyattn.explain(q, k, v, **options).tile
     hold_to_the_definition(
