@@ -86,7 +86,7 @@ def test_edited_scores_meet_the_bar(rng, make, schedule):
     check(arrays, options, "flash", schedule, dropout_seed=seed)
 
 
-@pytest.mark.parametrize("edit", ["softcap 50", "everything", "scale below 0"])
+@pytest.mark.parametrize("edit", ["softcap 50", "everything", "scale below 0, sinks, softcap, window"])
 def test_edited_scores_meet_the_bar_of_float32(rng, edit):
     arrays, options, seed = EDITS[edit](rng, "float32")
     check(arrays, options, "flash", 1, dropout_seed=seed)
