@@ -156,6 +156,10 @@ def objections_of_numpy(problem: Problem, device: Device) -> tuple[str, ...]:
 # ---------------------------------------------------------------------------------------------------
 
 
+LONGEST = 2**30 - 2**10
+"""Rows or keys that a kernel counts, ``kOpen`` there: the sum of two such numbers and a tile fits an int of 32 bits."""
+
+
 def _objections_of_a_kernel(problem: Problem, device: Device) -> list[str]:
     """What every CUDA kernel asks for."""
     if device.kind != "cuda":
@@ -167,6 +171,9 @@ def _objections_of_a_kernel(problem: Problem, device: Device) -> list[str]:
         reasons.append("has no float64 arithmetic")
     if problem.compute_dtype not in (None, "float32"):
         reasons.append(f"accumulates in float32, not in {problem.compute_dtype}")
+    longest = max(problem.sizes.seqlen_q, problem.sizes.seqlen_k, problem.sizes.total_q)
+    if longest > LONGEST:
+        reasons.append(f"counts rows and keys in 32 bits, at most {LONGEST}, not {longest}")
     for name in ("head_dim", "head_dim_v"):
         size = getattr(problem.sizes, name)
         if size % 8 or not 0 < size <= 256:
@@ -193,6 +200,8 @@ def objections_of_splitkv(problem: Problem, device: Device) -> tuple[str, ...]:
     alone = problem.dtype == FLOAT8 and bool(objections_of_hopper(problem, device))  # nobody else reads float8
     if device.kind == "cuda" and rows > MOST_PACKED_ROWS and not alone:
         reasons.append(f"is for decoding: at most {MOST_PACKED_ROWS} query rows per key head, not {rows}")
+    if device.kind == "cuda" and rows > LONGEST:
+        reasons.append(f"counts packed rows in 32 bits, at most {LONGEST}, not {rows}")
     least = 5 * 16 * _padded(problem.sizes) * _bytes_in_a_tile(problem.dtype)  # queries, and two stages of one warp
     if device.kind == "cuda" and least > device.shared_memory:
         reasons.append(f"needs {least} bytes of shared memory for such heads; a block has {device.shared_memory}")

@@ -94,6 +94,12 @@ EDITS = {
     "scale": plain(softmax_scale=0.7),
     "scale 0": plain(softmax_scale=0.0, causal=True, alignment="top-left"),
     "scale of nearly 0": plain(softmax_scale=1e-50, causal=True, alignment="top-left"),
+    "scale -0": plain(softmax_scale=-0.0, causal=True, alignment="top-left"),
+    "scale below 0": plain(softmax_scale=-0.7),
+    "scale below 0, rows that see nothing": lengths(90, 23, softmax_scale=-0.3, causal=True, alignment="bottom-right"),
+    "scale below 0, sinks, softcap, window": with_sinks(
+        (40, 77), softmax_scale=-0.4, softcap=2.0, window_size=(30, 3), alignment="bottom-right"
+    ),
     "softcap 2": plain(softcap=2.0),
     "softcap 50": plain(softcap=50.0),
     "softcap 1000": plain(softcap=1000.0),
@@ -131,6 +137,9 @@ VISIBLE = {
     "64 keys": lengths(3, 64),
     "67 rows, 131 keys": lengths(67, 131),
     "no keys": lengths(5, 0),
+    "3 rows, 1 key, bottom-right": lengths(3, 1, alignment="bottom-right"),
+    "3 rows, 1 key, causal, bottom-right": lengths(3, 1, causal=True, alignment="bottom-right"),
+    "more rows, bottom-right": lengths(90, 23, alignment="bottom-right"),
     "causal, more keys, top-left": lengths(19, 150, causal=True, alignment="top-left"),
     "causal, more keys, bottom-right": lengths(19, 150, causal=True, alignment="bottom-right"),
     "causal, more rows, top-left": lengths(90, 23, causal=True, alignment="top-left"),

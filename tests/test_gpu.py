@@ -101,6 +101,31 @@ def test_torch_tensors(torch, rng, dtype, dims, shape, mask):
     hold_to_the_definition(arrays, problem, from_torch(torch, out), lse.cpu().numpy(), tile.block_k)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlens", [(3, 1), (70, 5), (300, 17)], ids=str)
+@pytest.mark.parametrize("scale", [0.3, -0.3, 0.0])
+def test_rows_before_the_keys_under_scales_of_any_sign(torch, rng, seqlens, causal, scale):
+    arrays = operands(rng, "bfloat16", "bshd", 2, (4, 2, 2), seqlens, (64, 64))
+    q, k, v = (to_torch(torch, x) for x in arrays.values())
+    options = {"causal": causal, "alignment": "bottom-right", "softmax_scale": scale}
+    out, lse = cupyattn.attention(q, k, v, return_lse=True, **options)
+    tile = cupyattn.explain(q, k, v, **options).tile
+    hold_to_the_definition(
+        arrays, problem_of(arrays, options_of(**options)), from_torch(torch, out), lse.cpu().numpy(), tile.block_k
+    )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_rows_before_the_keys_of_packed_sequences(torch, rng, causal):
+    lengths = ((3, 90, 300), (1, 4, 70))
+    arrays = ragged_operands(rng, "bfloat16", *lengths, heads=(4, 2, 2))
+    there = [to_torch(torch, arrays[name]) for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k")]
+    longest = [max(x) for x in lengths]
+    out, lse = cupyattn.flash_attn_varlen_func(*there, *longest, causal=causal, return_lse=True)
+    options = ragged_options(arrays, alignment="bottom-right", window_size=(None, 0 if causal else None))
+    hold_to_the_definition(arrays, problem_of(arrays, options), from_torch(torch, out), lse.cpu().numpy(), 64)
+
+
 EDITS = [
     name for count in (1, 2, 4) for name in itertools.combinations(("mask", "bias", "alibi_slopes", "sinks"), count)
 ]

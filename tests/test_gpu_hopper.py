@@ -122,6 +122,13 @@ def test_clusters_do_not_change_a_bit(torch, rng, dtype, dims):
     hold(torch, arrays, options_of(), cluster=2)
 
 
+@pytest.mark.parametrize("options", [{}, {"softmax_scale": -0.3}], ids=len)
+@pytest.mark.parametrize("dtype", ["bfloat16", FLOAT8])
+def test_clusters_of_rows_before_the_keys(torch, rng, dtype, options):
+    arrays = operands(rng, dtype, "bshd", 1, (2, 1, 1), (256, 5), (128, 128))
+    hold(torch, arrays, options_of(alignment="bottom-right", **options), cluster=2)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_sums_of_many_float8_products_do_not_fall_behind(torch, rng, head_dim):
     arrays = operands(rng, FLOAT8, "bshd", 1, (2, 2, 2), (256, 32768), (head_dim, head_dim))

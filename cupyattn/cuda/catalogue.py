@@ -27,7 +27,9 @@ def edits_of(problem: Problem) -> int:
     edits = problem.edits
     bits = 0
     for bit, wanted in (
-        (SCALE_FIRST, edits.softmax_scale < 2.0**-126),  # 0 in float32; 0 * -inf inside the exponential would be nan
+        # 0 in float32, and 0 * -inf inside the exponential would be nan; or negative, and the largest product is not
+        # the largest score.
+        (SCALE_FIRST, edits.softmax_scale < 2.0**-126),
         (SOFTCAP, edits.softcap != 0.0),
         (ALIBI, edits.alibi_slopes is not None),
         (BIAS, edits.bias is not None),

@@ -26,6 +26,7 @@ struct Float8 {  // e4m3: no infinities, 448 is the largest
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr int kLargest = 0x7fffffff;
 constexpr float kLowest = -3.4028234664e38f;        // of the finite ones
 constexpr float kLeastNormal = 1.1754943508e-38f;  // above zero
 

@@ -30,7 +30,7 @@ DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory)
     const int query_bytes = given.tokens_per_tile * given.heads_per_unit * Traits::kHeadDim * sizeof(typename Traits::Element);
     int use = 0, tile_use = 0;
 #pragma unroll 1
-    for (int index = ptx::block_x(); index < given.num_tiles; index += ptx::grid_x()) {
+    for (uint32 index = ptx::block_x(); index < uint32(given.num_tiles); index += ptx::grid_x()) {
         const RowTile tile = row_tile<Traits>(index, given);
         if (tile.blocks.empty()) continue;
         const int batch = params.at.cu_seqlens_q ? 0 : tile.sequence.index;
@@ -105,7 +105,7 @@ DEVICE void inspect(const HopperParams& given, const HopperMemory<Traits>& memor
     const int inspector = ptx::warp() - 1;
     int use = 0, inspected = 0;
 #pragma unroll 1
-    for (int index = ptx::block_x(); index < given.num_tiles; index += ptx::grid_x()) {
+    for (uint32 index = ptx::block_x(); index < uint32(given.num_tiles); index += ptx::grid_x()) {
         const RowTile tile = row_tile<Traits>(index, given);
 #pragma unroll 1
         for (int block = tile.blocks.stop - 1; block >= tile.blocks.start; --block, ++use) {

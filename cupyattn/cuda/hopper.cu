@@ -59,7 +59,7 @@ struct HopperRows {
     DEVICE_METHOD void run() {
         if (Switches::kPingPong && consumer == 0) ptx::named_barrier_arrive(kTurnBarrier, 256);  // it may begin
 #pragma unroll 1
-        for (int index = ptx::block_x(); index < given.num_tiles; index += ptx::grid_x()) {
+        for (uint32 index = ptx::block_x(); index < uint32(given.num_tiles); index += ptx::grid_x()) {
             tile = row_tile<Traits>(index, given);
             if (tile.blocks.empty()) {
                 store_nothing();
@@ -92,7 +92,7 @@ struct HopperRows {
         out.clear();
         softmax.clear();
         strays = 0;
-        if constexpr (Traits::kFloat8) descaled = descaled_scale(params, tile.sequence.index, tile.head);
+        if constexpr (Traits::kFloat8) descaled = descaled_scale<Traits::kEdits>(params, tile.sequence.index, tile.head);
         memory.query_ring().wait_full(tile_use);
         int block = tile.blocks.stop - 1;
         if constexpr (Switches::kOverlap) {
@@ -390,7 +390,7 @@ struct HopperRows {
     DEVICE_METHOD void store_nothing() const {
         const int end = tile.sequence.band.seqlen_q, threads = 128 * Traits::kConsumers;
         // Behind the last sequence there may be more rows than a sequence's tiles have.
-        const int step = tile.sequence.index == params.batch ? given.tiles_per_unit * given.tokens_per_tile : kOpen - end;
+        const int step = tile.sequence.index == params.batch ? given.tiles_per_unit * given.tokens_per_tile : end;
         const int columns = params.head_dim_v / 8, thread = ptx::thread() - 128;
         for (int first = tile.first_token; first < end; first += step) {
             const int tokens = smaller(given.tokens_per_tile, end - first), count = tokens * given.heads_per_unit;

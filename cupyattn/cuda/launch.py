@@ -228,8 +228,8 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
         queries_per_k=sizes.num_heads // sizes.num_heads_k,
         queries_per_v=sizes.num_heads // sizes.num_heads_v,
         queries_per_pair=group,
-        left=params.OPEN if mask.left is None else mask.left,
-        right=params.OPEN if mask.right is None else mask.right,
+        left=params.OPEN if mask.left is None else min(mask.left, params.OPEN),
+        right=params.OPEN if mask.right is None else min(mask.right, params.OPEN),
         bottom_right=int(mask.alignment == "bottom-right"),
         page_size=layout.page_size or 0,
         num_pages=shapes["k"][0] if layout.page_size else 0,
@@ -241,7 +241,7 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
         num_slots=plan.num_slots,
         dropout_threshold=min(round(p * 2**32), 2**32 - 1),
         dropout_factor=0.0 if p == 1.0 else 1.0 / (1.0 - p),
-        softmax_scale=min(edits.softmax_scale, LARGEST_FLOAT32),
+        softmax_scale=max(-LARGEST_FLOAT32, min(edits.softmax_scale, LARGEST_FLOAT32)),
         # Beyond these it makes no difference, and a kernel's division would flush it to zero.
         softcap=min(max(edits.softcap, 2.0**-100), 2.0**100) if edits.softcap else 0.0,
     )

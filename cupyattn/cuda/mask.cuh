@@ -1,4 +1,7 @@
 // Who sees whom: integer spans of keys.  Twin: problem.Mask.
+//
+// No sum or difference wraps, whatever branch it stands in: compilers think that signed numbers never do, and compute
+// what a branch guards without it.  Lengths and windows are at most kOpen, so that two of them and a tile fit an int.
 #pragma once
 
 #include "params.cuh"
@@ -23,9 +26,7 @@ struct Band {
     // The keys that query `row` sees.
     DEVICE_METHOD Span visible_keys(int row) const {
         const int diagonal = row + offset;
-        const int start = diagonal > left ? diagonal - left : 0;  // not larger(), which could wrap
-        const int stop = right == kOpen ? seqlen_k : smaller(seqlen_k, add_capped(diagonal, right) + 1);
-        return {start, stop};
+        return {larger(diagonal, left) - left, smaller(seqlen_k, diagonal + right + 1)};
     }
     // The keys that at least one of rows [first, last] sees; the band is monotone, so they are one span.
     DEVICE_METHOD Span touched(int first, int last) const {
@@ -35,8 +36,6 @@ struct Band {
     DEVICE_METHOD Span whole(int first, int last) const {
         return {visible_keys(last).start, visible_keys(first).stop};
     }
-    // a + b for b >= 0, without wrapping past the largest int less one.
-    DEVICE_METHOD static int add_capped(int a, int b) { return a > 0 && b > kOpen - 1 - a ? kOpen - 1 : a + b; }
 };
 
 // Where a sequence's rows and keys lie, and its band.
@@ -92,7 +91,7 @@ DEVICE Sequence sequence_at(int index, const Params& params) {
         found.band.seqlen_k = keys.stop - keys.start;
     } else if (params.at.cu_seqlens_k) {
         // The keys of pages lie anywhere; only their number is told.
-        const int64 total = params.at.block_table ? kOpen : params.total_k;
+        const int64 total = params.at.block_table ? kLargest : params.total_k;
         const Span keys = packed(params.at.cu_seqlens_k, index, total, params.seqlen_k);
         found.first_key = params.at.block_table ? 0 : keys.start;
         found.band.seqlen_k = keys.stop - keys.start;

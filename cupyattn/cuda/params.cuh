@@ -72,7 +72,7 @@ struct DescaledParams : Params {
     int q_descale_batch, q_descale_head, k_descale_batch, k_descale_head, v_descale_batch, v_descale_head;
 };
 
-constexpr int kOpen = 0x7fffffff;
+constexpr int kOpen = (1 << 30) - (1 << 10);  // no sequence has more rows or keys: plan.LONGEST
 constexpr int kNoCache = -1;
 
 // What happens to scores before the softmax; bits of a trait, since each changes the machine code.

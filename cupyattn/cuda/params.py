@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cupyattn.plan import LONGEST
+
 POINTERS = (
     "q",
     "k",
@@ -36,7 +38,8 @@ POINTERS = (
 )
 _POINTERS = struct.Struct(f"<{len(POINTERS)}Q")
 _TAIL = struct.Struct("<12q8q6q20iIfff")
-OPEN = 2**31 - 1
+OPEN = LONGEST
+"""A side of a window that hides nothing: kernels count no further."""
 NO_CACHE = -1
 BIAS_DTYPES = ("float16", "bfloat16", "float32", "float64")
 SIZE = _POINTERS.size + _TAIL.size

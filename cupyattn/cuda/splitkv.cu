@@ -62,6 +62,12 @@ DEVICE int live_split_blocks(int total, int pieces, int slots, int block_k) {
     return larger(ceil_div(total, room), ceil_div(kFewestKeys, block_k));
 }
 
+// As many blocks as are counted: pages that sequences share make more of them than an int can say.
+DEVICE int capped(int64 blocks) {
+    constexpr int kMost = 1 << 30;
+    return blocks < kMost ? static_cast<int>(blocks) : kMost;
+}
+
 // One block's work.  With kCare the walk that keeps values apart which are not finite, see tile.cuh.
 template <typename Traits, bool kCare>
 struct SplitBlock {
@@ -97,7 +103,8 @@ struct SplitBlock {
         queries.base = ptx::shared_memory();
         states = queries.base + Traits::QueryTile::kBytes;
         ring = states + ptx::warp() * Traits::kNumStages * Traits::kStageBytes;
-        if constexpr (Traits::kFloat8) descaled = descaled_scale(params, sequence.index, first_head, kOfFloat8 * kOfFloat8);
+        if constexpr (Traits::kFloat8)
+            descaled = descaled_scale<Traits::kEdits>(params, sequence.index, first_head, kOfFloat8 * kOfFloat8);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -428,20 +435,21 @@ DEVICE int live_size(const Params& params, int groups) {
         const int row_tiles = ceil_div(band.seqlen_q * params.queries_per_pair, Traits::kBlockQ);
         const Span touched = row_tiles == 0 ? Span{0, 0} : band.touched(0, band.seqlen_q - 1);
         if (!touched.empty())
-            total += row_tiles * (ceil_div(touched.stop, Traits::kBlockK) - touched.start / Traits::kBlockK);
+            total = capped(total + int64(row_tiles) * (ceil_div(touched.stop, Traits::kBlockK) -
+                                                       touched.start / Traits::kBlockK));
     }
 #pragma unroll
     for (int step = 16; step > 0; step /= 2)
-        total += static_cast<int>(ptx::shuffle(static_cast<uint32>(total), ptx::lane() ^ step));
+        total = capped(int64(total) + ptx::shuffle(static_cast<uint32>(total), ptx::lane() ^ step));
     const uint32 sums = ptx::shared_memory();
     if (ptx::lane() == 0) ptx::store_shared(sums + 4 * ptx::warp(), static_cast<uint32>(total));
     ptx::barrier();
     total = 0;
 #pragma unroll
-    for (int warp = 0; warp < Traits::kNumWarps; ++warp) total += static_cast<int>(ptx::load_shared(sums + 4 * warp));
+    for (int warp = 0; warp < Traits::kNumWarps; ++warp) total = capped(int64(total) + ptx::load_shared(sums + 4 * warp));
     ptx::barrier();  // the memory is free for the queries
     const int row_tiles = ceil_div(params.seqlen_q * params.queries_per_pair, Traits::kBlockQ);
-    return live_split_blocks(total * groups, params.batch * groups * row_tiles, params.num_slots, Traits::kBlockK);
+    return live_split_blocks(capped(int64(total) * groups), params.batch * groups * row_tiles, params.num_slots, Traits::kBlockK);
 }
 
 template <typename Traits>

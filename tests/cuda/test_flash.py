@@ -86,7 +86,7 @@ def test_edited_scores_meet_the_bar(rng, make, schedule):
     check(arrays, options, "flash", schedule, dropout_seed=seed)
 
 
-@pytest.mark.parametrize("edit", ["softcap 50", "everything"])
+@pytest.mark.parametrize("edit", ["softcap 50", "everything", "scale below 0, sinks, softcap, window"])
 def test_edited_scores_meet_the_bar_of_float32(rng, edit):
     arrays, options, seed = EDITS[edit](rng, "float32")
     check(arrays, options, "flash", 1, dropout_seed=seed)
@@ -182,6 +182,7 @@ def test_a_second_launch_is_the_same_bit_for_bit(rng, schedule):
 
 RAGGED = {
     "equal lengths": ((20, 20), (20, 20), {}),
+    "rows before the keys": ((3, 20, 90), (1, 4, 70), {"alignment": "bottom-right"}),
     "one sequence": ((70,), (90,), {"causal": True, "alignment": "bottom-right"}),
     "empty sequences": ((0, 17, 0, 5, 0), (4, 0, 9, 130, 0), {}),
     "causal": ((5, 64, 1, 77), (70, 64, 33, 12), {"causal": True, "alignment": "bottom-right"}),

@@ -152,8 +152,10 @@ def test_clusters_of_packed_heads_meet_the_bar(rng):
 
 
 @pytest.mark.parametrize("num_keys", [0, 5])
-def test_clusters_of_few_keys_meet_the_bar(rng, num_keys):
-    held(operands(rng, "float16", "bshd", 1, (1, 1, 1), (256, num_keys)), options_of(), 2, cluster=2)
+@pytest.mark.parametrize("alignment", ["top-left", "bottom-right"])
+def test_clusters_of_few_keys_meet_the_bar(rng, num_keys, alignment):
+    arrays = operands(rng, "float16", "bshd", 1, (1, 1, 1), (256, num_keys))
+    held(arrays, options_of(alignment=alignment), 2, cluster=2)
 
 
 @pytest.mark.parametrize(("make", "schedule"), turns(STRAYS))
@@ -200,7 +202,8 @@ def test_who_sees_whom_meets_the_bar(rng, make, schedule):
     held(arrays, options, schedule)
 
 
-KNOWN = ("scale", "scale 0", "scale of nearly 0", "softcap 2", "softcap of nearly 0", "slopes by batch and head",
+KNOWN = ("scale", "scale 0", "scale of nearly 0", "scale -0", "scale below 0", "scale below 0, rows that see nothing",
+         "scale below 0, sinks, softcap, window", "softcap 2", "softcap of nearly 0", "slopes by batch and head",
          "slopes, top-left", "sinks", "sinks of rows that see nothing")  # fmt: skip
 
 
@@ -457,6 +460,13 @@ def test_a_negative_descale_of_scores_gives_nan(rng):
     arrays = operands(rng, FLOAT8, "bshd", 1, (1, 1, 1), (40, 77))
     arrays["k_descale"] = np.array([[-1.0]], "f4")
     assert np.isnan(left(arrays, options_of()).out.astype(float)).all()
+
+
+@pytest.mark.parametrize("schedule", range(3))
+def test_a_negative_scale_takes_descales_of_any_sign(rng, schedule):
+    arrays = operands(rng, FLOAT8, "bshd", 1, (2, 2, 2), (40, 77))
+    arrays["k_descale"] = np.array([[-1.5, 0.5]], "f4")
+    held(arrays, options_of(softmax_scale=-0.3, causal=True, alignment="bottom-right"), schedule)
 
 
 def test_a_descale_of_zero_gives_the_mean(rng):

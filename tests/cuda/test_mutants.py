@@ -67,9 +67,9 @@ MUTANTS = [
            "if (share == 0.f) return;\n            sum += share * its_sum;", "split"),
     Mutant("inf of little weight", "splitkv.cu", "x - x == 0.f ? share : 1.f", "share", "split"),
     # ---- Who sees whom
-    Mutant("causal off by one", "mask.cuh", "add_capped(diagonal, right) + 1", "add_capped(diagonal, right)", "flash"),
-    Mutant("window one key short", "mask.cuh", "diagonal - left :", "diagonal - left + 1 :", "flash"),
-    Mutant("window wraps", "mask.cuh", "diagonal > left ? diagonal - left : 0", "larger(0, diagonal - left)", "flash"),
+    Mutant("causal off by one", "mask.cuh", "diagonal + right + 1", "diagonal + right", "flash"),
+    Mutant("window one key short", "mask.cuh", "larger(diagonal, left) - left",
+           "larger(diagonal, left - 1) - (left - 1)", "flash"),
     Mutant("diagonal one key late", "mask.cuh", "found.band.seqlen_k - found.band.seqlen_q;",
            "found.band.seqlen_k - found.band.seqlen_q + 1;", "split"),
     Mutant("blocks skipped by the first row", "mask.cuh", "visible_keys(first).start, visible_keys(last).stop",
@@ -264,6 +264,7 @@ MUTANTS = [
            "split, float8"),
     Mutant("edited scores without descales", "splitkv.cu", "sequence, params, scale());", "sequence, params);",
            "split, float8"),
+    Mutant("nan of a negative scale", "descales.cuh", "kEdits & ~kDropout", "false", "split, float8"),
     Mutant("nan of a negative descale", "descales.cuh", ", kLeastNormal) : ptx::nan();", ", kLeastNormal) : -product;",
            "split, float8"),
 ]  # fmt: skip
@@ -390,7 +391,7 @@ def split_of_float8(sources):
     rng = np.random.default_rng(SEED)
     factors = {f"{name}_descale": rng.uniform(0.5, 2.0, (2, 2)).astype("f4") for name in "qkv"}
     arrays = operands(rng, "float8_e4m3fn", "bshd", 2, (4, 2, 2), (3, 130), (40, 56))
-    for asked in ({}, {"softcap": 2.0}):
+    for asked in ({}, {"softcap": 2.0}, {"softmax_scale": -0.3}):
         check(arrays | factors, options_of(**asked), "splitkv", 1, sources=sources, num_splits=2, **SPLIT)
     held("splitkv", LAYOUTS["rows at odd addresses"], "float8_e4m3fn", 2, sources, **SPLIT)
     held("splitkv", STRAYS["nan"], "float8_e4m3fn", 1, sources, **SPLIT)

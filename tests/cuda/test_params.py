@@ -78,7 +78,7 @@ def test_both_have_the_same_size(probe):
 
 def test_an_open_side_of_a_band_is_what_the_kernel_takes_for_it():
     text = (emulator.CUDA / "params.cuh").read_text()
-    assert int(re.search(r"kOpen = (\w+);", text)[1], 16) == params.OPEN
+    assert eval(re.search(r"kOpen = (.+?);", text)[1]) == params.OPEN
 
 
 def test_bits_of_edits_are_those_of_the_kernel():

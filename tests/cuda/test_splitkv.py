@@ -446,6 +446,14 @@ def test_a_negative_descale_of_scores_gives_nan(rng):
     assert np.isnan(run(arrays, options_of(), "splitkv", tile=SMALL).out.astype(float)).all()
 
 
+@pytest.mark.parametrize("schedule", range(3))
+def test_a_negative_scale_takes_descales_of_any_sign(rng, schedule):
+    arrays = operands(rng, FLOAT8, "bshd", 1, (2, 2, 2), (4, 77))
+    arrays["k_descale"] = np.array([[-1.5, 0.5]], "f4")
+    options = options_of(softmax_scale=-0.3, **BOTTOM)
+    check(arrays, options, "splitkv", schedule, tile=SMALL, num_splits=2)
+
+
 def test_a_descale_of_zero_gives_the_mean(rng):
     arrays = operands(rng, FLOAT8, "bshd", 1, (1, 1, 1), (4, 77))
     arrays["q_descale"] = np.zeros((1, 1), "f4")
