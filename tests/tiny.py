@@ -12,8 +12,9 @@ import zlib
 
 import torch
 import transformers
+from transformers.models.auto import modeling_auto
 
-WIDTH, INNER, HEADS, HEAD, LAYERS, WORDS, LENGTH = 32, 64, 4, 8, 2, 128, 128
+WIDTH, INNER, HEADS, HEAD, LAYERS, WORDS, LENGTH = 64, 96, 4, 16, 2, 128, 128
 FIRST_WORD = 64
 """Ids below it are for special tokens."""
 
@@ -54,12 +55,15 @@ GENTLE = [
 ]
 """Rules that leave widths alone: (what a field's name matches as a whole, what becomes of each number in it)."""
 WIDTHS = [
-    (r"(\w*_)?(num_key_value_heads|kv_heads|num_kv_heads|n_head_kv)", lambda value: power_below(value, 2)),
+    (r"(\w*_)?(num_key_value_heads|kv_heads|num_kv_heads|n_head_kv)", lambda value: power_below(value, HEADS // 2)),
     (r"(\w*_)?(attention_heads|num_heads|n_heads?|heads|self_attention_heads|cross_attention_heads)", heads),
     (r"(\w*_)?(head_dim|dim_head|d_kv|d_head|kv_channels|v_head_dim|qk_\w+_head_dim|head_size)", exactly(HEAD)),
+    (r"rotary_dim", exactly(HEAD)),
     (r"\w*_lora_rank", at_most(16)),
-    (r"(\w*_)?(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|mlp_dim|feedforward_dim|dim_feedforward|d_inner|dim_ff)",
-     exactly(INNER)),
+    (
+        r"(\w*_)?(intermediate_size|ffn_dim|d_ff|ffn_hidden_size|mlp_dim|feedforward_dim|dim_feedforward|d_inner|dim_ff)",
+        exactly(INNER),
+    ),
     (
         r"(\w*_)?(hidden_size|hidden_dim|embed_dim|embedding_size|embedding_dim|d_model|n_embd|emb_dim|projection_dim|"
         r"projection_size|proj_size|out_hidden_size|output_dim|model_dim|feat_dim|decoder_dim)|dim|embed_dims|"
@@ -69,7 +73,6 @@ WIDTHS = [
     (r"num_mel_bins|n_mel_bins|feature_size", at_most(16)),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_(source|target)_positions", at_most(LENGTH)),
     (r"num_queries|num_query_tokens|num_latents", at_most(8)),
-    (r"mrope_section", lambda value: max(1, value * HEAD // 128)),
     (r"sliding_window|attention_chunk_size|local_attention", at_most(6)),
 ]
 
@@ -100,7 +103,7 @@ class Shrinker:
         """A small configuration of the same class; `more` of its fields as they are given."""
         fields = {}
         for field in dataclasses.fields(config):
-            name, now = field.name, getattr(config, field.name, None)
+            name, now = field.name, have(config, field.name)
             if isinstance(now, transformers.PreTrainedConfig):
                 fields[name] = self(now)
                 continue
@@ -112,22 +115,47 @@ class Shrinker:
                     fields[name] = numbers_of(first, lambda _, name=name: self.token(name))
             elif name == "layer_types" and now:
                 fields[name] = kinds(now)
+            elif name == "rope_parameters" and now and not self.gentle:
+                fields[name] = sections(now)
             elif first not in (None, dataclasses.MISSING):
                 for pattern, change in self.rules:
                     if re.fullmatch(pattern, name):
                         fields[name] = numbers_of(first, change)
                         break
         if not self.gentle:
-            patch = getattr(config, "patch_size", None)
-            if isinstance(getattr(config, "image_size", None), int | list | tuple):
+            patch, image = have(config, "patch_size"), have(config, "image_size")
+            if isinstance(image, int | list | tuple):
                 side = 4 * patch if isinstance(patch, int) and patch >= 8 else 64
-                fields["image_size"] = numbers_of(config.image_size, lambda _: side)
+                fields["image_size"] = numbers_of(image, lambda _: side)
+            for name in ("num_key_value_heads", "num_kv_heads", "n_head_kv"):
+                if name in fields and have(config, name) == have(config, "num_attention_heads"):
+                    fields[name] = fields.get("num_attention_heads", HEADS)
         if "layer_types" in fields and "num_hidden_layers" in fields:
             fields["num_hidden_layers"] = len(fields["layer_types"])
         family = FAMILIES.get(config.model_type, {})
         fields.update(family(self) if callable(family) else family)
         known = {field.name for field in dataclasses.fields(config)}
         return type(config)(**{key: value for key, value in (fields | more).items() if key in known})
+
+
+def have(config, name):
+    """A field's value, or None where there is none for the whole configuration."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # layers differ in it
+        return vars(config).get(name)
+
+
+def sections(rope):
+    """Rotary parameters whose sections, one for each axis of positions, fit a small head."""
+    rope = copy.deepcopy(rope)
+    for each in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if isinstance(each.get("mrope_section"), list | tuple):
+            share = HEAD / 2 * each.get("partial_rotary_factor", 1.0) / sum(each["mrope_section"])
+            small = [int(part * share) for part in each["mrope_section"]]
+            small[0] += round(sum(each["mrope_section"]) * share) - sum(small)
+            each["mrope_section"] = small
+    return rope
 
 
 def kinds(layer_types):
@@ -140,9 +168,10 @@ FAMILIES = {}
 """Fields, by model_type, that the rules get wrong."""
 
 
-def tiny_config(config_class, gentle=False):
-    config = Shrinker(gentle)(config_class())
-    return config
+def tiny_config(cls, gentle=False):
+    """A small configuration for this class of models."""
+    causal = cls.__name__ in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    return Shrinker(gentle)(cls.config_class(), **({"is_decoder": True} if causal else {}))
 
 
 def fill(model):
@@ -159,8 +188,8 @@ def fill(model):
 def own(config, *names):
     """The first of these fields that the configuration or one of its parts has."""
     for name in names:
-        if isinstance(getattr(config, name, None), int | float | list | tuple):
-            return getattr(config, name)
+        if isinstance(have(config, name), int | float | list | tuple):
+            return have(config, name)
     for part in parts(config).values():
         found = own(part, *names)
         if found is not None:
@@ -182,7 +211,7 @@ def random(*shape, seed=1):
 
 
 def words(config, length, seed=1):
-    vocabulary = config.get_text_config().vocab_size if hasattr(config.get_text_config(), "vocab_size") else WORDS
+    vocabulary = own(config, "vocab_size") or WORDS
     low = FIRST_WORD if vocabulary > FIRST_WORD + 8 else min(3, vocabulary - 1)
     return torch.randint(low, vocabulary, (BATCH, length), generator=torch.Generator().manual_seed(seed))
 
@@ -222,7 +251,9 @@ def batches(model):
     choices = []
     for heard in sound[::-1]:
         choices.append(whole | heard)
-        choices.append({"decoder_input_ids": whole["decoder_input_ids"]} | heard if "decoder_input_ids" in whole else heard)
+        choices.append(
+            {"decoder_input_ids": whole["decoder_input_ids"]} | heard if "decoder_input_ids" in whole else heard
+        )
         choices.append(heard | {k: v for k, v in whole.items() if k.startswith("pixel")})
     choices.append({name: whole[name] for name in text_first})
     if "pixel_values" in whole:
