@@ -6,9 +6,10 @@ Each class that can be made tiny is made in several ways and reads several batch
 
     same              eager's numbers
     same, not called  eager's numbers, and cupyattn was not called
-    as sdpa           other numbers than eager's, and transformers' own sdpa gives the same ones
+    as sdpa           other numbers than eager's, and transformers' own sdpa gives the same ones, or a tiny model
+                      that makes much of little is as far from eager under sdpa
     kept its own      the model does not use cupyattn
-    refused           an error in words, before a number
+    refused           an error in words
     raised            any other error, where eager gives numbers
     different         other numbers than eager's
     not made          no tiny model of it, or eager does not run
@@ -285,6 +286,8 @@ def tiny_eager(cls):
                 problems.append(("outputs", ValueError("no tensors")))
             except Exception as error:
                 problems.append((f"reading {', '.join(batch)}", error))
+    if not problems:
+        raise ValueError("nothing that it reads is known here")
     where, error = problems[0]
     raise ValueError(f"{where}: {words_of(error)}" + "".join(f" | {w}: {words_of(e)[:120]}" for w, e in problems[1:]))
 
@@ -342,7 +345,8 @@ def examine(cls):
                     sdpa = sdpa or made("_from_config", cls, config, weights, "sdpa")
                     theirs = function(sdpa)
                     record["sdpa"] = difference(right[case], theirs, mask)[0]
-                    if difference(theirs, function(model), mask)[0] <= BAR:
+                    chaotic = record["sdpa"] <= 100 * BAR and found <= 3 * record["sdpa"]
+                    if chaotic or difference(theirs, function(model), mask)[0] <= BAR:
                         record["outcome"] = "as sdpa"
             elif calls:
                 record["outcome"] = "same"
@@ -476,12 +480,12 @@ def main(arguments=None):
         with open(options.json, "w") as file:
             json.dump(found, file, indent=1)
     print(table(found, kinds))
-    failed = {name: records for name, records in found.items() if verdict(records) in FAILURES}
-    for name, records in failed.items():
-        for record in records:
-            if record["outcome"] in FAILURES:
-                print(line(name, record))
-    return 1 if failed else 0
+    for outcome in ("as sdpa", *FAILURES):
+        for name, records in found.items():
+            for record in records:
+                if record["outcome"] == outcome:
+                    print(line(name, record))
+    return int(any(verdict(records) in FAILURES for records in found.values()))
 
 
 if __name__ == "__main__":

@@ -36,10 +36,6 @@ def heads(value):
     return power_below(value, HEADS)
 
 
-LAYER_NAMES = (
-    r"(num_|n_)?(\w*_)?(hidden_layers|layers|layer|blocks|depth)|depths?|num_encoder_blocks|layers|"
-    r"(n|num)_(en|de)coder_layers|num_feat_extract_layers"
-)
 GENTLE = [
     (r"(\w+_)?vocab_size(_\w+)?", at_most(WORDS)),
     (r"(num|n)_(local_|routed_)?experts|moe_num_experts|num_local_experts", at_most(4)),
@@ -132,10 +128,9 @@ class Shrinker:
                     fields[name] = fields.get("num_attention_heads", HEADS)
         if "layer_types" in fields and "num_hidden_layers" in fields:
             fields["num_hidden_layers"] = len(fields["layer_types"])
-        family = FAMILIES.get(config.model_type, {})
-        fields.update(family(self) if callable(family) else family)
         known = {field.name for field in dataclasses.fields(config)}
-        return type(config)(**{key: value for key, value in (fields | more).items() if key in known})
+        fields |= {name: value for name, value in more.items() if name in known}
+        return type(config)(**fields | FAMILIES.get(config.model_type, {}))
 
 
 def have(config, name):
@@ -164,7 +159,35 @@ def kinds(layer_types):
     return (once * LAYERS)[: max(LAYERS, len(once))]
 
 
-FAMILIES = {}
+MIXED = ["linear_attention", "full_attention"]
+SHARED_KEYS = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+}
+AXES = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}
+FAMILIES = {
+    "bamba": {"attn_layer_indices": [1]},
+    "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
+    "gemma3n_text": {**SHARED_KEYS, "activation_sparsity_pattern": None},
+    "gemma4_text": {**SHARED_KEYS, "global_head_dim": HEAD},
+    "gemma4_unified_text": {"global_head_dim": HEAD},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": MIXED},
+    "hunyuan_v1_dense": {"head_dim": HEAD},
+    "hunyuan_v1_moe": {"head_dim": HEAD},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "ministral": {"head_dim": HEAD},
+    "nemotron": {"num_key_value_heads": HEADS},
+    "qwen2_5_vl_text": {"rope_parameters": AXES},
+    "qwen2_vl_text": {"rope_parameters": AXES},
+    "wav2vec2-bert": {"vocab_size": WORDS, "feature_projection_input_dim": 16},
+    "wav2vec2-conformer": {"vocab_size": WORDS},
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+    "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
+}
 """Fields, by model_type, that the rules get wrong."""
 
 
@@ -244,7 +267,18 @@ def batches(model):
         sound = [{"input_values": random(BATCH, 3200)}, {"input_values": random(BATCH, 1, 3200)}]
         sound += [{"input_values": random(BATCH, own(config, "max_length") or 128, own(config, "num_mel_bins") or 16)}]
     if "input_features" in accepted:
-        bins = own(config, "num_mel_bins", "feature_size", "input_feat_size", "input_dim", "feature_dim") or 80
+        bins = (
+            own(
+                config,
+                "num_mel_bins",
+                "feature_size",
+                "input_feat_size",
+                "feature_projection_input_dim",
+                "input_dim",
+                "feature_dim",
+            )
+            or 80
+        )
         frames = 2 * (own(config, "max_source_positions") or 32)
         sound += [{"input_features": random(BATCH, bins, frames)}, {"input_features": random(BATCH, frames, bins)}]
     text_first = [name for name in ("input_ids", "attention_mask", "decoder_input_ids") if name in whole]
