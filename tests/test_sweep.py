@@ -14,6 +14,10 @@ from cupyattn.integrations import transformers as integration  # noqa: E402
 def registered():
     transformers.utils.logging.set_verbosity_error()
     integration.register()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these models are too small to share
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
