@@ -1,0 +1,96 @@
+"""The sweep itself: it says "same" of what is right, and "different" of an attention that is wrong on purpose."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+import sweep  # noqa: E402 - skipped above where they are missing
+
+from cupyattn.integrations import transformers as integration  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    transformers.utils.logging.set_verbosity_error()
+    integration.register()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # these models are too small to share
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def attention(monkeypatch):
+    """Puts an attention in cupyattn's place, and counts its calls."""
+
+    def put(function):
+        monkeypatch.setattr(integration, "attention", function)
+        sweep.count_calls(monkeypatch.setattr)
+
+    return put
+
+
+def outcomes(name):
+    return {record["outcome"] for record in sweep.examine(getattr(transformers, name))}
+
+
+def test_right_attention_is_the_same_and_was_called(attention):
+    attention(integration.attention)
+    records = sweep.examine(transformers.LlamaForCausalLM)
+    assert {record["outcome"] for record in records} == {"same"}
+    assert {record["way"] for record in records} >= {"_from_config", "from_pretrained", "set"}
+    assert {record["case"] for record in records} == {
+        *("whole", "padded right", "padded left", "no mask"),
+        *("generate", "generate padded", "generate static"),
+    }
+    assert all(record["calls"] >= 2 for record in records)
+
+
+def test_a_model_without_attention_is_the_same_but_not_called(attention):
+    attention(integration.attention)
+    assert outcomes("ResNetModel") == {"same, not called"}
+
+
+@pytest.mark.parametrize("name", ["BertModel", "ViTModel"])
+def test_an_attention_a_little_wrong_is_different(attention, name):
+    right = integration.attention
+    attention(lambda q, k, v, **keywords: right(q, k, v, **keywords) * 1.01)
+    assert "different" in outcomes(name)
+
+
+def test_an_attention_without_its_mask_is_different_where_there_is_padding(attention):
+    right = integration.attention
+    attention(lambda q, k, v, **keywords: right(q, k, v, **(keywords | {"mask": None})))
+    found = {record["case"]: record["outcome"] for record in sweep.examine(transformers.BertModel)}
+    assert found["whole"] == "same"
+    assert found["padded left"] == found["padded right"] == "different"
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (NotImplementedError("cupyattn in transformers: heads cannot be masked"), "refused"),
+        (ValueError("a shape"), "raised"),
+        (KeyError("cupyattn"), "raised"),
+    ],
+    ids=repr,
+)
+def test_errors_in_words_are_refusals_and_others_are_failures(attention, error, outcome):
+    def refuse(*_, **__):
+        raise error
+
+    attention(refuse)
+    assert outcomes("ViTModel") == {outcome}
+
+
+def test_the_worst_that_came_of_a_class_is_its_verdict():
+    records = [{"outcome": word} for word in ("same", "not made", "refused", "different", "kept its own")]
+    assert sweep.verdict(records) == "different"
+    assert sweep.verdict(records[:3]) == "refused"
+    assert sweep.verdict(records[:2]) == "same"
+
+
+def test_a_process_that_dies_does_not_end_the_sweep(monkeypatch):
+    monkeypatch.setattr(sweep, "examine", lambda cls: sweep.os._exit(3))
+    assert sweep.verdict(sweep.sweep(["ViTModel"], jobs=1)["ViTModel"]) == "not made"
