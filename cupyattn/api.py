@@ -70,7 +70,8 @@ def attention(
         Keys seen before and after the diagonal, both inclusive; None or -1: no limit.
     mask : array of bool, optional
         True where a key may be seen; broadcasts to (batch, num_heads, seqlen_q, seqlen_k) in either
-        layout.  Holds together with `causal` and `window_size`.
+        layout.  Holds together with `causal` and `window_size`.  Like all that goes with q, k and v it may
+        be NumPy's beside another library's, and is copied to their device.
     bias : array, optional
         Added to the scores; broadcasts like `mask`.  A key with bias -inf is not seen.
     softmax_scale : float, optional
@@ -117,7 +118,8 @@ def attention(
         Shapes do not fit, a number is out of its range, arrays are on different devices, or
         `alignment` is needed and was not chosen.
     NotImplementedError
-        No implementation takes the problem on this device; the message lists each one's reasons.
+        No implementation takes the problem on this device; the message lists each one's reasons.  Or the call is being
+        traced, by torch.jit.trace for one, and its results would be the trace's constants.
     ImportError, RuntimeError
         The arrays are on a GPU, and CuPy or the driver is missing.
 
@@ -129,6 +131,11 @@ def attention(
     Notes
     -----
     Keys that are not seen never reach the result, even if they hold nan.
+
+    Under torch.autocast q, k, v and `bias` are cast as torch's own function casts them: to its dtype, unless they are
+    float64 (or float8).  Gradients come back in the dtypes of the arguments.
+
+    Under torch.func.vmap(randomness="different") each call has a dropout of its own, unless there is a `dropout_seed`.
 
     float8_e4m3fn has no gradients.  On the CPU its numbers are taken as they are: nothing is rounded to 8 bits.
 

@@ -61,7 +61,7 @@ def flash_attn_with_kvcache(
     k_cache : array, shape (batch, seqlen, num_heads_kv, head_dim)
         Or pages, (num_pages, page_size, num_heads_kv, head_dim), any page size, if `block_table` is given.
     v_cache : array, shape (batch, seqlen, num_heads_kv, head_dim_v)
-        Or pages.  All of q, caches and new keys and values are of one dtype.
+        Or pages.  All of q, caches and new keys and values are of one dtype; torch.autocast casts all but the caches.
     k, v : array, shapes (batch, seqlen_new, num_heads_kv, head_dim), (batch, seqlen_new, num_heads_kv, head_dim_v)
         Optional: written into the caches, places ``cache_seqlens .. cache_seqlens + seqlen_new - 1`` of each
         sequence.  Or (total_new, ...) with `cu_seqlens_k_new`.

@@ -41,7 +41,8 @@ def scaled_dot_product_attention(
         Leading axes, heads included, broadcast against each other.
     attn_mask : array, optional
         Boolean (True: takes part) or additive, in the dtype of `query` or float32; broadcasts to
-        (..., num_heads, seqlen_q, seqlen_k).  Not together with `is_causal`.
+        (..., num_heads, seqlen_q, seqlen_k).  Not together with `is_causal`.  Or torch's causal_upper_left or
+        causal_lower_right of these lengths.
     dropout_p : float
         Probability of dropping a weight; applies whenever it is not 0, as torch's does.
     is_causal : bool

@@ -82,7 +82,8 @@ class Cache:
         Parameters
         ----------
         k, v : array, shapes (batch, seqlen, num_heads_kv, head_dim), (batch, seqlen, num_heads_v, head_dim_v)
-            Copied.  Every time of the same library, device, dtype and shape, but for seqlen.
+            Copied.  Every time of the same library, device, dtype and shape, but for seqlen.  The dtype is that which
+            torch.autocast casts to, under it.
 
         Raises
         ------
