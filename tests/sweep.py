@@ -14,7 +14,8 @@ Each class that can be made tiny is made in several ways and reads several batch
     different         other numbers than eager's
     not made          no tiny model of it, or eager does not run
 
-and "different" and "raised" are failures.
+and "different" and "raised" are failures.  Of a padded batch those numbers count that stay the same under eager when
+other words stand in the padding.
 """
 
 import argparse
@@ -144,8 +145,19 @@ def tensors(output, path=""):
     return found
 
 
-def difference(expected, actual, mask=None):
-    """The largest difference, as a share of the largest number of its tensor; (number, where)."""
+def close(right, mine):
+    """Which numbers are as good as equal, and the largest difference, both by the largest number on the right."""
+    odd = ~torch.isfinite(right)
+    right, mine = right.masked_fill(odd, 0).double(), mine.masked_fill(odd, 0).double()
+    share = ((right - mine).abs() / right.abs().amax().clamp_min(1e-30)).nan_to_num(nan=torch.inf)
+    return (share <= BAR) & ~odd, float(share.max())
+
+
+def difference(expected, actual, counts=None):
+    """(the largest difference, as a share of the largest number of its tensor, and where it is).
+
+    `counts`: of each tensor the places that do, by default those where `expected` has a number.
+    """
     worst, where = 0.0, ""
     if expected.keys() != actual.keys():
         return float("inf"), "other outputs"
@@ -153,20 +165,22 @@ def difference(expected, actual, mask=None):
         mine = actual[name]
         if right.shape != mine.shape:
             return float("inf"), f"{name}: shape {tuple(mine.shape)} for {tuple(right.shape)}"
-        right, mine = right.detach().double(), mine.detach().double()
-        if mask is not None and right.ndim >= 2 and right.shape[:2] == mask.shape:
-            right, mine = right[mask.bool()], mine[mask.bool()]
-        if not right.numel():
-            continue
-        odd = ~torch.isfinite(right)
-        if not torch.equal(odd, ~torch.isfinite(mine)):
-            return float("inf"), f"{name}: not finite"
-        right, mine = right.masked_fill(odd, 0), mine.masked_fill(odd, 0)
-        scale = right.abs().max().clamp_min(1e-30)
-        share = float((right - mine).abs().max() / scale)
-        if share > worst:
+        if counts is not None:
+            right, mine = right[counts[name]], mine[counts[name]]
+        if right.numel() and (share := close(right, mine)[1]) > worst:
             worst, where = share, name
     return worst, where
+
+
+def indifferent(one, other):
+    """The places of each output that are the same although other words stand in the padding."""
+    if {name: each.shape for name, each in one.items()} != {name: each.shape for name, each in other.items()}:
+        raise ValueError("shapes depend on what stands in the padding")
+    counts = {name: close(each, other[name])[0] for name, each in one.items() if each.numel()}
+    counts = {name: counts.get(name, torch.zeros_like(each, dtype=torch.bool)) for name, each in one.items()}
+    if not any(each.any() for each in counts.values()):
+        raise ValueError("everything depends on what stands in the padding")
+    return counts
 
 
 def run(model, batch):
@@ -194,23 +208,22 @@ def generate(model, batch, **more):
 
 
 def cases(model, batch):
-    """{name of a case: (function of a model, mask of what counts)}."""
+    """{name of a case: (what a model says, the same with other words in the padding or None)}."""
     found = {"whole": (lambda m: run(m, batch), None)}
     mask = batch.get("attention_mask")
     if mask is not None:
         for side, columns in (("right", slice(-4, None)), ("left", slice(0, 4))):
-            padded = mask.clone()
-            padded[0, columns] = 0
-            found[f"padded {side}"] = (lambda m, padded=padded: run(m, batch | {"attention_mask": padded}), padded)
-        bare = {key: value for key, value in batch.items() if key != "attention_mask"}
-        found["no mask"] = (lambda m: run(m, bare), None)
+            padded, other = batch | {"attention_mask": mask.clone()}, batch["input_ids"].clone()
+            padded["attention_mask"][0, columns] = 0
+            other[0, columns] = batch["input_ids"][1, columns].flip(0)
+            disturbed = padded | {"input_ids": other}
+            found[f"padded {side}"] = (lambda m, b=padded: run(m, b), lambda m, b=disturbed: run(m, b))
+        found["no mask"] = (lambda m: run(m, {k: v for k, v in batch.items() if k != "attention_mask"}), None)
     if model.can_generate():
         asked = {key: value for key, value in batch.items() if not key.startswith("decoder_")}
         found["generate"] = (lambda m: generate(m, asked), None)
         if mask is not None:
-            padded = mask.clone()
-            padded[0, :4] = 0
-            asked_padded = asked | {"attention_mask": padded}
+            asked_padded = asked | {"attention_mask": padded["attention_mask"]}
             found["generate padded"] = (lambda m: generate(m, asked_padded), None)
         found["generate static"] = (lambda m: generate(m, asked, cache_implementation="static"), None)
     return found
@@ -300,10 +313,13 @@ def examine(cls):
     except Exception as error:
         return [{"outcome": "not made", "note": words_of(error)}]
     weights = eager.state_dict()
-    all_cases, right, records = cases(eager, batch), {}, []
-    for case, (function, _) in list(all_cases.items()):
+    all_cases, right, counts, records = cases(eager, batch), {}, {}, []
+    for case, (function, disturbed) in all_cases.items():
         try:
             right[case] = function(eager)
+            counts[case] = indifferent(right[case], disturbed(eager)) if disturbed else None
+            if not any(torch.isfinite(each).any() for each in right[case].values()):
+                raise ValueError("no number that is finite")
             if case == "whole" and (again := difference(right[case], function(eager)))[0] > BAR:
                 raise ValueError(f"eager does not repeat itself: {again}")
         except Exception as error:
@@ -327,14 +343,14 @@ def examine(cls):
                     record |= {"outcome": "not made", "note": "eager: " + words_of(error)}
             continue
         uses = effective(model)
-        for case, (function, mask) in all_cases.items():
+        for case, (function, _) in all_cases.items():
             if case not in right or (way != WAYS[0] and case != ("padded left" if "padded left" in right else "whole")):
                 continue
             record = {"way": way, "case": case}
             records.append(record)
             calls = 0
             try:
-                found, where = difference(right[case], function(model), mask)
+                found, where = difference(right[case], function(model), counts[case])
             except Exception as error:
                 record |= {"outcome": "refused" if is_refusal(error) else "raised", "note": words_of(error)}
                 continue
@@ -344,9 +360,9 @@ def examine(cls):
                 with contextlib.suppress(Exception):
                     sdpa = sdpa or made("_from_config", cls, config, weights, "sdpa")
                     theirs = function(sdpa)
-                    record["sdpa"] = difference(right[case], theirs, mask)[0]
+                    record["sdpa"] = difference(right[case], theirs, counts[case])[0]
                     chaotic = record["sdpa"] <= 100 * BAR and found <= 3 * record["sdpa"]
-                    if chaotic or difference(theirs, function(model), mask)[0] <= BAR:
+                    if chaotic or difference(theirs, function(model), counts[case])[0] <= BAR:
                         record["outcome"] = "as sdpa"
             elif calls:
                 record["outcome"] = "same"

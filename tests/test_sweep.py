@@ -47,9 +47,9 @@ def test_right_attention_is_the_same_and_was_called(attention):
     assert all(record["calls"] >= 2 for record in records)
 
 
-def test_a_model_without_attention_is_the_same_but_not_called(attention):
+def test_a_model_without_attention_is_not_said_to_be_checked(attention):
     attention(integration.attention)
-    assert outcomes("ResNetModel") == {"same, not called"}
+    assert outcomes("ResNetModel") <= {"same, not called", "kept its own"}
 
 
 @pytest.mark.parametrize("name", ["BertModel", "ViTModel"])
@@ -65,6 +65,22 @@ def test_an_attention_without_its_mask_is_different_where_there_is_padding(atten
     found = {record["case"]: record["outcome"] for record in sweep.examine(transformers.BertModel)}
     assert found["whole"] == "same"
     assert found["padded left"] == found["padded right"] == "different"
+
+
+def test_what_stands_in_the_padding_does_not_count():
+    one, other = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[9.0, 2.0], [3.0, 4.0]])
+    counts = sweep.indifferent({"out": one}, {"out": other})
+    assert counts["out"].tolist() == [[False, True], [True, True]]
+    assert sweep.difference({"out": one}, {"out": other}, counts) == (0.0, "")
+    assert sweep.difference({"out": one}, {"out": other}) == (2.0, "out")
+    with pytest.raises(ValueError, match="everything depends"):
+        sweep.indifferent({"out": one}, {"out": one + 1})
+
+
+def test_numbers_that_are_not_finite_differ_from_those_that_are():
+    right, wrong = torch.tensor([1.0, float("nan")]), torch.tensor([float("nan"), 1.0])
+    assert sweep.difference({"out": right}, {"out": wrong})[0] == float("inf")
+    assert sweep.difference({"out": right}, {"out": torch.ones(2)}) == (0.0, "")
 
 
 @pytest.mark.parametrize(
