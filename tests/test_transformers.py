@@ -389,6 +389,15 @@ def test_models_get_the_masks_they_understand(family, masks):
     assert manners == ("", models.Masks[masks])
 
 
+def test_a_causal_mask_is_told_to_layers_that_a_configuration_says_see_both_ways():
+    """As PaliGemma has it, whose own mask is not bidirectional where nobody says where the prefix ends."""
+    config = GROUPED | {"head_dim": 8, "use_bidirectional_attention": True}
+    eager, ours = both("gemma", lambda: transformers.GemmaConfig(**config))
+    ids, _ = prompts(padded=False)
+    with torch.no_grad():
+        np.testing.assert_allclose(ours(ids).logits, eager(ids).logits, rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def test_gemma4_with_shared_keys_generates_what_eager_does():
     """Its last layers have queries for the last logits only, which is more than a missing mask can say."""
     eager, ours = both("gemma4", lambda: transformers.Gemma4TextConfig(**GEMMA4))

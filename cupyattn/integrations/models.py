@@ -131,7 +131,10 @@ def mask(*arguments: Any, **keywords: Any) -> Any:
     """
     from transformers.masking_utils import eager_mask, sdpa_mask
 
-    understood = _understood.get(type(keywords.get("config")), Masks.NUMBERS)
+    config = keywords.get("config")
+    understood = _understood.get(type(config), Masks.NUMBERS)
+    if getattr(config, "use_bidirectional_attention", False):  # so its layers say, under masks that may be causal
+        understood = min(understood, Masks.BOOLEAN)
     make = eager_mask if understood == Masks.NUMBERS else sdpa_mask
     return make(*arguments, **{**keywords, **({} if understood == Masks.NONE else NEVER_NONE)})
 
