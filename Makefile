@@ -55,6 +55,7 @@ $(VENV)/demo: $(VENV)/python pyproject.toml
 $(VENV)/test: $(VENV)/demo
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	$(BIN)/python -m pip install --quiet '$(TORCH)' || echo 'no $(TORCH) here: its tests will be skipped'
+	$(BIN)/python -c 'import torch' && $(BIN)/python -m pip install --quiet accelerate || echo 'no accelerate here: a test of the Trainer will be skipped'
 	$(BIN)/python -m pip install --quiet $(JAX) || echo 'no JAX here: its tests will be skipped'
 	$(BIN)/python -m pip install --quiet '$(TRANSFORMERS)' || echo 'no $(TRANSFORMERS) here: its tests will be skipped'
 	$(BIN)/python -m pip install --quiet cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || echo 'no CuPy here: its tests will be skipped'
