@@ -344,14 +344,14 @@ def test_autograd_through_flash_attn_varlen_func(rng, options):
 
 @pytest.mark.parametrize("options", FLASH_OPTIONS, ids=str)
 def test_autograd_through_the_packed_varlen_functions(rng, options):
-    qkv, slopes = leaves(rng, (12, 3, 2, 4), (4, 2))
+    qkv, slopes = leaves(rng, (18, 3, 2, 4), (6, 2))
     starts = starts_of(LENGTHS_Q)
     ours = cupyattn.flash_attn_varlen_qkvpacked_func(qkv, starts, 5, alibi_slopes=slopes, return_lse=True, **options)
     same = cupyattn.flash_attn_varlen_func(
         *qkv.unbind(1), starts, starts, 5, 5, alibi_slopes=slopes, return_lse=True, **options
     )
     assert_same_gradients(ours, same, [qkv, slopes], rng)
-    q, kv, slopes = leaves(rng, (12, 4, 6), (11, 2, 2, 6), (4, 4))
+    q, kv, slopes = leaves(rng, (18, 4, 6), (19, 2, 2, 6), (6, 4))
     ours = cupyattn.flash_attn_varlen_kvpacked_func(
         q, kv, starts, starts_of(LENGTHS_K), 5, 4, alibi_slopes=slopes, return_lse=True, **options
     )

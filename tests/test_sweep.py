@@ -9,6 +9,12 @@ import sweep  # noqa: E402 - skipped above where they are missing
 
 from cupyattn.integrations import transformers as integration  # noqa: E402
 
+# JAX, which other tests bring into the process, warns of every fork; the children do not touch it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
+]
+
 
 @pytest.fixture(scope="module", autouse=True)
 def registered():

@@ -26,7 +26,7 @@ struct Band {
     // The keys that query `row` sees.
     DEVICE_METHOD Span visible_keys(int row) const {
         const int diagonal = row + offset;
-        return {larger(diagonal, left) - left, smaller(seqlen_k, diagonal + right + 1)};
+        return {larger(diagonal - left, 0), right == kOpen ? seqlen_k : smaller(seqlen_k, diagonal + right + 1)};
     }
     // The keys that at least one of rows [first, last] sees; the band is monotone, so they are one span.
     DEVICE_METHOD Span touched(int first, int last) const {

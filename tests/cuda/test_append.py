@@ -658,7 +658,7 @@ MUTANTS = [
     ("tile.cuh", "(pair & 0x80008000u) | size >> 1", "size >> 1", "float8"),
     ("tile.cuh", "(nans >> 15) * 0x7c00u", "0u", "float8"),
     ("tile.cuh", "<< 8))}) * kOfFloat8", "<< 8))})", "float8"),
-    ("splitkv.cu", "descaled_scale(params, sequence.index,", "descaled_scale(params, sequence.place,",
+    ("splitkv.cu", "<Traits::kEdits>(params, sequence.index,", "<Traits::kEdits>(params, sequence.place,",
      "layouts of float8"),
     ("splitkv.cu", "descale_of_values(params, sequence.index,", "descale_of_values(params, sequence.place,",
      "layouts of float8"),
