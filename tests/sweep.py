@@ -36,7 +36,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from tiny import batches, fill, parts, tiny_config
+from tiny import batches, fill, parts, tiny_config, words
 from transformers.models.auto import modeling_auto
 
 from cupyattn.integrations import transformers as integration
@@ -172,12 +172,21 @@ def difference(expected, actual, counts=None):
     return worst, where
 
 
-def indifferent(one, other):
-    """The places of each output that are the same although other words stand in the padding."""
+def indifferent(one, other, mask):
+    """The places of each output that are the same although other words stand in the padding.
+
+    Never those of the padding itself, and never part of a vector: single numbers may be alike by chance.
+    """
     if {name: each.shape for name, each in one.items()} != {name: each.shape for name, each in other.items()}:
         raise ValueError("shapes depend on what stands in the padding")
-    counts = {name: close(each, other[name])[0] for name, each in one.items() if each.numel()}
-    counts = {name: counts.get(name, torch.zeros_like(each, dtype=torch.bool)) for name, each in one.items()}
+    counts = {}
+    for name, each in one.items():
+        same = close(each, other[name])[0] if each.numel() else torch.zeros_like(each, dtype=torch.bool)
+        tokens = each.shape[:2] == mask.shape
+        if tokens:
+            same &= mask.bool().reshape(*mask.shape, *[1] * (each.ndim - 2))
+        vector = each.ndim - 2 if tokens else min(each.ndim, 1)
+        counts[name] = same.all(-1, keepdim=True).expand_as(same) if vector and same.numel() else same
     if not any(each.any() for each in counts.values()):
         raise ValueError("everything depends on what stands in the padding")
     return counts
@@ -208,16 +217,15 @@ def generate(model, batch, **more):
 
 
 def cases(model, batch):
-    """{name of a case: (what a model says, the same with other words in the padding or None)}."""
+    """{name of a case: (what a model says, the batch with other words in its padding or None)}."""
     found = {"whole": (lambda m: run(m, batch), None)}
     mask = batch.get("attention_mask")
     if mask is not None:
         for side, columns in (("right", slice(-4, None)), ("left", slice(0, 4))):
             padded, other = batch | {"attention_mask": mask.clone()}, batch["input_ids"].clone()
             padded["attention_mask"][0, columns] = 0
-            other[0, columns] = batch["input_ids"][1, columns].flip(0)
-            disturbed = padded | {"input_ids": other}
-            found[f"padded {side}"] = (lambda m, b=padded: run(m, b), lambda m, b=disturbed: run(m, b))
+            other[0, columns] = words(model.config, other.shape[1], seed=3)[0, columns]
+            found[f"padded {side}"] = (lambda m, b=padded: run(m, b), padded | {"input_ids": other})
         found["no mask"] = (lambda m: run(m, {k: v for k, v in batch.items() if k != "attention_mask"}), None)
     if model.can_generate():
         asked = {key: value for key, value in batch.items() if not key.startswith("decoder_")}
@@ -317,7 +325,9 @@ def examine(cls):
     for case, (function, disturbed) in all_cases.items():
         try:
             right[case] = function(eager)
-            counts[case] = indifferent(right[case], disturbed(eager)) if disturbed else None
+            counts[case] = None
+            if disturbed:
+                counts[case] = indifferent(right[case], run(eager, disturbed), disturbed["attention_mask"])
             if not any(torch.isfinite(each).any() for each in right[case].values()):
                 raise ValueError("no number that is finite")
             if case == "whole" and (again := difference(right[case], function(eager)))[0] > BAR:

@@ -53,6 +53,7 @@ def test_right_attention_is_the_same_and_was_called(attention):
     assert all(record["calls"] >= 2 for record in records)
 
 
+@pytest.mark.filterwarnings("ignore:ResNetModel keeps")
 def test_a_model_without_attention_is_not_said_to_be_checked(attention):
     attention(integration.attention)
     assert outcomes("ResNetModel") <= {"same, not called", "kept its own"}
@@ -74,13 +75,25 @@ def test_an_attention_without_its_mask_is_different_where_there_is_padding(atten
 
 
 def test_what_stands_in_the_padding_does_not_count():
-    one, other = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[9.0, 2.0], [3.0, 4.0]])
-    counts = sweep.indifferent({"out": one}, {"out": other})
-    assert counts["out"].tolist() == [[False, True], [True, True]]
-    assert sweep.difference({"out": one}, {"out": other}, counts) == (0.0, "")
-    assert sweep.difference({"out": one}, {"out": other}) == (2.0, "out")
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+    by_token, pooled = torch.ones(2, 3, 4), torch.ones(2, 4)
+    moved = by_token.clone(), pooled.clone()
+    moved[0][0, 0, 1:] = moved[0][1, 2, 0] = moved[1][0, 1] = 2.0  # the first number of the padding stays, by chance
+    one, other = {"tokens": by_token, "pooled": pooled}, {"tokens": moved[0], "pooled": moved[1]}
+    counts = sweep.indifferent(one, other, mask)
+    assert counts["tokens"].all(-1).tolist() == [[False, True, True], [True, True, False]]
+    assert counts["pooled"].tolist() == [[False] * 4, [True] * 4]
+    assert not counts["tokens"][0, 0].any()
+    assert sweep.difference(one, other, counts) == (0.0, "")
+    assert sweep.difference(one, other) == (1.0, "tokens")
     with pytest.raises(ValueError, match="everything depends"):
-        sweep.indifferent({"out": one}, {"out": one + 1})
+        sweep.indifferent({"out": pooled}, {"out": pooled + 1}, mask)
+
+
+def test_places_of_the_padding_do_not_count_though_they_are_alike():
+    mask = torch.tensor([[0, 1], [1, 1]])
+    logits = torch.ones(2, 2)
+    assert torch.equal(sweep.indifferent({"out": logits}, {"out": logits}, mask)["out"], mask.bool())
 
 
 def test_numbers_that_are_not_finite_differ_from_those_that_are():
