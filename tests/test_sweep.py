@@ -12,6 +12,7 @@ from cupyattn.integrations import transformers as integration  # noqa: E402
 # JAX, which other tests bring into the process, warns of every fork; the children do not touch it.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:.* keeps attn_implementation:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning"),
 ]
 
