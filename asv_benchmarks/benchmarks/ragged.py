@@ -56,7 +56,7 @@ def forwards(function, arrays):
 
 
 def backwards(function, arrays):
-    """Gradients of q, k and v, from the operands: nothing of the forward pass was kept in the compute dtype."""
+    """Gradients of q, k and v from the operands alone: out and lse are kept only where lse is asked for."""
     try:
         import torch
     except ImportError:
