@@ -68,8 +68,7 @@ MUTANTS = [
     Mutant("inf of little weight", "splitkv.cu", "x - x == 0.f ? share : 1.f", "share", "split"),
     # ---- Who sees whom
     Mutant("causal off by one", "mask.cuh", "diagonal + right + 1", "diagonal + right", "flash"),
-    Mutant("window one key short", "mask.cuh", "larger(diagonal, left) - left",
-           "larger(diagonal, left - 1) - (left - 1)", "flash"),
+    Mutant("window one key short", "mask.cuh", "larger(diagonal - left, 0)", "larger(diagonal - left + 1, 0)", "flash"),
     Mutant("diagonal one key late", "mask.cuh", "found.band.seqlen_k - found.band.seqlen_q;",
            "found.band.seqlen_k - found.band.seqlen_q + 1;", "split"),
     Mutant("blocks skipped by the first row", "mask.cuh", "visible_keys(first).start, visible_keys(last).stop",
