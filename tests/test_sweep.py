@@ -67,6 +67,16 @@ def test_an_attention_a_little_wrong_is_different(attention, name):
     assert "different" in outcomes(name)
 
 
+@pytest.mark.parametrize(("wrong_by", "expected"), [(0.0, "same"), (1e-5, "different")])
+def test_where_rounding_shows_float64_is_what_is_right(attention, monkeypatch, wrong_by, expected):
+    monkeypatch.setattr(sweep, "BAR", 1e-9)  # which nobody's rounding meets
+    right = integration.attention
+    attention(lambda q, k, v, **keywords: right(q, k, v, **keywords) * (1.0 + wrong_by))
+    whole = [record for record in sweep.examine(transformers.LlamaForCausalLM) if record["case"] == "whole"]
+    assert {record["outcome"] for record in whole} == {expected}
+    assert all(0.0 < record["exact"][0] < 1e-5 for record in whole)
+
+
 def test_an_attention_without_its_mask_is_different_where_there_is_padding(attention):
     right = integration.attention
     attention(lambda q, k, v, **keywords: right(q, k, v, **(keywords | {"mask": None})))
