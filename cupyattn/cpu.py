@@ -6,7 +6,7 @@ Tasks run in parallel; in the backward pass one task owns all tiles that share a
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,12 +37,12 @@ def run(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int =
         for part in cut_into_parts(plan, problem, operands, seed)
         if part.out_size and part.num_heads  # an empty part has nothing to say
     ]
-    tasks: list[tuple[int, Task]] = []
+    tasks: list[Costly] = []
     for part in parts:
         out = part.of(results["out"])
         lse = part.lse_of(results["lse"])
         for tile in part.tiles:
-            tasks.append((part.cost(tile), partial(_forward_task, part, tile, out, lse)))
+            tasks.append((part, (tile,), partial(_forward_task, part, tile, out, lse)))
     run_all(_in_order(tasks, plan.num_workers), plan.num_workers)
     if problem.needs_dropout_mask:
         with np.errstate(all="ignore"):
@@ -54,10 +54,16 @@ LITTLE = 2**20
 """Cost up to which a task is mostly Python, of which only one thread runs at a time."""
 
 
-def _in_order(tasks: list[tuple[int, Task]], num_workers: int) -> list[Task]:
-    """Tasks with their costs as those to run, the dearest first; threads get all those of little cost as one."""
-    dearest = sorted(tasks, key=lambda entry: -entry[0])
-    if num_workers == 1 or not dearest or dearest[-1][0] > LITTLE:
+Costly = tuple[Part, Sequence[TileIndex], Task]
+"""A task and the tiles it is about."""
+
+
+def _in_order(tasks: list[Costly], num_workers: int) -> list[Task]:
+    """Those to run, the dearest first; threads get all those of little cost as one."""
+    if len(tasks) < 2:
+        return [task for _, _, task in tasks]
+    dearest = sorted(((sum(map(part.cost, tiles)), task) for part, tiles, task in tasks), key=lambda entry: -entry[0])
+    if num_workers == 1 or dearest[-1][0] > LITTLE:
         return [task for _, task in dearest]
     together = [task for cost, task in dearest if cost <= LITTLE]
 
@@ -120,12 +126,12 @@ def run_backward(
         if name in operands:
             collected[name] = np.zeros(operands[name].shape, compute)
     job = _BackwardJob(problem, collected, grads, forward, threading.Lock())
-    tasks: list[tuple[int, Task]] = []
+    tasks: list[Costly] = []
     for part in cut_into_parts(plan, problem, operands, seed):
         if part.out_size == 0 or (part.seqlen_k == 0 and not problem.edits.sinks) or part.num_heads == 0:
             continue
         owners = _owners(part, sizes.num_heads_k, sizes.num_heads_v)
-        tasks.extend((sum(map(part.cost, tiles)), partial(job.run, part, tiles)) for tiles in owners)
+        tasks.extend((part, tiles, partial(job.run, part, tiles)) for tiles in owners)
     run_all(_in_order(tasks, plan.num_workers), plan.num_workers)
     return {
         name: narrow(_sum_to(gradient, operands[name].shape), _dtype_name(operands[name]))
