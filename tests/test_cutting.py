@@ -1,5 +1,7 @@
 """A problem on the CPU cut into parts: sequences of the same lengths go together, wherever they lie."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from conftest import SEED
@@ -229,7 +231,11 @@ def test_what_costs_little_shares_a_task_and_the_dearest_of_the_others_come_firs
         return lambda scratch: done.append(name)
 
     little, much = cpu.LITTLE, cpu.LITTLE + 1
-    found = [(1, task("c")), (much, task("b")), (little, task("d")), (2 * much, task("a"))]
+    part = SimpleNamespace(cost=lambda tile: tile)  # here a tile is what it costs
+    found = [
+        (part, tiles, task(name))
+        for name, tiles in (("c", [1]), ("b", [much]), ("d", [1, little - 1]), ("a", [much] * 2))
+    ]
     tasks = cpu._in_order(found, num_workers=2)
     assert len(tasks) == 3
     for one in tasks:
