@@ -111,7 +111,7 @@ class Contiguous(Machine):
         window = {} if self.window is None else {"window_size": (self.window - 1, None)}
         alone = [self.attend_alone(i, rows, softcap=softcap, **window) for i in range(len(self.tokens))]
         q = np.stack([q for q, _, _ in alone])
-        if self.window is not None and self.cache._gone > max(0, len(self.cache) - rows - self.window + 1):
+        if self.window is not None and self.cache._state.gone > max(0, len(self.cache) - rows - self.window + 1):
             with pytest.raises(ValueError, match="have left the window"):
                 self.cache.attend(q, softcap=softcap)
             return
@@ -240,8 +240,8 @@ class Paged(Machine):
     def every_page_is_free_or_counted_as_often_as_it_is_used(self):
         pages = self.cache._pages
         uses = np.bincount([page for table in pages.tables for page in table], minlength=NUM_PAGES)
-        assert pages.references == uses.tolist()
-        assert sorted(pages.free) == np.flatnonzero(uses == 0).tolist()
+        assert pages.references.tolist() == uses.tolist()
+        assert sorted(pages.stack[: pages.num_free]) == np.flatnonzero(uses == 0).tolist()
         assert [len(table) for table in pages.tables] == [-(-length // PAGE_SIZE) for length in pages.lengths]
 
 

@@ -24,10 +24,13 @@ SMALLEST = 64
 class Store(NamedTuple):
     """Keys and values, and the stretch of slots that is live."""
 
+    kind: Kind
     k: Array
     v: Array
-    start: int
-    stop: int
+    start: int = 0
+    stop: int = 0
+    gone: int = 0
+    """Tokens that have left."""
 
     @property
     def batch(self) -> int:
@@ -49,58 +52,54 @@ def tokens(start: int, stop: int) -> tuple[Any, ...]:
 
 def new_store(kind: Kind, batch: int, capacity: int) -> Store:
     k, v = (kind.library.empty((batch, capacity, *x), kind.anchor) for x in (kind.features_k, kind.features_v))
-    return Store(k, v, 0, 0)
+    return Store(kind, k, v)
 
 
-def written(kind: Kind, store: Store, k: Array, v: Array) -> Store:
+def written(store: Store, k: Array, v: Array) -> Store:
     """The store with tokens after its live ones, for which there is room."""
-    stop = store.stop + int(k.shape[1])
+    stop, put = store.stop + int(k.shape[1]), store.kind.library.put
     index = tokens(store.stop, stop)
-    return Store(kind.library.put(store.k, index, k), kind.library.put(store.v, index, v), store.start, stop)
+    return store._replace(k=put(store.k, index, k), v=put(store.v, index, v), stop=stop)
 
 
 class ContiguousCache(Cache):
     """What the caches below have in common."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._store: Store | None = None
-        self._gone = 0
-        """Tokens that have left."""
+    _state: Store | None
 
-    def _part(self) -> None:
-        if self._kind is not None and self._store is not None:
-            roomy = new_store(self._kind, self._store.batch, self._store.capacity)
-            self._store = written(self._kind, roomy, *self._store.live())
+    def _apart(self) -> Store | None:
+        store = self._state
+        if store is None:
+            return None
+        roomy = new_store(store.kind, store.batch, store.capacity)
+        return written(roomy._replace(gone=store.gone), *store.live())
 
     def __len__(self) -> int:
-        return 0 if self._store is None else self._gone + self._store.stop - self._store.start
+        return 0 if self._state is None else self._state.gone + self._state.stop - self._state.start
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        return () if self._store is None else (len(self),) * self._store.batch
+        return () if self._state is None else (len(self),) * self._state.batch
 
     @property
     def nbytes(self) -> int:
-        return 0 if self._store is None else nbytes_of(self._kind, self._store.k, self._store.v)
+        return 0 if self._state is None else nbytes_of(self._state.kind, self._state.k, self._state.v)
 
     @property
     def capacity(self) -> int:
         """Tokens for which there is memory."""
-        return 0 if self._store is None else self._store.capacity
+        return 0 if self._state is None else self._state.capacity
 
     @untraced
     def append(self, k: Array, v: Array) -> None:
         function = self._named("append")
         kind, k, v = self._tokens(function, k, v, "bshd")
         batch, count = int(k.shape[0]), int(k.shape[1])
-        store = self._store
+        store = self._state
         if store is not None and batch != store.batch:
             rule = f"k has to have the cache's batch, {store.batch}"
             raise ValueError(refusal(function, rule, ("k", tuple(k.shape))))
-        roomy = self._with_room(function, kind, store, batch, count)
-        store = written(kind, roomy, k, v)
-        self._gone, self._kind, self._store = len(self) + count - (store.stop - store.start), kind, store
+        self._state = written(self._with_room(function, kind, store, batch, count), k, v)
 
     def _with_room(self, function: str, kind: Kind, store: Store | None, batch: int, count: int) -> Store:
         """The store, or another one, that has room for `count` more tokens."""
@@ -112,7 +111,8 @@ class ContiguousCache(Cache):
         roomy = new_store(kind, batch, capacity)
         if store is None:
             return roomy
-        return written(kind, roomy, *store._replace(start=store.stop - kept).live())
+        roomy = roomy._replace(gone=store.gone + live - kept)
+        return written(roomy, *store._replace(start=store.stop - kept).live())
 
     def _kept(self, live: int) -> int:
         """How many of the live tokens come along into another store."""
@@ -126,27 +126,28 @@ class ContiguousCache(Cache):
     def truncate(self, length: int) -> None:
         function = self._named("truncate")
         length = reading.integer(function, "length", length, low=0, high=len(self))
-        if self._store is not None:
-            self._check_forgettable(function, length)
-            self._store = self._store._replace(stop=self._store.start + length - self._gone)
+        store = self._state
+        if store is not None:
+            self._check_forgettable(function, length, store.gone)
+            self._state = store._replace(stop=store.start + length - store.gone)
 
-    def _check_forgettable(self, function: str, length: int) -> None:
+    def _check_forgettable(self, function: str, length: int, gone: int) -> None:
         """Refuse to take back what can not be."""
 
     @untraced
     def reorder(self, sequences: Sequence[int] | Array) -> None:
         function = self._named("reorder")
-        kind, store = self._known(function), self._store
+        kind, store = self._known(function), self._state
         assert store is not None
         chosen = integers(function, "sequences", sequences, low=0, high=store.batch - 1)
         index = np.asarray(chosen, np.int64)
         k, v = (kind.library.take(array, index) for array in store.live())
-        fresh = store if len(chosen) == store.batch else new_store(kind, len(chosen), store.capacity)
-        self._store = written(kind, fresh._replace(start=0, stop=0), k, v)
+        fresh = new_store(kind, len(chosen), store.capacity)
+        self._state = written(fresh._replace(gone=store.gone), k, v)
 
     def _keys(self, function: str, q: Array, options: Options) -> tuple[Array, Array, Options]:
-        assert self._store is not None
-        return *self._store.live(), options
+        assert self._state is not None
+        return *self._state.live(), options
 
 
 class DynamicCache(ContiguousCache):
@@ -172,7 +173,7 @@ class DynamicCache(ContiguousCache):
 
 
 class StaticCache(ContiguousCache):
-    """A cache of fixed capacity, whose memory stays where it is from the first tokens on, unless the batch changes.
+    """A cache of fixed capacity, whose memory stays where it is from the first tokens on, but for `reorder`.
 
     Parameters
     ----------
@@ -221,8 +222,8 @@ class SlidingWindowCache(ContiguousCache):
     def _capacity(self, function: str, kept: int, count: int) -> int:
         return max(self._back + self._room, kept + count)
 
-    def _check_forgettable(self, function: str, length: int) -> None:
-        least = self._gone + self.window - 1 if self._gone else 0
+    def _check_forgettable(self, function: str, length: int, gone: int) -> None:
+        least = gone + self.window - 1 if gone else 0
         if length < least:
             rule = "some of the tokens that the next one would see have left the window"
             raise ValueError(refusal(function, rule, ("length", length), ("least", least), ("tokens", len(self))))
@@ -236,7 +237,8 @@ class SlidingWindowCache(ContiguousCache):
         left = farthest if left is None else left
         k, v, options = super()._keys(function, q, options._replace(window=(left, right)))
         rows = rows_of(q)
-        if self._gone > max(0, len(self) - rows - left):
+        assert self._state is not None
+        if self._state.gone > max(0, len(self) - rows - left):
             rule = f"the first of {rows} queries would see tokens that have left the window"
             raise ValueError(refusal(function, rule, ("q", tuple(q.shape)), ("tokens left", k.shape[1])))
         return k, v, options

@@ -50,6 +50,21 @@ class Fetched(NamedTuple):
     v: Array
 
 
+class State(NamedTuple):
+    """Tokens on the host, first, so that those of all sequences are one piece of memory to copy."""
+
+    kind: Kind
+    lane: Any
+    """What brings tokens to the host and back."""
+    host: Fetched
+    length: int
+    fetched: Fetched | None = None
+
+    def live(self) -> Fetched:
+        """The tokens so far on the host."""
+        return Fetched(*(x[_slots(0, self.length)] for x in self.host))
+
+
 class OffloadedCache(Cache):
     """A cache in memory of the host, growing as `DynamicCache` does; its tokens visit the GPU while they are used.
 
@@ -63,126 +78,129 @@ class OffloadedCache(Cache):
     Arrays on the CPU are copied as well, at once, so that programs are the same there.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._lane: Any = None
-        """What brings tokens to the host and back, from the first ones on."""
-        self._host: Fetched | None = None
-        """Tokens first, so that those of all sequences are one piece of memory to copy."""
-        self._fetched: Fetched | None = None
-        self._length = 0
+    _state: State | None
 
-    def _part(self) -> None:
-        kind, host = self._kind, self._host
-        if kind is not None and host is not None:
-            if self._lane is not None:
-                self._lane.settle()
-            self._lane, self._fetched = _lane(type(self).__name__, kind), None
-            self._host = self._moved(self._lane, kind, int(host.k.shape[1]), int(host.k.shape[0]), host)
+    def _apart(self) -> State | None:
+        state = self._state
+        if state is None:
+            return None
+        if state.lane is not None:
+            state.lane.settle()
+        lane = _lane(type(self).__name__, state.kind)
+        capacity, batch = state.host.k.shape[:2]
+        return state._replace(lane=lane, fetched=None, host=_moved(lane, state.kind, batch, capacity, state.live()))
 
     def __getstate__(self) -> dict[str, Any]:
         """For `pickle` and `copy.deepcopy`: what is on the host, once it is there."""
-        if self._lane is not None:
-            self._lane.settle()
-        return {**vars(self), "_lane": None, "_fetched": None}
+        state = self._state
+        if state is None:
+            return vars(self)
+        state.lane.settle()
+        return {**vars(self), "_state": state._replace(lane=None, fetched=None)}
 
     def __len__(self) -> int:
-        return self._length
+        return 0 if self._state is None else self._state.length
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        return () if self._host is None else (self._length,) * int(self._host.k.shape[1])
+        return () if self._state is None else (self._state.length,) * int(self._state.host.k.shape[1])
 
     @property
     def nbytes(self) -> int:
-        return 0 if self._host is None else nbytes_of(self._kind, *self._host) + self.nbytes_fetched
+        return 0 if self._state is None else nbytes_of(self._state.kind, *self._state.host) + self.nbytes_fetched
 
     @property
     def nbytes_fetched(self) -> int:
         """Those of them that are where the work is done."""
-        return 0 if self._fetched is None else nbytes_of(self._kind, *self._fetched)
+        fetched = None if self._state is None else self._state.fetched
+        return 0 if fetched is None or self._state is None else nbytes_of(self._state.kind, *fetched)
 
     @untraced
     def append(self, k: Array, v: Array) -> None:
         function = self._named("append")
         kind, k, v = self._tokens(function, k, v, "bshd")
         batch, count = int(k.shape[0]), int(k.shape[1])
-        if self._host is not None and batch != self._host.k.shape[1]:
-            rule = f"k has to have the cache's batch, {self._host.k.shape[1]}"
+        state = self._state
+        if state is not None and batch != state.host.k.shape[1]:
+            rule = f"k has to have the cache's batch, {state.host.k.shape[1]}"
             raise ValueError(refusal(function, rule, ("k", tuple(k.shape))))
-        lane = self._lane or _lane(function, kind)
+        if state is None:
+            lane = _lane(function, kind)
+            state = State(kind, lane, _moved(lane, kind, batch, max(SMALLEST, count), None), 0)
+        lane, start, stop = state.lane, state.length, state.length + count
         lane.ready()  # or what is fetched might be on its way from where it is written to now
-        stop = self._length + count
-        host = self._with_room(lane, kind, batch, stop)
+        host, fetched, place = _with_room(state, stop), state.fetched, _slots(start, stop)
         new = Fetched(*(_swapped(x) for x in (k, v)))
-        host = Fetched(*(lane.save(a, _slots(self._length, stop), b) for a, b in zip(host, new, strict=True)))
-        fetched = self._fetched
+        host = Fetched(*(lane.save(a, place, b) for a, b in zip(host, new, strict=True)))
         if fetched is not None:
             if fetched.k.shape[0] < stop:
                 fetched = None
             else:
-                place = _slots(self._length, stop)
                 fetched = Fetched(*(kind.library.put(a, place, b) for a, b in zip(fetched, new, strict=True)))
-        self._kind, self._lane, self._host, self._fetched, self._length = kind, lane, host, fetched, stop
-
-    def _with_room(self, lane: Any, kind: Kind, batch: int, needed: int) -> Fetched:
-        """The host's memory, or new memory with the same tokens, for as many as needed."""
-        host = self._host
-        now = 0 if host is None else int(host.k.shape[0])
-        if host is not None and needed <= now:
-            return host
-        if host is not None:
-            lane.settle()
-        return self._moved(lane, kind, batch, max(SMALLEST, needed, now + now // 2), host)
-
-    def _moved(self, lane: Any, kind: Kind, batch: int, capacity: int, source: Fetched | None) -> Fetched:
-        """New memory of the host, with the tokens so far of a source, which have to be there."""
-        shapes = ((capacity, batch, *features) for features in (kind.features_k, kind.features_v))
-        roomy = [lane.empty(shape, kind.anchor) for shape in shapes]
-        if source is None:
-            return Fetched(*roomy)
-        live = _slots(0, self._length)
-        return Fetched(*(lane.move(a, live, b[live]) for a, b in zip(roomy, source, strict=True)))
+        self._state = State(kind, lane, host, stop, fetched)
 
     @untraced
     def prefetch(self) -> None:
         """Start bringing the tokens to where the work is done; nothing waits.  `attend` does so if nobody else did."""
-        function = self._named("prefetch")
-        kind, host = self._known(function), self._host
-        assert host is not None
-        if self._fetched is not None:
-            return
-        shapes = ((self._length + SPARE, *x.shape[1:]) for x in host)
-        empty = [kind.library.empty(shape, kind.anchor) for shape in shapes]
-        live = _slots(0, self._length)
-        self._fetched = Fetched(*self._lane.load(empty, live, [x[live] for x in host]))
+        self._known(self._named("prefetch"))
+        self._state = self._brought()
+
+    def _brought(self) -> State:
+        """The state with tokens where the work is done, or on their way."""
+        state = self._state
+        assert state is not None
+        if state.fetched is not None:
+            return state
+        shapes = ((state.length + SPARE, *x.shape[1:]) for x in state.host)
+        empty = [state.kind.library.empty(shape, state.kind.anchor) for shape in shapes]
+        return state._replace(fetched=Fetched(*state.lane.load(empty, _slots(0, state.length), list(state.live()))))
 
     def _keys(self, function: str, q: Array, options: Options) -> tuple[Array, Array, Options]:
-        self._known(function)
-        self.prefetch()
-        assert self._fetched is not None
-        self._lane.ready()
-        k, v = (_swapped(x[_slots(0, self._length)]) for x in self._fetched)
+        state = self._state = self._brought()
+        assert state.fetched is not None
+        state.lane.ready()
+        k, v = (_swapped(x[_slots(0, state.length)]) for x in state.fetched)
         return k, v, options
 
     def _attended(self) -> None:
-        self._fetched = None
+        if self._state is not None:
+            self._state = self._state._replace(fetched=None)
 
     @untraced
     def truncate(self, length: int) -> None:
-        self._length = reading.integer(self._named("truncate"), "length", length, low=0, high=self._length)
+        length = reading.integer(self._named("truncate"), "length", length, low=0, high=len(self))
+        if self._state is not None:
+            self._state = self._state._replace(length=length)
 
     @untraced
     def reorder(self, sequences: Sequence[int] | Array) -> None:
         function = self._named("reorder")
-        kind, host = self._known(function), self._host
-        assert host is not None
-        chosen = integers(function, "sequences", sequences, low=0, high=host.k.shape[1] - 1)
-        self._lane.settle()
-        live = _slots(0, self._length)
-        picked = Fetched(*(_picked(x[live], chosen) for x in host))
-        self._host = self._moved(self._lane, kind, len(chosen), int(host.k.shape[0]), picked)
-        self._fetched = None
+        kind, state = self._known(function), self._state
+        assert state is not None
+        capacity, batch = state.host.k.shape[:2]
+        chosen = integers(function, "sequences", sequences, low=0, high=batch - 1)
+        state.lane.settle()
+        picked = Fetched(*(_picked(x, chosen) for x in state.live()))
+        self._state = state._replace(host=_moved(state.lane, kind, len(chosen), capacity, picked), fetched=None)
+
+
+def _with_room(state: State, needed: int) -> Fetched:
+    """The host's memory, or new memory with the same tokens, for as many as needed."""
+    now, batch = state.host.k.shape[:2]
+    if needed <= now:
+        return state.host
+    state.lane.settle()
+    return _moved(state.lane, state.kind, batch, max(needed, now + now // 2), state.live())
+
+
+def _moved(lane: Any, kind: Kind, batch: int, capacity: int, live: Fetched | None) -> Fetched:
+    """New memory of the host, with the tokens so far at its start, which have to have arrived."""
+    shapes = ((capacity, batch, *features) for features in (kind.features_k, kind.features_v))
+    roomy = [lane.empty(shape, kind.anchor) for shape in shapes]
+    if live is None:
+        return Fetched(*roomy)
+    place = _slots(0, int(live.k.shape[0]))
+    return Fetched(*(lane.move(a, place, b) for a, b in zip(roomy, live, strict=True)))
 
 
 def _lane(function: str, kind: Kind) -> Any:

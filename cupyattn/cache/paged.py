@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat
 import numpy as np
@@ -17,6 +17,17 @@ from cupyattn.corridor import Named, answer
 from cupyattn.parts import Part, answer_in_parts
 from cupyattn.problem import FLOAT8, Array, Shape
 from cupyattn.reading import Options, refusal
+
+
+class State(NamedTuple):
+    """Pages, and the arrays that are in them."""
+
+    pages: Pages
+    kind: Kind | None = None
+    k: Array | None = None
+    v: Array | None = None
+    table: Array | None = None
+    """block_table at the arrays' home; None: has to be made anew."""
 
 
 class PagedCache(Cache):
@@ -51,23 +62,26 @@ class PagedCache(Cache):
         if num_pages * page_size > reading.LARGEST_SIZE:
             rule = f"no more than {reading.LARGEST_SIZE} tokens can be told apart"
             raise ValueError(refusal("PagedCache", rule, ("num_pages", num_pages), ("page_size", page_size)))
-        self._num_pages, self._pages = num_pages, Pages(num_pages, page_size)
-        self._k: Array | None = None
-        self._v: Array | None = None
-        self._table: Array | None = None
-        """block_table at the arrays' home; None: has to be made anew."""
+        self._num_pages = num_pages
+        self._state: State = State(Pages.new(num_pages, page_size))
 
-    def _part(self) -> None:
-        self._pages = self._pages.copy()
-        if self._kind is not None:
-            self._k, self._v = (own(self._kind, pages) for pages in (self._k, self._v))
+    def _apart(self) -> State:
+        pages, kind = self._state.pages.apart(), self._state.kind
+        if kind is None:
+            return State(pages)
+        k, v = (own(kind, array) for array in (self._state.k, self._state.v))
+        return self._state._replace(pages=pages, k=k, v=v)
+
+    @property
+    def _pages(self) -> Pages:
+        return self._state.pages
 
     def __len__(self) -> int:
         return max(self._pages.lengths, default=0)
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        return tuple(self._pages.lengths)
+        return self._pages.lengths
 
     @property
     def page_size(self) -> int:
@@ -77,11 +91,12 @@ class PagedCache(Cache):
     @property
     def num_free_pages(self) -> int:
         """Pages that no sequence has."""
-        return len(self._pages.free)
+        return self._pages.num_free
 
     @property
     def nbytes(self) -> int:
-        return 0 if self._k is None else nbytes_of(self._kind, self._k, self._v)
+        _, kind, k, v, _ = self._state
+        return 0 if kind is None else nbytes_of(kind, k, v)
 
     @untraced
     def append(self, k: Array, v: Array, seqlens: Sequence[int] | Array | None = None) -> None:
@@ -102,29 +117,30 @@ class PagedCache(Cache):
         function = self._named("append")
         kind, k, v = self._tokens(function, k, v, *_axes("k and v", seqlens))
         counts = self._counts(function, "k", tuple(k.shape), seqlens)
-        if self._pages.lengths and len(counts) != len(self._pages.lengths):
-            rule = f"tokens have to be for {len(self._pages.lengths)} sequences"
+        pages, _, held_k, held_v, table = self._state
+        if pages.lengths and len(counts) != len(pages.lengths):
+            rule = f"tokens have to be for {len(pages.lengths)} sequences"
             shown = ("seqlens", counts) if seqlens is not None else ("k", tuple(k.shape))
             raise ValueError(refusal(function, rule, shown))
         try:
-            growth = self._pages.growth(counts)
+            growth = pages.growth(counts)
         except NoPagesError as error:
-            shown_lengths = reading.short(self._pages.lengths)
+            shown_lengths = reading.short(list(pages.lengths))
             came = (("seqlens", reading.short(counts)), ("lengths", shown_lengths), ("num_pages", self._num_pages))
             raise ValueError(refusal(function, str(error), *came)) from None
         places = kind.library.places(growth.places, kind.anchor)
-        found = []
-        for pages, new, features in ((self._k, k, kind.features_k), (self._v, v, kind.features_v)):
-            if pages is None:
-                pages = kind.library.empty((self._num_pages, self.page_size, *features), kind.anchor)
+        written = []
+        for held, new, features in ((held_k, k, kind.features_k), (held_v, v, kind.features_v)):
+            if held is None:
+                held = kind.library.empty((self._num_pages, pages.page_size, *features), kind.anchor)
             for source, target in growth.copied:
                 whole = (slice(target, target + 1), Ellipsis)
-                pages = kind.library.put(pages, whole, pages[source : source + 1, ...])
-            found.append(kind.library.scatter(pages, places, _packed(new)))
-        if growth.taken or len(counts) != len(self._pages.lengths):
-            self._table = None
-        self._pages.grow(growth)
-        self._kind, (self._k, self._v) = kind, found
+                held = kind.library.put(held, whole, held[source : source + 1, ...])
+            written.append(kind.library.scatter(held, places, _packed(new)))
+        if growth.taken or len(counts) != len(pages.lengths):
+            table = None
+        new_k, new_v = written
+        self._state = State(pages.grown(growth), kind, new_k, new_v, table)
 
     def _counts(self, function: str, name: str, shape: Shape, seqlens: Sequence[int] | Array | None) -> list[int]:
         """New tokens, or rows, of each sequence."""
@@ -236,14 +252,21 @@ class PagedCache(Cache):
         ]
 
     def _over(
-        self, kind: Kind, q: Array, rows: list[int], lengths: list[int], first: int, options: Options, edits: Named
+        self,
+        kind: Kind,
+        q: Array,
+        rows: list[int],
+        lengths: Sequence[int],
+        first: int,
+        options: Options,
+        edits: Named,
     ) -> Part:
         """Of so many rows and tokens of each sequence, whose pages start in a column of the block table."""
         table = self._block_table(kind)[: len(rows), first:]
         named: Named = {
             "q": ("q", q),
-            "k": ("k", self._k),
-            "v": ("v", self._v),
+            "k": ("k", self._state.k),
+            "v": ("v", self._state.v),
             **edits,
             "cu_seqlens_q": ("cu_seqlens_q", _starts(kind, rows)),
             "cu_seqlens_k": ("cu_seqlens_k", _starts(kind, lengths)),
@@ -255,13 +278,14 @@ class PagedCache(Cache):
         return named, options
 
     def _block_table(self, kind: Kind) -> Array:
-        if self._table is None:
-            tables = self._pages.tables
+        table, tables = self._state.table, self._pages.tables
+        if table is None:
             values = np.zeros((len(tables), max(map(len, tables), default=0)), np.int32)
-            for row, table in zip(values, tables, strict=True):
-                row[: len(table)] = table
-            self._table = _home(kind, values)
-        return self._table
+            for row, pages in zip(values, tables, strict=True):
+                row[: len(pages)] = pages
+            table = _home(kind, values)
+            self._state = self._state._replace(table=table)
+        return table
 
     @untraced
     def truncate(self, length: int | Sequence[int] | Array) -> None:
@@ -286,30 +310,30 @@ class PagedCache(Cache):
             lengths = integers(function, "length", length, low=0, high=len(self))
             if len(lengths) != len(now) or any(new > own for new, own in zip(lengths, now, strict=True)):
                 rule = "length has to be at most the tokens of each sequence"
-                shown = (("length", reading.short(lengths)), ("lengths", reading.short(now)))
+                shown = (("length", reading.short(lengths)), ("lengths", reading.short(list(now))))
                 raise ValueError(refusal(function, rule, *shown))
-        self._pages.truncate(lengths)
-        self._table = None
+        self._go_on(self._pages.truncated(lengths))
+
+    def _go_on(self, pages: Pages) -> None:
+        self._state = self._state._replace(pages=pages, table=None)
 
     @untraced
     def reorder(self, sequences: Sequence[int] | Array) -> None:
         function = self._named("reorder")
-        self._pages.reorder(integers(function, "sequences", sequences, low=0, high=len(self._pages.lengths) - 1))
-        self._table = None
+        pages = self._pages
+        self._go_on(pages.reordered(integers(function, "sequences", sequences, low=0, high=len(pages.lengths) - 1)))
 
     def fork(self, sequence: int) -> int:
         """Let a new sequence go on from what `sequence` is; its number.  They share all pages until one writes."""
         count = len(self._pages.lengths)
         sequence = reading.integer(self._named("fork"), "sequence", sequence, low=0, high=count - 1)
-        self._pages.fork(sequence)
-        self._table = None
+        self._go_on(self._pages.forked(sequence))
         return count
 
     def add_sequence(self) -> int:
         """Let a new sequence start without tokens; its number."""
         count = len(self._pages.lengths)
-        self._pages.grow(self._pages.growth([0] * (count + 1)))
-        self._table = None
+        self._go_on(self._pages.grown(self._pages.growth([0] * (count + 1))))
         return count
 
 
@@ -339,7 +363,7 @@ def _shaped(found: dict[str, Array], shape: Shape, return_lse: bool) -> Any:
     return (out, lse) if return_lse else out
 
 
-def _starts(kind: Kind, counts: list[int]) -> Array:
+def _starts(kind: Kind, counts: Sequence[int]) -> Array:
     """cu_seqlens, at the arrays' home."""
     return _home(kind, np.cumsum([0, *counts], dtype=np.int32))
 

@@ -1,18 +1,23 @@
 """Which page holds which tokens of which sequence: a free list, reference counts, copy-on-write; numbers alone.
 
 Sequences that were forked share their pages, the last one too, even if it is not full.  Whoever first writes into a
-shared page gets a copy of it.  A change is worked out by `growth`, which changes nothing, and made by `grow`, once the
-arrays are written.
+shared page gets a copy of it.  Pages are a value: a change makes another one, and leaves this one as it was.  Of two
+that were made of one, only one may go on: their stack of free pages is the same memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 
 from cupyattn.problem import Array
+
+Table = tuple[int, ...]
+"""The pages of a sequence."""
+Tables = tuple[Table, ...]
 
 
 class NoPagesError(ValueError):
@@ -27,7 +32,7 @@ class Growth:
     """New tokens of each sequence."""
     copied: list[tuple[int, int]] = field(default_factory=list)
     """(page, its copy)."""
-    tables: dict[int, list[int]] = field(default_factory=dict)
+    tables: dict[int, Table] = field(default_factory=dict)
     """The pages of a sequence from that of its first new token on."""
     taken: int = 0
     """Pages from the end of the free list."""
@@ -35,21 +40,27 @@ class Growth:
     """The page of each new token, sequence after sequence, and its slot there."""
 
 
+@dataclass(frozen=True, slots=True)
 class Pages:
     """The pages of some sequences, in order, and how many tokens each sequence has."""
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        self.page_size = page_size
-        self.tables: list[list[int]] = []
-        self.lengths: list[int] = []
-        self.references = [0] * num_pages
-        self.free = list(range(num_pages))[::-1]
+    page_size: int
+    tables: Tables
+    lengths: tuple[int, ...]
+    references: Array
+    """Of each page: how many sequences have it."""
+    stack: Array
+    """The first `num_free` are the free pages, the last of them the next to be taken.  Pages that become free are
+    written behind them, where nobody looks before their number is larger."""
+    num_free: int
 
-    def copy(self) -> Pages:
-        twin = Pages(0, self.page_size)
-        twin.tables, twin.lengths = [list(table) for table in self.tables], list(self.lengths)
-        twin.references, twin.free = list(self.references), list(self.free)
-        return twin
+    @classmethod
+    def new(cls, num_pages: int, page_size: int) -> Pages:
+        return cls(page_size, (), (), np.zeros(num_pages, np.int64), np.arange(num_pages)[::-1].copy(), num_pages)
+
+    def apart(self) -> Pages:
+        """The same, to go on from beside this one."""
+        return replace(self, stack=self.stack.copy())
 
     def growth(self, counts: Sequence[int]) -> Growth:
         """What `counts` more tokens of each sequence would change; sequences that are not there yet are empty.
@@ -68,80 +79,84 @@ class Pages:
             first, last = length // self.page_size, (length + count - 1) // self.page_size
             begun = table[first:]  # the page that is not full, if there is one
             new = last + 1 - first - len(begun)
-            if begun and (owners := left.get(begun[0], self.references[begun[0]])) > 1:
+            if begun and (owners := left.get(begun[0], int(self.references[begun[0]]))) > 1:
                 left[begun[0]] = owners - 1
                 own = self._take(growth, 1)
                 growth.copied += zip(begun, own, strict=False)
                 begun = own
             tail = begun + self._take(growth, new)
-            if growth.taken > len(self.free):
+            if growth.taken > self.num_free:
                 continue
             growth.tables[sequence] = tail
             page, slot = np.divmod(np.arange(length, length + count), self.page_size)
             places.append(np.stack([np.asarray(tail, np.int64)[page - first], slot]))
-        if growth.taken > len(self.free):
-            raise NoPagesError(f"{growth.taken} more pages are needed and {len(self.free)} are free")
+        if growth.taken > self.num_free:
+            raise NoPagesError(f"{growth.taken} more pages are needed and {self.num_free} are free")
         if places:
             growth.places = np.concatenate(places, axis=1)
         return growth
 
-    def _of(self, sequence: int) -> tuple[list[int], int]:
-        return (self.tables[sequence], self.lengths[sequence]) if sequence < len(self.tables) else ([], 0)
+    def _of(self, sequence: int) -> tuple[Table, int]:
+        return (self.tables[sequence], self.lengths[sequence]) if sequence < len(self.tables) else ((), 0)
 
-    def _take(self, growth: Growth, count: int) -> list[int]:
+    def _take(self, growth: Growth, count: int) -> Table:
         """So many free pages; none where there are too few, since the growth is refused in the end."""
         before, growth.taken = growth.taken, growth.taken + count
-        if growth.taken > len(self.free):
-            return []
-        return [self.free[-1 - i] for i in range(before, growth.taken)]
+        if growth.taken > self.num_free:
+            return ()
+        return tuple(self._free(before, growth.taken).tolist())
 
-    def grow(self, growth: Growth) -> None:
-        while len(self.tables) < len(growth.counts):
-            self.tables.append([])
-            self.lengths.append(0)
-        for _ in range(growth.taken):
-            self.references[self.free.pop()] = 1
-        for page, _ in growth.copied:
-            self.references[page] -= 1
+    def _free(self, start: int, stop: int) -> Array:
+        """Those of the free pages, in the order in which they are taken."""
+        return self.stack[self.num_free - stop : self.num_free - start][::-1]
+
+    def grown(self, growth: Growth) -> Pages:
+        new = len(growth.counts) - len(self.tables)
+        tables, lengths = [*self.tables, *[()] * new], [*self.lengths, *[0] * new]
+        references = self.references
+        if growth.taken:
+            references = references.copy()
+            references[self._free(0, growth.taken)] = 1
+            np.subtract.at(references, [page for page, _ in growth.copied], 1)  # which others still have
         for sequence, tail in growth.tables.items():
-            self.tables[sequence][self.lengths[sequence] // self.page_size :] = tail
-            self.lengths[sequence] += growth.counts[sequence]
+            first = lengths[sequence] // self.page_size
+            if tables[sequence][first:] != tail:
+                tables[sequence] = tables[sequence][:first] + tail
+            lengths[sequence] += growth.counts[sequence]
+        return Pages(
+            self.page_size, tuple(tables), tuple(lengths), references, self.stack, self.num_free - growth.taken
+        )
 
-    def truncate(self, lengths: Sequence[int]) -> None:
-        """Forget what comes after so many tokens of each sequence."""
-        for sequence, length in enumerate(lengths):
-            table, used = self.tables[sequence], -(-length // self.page_size)
-            for page in reversed(table[used:]):
-                self._release(page)
-            del table[used:]
-            self.lengths[sequence] = length
+    def truncated(self, lengths: Sequence[int]) -> Pages:
+        """Without what comes after so many tokens of each sequence."""
+        used = [-(-length // self.page_size) for length in lengths]
+        kept = tuple(table[:n] for table, n in zip(self.tables, used, strict=True))
+        return self._with(kept, tuple(lengths), lost=[table[n:] for table, n in zip(self.tables, used, strict=True)])
 
-    def fork(self, sequence: int) -> None:
-        """One more sequence, which goes on from what `sequence` is."""
-        self.tables.append(list(self.tables[sequence]))
-        self.lengths.append(self.lengths[sequence])
-        for page in self.tables[-1]:
-            self.references[page] += 1
+    def forked(self, sequence: int) -> Pages:
+        """With one more sequence, which goes on from what `sequence` is."""
+        table = self.tables[sequence]
+        return self._with((*self.tables, table), (*self.lengths, self.lengths[sequence]), gained=[table])
 
-    def reorder(self, sequences: Sequence[int]) -> None:
+    def reordered(self, sequences: Sequence[int]) -> Pages:
         """Sequence ``i`` goes on from what ``sequences[i]`` was."""
-        former = self.tables
-        self.tables = [list(former[source]) for source in sequences]
-        self.lengths = [self.lengths[source] for source in sequences]
-        for table in self.tables:
-            for page in table:
-                self.references[page] += 1
-        for table in former:
-            for page in reversed(table):
-                self._release(page)
+        tables = tuple(self.tables[i] for i in sequences)
+        return self._with(tables, tuple(self.lengths[i] for i in sequences), gained=tables, lost=self.tables)
 
-    def _release(self, page: int) -> None:
-        self.references[page] -= 1
-        if not self.references[page]:
-            self.free.append(page)
+    def _with(
+        self, tables: Tables, lengths: tuple[int, ...], *, gained: Iterable[Table] = (), lost: Iterable[Table] = ()
+    ) -> Pages:
+        """With other tables: those that have come, and those that have gone."""
+        more, fewer = (np.fromiter(chain.from_iterable(x), np.int64) for x in (gained, lost))
+        references = self.references + np.bincount(more, minlength=self.references.size)
+        np.subtract.at(references, fewer, 1)
+        freed = np.unique(fewer[references[fewer] == 0])[::-1]
+        num_free = self.num_free + freed.size
+        self.stack[self.num_free : num_free] = freed
+        return Pages(self.page_size, tables, lengths, references, self.stack, num_free)
 
     def num_shared(self) -> int:
         """Pages at the start of every sequence that are the same in all."""
-        shortest = min(self.tables, key=len, default=[])
+        shortest = min(self.tables, key=len, default=())
         others = ((i, page) for i, page in enumerate(shortest) if any(table[i] != page for table in self.tables))
         return next(others, (len(shortest), -1))[0]

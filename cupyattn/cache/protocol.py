@@ -39,27 +39,32 @@ class Cache:
     dtype, heads and head_dim are those of the first tokens appended; arrays of any library that can be written to
     will do, and those of JAX, which are copied at each append.  Values are kept, gradients are not.
 
-    A call that raises leaves the cache as it was.  Copies have memory of their own, those of `copy.copy` too.
+    A call that raises leaves the cache as it was, whatever it raises: KeyboardInterrupt and MemoryError too.  Copies
+    have memory of their own, those of `copy.copy` too.
     """
 
+    # What a cache is, is one value, `_state`: a change is worked out aside and put in place by one assignment.  What
+    # a state has in memory is never written to, but for what is behind that which is live.
+
     def __init__(self) -> None:
-        self._kind: Kind | None = None
+        self._state: Any = None
+        """None, or what has `kind`: that of the tokens."""
 
     @untraced
     def __copy__(self) -> Self:
         """A cache that goes on from what this one is, in memory of its own; what else a subclass has is shared."""
         twin = object.__new__(type(self))
         vars(twin).update(vars(self))
-        twin._part()
+        twin._state = twin._apart()
         return twin
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """What `pickle` and `copy.deepcopy` make, in memory as the cache would have made it: pinned, say."""
         vars(self).update(state)
-        self._part()
+        self._state = self._apart()
 
-    def _part(self) -> None:
-        """Go on in copies of all that is written to, which another cache has as well."""
+    def _apart(self) -> Any:
+        """The state, in copies of all that is written to."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -196,23 +201,27 @@ class Cache:
             raise ValueError(refusal(function, "nothing has been appended yet"))
         return self._kind
 
+    @property
+    def _kind(self) -> Kind | None:
+        return None if self._state is None else self._state.kind
+
     def _tokens(self, function: str, k: Array, v: Array, axes: str, otherwise: str = "") -> tuple[Kind, Array, Array]:
         """Look at new tokens, and return them as they are kept; refuse those that do not go with the others.
 
         `otherwise` is said after their axes.
         """
-        named = {"k": ("k", k), "v": ("v", v)}
-        if self._kind is not None:
-            named["kept"] = ("the cache", self._kind.anchor)
+        named, kind = {"k": ("k", k), "v": ("v", v)}, self._kind
+        if kind is not None:
+            named["kept"] = ("the cache", kind.anchor)
         visit = enter(function, named)
         specs, k, v = dict(visit.specs), visit.arrays["k"], visit.arrays["v"]
         _check_tokens(function, specs, axes, otherwise)
         visit.library.check_keepable(function, {"k": k, "v": v})
         if visit.kind == "cuda":
             visit.device()
-        if self._kind is not None:
-            _check_alike(function, specs, self._kind)
-            return self._kind, k, v
+        if kind is not None:
+            _check_alike(function, specs, kind)
+            return kind, k, v
         anchor = visit.library.empty((0,), k)
         features = specs["k"].shape[-2:], specs["v"].shape[-2:]
         return Kind(visit.library, anchor, specs["k"].dtype, *features, visit.kind), k, v
@@ -301,8 +310,6 @@ def own(kind: Kind, array: Array) -> Array:
     return kind.library.put(kind.library.empty(tuple(array.shape), kind.anchor), (slice(None), Ellipsis), array)
 
 
-def nbytes_of(kind: Kind | None, *arrays: Array) -> int:
+def nbytes_of(kind: Kind, *arrays: Array) -> int:
     """Of arrays in the dtype of the cache."""
-    if kind is None:
-        return 0
     return sum(math.prod(array.shape) * ITEMSIZE[kind.dtype] for array in arrays)

@@ -3,7 +3,8 @@
 Results are copied to the host on the caller's stream.  Copies back run beside it, on a stream of their own, between two
 events: they start when all that was queued before is done, among it the last use of the memory they are written to;
 and whoever reads them lets the caller's stream wait, by `ready`, which nobody may forget before that memory is given
-back.  Until then a lane holds it.
+back.  Until then a lane holds it, from before the first copy is queued: an interruption between two of them loses
+nothing but the event, and then `ready` waits for the whole stream.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ class TorchLane:
         self._device = like.device
         self._beside: Any = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._done: Any = None
-        """The event after the copies under way; None: nobody has to wait."""
+        """The event after the copies of what is held; None: they were interrupted before there was one."""
         self._held: list[Array] = []
+        """What is written to by copies under way."""
 
     def empty(self, shape: Shape, like: Array) -> Array:
         """Memory of the host."""
@@ -47,19 +49,22 @@ class TorchLane:
         import torch
 
         self._beside.wait_stream(torch.cuda.current_stream(self._device))
+        self._held = [*self._held, *targets]
+        self._done = None
         with torch.cuda.stream(self._beside):
             for target, source in zip(targets, sources, strict=True):
                 target[index].copy_(source, non_blocking=True)
-            self._done, self._held = self._beside.record_event(), targets
+            self._done = self._beside.record_event()
         return targets
 
     def ready(self) -> None:
         """What is queued from now on finds the loaded values."""
         import torch
 
-        if self._done is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._done)
-            self._done, self._held = None, []
+        if self._held:
+            done = self._beside.record_event() if self._done is None else self._done
+            torch.cuda.current_stream(self._device).wait_event(done)
+            self._held = []
 
     def settle(self) -> None:
         """Wait until the host finds the saved values."""
@@ -69,8 +74,8 @@ class TorchLane:
         torch.cuda.current_stream(self._device).synchronize()
 
     def __del__(self) -> None:
-        if self._done is not None:
-            self._done.synchronize()
+        if self._held:
+            self._beside.synchronize()
 
 
 class CuPyLane:
@@ -106,18 +111,21 @@ class CuPyLane:
 
         with self._device:
             self._beside.wait_event(cupy.cuda.get_current_stream().record())
+            self._held = [*self._held, *targets]
+            self._done = None
             for target, source in zip(targets, sources, strict=True):
                 target[index].set(source, stream=self._beside)
-            self._done, self._held = self._beside.record(), targets
+            self._done = self._beside.record()
         return targets
 
     def ready(self) -> None:
         import cupy
 
-        if self._done is not None:
+        if self._held:
             with self._device:
-                cupy.cuda.get_current_stream().wait_event(self._done)
-            self._done, self._held = None, []
+                done = self._beside.record() if self._done is None else self._done
+                cupy.cuda.get_current_stream().wait_event(done)
+            self._held = []
 
     def settle(self) -> None:
         import cupy
@@ -127,5 +135,5 @@ class CuPyLane:
             cupy.cuda.get_current_stream().synchronize()
 
     def __del__(self) -> None:
-        if self._done is not None:
-            self._done.synchronize()
+        if self._held:
+            self._beside.synchronize()
