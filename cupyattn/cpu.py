@@ -6,7 +6,7 @@ Tasks run in parallel; in the backward pass one task owns all tiles that share a
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,7 @@ from cupyattn.plan import Plan
 from cupyattn.problem import Problem
 from cupyattn.rounding import STORAGE, narrow
 from cupyattn.scratch import Scratch
-from cupyattn.threads import Task, run_all
+from cupyattn.threads import run_all
 from cupyattn.tiles import Keys, Part, Rows, TileIndex, end_to_end, heads_first, piece_index
 
 
@@ -43,7 +43,7 @@ def run(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int =
         lse = part.lse_of(results["lse"])
         for tile in part.tiles:
             tasks.append((part, (tile,), partial(_forward_task, part, tile, out, lse)))
-    run_all(_in_order(tasks, plan.num_workers), plan.num_workers)
+    _run(tasks, plan.num_workers)
     if problem.needs_dropout_mask:
         with np.errstate(all="ignore"):
             results["dropout_mask"] = _dropout_mask(problem, parts)
@@ -54,24 +54,57 @@ LITTLE = 2**20
 """Cost up to which a task is mostly Python, of which only one thread runs at a time."""
 
 
-Costly = tuple[Part, Sequence[TileIndex], Task]
+Addition = Callable[[], None]
+"""What a task has to do yet, to sums that it has in common with others."""
+Work = Callable[[Scratch], Addition | None]
+Costly = tuple[Part, Sequence[TileIndex], Work]
 """A task and the tiles it is about."""
 
 
-def _in_order(tasks: list[Costly], num_workers: int) -> list[Task]:
+def _run(tasks: list[Costly], num_workers: int) -> None:
+    are_small = num_workers == 1 and all(part.has_small_products(tiles[0]) for part, tiles, _ in tasks)
+    in_turn, first, runs = _InTurn(), 0, []
+    for group in _in_order(tasks, num_workers):
+        runs.append(partial(_one_after_the_other, group, first, in_turn))
+        first += len(group)
+    run_all(runs, num_workers, are_small=are_small)
+
+
+def _one_after_the_other(tasks: Sequence[Work], first: int, in_turn: _InTurn, scratch: Scratch) -> None:
+    for turn, task in enumerate(tasks, first):
+        addition = task(scratch)
+        if addition is not None:
+            in_turn.add(turn, addition)
+
+
+class _InTurn:
+    """Additions of tasks in the order of the tasks, whichever ends first, so that sums are the same to the last bit.
+
+    Nobody waits: what comes before its turn is left to those whose turn it is.
+    """
+
+    def __init__(self) -> None:
+        self._adding = threading.Lock()
+        self._waiting: dict[int, Addition] = {}
+        self._turn = 0
+
+    def add(self, turn: int, addition: Addition) -> None:
+        with self._adding:
+            self._waiting[turn] = addition
+            while self._turn in self._waiting:
+                self._waiting.pop(self._turn)()
+                self._turn += 1
+
+
+def _in_order(tasks: list[Costly], num_workers: int) -> list[list[Work]]:
     """Those to run, the dearest first; threads get all those of little cost as one."""
     if len(tasks) < 2:
-        return [task for _, _, task in tasks]
+        return [[task] for _, _, task in tasks]
     dearest = sorted(((sum(map(part.cost, tiles)), task) for part, tiles, task in tasks), key=lambda entry: -entry[0])
     if num_workers == 1 or dearest[-1][0] > LITTLE:
-        return [task for _, task in dearest]
+        return [[task] for _, task in dearest]
     together = [task for cost, task in dearest if cost <= LITTLE]
-
-    def all_of_little_cost(scratch: Scratch) -> None:
-        for task in together:
-            task(scratch)
-
-    return [all_of_little_cost, *(task for cost, task in dearest if cost > LITTLE)]
+    return [together, *([task] for cost, task in dearest if cost > LITTLE)]
 
 
 def _forward_task(part: Part, where: TileIndex, out: Rows, lse: Rows, scratch: Scratch) -> None:
@@ -125,18 +158,19 @@ def run_backward(
     for name in ("bias", "sinks", "alibi_slopes"):
         if name in operands:
             collected[name] = np.zeros(operands[name].shape, compute)
-    job = _BackwardJob(problem, collected, grads, forward, threading.Lock())
+    job = _BackwardJob(problem, collected, grads, forward)
     tasks: list[Costly] = []
     for part in cut_into_parts(plan, problem, operands, seed):
         if part.out_size == 0 or (part.seqlen_k == 0 and not problem.edits.sinks) or part.num_heads == 0:
             continue
         owners = _owners(part, sizes.num_heads_k, sizes.num_heads_v)
         tasks.extend((part, tiles, partial(job.run, part, tiles)) for tiles in owners)
-    run_all(_in_order(tasks, plan.num_workers), plan.num_workers)
-    return {
-        name: narrow(_sum_to(gradient, operands[name].shape), _dtype_name(operands[name]))
-        for name, gradient in collected.items()
-    }
+    _run(tasks, plan.num_workers)
+    with np.errstate(all="ignore"):
+        return {
+            name: narrow(_sum_to(gradient, operands[name].shape), _dtype_name(operands[name]))
+            for name, gradient in collected.items()
+        }
 
 
 def _dtype_name(array: Array) -> str:
@@ -180,12 +214,12 @@ class _BackwardJob:
     collected: dict[str, Array]
     grads: Mapping[str, Array | None]
     forward: dict[str, Array | None]
-    adding: threading.Lock
 
-    def run(self, part: Part, tiles: list[TileIndex], scratch: Scratch) -> None:
-        """The tiles of some sequences that share keys, one after the other."""
+    def run(self, part: Part, tiles: list[TileIndex], scratch: Scratch) -> Addition:
+        """The tiles of some sequences that share keys, one after the other; what others add to as well is returned."""
         problem, compute = self.problem, part.compute_dtype
         batches = tiles[0].batches
+        common: list[Addition] = []
         totals: dict[tuple[str, int], tuple[slice, Array]] = {}
 
         def share(name: str, keys: Keys, where: TileIndex) -> Array:
@@ -216,23 +250,33 @@ class _BackwardJob:
                 dv_total[:, :, block.keys] += dv
                 if dbias is not None:
                     by_head = dbias.reshape(where.batch_size, where.num_heads, *dbias.shape[-2:])
-                    self.add_bias(part, where, block.keys, by_head)
+                    target = self.bias_of(part, where, block.keys)
+                    addition = partial(_add, target, _sum_to(by_head, target.shape))
+                    if self.each_has_its_bias():
+                        addition()
+                    else:
+                        common.append(addition)
 
             gradients = numpy_ref.flash_backward(tile, state, dout, dlse, problem.edits.softmax_scale, add)
             shape = (where.batch_size, where.num_heads, len(where.rows))
             part.of(self.collected["q"]).put(where, gradients.dq.reshape(*shape, -1))
-            with self.adding:
-                if gradients.dsinks is not None:
-                    self.collected["sinks"][where.heads] += gradients.dsinks.reshape(shape).sum(axis=(0, -1))
-                if gradients.dslopes is not None:
-                    slopes, dslopes = self.collected["alibi_slopes"], gradients.dslopes.reshape(shape[:2])
-                    if slopes.ndim == 1:
-                        slopes[where.heads] += dslopes.sum(axis=0)
-                    else:
-                        slopes[part.batch_ids[batches], where.heads] += dslopes
-        with self.adding:
-            for (name, _), (heads, total) in totals.items():
-                self.add_keys(name, part, batches, heads, total)
+            if gradients.dsinks is not None:
+                dsinks = gradients.dsinks.reshape(shape).sum(axis=(0, -1))
+                common.append(partial(_add, self.collected["sinks"][where.heads], dsinks))
+            if gradients.dslopes is not None:
+                slopes, dslopes = self.collected["alibi_slopes"], gradients.dslopes.reshape(shape[:2])
+                if slopes.ndim == 1:
+                    common.append(partial(_add, slopes[where.heads], dslopes.sum(axis=0)))
+                else:
+                    slopes[part.batch_ids[batches], where.heads] += dslopes
+        for (name, _), (heads, total) in totals.items():
+            common += self.add_keys(name, part, batches, heads, total)
+
+        def add_all() -> None:
+            for addition in common:
+                addition()
+
+        return add_all
 
     def rows_like_out(self, part: Part, where: TileIndex, name: str) -> Array:
         array = self.grads.get(name)
@@ -254,25 +298,31 @@ class _BackwardJob:
         assert lse is not None
         return State(self.rows_like_out(part, where, "out"), lse)
 
-    def add_bias(self, part: Part, where: TileIndex, keys: slice, dbias: Array) -> None:
-        """Sum one block's (batch, heads, rows, keys) over the axes along which the bias is repeated."""
+    def each_has_its_bias(self) -> bool:
+        """Sequences and heads have none in common."""
+        batch_shape = self.problem.sizes.batch_shape or (1,)
+        return self.collected["bias"].shape[:-2] == (*batch_shape, self.problem.sizes.num_heads)
+
+    def bias_of(self, part: Part, where: TileIndex, keys: slice) -> Array:
+        """What one block's (batch, heads, rows, keys) are added to, one number where the bias is repeated."""
         rank = len(self.problem.sizes.batch_shape or (1,)) + 3
         total = self.collected["bias"]
         total = total.reshape((1,) * (rank - total.ndim) + total.shape)
-        index = piece_index(total, part.outer, where, keys)
-        with self.adding:
-            target = total[index]
-            target += _sum_to(dbias, target.shape)
+        return total[piece_index(total, part.outer, where, keys)]
 
-    def add_keys(self, name: str, part: Part, batches: slice, heads: slice, total: Array) -> None:
+    def add_keys(self, name: str, part: Part, batches: slice, heads: slice, total: Array) -> list[Addition]:
         """Sum the gradients of all keys of some sequences and heads, (batch, heads, keys, dim)."""
         source, gradient = part.k if name == "k" else part.v, self.collected[name]
         if source.places is not None:
             index = source.places.index(batches, slice(0, part.seqlen_k), heads)
-            np.add.at(gradient, index, total.swapaxes(1, 2))  # sequences may share pages
-            return
+            return [partial(np.add.at, gradient, index, total.swapaxes(1, 2))]  # sequences may share pages
         if part.stretch_k is not None:
             view = end_to_end(gradient, part.stretch_k, part.batch, part.seqlen_k)
         else:
             view = heads_first(gradient, self.problem)[part.outer]
         view[batches, heads] += total
+        return []
+
+
+def _add(target: Array, values: Array) -> None:
+    target += values

@@ -1,7 +1,8 @@
 """Running many NumPy tasks on the cores of this machine.
 
 NumPy's matrix products use the BLAS's own threads.  Here each task gets one Python thread (NumPy lets
-go of the GIL) and the BLAS is held to one thread for as long as they run.
+go of the GIL) and the BLAS is held to one thread for as long as they run, also where one thread does all: threads of
+its own would wait for each other at every small product, for long where others want the cores.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -140,10 +142,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_other_threads)
 
 
-def run_all(tasks: Sequence[Task], num_workers: int) -> None:
+def run_all(tasks: Sequence[Task], num_workers: int, *, are_small: bool = False) -> None:
     """Run every task, the first ones first, on up to `num_workers` threads; raise what a task raises.
 
-    A task receives scratch memory that it may use until it returns.
+    `are_small` says of tasks for one worker that no BLAS has threads for their products, and spares holding it.  A
+    task receives scratch memory that it may use until it returns.
     The threads live for one call, so that a fork between calls finds none.
     """
     queue = deque(tasks)
@@ -170,7 +173,8 @@ def run_all(tasks: Sequence[Task], num_workers: int) -> None:
     if num_workers > 1:
         num_workers = min(num_workers, _blas.num_threads())
     if num_workers <= 1:
-        work()
+        with nullcontext() if are_small else _blas.on_one_thread():
+            work()
         return
     helpers: list[threading.Thread] = []
     with _blas.on_one_thread():

@@ -25,8 +25,10 @@ from cupyattn.scratch import Scratch
 Index = tuple[Any, ...]
 
 SCORE_LIMIT = {"float32": 30.0, "float64": 60.0}
-"""Scores of at most this size can skip the running maximum: exp, its sum over any number of keys and the
-product with any sensible value stay far inside the dtype's range on both sides."""
+"""Scores of at most this size can skip the running maximum: exp and its sum over any number of keys stay far inside
+the dtype's range on both sides.  Whether products with values did is seen by the results, see `Part.attend`."""
+LEAST_EXACT = {name: float(np.finfo(name).tiny / np.finfo(name).eps) * math.exp(x) for name, x in SCORE_LIMIT.items()}
+"""Results as large as this lost nothing to products of small weights that were too small for the dtype."""
 ROWS_WORTH_A_BOUND = 64
 """Rows per key from which reading the keys once more for their norms pays."""
 
@@ -166,6 +168,8 @@ def _is_tidy(array: Array) -> bool:
     )
 
 
+FEW_SCORES, FEW_MULTIPLICATIONS = 9216, 2**18
+"""Numbers that are summed by row, and multiplications of a product, up to which OpenBLAS starts no threads."""
 COST_OF_A_NUMBER = 16
 """Multiplications that take as long as copying it."""
 STRETCH = 512
@@ -341,6 +345,12 @@ class Part:
         numbers = where.batch_size * (where.num_heads * len(where.rows) + pairs * len(where.touched))
         return int(2 * (where.work + COST_OF_A_NUMBER * numbers) * (sizes.head_dim + sizes.head_dim_v))
 
+    def has_small_products(self, where: TileIndex) -> bool:
+        """A BLAS makes those of the tile on one thread in any case."""
+        sizes, pairs = self.problem.sizes, where.pairs.stop - where.pairs.start
+        scores = where.num_heads // pairs * len(where.rows) * min(len(where.touched), self.cut.block_k)
+        return bool(scores <= FEW_SCORES and scores * max(sizes.head_dim, sizes.head_dim_v) <= FEW_MULTIPLICATIONS)
+
     def stacked(self, rows: Rows, where: TileIndex) -> Array:
         """The tile's rows of an array of the caller's, (batch, pairs, heads * rows, ...)."""
         piece = widen(rows.of(where), self.compute_dtype)
@@ -389,11 +399,26 @@ class Part:
     def attend(self, where: TileIndex, scratch: Scratch) -> State:
         tile, head_dim_v = self.tile(where, scratch), self.problem.sizes.head_dim_v
         state = numpy_ref.flash(tile, head_dim_v)
-        if not math.isfinite(np.add.reduce(state.out, axis=None)):
-            # Maybe 0 * nan of a value that nobody may look at: once more, with care.
-            tile.suspicious = True
-            state = numpy_ref.flash(tile, head_dim_v)
-        return state
+        finite = math.isfinite(np.add.reduce(state.out, axis=None))
+        if finite and (tile.bounded is None or not self.may_have_vanished(state, where, scratch)):
+            return state
+        # Maybe 0 * nan of a value that nobody may look at, or a product that left the range because its weight is not
+        # that of a running maximum: once more, with care.
+        tile.suspicious, tile.bounded = not finite, None
+        return numpy_ref.flash(tile, head_dim_v)
+
+    def may_have_vanished(self, state: State, where: TileIndex, scratch: Scratch) -> bool:
+        """Results are so small that products may have been too small for the dtype; zeros of zeros are not."""
+        out, least = state.out, LEAST_EXACT[self.compute_dtype]
+        size = np.abs(out, out=scratch.array("size", out.shape, out.dtype))
+        if out.size == 0 or np.minimum.reduce(size, axis=None) >= least:
+            return False
+        small = (size < least) & ~np.isneginf(state.lse)[..., None]
+        known = ("columns", where.batches.start, where.pairs.start)
+        if known not in self._facts:
+            columns = [v.any(axis=-2, keepdims=True) for v in self.stretches(self.v, where, scratch)]
+            self._facts[known] = np.logical_or.reduce(columns)
+        return bool((small & self._facts[known]).any())
 
     def stretches(self, source: Keys, where: TileIndex, scratch: Scratch) -> Iterator[Array]:
         """All keys (or values) of a tile's heads, some at a time."""

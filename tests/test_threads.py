@@ -12,7 +12,7 @@ from interruptions import at_every_instruction
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import cupyattn
-from cupyattn import threads
+from cupyattn import numpy_ref, threads
 from cupyattn.threads import run_all
 
 WAIT = 20
@@ -126,10 +126,33 @@ def test_the_blas_has_one_thread_inside_and_its_own_again_outside(three_blas_thr
     assert blas_threads() == three_blas_threads
 
 
-def test_the_blas_keeps_its_threads_if_one_worker_does_it_all(three_blas_threads):
+def test_the_blas_has_one_thread_if_one_worker_does_it_all(three_blas_threads):
     inside = []
-    run_all([lambda scratch: inside.append(blas_threads())] * 3, 1)
+    run_all([lambda scratch: inside.append(set(blas_threads()))] * 3, 1)
+    assert inside == [{1}] * 3
+    assert blas_threads() == three_blas_threads
+
+
+def test_nobody_holds_the_blas_for_small_products(three_blas_threads):
+    inside = []
+    run_all([lambda scratch: inside.append(blas_threads())] * 3, 1, are_small=True)
     assert inside == [three_blas_threads] * 3
+
+
+@pytest.mark.parametrize(("tokens", "threads_inside"), [(64, 3), (65, 1), (200, 1)])
+@pytest.mark.parametrize("function", ["flash", "flash_backward"])
+def test_calls_hold_the_blas_where_it_had_threads(tokens, threads_inside, function, monkeypatch, rng):
+    """OpenBLAS takes threads from 2 ** 18 multiplications on."""
+    torch, inside, original = pytest.importorskip("torch"), [], getattr(numpy_ref, function)
+
+    def watched(*arguments):
+        inside.append(set(blas_threads()))
+        return original(*arguments)
+
+    monkeypatch.setattr(numpy_ref, function, watched)
+    q = torch.from_numpy(rng.standard_normal((1, tokens, 1, 64))).requires_grad_()
+    cupyattn.attention(q, q, q).sum().backward()
+    assert inside == [{threads_inside}] * len(inside) != []
 
 
 def test_two_callers_that_overlap_restore_the_blas_after_the_later_one(three_blas_threads):

@@ -1,0 +1,114 @@
+"""The CPU's door: what tasks add to common sums."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from oracle import assert_same_bits
+
+import cupyattn
+from cupyattn import cpu, plan
+
+
+@pytest.fixture
+def three_workers(monkeypatch):
+    """Three threads for any problem, each task one of its own."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr(plan, "WORTH_THREADS", 0)
+    monkeypatch.setattr(cpu, "LITTLE", 0)
+    monkeypatch.setattr("cupyattn.threads._blas.num_threads", lambda: 3)
+    plan.choose.cache_clear()
+    yield torch
+    torch.set_num_threads(before)
+    plan.choose.cache_clear()
+
+
+@pytest.fixture
+def out_of_order(monkeypatch):
+    """Tasks end in an order that differs from call to call."""
+    delays, original = iter(()), cpu.numpy_ref.flash_backward
+
+    def slow(*arguments):
+        found = original(*arguments)
+        time.sleep(next(delays, 0.0))
+        return found
+
+    monkeypatch.setattr(cpu.numpy_ref, "flash_backward", slow)
+
+    def shuffle(rng):
+        nonlocal delays
+        delays = iter(rng.choice([0.0, 0.004, 0.008], 1000).tolist())
+
+    return shuffle
+
+
+def gradients(torch, rng, name):
+    """A function that computes the gradients of what many tasks share."""
+    q, k, v = (torch.from_numpy(rng.standard_normal((6, 40, 4, 8))) for _ in range(3))
+    shared = {
+        "bias": rng.standard_normal((40, 40)),
+        "alibi_slopes": rng.standard_normal(4),
+        "sinks": rng.standard_normal(4),
+        "pages": rng.standard_normal((3, 16, 4, 8)),
+    }[name]
+    shared = torch.from_numpy(shared).requires_grad_()
+    dout = torch.from_numpy(rng.standard_normal((6, 40, 4, 8)))
+
+    def once():
+        shared.grad = None
+        if name == "pages":
+            lengths = torch.arange(0, 241, 40, dtype=torch.int32)
+            table = torch.tensor([[0, 1, 2]] * 6, dtype=torch.int32)
+            out = cupyattn.flash_attn_varlen_func(
+                *(q.reshape(240, 4, 8), shared, v.new_zeros(shared.shape), lengths, lengths, 40, 40),
+                causal=True, block_table=table,
+            )  # fmt: skip
+            out = out + cupyattn.flash_attn_varlen_func(
+                *(q.reshape(240, 4, 8), v.new_ones(shared.shape), shared, lengths, lengths, 40, 40),
+                causal=True, block_table=table,
+            )  # fmt: skip
+        else:
+            out = cupyattn.attention(q, k, v, causal=True, **{name: shared})
+        (out * dout.reshape(out.shape)).sum().backward()
+        return shared.grad.numpy().copy()
+
+    return once
+
+
+@pytest.mark.parametrize("name", ["bias", "alibi_slopes", "sinks", "pages"])
+def test_gradients_of_what_tasks_share_have_the_same_bits_whichever_task_ends_first(
+    name, three_workers, out_of_order, rng
+):
+    once = gradients(three_workers, rng, name)
+    first = once()
+    assert np.abs(first).max() > 0
+    for _ in range(6):
+        out_of_order(rng)
+        assert_same_bits(once(), first)
+
+
+def test_additions_come_in_turn():
+    added, in_turn = [], cpu._InTurn()
+    for turn in (2, 1, 4, 0, 3):
+        in_turn.add(turn, lambda turn=turn: added.append(turn))
+    assert added == [0, 1, 2, 3, 4]
+
+
+def test_nobody_waits_for_a_turn():
+    added, in_turn = [], cpu._InTurn()
+    late = threading.Thread(target=in_turn.add, args=(1, lambda: added.append("late")))
+    late.start()
+    late.join(20)
+    assert not late.is_alive()
+    assert added == []
+
+
+def test_a_sum_of_gradients_that_overflows_warns_nobody():
+    """That of values which two sequences share: 1e308 and 1e308."""
+    q, k = np.zeros((2, 1, 1, 1)), np.zeros((1, 1, 1, 1))
+    with np.errstate(all="raise"):
+        found = cupyattn.attention_backward(np.full(q.shape, 1e308), q, k, k, layout="bhsd")
+    assert found.dv.item() == np.inf
