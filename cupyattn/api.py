@@ -82,7 +82,8 @@ def attention(
     alibi_slopes : array, shape (num_heads,) or (batch, num_heads), optional
         ``-slope * |diagonal - key|`` is added to the scores.
     sinks : array, shape (num_heads,), optional
-        A logit per head that joins the softmax's denominator and has no value.
+        A logit per head that joins the softmax's denominator and has no value.  One of +inf has all the weight: out
+        is 0 and lse +inf, of queries that see no key too.
     q_descale, k_descale, v_descale : array of float32, optional
         Factors of q, k and v in float8_e4m3fn, and of no other dtype; they broadcast to (batch, num_heads_kv).
         Those of q go by the key head that a query head uses.  Default 1.  Where a factor of q times one of k is

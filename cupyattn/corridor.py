@@ -31,12 +31,23 @@ def answer(
     visit = enter(function, arrays)
     problem = read(function, visit.specs, options)
     plan = plan_for(function, problem, visit.device(), fixed_split_size)
+    if problem.needs_dropout_mask and visit.kind == "cpu":
+        _check_room(function, visit, problem)
     if problem.dropout_p > 0.0 and seed is None:
         seed = visit.library.draw_seed(function)
         if not isinstance(seed, int):
             visit.arrays = {**visit.arrays, "seed": seed}
             seed = None
     return _run(visit, problem, plan, seed or 0)
+
+
+def _check_room(function: str, visit: Visit, problem: Problem) -> None:
+    """Refuse what the system would promise memory for, and end the process when it is used."""
+    spec, most = problem.results["dropout_mask"], cpu.memory_of_machine()
+    if spec.nbytes > most:
+        rule = f"{spec.name} would be larger than this machine's memory, {spec.shape} of {spec.dtype}:"
+        rule += f" {spec.nbytes / 2**30:.1f} GiB of {most / 2**30:.1f}"
+        raise ValueError(refusal(function, rule, *((given.name, given.shape) for _, given in visit.specs)))
 
 
 class Rotation(NamedTuple):

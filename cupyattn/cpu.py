@@ -5,10 +5,14 @@ Tasks run in parallel; in the backward pass one task owns all tiles that share a
 
 from __future__ import annotations
 
+import math
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 
 import numpy as np
 
@@ -121,7 +125,7 @@ def _forward_task(part: Part, where: TileIndex, out: Rows, lse: Rows, scratch: S
 def _dropout_mask(problem: Problem, parts: list[Part]) -> Array:
     """flash-attn's S_dmask, (batch, heads, seqlen_q, seqlen_k): weights, negative where dropped."""
     sizes = problem.sizes
-    weights = np.zeros((sizes.batch, sizes.num_heads, sizes.seqlen_q, sizes.seqlen_k))
+    weights = np.zeros((sizes.batch, sizes.num_heads, sizes.seqlen_q, sizes.seqlen_k), STORAGE[problem.out_dtype])
     for part in parts:
         ids = part.batch_ids
         for where in part.tiles:
@@ -131,10 +135,25 @@ def _dropout_mask(problem: Problem, parts: list[Part]) -> Array:
             for block in tile.blocks():
                 by_head = tile.per_head(np.exp(tile.scores(block) - origin[..., block.rows, None]))
                 signed = np.where(block.keep == 0.0, -by_head, by_head)
-                signed = signed.reshape(where.batch_size, where.num_heads, *signed.shape[-2:])
+                signed = narrow(signed, problem.out_dtype).reshape(
+                    where.batch_size, where.num_heads, *signed.shape[-2:]
+                )
                 rows = range(where.rows.start, where.rows.stop)[block.rows]
                 weights[ids[where.batches], where.heads, rows.start : rows.stop, block.keys] = signed
-    return narrow(weights, problem.out_dtype)
+    return weights
+
+
+@cache
+def memory_of_machine() -> float:
+    """Bytes that this process may have at most; inf where nobody says."""
+    try:
+        whole = float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return math.inf
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no group, no limit: "max"
+            whole = min(whole, float(Path(limit).read_text()))
+    return whole
 
 
 # ---------------------------------------------------------------------------------------------------

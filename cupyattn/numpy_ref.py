@@ -59,6 +59,8 @@ def attention(
 ) -> State:
     """The definition: dense, in float64, one sum per row over the keys that row sees.
 
+    A sink of +inf has all the weight: out = 0 and lse = +inf, of rows that see no key too.
+
     Parameters
     ----------
     q, k, v : arrays (..., rows, head_dim), (..., keys, head_dim), (..., keys, head_dim_v)
@@ -75,7 +77,7 @@ def attention(
         highest = np.maximum(scores.max(axis=-1, initial=-np.inf), sink)
         origin = np.where(np.isneginf(highest), 0.0, highest)
         weights = np.exp(scores - origin[..., None])
-        total = weights.sum(axis=-1) + np.exp(sink - origin)
+        total = weights.sum(axis=-1) + np.where(np.isposinf(sink), 1.0, np.exp(sink - origin))
         kept = weights * keep * (0.0 if dropout_p == 1.0 else 1.0 / (1.0 - dropout_p))
         out = np.zeros((*scores.shape[:-1], v.shape[-1]))
         v = np.broadcast_to(v, (*scores.shape[:-2], *v.shape[-2:]))
@@ -327,7 +329,11 @@ def flash(tile: Tile, head_dim_v: int) -> State:
     The state's `out` is scratch memory of the tile: use it before the next tile does.
     """
     rows = tile.q.shape[:-1]
-    softmax = OnlineSoftmax(rows, tile.q.dtype, tile.sinks, tile.bounded)
+    sinks, certain = tile.sinks, None
+    if sinks is not None and np.isposinf(sinks).any():
+        certain = np.isposinf(sinks)
+        sinks = np.where(certain, -sinks, sinks)
+    softmax = OnlineSoftmax(rows, tile.q.dtype, sinks, tile.bounded)
     out = tile.scratch.array("out", (*rows, head_dim_v), tile.q.dtype)
     started = False
     for block in tile.blocks():
@@ -352,7 +358,11 @@ def flash(tile: Tile, head_dim_v: int) -> State:
             part += weighted_sum(scores, block.v, unseen)
     if not started:
         out.fill(0.0)
-    return softmax.finish(out)
+    state = softmax.finish(out)
+    if certain is not None:  # the sink has all the weight; what is nan stays nan
+        np.copyto(state.out, state.out * 0.0 + 0.0, where=certain[..., None])
+        state.lse[...] = np.where(certain & ~np.isnan(state.lse), np.inf, state.lse)
+    return state
 
 
 @dataclass
@@ -410,7 +420,8 @@ def flash_backward(
     dq *= scale
     dsinks = None
     if tile.sinks is not None:
-        weight_of_sink = np.exp(tile.sinks - origin)
+        certain = np.isposinf(tile.sinks) & np.isposinf(state.lse)
+        weight_of_sink = np.where(certain, 1.0, np.exp(tile.sinks - origin))
         dsinks = np.where(empty, 0.0, -weight_of_sink * delta)
     return TileGradients(dq, dsinks, dslopes)
 

@@ -304,6 +304,10 @@ IMPLEMENTATIONS: dict[str, Callable[[Problem, Device], tuple[str, ...]]] = {
 """In the order tried: splitkv first, since it takes only what it is better at, and flash last, which takes the most."""
 
 
+def _fits_float32(number: float) -> bool:
+    return number == 0.0 or 1.2e-38 <= abs(number) <= 3.4e38
+
+
 def _notes(problem: Problem) -> tuple[str, ...]:
     if problem.dtype != FLOAT8:
         return ()
@@ -334,11 +338,13 @@ def choose(problem: Problem, device: Device, fixed_split_size: int | None = None
     num_slots = 0
     sizes = problem.sizes
     if kernel == "numpy":
-        compute = problem.compute_dtype or "float64"
+        compute, note = problem.compute_dtype or "float64", ""
+        if compute == "float32" and not all(map(_fits_float32, (problem.edits.softmax_scale, problem.edits.softcap))):
+            compute, note = "float64", ", since softmax_scale or softcap leave the range of float32"
         workers = device.num_units if problem.flops >= WORTH_THREADS else 1
         batch = sizes.batch_shape[-1] if sizes.batch_shape else 1
         tile = cpu_tile(sizes, batch, sizes.seqlen_q, sizes.seqlen_k, workers)
-        reason = f"{compute} reference arithmetic, " + (
+        reason = f"{compute} reference arithmetic{note}, " + (
             f"up to {workers} threads" if workers > 1 else "too little work for threads"
         )
     elif kernel == "hopper":

@@ -14,6 +14,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from cupyattn import numpy_ref
 from cupyattn.numpy_ref import Array, KeyBlock, State
@@ -176,7 +177,6 @@ STRETCH = 512
 """Keys that are looked at together when a head's facts are collected."""
 
 
-@lru_cache(maxsize=1024)
 def cut_into_tiles(problem: Problem, cut: CpuTile, batch: int, seqlen_q: int, seqlen_k: int) -> tuple[TileIndex, ...]:
     """Every row of every head of every sequence once; the most work first."""
     mask, group = problem.mask, problem.sizes.queries_per_pair
@@ -211,7 +211,6 @@ class Cut(NamedTuple):
     """Those among `rows` that `hidden` is about; the others see all these keys."""
 
 
-@lru_cache(maxsize=256)
 def band_cuts(mask: Mask, rows: Span, seqlen_q: int, seqlen_k: int, block_k: int, stacked: bool) -> tuple[Cut, ...]:
     """The keys that `rows` can see, left to right, cut into blocks.
 
@@ -239,11 +238,11 @@ def band_cuts(mask: Mask, rows: Span, seqlen_q: int, seqlen_k: int, block_k: int
             first = max(0, start - mask.right - shift - rows.start)
         if not stacked and mask.left is not None:
             last = min(last, stop + mask.left - shift - rows.start)
+        if start >= stop or first >= last:
+            continue
         inside = whole.start <= start and stop <= whole.stop
         diagonal = rows.start + first + shift - start
         hidden = None if inside else hidden_band(last - first, stop - start, diagonal, mask.left, mask.right)
-        if start >= stop or first >= last:
-            continue
         if stacked or hidden is None:
             cuts.append(Cut(slice(start, stop), slice(None) if stacked else slice(first, last), hidden))
         else:
@@ -255,15 +254,24 @@ def band_cuts(mask: Mask, rows: Span, seqlen_q: int, seqlen_k: int, block_k: int
 
 @lru_cache(maxsize=256)
 def hidden_band(num_rows: int, num_keys: int, diagonal: int, left: int | None, right: int | None) -> Array:
-    """True where a key lies outside the band, (rows, keys); `diagonal` is the key on row 0's diagonal."""
-    distance = np.arange(num_keys) - (diagonal + np.arange(num_rows))[:, None]
+    """True where a key lies outside the band, (rows, keys); `diagonal` is the key on row 0's diagonal.
+
+    A row is the one below it, a key further: a view of one stretch of memory for all of them.
+    """
+    distance = np.arange(1 - num_rows, num_keys) - diagonal
     hidden = np.zeros(distance.shape, bool)
     if left is not None:
         hidden |= distance < -left
     if right is not None:
         hidden |= distance > right
-    hidden.flags.writeable = False
-    return hidden
+    return sliding_window_view(hidden, num_keys)[::-1]
+
+
+MOST_REMEMBERED = 64
+"""Tiles of a part, blocks of a tile, up to which how they are cut is remembered: a few megabytes for all that are."""
+
+_remembered_tiles = lru_cache(maxsize=256)(cut_into_tiles)
+_remembered_cuts = lru_cache(maxsize=256)(band_cuts)
 
 
 @dataclass
@@ -330,7 +338,10 @@ class Part:
     @property
     def tiles(self) -> tuple[TileIndex, ...]:
         """The part, cut as the plan says; the most work first."""
-        return cut_into_tiles(self.problem, self.cut, self.batch, self.seqlen_q, self.seqlen_k)
+        cut, sizes = self.cut, self.problem.sizes
+        most = -(-self.seqlen_q // cut.block_q) * sizes.num_heads * self.batch // (cut.heads * cut.pairs * cut.batch)
+        function = cut_into_tiles if most > MOST_REMEMBERED else _remembered_tiles
+        return function(self.problem, cut, self.batch, self.seqlen_q, self.seqlen_k)
 
     @property
     def cut(self) -> CpuTile:
@@ -477,7 +488,9 @@ class Part:
         problem = self.problem
         shape = (pairs, heads)
         stacked = heads > 1 or self.mask is not None or self.bias is not None
-        for cut in band_cuts(problem.mask, where.rows, self.seqlen_q, self.seqlen_k, self.cut.block_k, stacked):
+        block_k = self.cut.block_k
+        cuts = band_cuts if self.seqlen_k > MOST_REMEMBERED * min(block_k, EDGE) else _remembered_cuts
+        for cut in cuts(problem.mask, where.rows, self.seqlen_q, self.seqlen_k, block_k, stacked):
             hidden = cut.hidden
             if self.mask is not None:
                 not_seen = ~self.piece(self.mask, where, cut.keys, shape)

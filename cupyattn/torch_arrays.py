@@ -45,6 +45,12 @@ class Torch(Library):
             return said
         if array.layout is not sys.modules["torch"].strided or array.is_nested:
             return f"is not a strided tensor ({'nested' if array.is_nested else array.layout})"
+        try:
+            held = array.untyped_storage().nbytes()
+        except (NotImplementedError, RuntimeError):  # under a transform, where memory is that of what is inside
+            return None
+        if held < array.nbytes and held < _reach(array):
+            return f"has no memory of its own any more: its storage was resized to {held} bytes, as FSDP does"
         return None
 
     def has_no_values(self, array: Any) -> bool:
@@ -192,6 +198,12 @@ _TRACEABLE = (
     "torch.compile goes around the call; a model of transformers with cupyattn's integration, and "
     "torch.ops.cupyattn.attention, which that defines, are recorded"
 )
+
+
+def _reach(array: Any) -> int:
+    """Bytes of storage up to the last element."""
+    last = sum((size - 1) * step for size, step in zip(array.shape, array.stride(), strict=True))
+    return int((array.storage_offset() + last + 1) * array.itemsize) if array.numel() else 0
 
 
 @cache

@@ -1581,6 +1581,23 @@ def test_special_arrays_are_refused_by_name():
             cupyattn.attention(wrong, wrong, wrong)
 
 
+@pytest.mark.parametrize("freed", [0, 64])
+def test_a_tensor_whose_memory_was_freed_is_refused(freed):
+    torch = needs("torch")
+    q, k = torch.ones(2, 5, 2, 4), torch.ones(2, 5, 2, 4)
+    k.untyped_storage().resize_(freed)
+    with pytest.raises(TypeError, match=rf"k has no memory of its own.*resized to {freed} bytes"):
+        cupyattn.attention(q, k, q)
+
+
+def test_tensors_that_repeat_their_memory_or_have_none_are_no_freed_ones():
+    torch = needs("torch")
+    one = torch.ones(1, 5, 1, 4).expand(2, 5, 2, 4)
+    assert cupyattn.attention(one, one, one).shape == (2, 5, 2, 4)
+    empty = torch.ones(2, 0, 2, 4)
+    assert cupyattn.attention(empty, one, one).shape == (2, 0, 2, 4)
+
+
 def test_arrays_whose_values_cannot_be_read_are_refused_by_name():
     class Sparse:
         shape, dtype, ndim = (1, 2, 2, 4), np.dtype("float32"), 4

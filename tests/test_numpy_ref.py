@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_matches, assert_same_bits
+from oracle import assert_correctly_rounded, assert_matches, assert_same_bits
 
 import cupyattn
 from cupyattn import numpy_ref
@@ -296,6 +296,53 @@ def test_a_negative_scale_is_one_whether_or_not_scores_are_bounded(rng, name, sp
     exact = compute_dtype == "float64" or spread > 1  # large scores of float32 are off by themselves
     options = NEGATIVE[name] | {"softmax_scale": -0.7, "compute_dtype": "float64" if exact else compute_dtype}
     assert_attention_is_its_definition(q, k, v, **({} if exact else {"rtol": 1e-4, "atol": 1e-4}), **options)
+
+
+@pytest.mark.parametrize("compute_dtype", ["float64", "float32"])
+@pytest.mark.parametrize("lengths", [(5, 3), (600, 500), (4, 0)], ids=str)
+def test_a_sink_of_infinity_has_all_the_weight(rng, lengths, compute_dtype):
+    """The limit of large ones, also of rows that see no key."""
+    q = rng.standard_normal((1, 2, lengths[0], 3))
+    k, v = rng.standard_normal((2, 1, 2, lengths[1], 3))
+    options = {"layout": "bhsd", "causal": True, "alignment": "bottom-right", "compute_dtype": compute_dtype}
+    out, lse = cupyattn.attention(q, k, v, sinks=np.array([np.inf, 0.5]), return_lse=True, **options)
+    expected = cupyattn.attention(q, k, v, sinks=np.array([0.5, 0.5]), return_lse=True, **options)
+    assert (out[0, 0] == 0).all()
+    assert (lse[0, 0] == np.inf).all()
+    assert_same_bits(out[0, 1], expected[0][0, 1])
+    assert_same_bits(lse[0, 1], expected[1][0, 1])
+    assert_attention_is_its_definition(q, k, v, sinks=np.array([np.inf, 0.5]), **CUTS["causal"])
+
+
+def test_a_sink_of_infinity_takes_the_gradients(rng):
+    q, k, v, dout = rng.standard_normal((4, 1, 5, 2, 3))
+    dlse = rng.standard_normal((1, 2, 5))
+    found = cupyattn.attention_backward(dout, q, k, v, dlse=dlse, sinks=np.array([np.inf, 0.5]))
+    other = cupyattn.attention_backward(dout, q, k, v, dlse=dlse, sinks=np.array([0.5, 0.5]))
+    assert_matches(found.dsinks, [dlse[0, 0].sum(), other.dsinks[1]], rtol=1e-13)
+    for name in ("dq", "dk", "dv"):
+        assert (getattr(found, name)[:, :, 0] == 0).all()
+        assert_same_bits(getattr(found, name)[:, :, 1], getattr(other, name)[:, :, 1])
+
+
+def test_what_is_not_finite_is_seen_beside_a_sink_of_infinity():
+    q = k = np.ones((1, 1, 2, 1))
+    v = np.array([1.0, np.nan]).reshape(1, 1, 2, 1)
+    options = {"sinks": np.array([np.inf]), "layout": "bhsd", "alignment": "top-left"}
+    out = cupyattn.attention(q, k, v, causal=True, **options)
+    assert_matches(out[0, 0, :, 0], [0.0, np.nan])
+
+
+@pytest.mark.parametrize(
+    "option", [{"softmax_scale": 1e39}, {"softmax_scale": -1e300}, {"softcap": 1e39}, {"softcap": 1e-46}]
+)
+def test_numbers_beyond_float32_are_themselves_in_float32_arithmetic(rng, option):
+    """They would be inf or 0 there, and 0 * inf is nan."""
+    q, k, v = rng.standard_normal((3, 1, 70, 2, 4)).astype(np.float32)
+    q[:, :2], k[:, 3] = 0.0, 0.0
+    found = cupyattn.attention(q, k, v, compute_dtype="float32", **option)
+    expected = cupyattn.attention(*(x.astype(np.float64) for x in (q, k, v)), **option)
+    assert_correctly_rounded(found, expected, "float32")
 
 
 @pytest.mark.parametrize("cut", CUTS)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from oracle import assert_correctly_rounded, assert_matches, assert_same_bits, to_numpy
 
 import cupyattn
+from cupyattn import cpu
 
 torch = pytest.importorskip("torch")
 
@@ -720,6 +721,18 @@ def test_a_shared_page_is_taken_times_the_descale_of_each_sequence(rng):
     out = cupyattn.flash_attn_varlen_func(q, k, v, *starts, 1, 4, block_table=table, v_descale=np.float32([[1], [4]]))
     plain = cupyattn.flash_attn_varlen_func(q, k, v, *starts, 1, 4, block_table=table)
     assert_same_bits(to_numpy(out), to_numpy(plain) * np.array([1, 4])[:, None, None])
+
+
+def test_weights_that_this_machine_has_no_memory_for_are_refused(monkeypatch):
+    q = np.ones((1, 30_000, 1, 1), np.float16)
+    monkeypatch.setattr(cpu, "memory_of_machine", lambda: 2.0**30)
+    rule = r"S_dmask would be larger than this machine's memory, \(1, 1, 30000, 30000\) of float16: 1.7 GiB of 1.0"
+    with pytest.raises(ValueError, match=rule):
+        cupyattn.flash_attn_func(q, q, q, 0.5, dropout_seed=1, return_attn_probs=True)
+
+
+def test_the_memory_of_this_machine_is_known_or_there_is_no_limit():
+    assert cpu.memory_of_machine() > 2**26
 
 
 def test_the_returned_weights_of_float8_are_bfloat16(rng):

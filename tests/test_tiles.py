@@ -1,5 +1,7 @@
 """Tiles of the CPU: where the running maximum is skipped, and where it must not be."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from oracle import assert_matches
@@ -93,3 +95,21 @@ def test_what_cannot_be_lost_is_as_small_as_said():
     for dtype, least in tiles.LEAST_EXACT.items():
         info = np.finfo(dtype)
         assert least * np.exp(-tiles.SCORE_LIMIT[dtype]) * info.eps >= info.tiny * 0.999
+
+
+def test_what_is_remembered_of_many_lengths_is_little(rng):
+    """It was some 60 KB for each: masks of all edges."""
+
+    def call(length):
+        q = np.ones((1, length, 2, 8), np.float32)
+        cupyattn.attention(q, q, q, causal=True)
+        cupyattn.attention(q, q, q, window_size=(37, 5))
+
+    call(1200)
+    tracemalloc.start()
+    try:
+        for length in range(500, 900, 2):
+            call(length)
+        assert tracemalloc.get_traced_memory()[0] < 12e6
+    finally:
+        tracemalloc.stop()

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from cupyattn.cuda import append, maps
-from cupyattn.cuda.compiler import INSTALL
+from cupyattn.cuda.compiler import FOLDER_OF_CUPY, INSTALL
 from cupyattn.cuda.lanes import CuPyLane, TorchLane
 from cupyattn.cuda.launch import (
     View,
@@ -42,13 +42,15 @@ def device_of(function: str, title: str, array: Any) -> Device:
     ImportError
         CuPy, through which kernels are launched, is not installed.
     RuntimeError
-        CuPy finds no driver or no device.
+        CuPy finds no driver or no device, or no folder to write to.
     """
     try:
         import cupy
     except ImportError as error:
         rule = f"the arrays are on a CUDA device ({title}) and CuPy cannot be imported: {INSTALL}"
         raise ImportError(refusal(function, rule)) from error
+    except OSError as error:  # it makes a folder in the user's home
+        raise RuntimeError(refusal(function, f"CuPy cannot make its folder ({error}): {FOLDER_OF_CUPY}")) from error
     if not cupy.cuda.is_available():
         rule = f"the arrays are on a CUDA device ({title}) and CuPy finds no NVIDIA driver or GPU on this machine"
         runtime = cupy.cuda.runtime

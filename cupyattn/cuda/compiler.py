@@ -26,6 +26,7 @@ number and the process's; NVRTC before 12.9 does not know it, and there a cubin 
 
 INSTALL = "pip install cupyattn[cuda12] or cupyattn[cuda13], whichever CUDA version your driver supports"
 """What brings CuPy, and NVRTC with it."""
+FOLDER_OF_CUPY = "set CUPY_CACHE_DIR to a folder that it can write to: without one CuPy cannot be imported"
 
 _TARGETS = {
     (8, 0): "sm_80",
@@ -87,14 +88,20 @@ def load() -> tuple[Any, str]:
         import cupy
     except ImportError as error:
         raise RuntimeError(f"CuPy, through which kernels are compiled, cannot be imported: {INSTALL}") from error
+    except OSError as error:  # it makes a folder in the user's home
+        raise RuntimeError(f"CuPy cannot make its folder ({error}): {FOLDER_OF_CUPY}") from error
     try:
         from cupy.cuda import nvrtc
 
         major, minor = nvrtc.getVersion()
-    except (ImportError, OSError, RuntimeError) as error:  # which one depends on how CuPy looks for the library
-        hint = f"{_package_for(cupy)}; or use cubins that were built before"
-        raise RuntimeError(f"NVRTC, CUDA's run-time compiler, cannot be loaded: {hint}") from error
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # depends on how CuPy looks for the library
+        raise _unusable(cupy) from error
     return nvrtc, f"{major}.{minor}"
+
+
+def _unusable(cupy: Any) -> RuntimeError:
+    hint = f"{_package_for(cupy)}; or use cubins that were built before"
+    return RuntimeError(f"NVRTC, CUDA's run-time compiler, cannot be loaded: {hint}")
 
 
 def _package_for(cupy: Any) -> str:
@@ -142,9 +149,14 @@ def compile_cubin(text: str, expression: str, target: str) -> Cubin:
     ValueError
         The expression does not name a kernel, or the text has kernels that are no templates and come along.
     """
-    check(target)
     nvrtc, found = load()
-    program = nvrtc.createProgram(text, "cupyattn.cu", (), ())
+    try:
+        check(target)
+        program = nvrtc.createProgram(text, "cupyattn.cu", (), ())
+    except AttributeError as error:  # another library of that name: CuPy looks for a function when it is called
+        import cupy
+
+        raise _unusable(cupy) from error
     try:
         nvrtc.addNameExpression(program, expression)
         try:

@@ -14,7 +14,7 @@ def devices() -> list[tuple[str, tuple[int, int]]]:
     """Name and compute capability of each GPU; none without CuPy or a driver."""
     try:
         import cupy
-    except ImportError:
+    except (ImportError, OSError):
         return []
     if not cupy.cuda.is_available():
         return []
@@ -43,7 +43,7 @@ def report() -> str:
 def _cupy() -> list[tuple[str, str]]:
     try:
         import cupy
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         return [("CuPy", f"none: {error}")]
     version = cupy.cuda.runtime.driverGetVersion()
     driver = f"CUDA {version // 1000}.{version % 1000 // 10}" if version else "none"

@@ -1,5 +1,7 @@
 """Source text into cubins, for every architecture, without a GPU."""
 
+import os
+import subprocess
 import sys
 from contextlib import suppress
 
@@ -169,6 +171,33 @@ def test_without_cupy_compiling_says_to_install_cupy_and_not_nvrtc():
 @pytest.mark.usefixtures("no_cupy")
 def test_without_cupy_there_is_no_version():
     assert compiler.version() is None
+
+
+@needs_nvrtc
+def test_a_home_that_cannot_be_written_to_is_not_called_a_missing_nvrtc(tmp_path):
+    """CuPy makes a folder there when it is imported."""
+    home = tmp_path / "a file"
+    home.write_text("")
+    environment = {**os.environ, "HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment.pop("CUPY_CACHE_DIR", None)
+    code = "from cupyattn.cuda import compiler, info; print(info.report()); compiler.load()"
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert ran.stderr.splitlines()[-1].startswith("RuntimeError: CuPy cannot make its folder")
+    assert "CUPY_CACHE_DIR" in ran.stderr.splitlines()[-1]
+    assert "NVRTC     none: CuPy cannot make its folder" in ran.stdout
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("function", ["getVersion", "createProgram", "getSupportedArchs"])
+def test_a_library_that_lacks_a_function_is_no_nvrtc(monkeypatch, function):
+    from cupy.cuda import nvrtc
+
+    def missing(*arguments):
+        raise AttributeError("undefined symbol")
+
+    monkeypatch.setattr(nvrtc, function, missing)
+    with pytest.raises(RuntimeError, match=r"^NVRTC.* cannot be loaded: pip install"):
+        compile_cubin("", "k<1>", "sm_80")
 
 
 @needs_nvrtc
