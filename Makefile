@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 JAX ?= jax
 TRANSFORMERS ?= transformers>=5
 
-.PHONY: demo generate test lint bench sweep gpu clean
+.PHONY: demo generate test lint bench sweep attack gpu clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/embed.py $(ARGS)
@@ -32,6 +32,10 @@ bench: $(VENV)/test $(VENV)/bench
 # Every model class of transformers that can be made tiny, against "eager"; ARGS='--only Bloom,Llama' for some.
 sweep: $(VENV)/test
 	$(BIN)/python tests/sweep.py $(ARGS)
+
+# What the package promises, attacked for half an hour; ARGS='--only fuzz --seed 7 --share 0.1' for some.
+attack: $(VENV)/test
+	$(BIN)/python tests/attack.py $(ARGS)
 
 # On a machine with a GPU, by its own Python with CuPy, torch and pytest, and without a network. On another one
 # `make gpu ARGS=--dry-run` compiles the kernels with the tests' environment.

@@ -30,22 +30,40 @@ class _Tracer:
         return self._at_an_instruction
 
 
-def at_every_instruction(call, *files, error=KeyboardInterrupt, step=1):
+def instructions(call, *files):
+    """How many instructions of these files a call has."""
+    most = 10**9
+    tracer, before = _Tracer(frozenset(files), most, None), sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        call()
+    finally:
+        sys.settrace(before)
+    return most - tracer._left
+
+
+def interrupted(call, number, *files, error=KeyboardInterrupt):
+    """Make a call that is interrupted before an instruction of these files: (whether it came so far, the error out)."""
+    tracer = _Tracer(frozenset(files), number, error)
+    before, came_out = sys.gettrace(), False
+    sys.settrace(tracer)
+    try:
+        call()
+    except error:
+        came_out = True
+    finally:
+        sys.settrace(before)
+    return tracer.has_raised, came_out
+
+
+def at_every_instruction(call, *files, error=KeyboardInterrupt, first=0, step=1):
     """Make the call again and again, each time interrupted one instruction (or `step`) of these files later.
 
     Yields the number of instructions before the interruption, and whether the error came out of the call; ends with
     the first call that nothing interrupted.
     """
-    for number in itertools.count(0, step):
-        tracer = _Tracer(frozenset(files), number, error)
-        before, came_out = sys.gettrace(), False
-        sys.settrace(tracer)
-        try:
-            call()
-        except error:
-            came_out = True
-        finally:
-            sys.settrace(before)
-        if not tracer.has_raised:
+    for number in itertools.count(first, step):
+        has_raised, came_out = interrupted(call, number, *files, error=error)
+        if not has_raised:
             return
         yield number, came_out

@@ -4,9 +4,11 @@ import copy
 
 import numpy as np
 import pytest
+from attacks.interrupted import ERRORS, EVERYTHING, kept
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from interruptions import interrupted
 from oracle import assert_matches, assert_same_bits
 
 import cupyattn
@@ -60,6 +62,68 @@ class Machine(RuleBasedStateMachine):
             poison = np.full((len(self.tokens), 1, HEADS_KV, HEAD_DIM), np.nan)
             refusal_of(lambda: left.append(poison, poison))
         left.reorder([])
+
+    def some(self, count, like=None):
+        """k and v of so many tokens of each sequence, of another kind than the cache's if that is asked for."""
+        new = np.zeros((len(self.tokens), count, HEADS_KV, HEAD_DIM))
+        return [(like or (lambda x: x))(x) for x in (new, 2 * new)]
+
+    def wrong_calls(self):
+        """What every cache refuses."""
+        cache, batch = self.cache, len(self.tokens)
+        k, v = self.some(1)
+        yield lambda: cache.append(k.astype(np.float32), v.astype(np.float32))
+        yield lambda: cache.append(k[..., :2], v)
+        yield lambda: cache.append(k, v.astype(np.float32))
+        yield lambda: cache.append(k[:, :0], v)
+        yield lambda: cache.append(k[0, 0, 0], v)
+        yield lambda: cache.append(k, None)
+        yield lambda: cache.truncate(len(cache) + 1)
+        yield lambda: cache.truncate(-1)
+        yield lambda: cache.truncate(0.5)
+        yield lambda: cache.reorder([batch])
+        yield lambda: cache.reorder([-1])
+        yield lambda: cache.reorder([0.5])
+        rows = np.zeros((batch, max(map(len, self.tokens), default=0) + 1, HEADS, HEAD_DIM))
+        yield lambda: cache.attend(rows)
+        yield lambda: cache.attend(rows[:, :0, :, :2])
+        yield lambda: cache.attend(rows[:, :0], softcap=-1.0)
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def fail(self, data):
+        """What is refused changes nothing."""
+        call = data.draw(st.sampled_from(list(self.wrong_calls())))
+        before = kept(self.cache)
+        with pytest.raises((ValueError, TypeError)):
+            call()
+        assert kept(self.cache) == before
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data(), number=st.integers(0, 4000), error=st.sampled_from(ERRORS))
+    def interrupt(self, data, number, error):
+        """What is interrupted happened, or did not; that it did is the case where the model follows."""
+        batch, shortest = len(self.tokens), min(map(len, self.tokens))
+        chosen = data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=MOST))
+        length = max(0, shortest - data.draw(st.integers(0, 2)))
+        k, v = self.some(1)
+        change, tokens = data.draw(
+            st.sampled_from(
+                [
+                    (lambda cache: cache.append(k, v), [np.concatenate([x, k[0]]) for x in self.tokens]),
+                    (lambda cache: cache.truncate(length), [x[:length] for x in self.tokens]),
+                    (lambda cache: cache.reorder(chosen), [self.tokens[i] for i in chosen]),
+                    (lambda cache: copy.copy(cache).reorder([0]), self.tokens),
+                ]
+            )
+        )
+        before, twin = kept(self.cache), copy.copy(self.cache)
+        if refusal_of(lambda: change(twin)) is None:
+            interrupted(lambda: change(self.cache), number, *EVERYTHING, error=error)
+            now = kept(self.cache)
+            assert now in (before, kept(twin))
+            if now != before:
+                self.tokens = tokens
 
     @invariant()
     def the_lengths_are_those_of_the_sequences(self):
@@ -245,7 +309,8 @@ class Paged(Machine):
         assert [len(table) for table in pages.tables] == [-(-length // PAGE_SIZE) for length in pages.lengths]
 
 
-for machine in (Dynamic, Static, Sliding, Offloaded, Paged):
+MACHINES = (Dynamic, Static, Sliding, Offloaded, Paged)
+for machine in MACHINES:
     machine.TestCase.settings = settings(
         derandomize=True,
         database=None,

@@ -108,7 +108,7 @@ def test_what_is_remembered_of_many_lengths_is_little(rng):
     call(1200)
     tracemalloc.start()
     try:
-        for length in range(500, 900, 2):
+        for length in range(500, 900, 4):
             call(length)
         assert tracemalloc.get_traced_memory()[0] < 12e6
     finally:

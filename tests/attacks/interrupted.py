@@ -9,10 +9,11 @@ import copy
 from pathlib import Path
 
 import numpy as np
-from interruptions import at_every_instruction
+from attacks.outcome import Outcome
+from interruptions import at_every_instruction, instructions
 
 import cupyattn
-from cupyattn import DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache
+from cupyattn import DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache, threads
 
 PACKAGE = Path(cupyattn.__file__).parent
 CACHES = tuple(map(str, sorted((PACKAGE / "cache").glob("*.py"))))
@@ -168,7 +169,7 @@ def outlook(cache):
     return now, kept(cache)
 
 
-def torn(prepare, call, files=CACHES, error=KeyboardInterrupt, step=1):
+def torn(prepare, call, files=CACHES, error=KeyboardInterrupt, first=0, step=1):
     """(interruptions, what each of those that tore something left)."""
     cache = prepare()
     before = outlook(cache)
@@ -176,7 +177,7 @@ def torn(prepare, call, files=CACHES, error=KeyboardInterrupt, step=1):
     call(cache)
     after = outlook(cache)
     count, found, held = 0, [], [prepare()]
-    for number, _ in at_every_instruction(lambda held=held: call(held[0]), *files, error=error, step=step):
+    for number, _ in at_every_instruction(lambda held=held: call(held[0]), *files, error=error, first=first, step=step):
         count += 1
         try:
             left = outlook(held[0])
@@ -186,3 +187,40 @@ def torn(prepare, call, files=CACHES, error=KeyboardInterrupt, step=1):
             found.append(f"before instruction {number}: {left}")
         held[0] = prepare()
     return count, found
+
+
+def torn_threads(num_workers, first=0, step=1):
+    """The same for tasks on threads: the BLAS has its threads afterwards, and nobody holds it."""
+    count, found, before = 0, [], threads._blas.num_threads()
+
+    def call():
+        threads.run_all([lambda scratch: None] * 3, num_workers)
+
+    for number, _ in at_every_instruction(call, *EVERYTHING, first=first, step=step):
+        count += 1
+        now = max(threads._blas._originals(threads._State((), None)), default=before)
+        if now != before or threads._blas._latest().holders:
+            found.append(f"before instruction {number}: the BLAS has {now} threads and had {before}")
+    return count, found
+
+
+def attack(seed, cases):
+    """About `cases` interruptions, every so many instructions of each call; the first ones differ by the seed."""
+    length = sum(instructions(lambda cache=cache, call=call: call(cache), *EVERYTHING) for cache, call in _prepared())
+    step = max(1, round(len(ERRORS) * length / cases))
+    tried, lost = 0, []
+    for error in ERRORS:
+        for name, prepare, call in calls():
+            count, found = torn(prepare, call, EVERYTHING, error, seed % step, step)
+            tried += count
+            lost += [f"{error.__name__} in {name}, {line}" for line in found]
+    for num_workers in (1, 2, 3):
+        count, found = torn_threads(num_workers, seed % step, step)
+        tried += count
+        lost += [f"on {num_workers} threads, {line}" for line in found]
+    return Outcome(tried, lost)
+
+
+def _prepared():
+    for _, prepare, call in calls():
+        yield prepare(), call
