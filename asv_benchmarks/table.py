@@ -33,6 +33,7 @@ WANTED = (
     caches.Decode.track_attend,
     caches.Cascade.track_attend,
     ragged.Varlen.track_time,
+    overhead.Busy.track_busy,
     overhead.Corridor.track_overhead,
     overhead.Rooms.time_call,
     overhead.Import.track_import,

@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+import time
+
+import numpy as np
 
 from cupyattn import cpu, numpy_ref
 from cupyattn.arrays import enter
@@ -10,6 +13,7 @@ from cupyattn.cutting import cut_into_parts
 from cupyattn.plan import choose
 from cupyattn.reading import Options, read
 from cupyattn.scratch import Scratch
+from cupyattn.threads import num_cores
 
 from . import CHECKOUT
 from .common import HEAD_DIM, Benchmark, draw, fastest, tracked, with_cupyattn, with_naive
@@ -92,3 +96,37 @@ class Import(Benchmark):
         command = [sys.executable, "-c", self.code]
         runs = [subprocess.run(command, env=environment, check=True, capture_output=True) for _ in range(self.turns)]
         return 1e3 * min(float(run.stdout) for run in runs)
+
+
+class Busy(Benchmark):
+    """The median call of 256 tokens while four other processes want each core, over that of a quiet machine."""
+
+    params = (["float32", "float64"],)
+    param_names = ("dtype",)
+    calls, per_core = 200, 4
+
+    def setup(self, dtype):
+        self.call = with_cupyattn(*draw(256, dtype), "full")
+        self.call()
+
+    @tracked("of a quiet machine's", 2)
+    def track_busy(self, dtype):
+        quiet = self.median()
+        others = [
+            subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(self.per_core * num_cores())
+        ]
+        try:
+            time.sleep(1)
+            return self.median() / quiet
+        finally:
+            for other in others:
+                other.kill()
+                other.wait()
+
+    def median(self):
+        seconds = []
+        for _ in range(self.calls):
+            start = time.perf_counter()
+            self.call()
+            seconds.append(time.perf_counter() - start)
+        return float(np.median(seconds))
