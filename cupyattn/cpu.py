@@ -133,7 +133,9 @@ def _dropout_mask(problem: Problem, parts: list[Part]) -> Array:
             tile = part.tile(where, Scratch())
             origin = np.where(np.isneginf(lse), 0.0, lse)
             for block in tile.blocks():
-                by_head = tile.per_head(np.exp(tile.scores(block) - origin[..., block.rows, None]))
+                scores = tile.scores(block)
+                found = np.where(np.isneginf(scores), 0.0, np.exp(scores - origin[..., block.rows, None]))
+                by_head = tile.per_head(found)
                 signed = np.where(block.keep == 0.0, -by_head, by_head)
                 signed = narrow(signed, problem.out_dtype).reshape(
                     where.batch_size, where.num_heads, *signed.shape[-2:]

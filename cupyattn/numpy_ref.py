@@ -329,11 +329,10 @@ def flash(tile: Tile, head_dim_v: int) -> State:
     The state's `out` is scratch memory of the tile: use it before the next tile does.
     """
     rows = tile.q.shape[:-1]
-    sinks, certain = tile.sinks, None
-    if sinks is not None and np.isposinf(sinks).any():
-        certain = np.isposinf(sinks)
-        sinks = np.where(certain, -sinks, sinks)
-    softmax = OnlineSoftmax(rows, tile.q.dtype, sinks, tile.bounded)
+    joining, apart = tile.sinks, None
+    if tile.sinks is not None and not np.isfinite(tile.sinks).all():
+        joining, apart = _taken_apart(tile.sinks)
+    softmax = OnlineSoftmax(rows, tile.q.dtype, joining, tile.bounded)
     out = tile.scratch.array("out", (*rows, head_dim_v), tile.q.dtype)
     started = False
     for block in tile.blocks():
@@ -359,10 +358,24 @@ def flash(tile: Tile, head_dim_v: int) -> State:
     if not started:
         out.fill(0.0)
     state = softmax.finish(out)
-    if certain is not None:  # the sink has all the weight; what is nan stays nan
-        np.copyto(state.out, state.out * 0.0 + 0.0, where=certain[..., None])
-        state.lse[...] = np.where(certain & ~np.isnan(state.lse), np.inf, state.lse)
+    if apart is not None:
+        _join(state, apart)
     return state
+
+
+def _taken_apart(sinks: Array) -> tuple[Array, Array]:
+    """(sinks that can be summed, the others): +inf, which has all the weight, and nan would leave nan in the sums."""
+    special, nothing = ~(sinks < np.inf), sinks.dtype.type(-np.inf)
+    return np.where(special, nothing, sinks), np.where(special, sinks, nothing)
+
+
+def _join(state: State, sinks: Array) -> None:
+    """Add sinks of +inf and of nan to a state without them; what is nan stays nan."""
+    special, sees_any = ~np.isneginf(sinks), ~np.isneginf(state.lse)
+    share = np.where(np.isnan(sinks), sinks, sinks.dtype.type(0.0))
+    with_sink = np.where(sees_any[..., None], state.out * share[..., None] + 0.0, 0.0)
+    np.copyto(state.out, with_sink, where=special[..., None])
+    np.copyto(state.lse, np.where(np.isnan(state.lse), state.lse, sinks), where=special)
 
 
 @dataclass
@@ -401,6 +414,7 @@ def flash_backward(
         scores = tile.scores(block, slope)
         unseen = np.isneginf(scores)
         weights = np.exp(scores - origin[..., rows, None])
+        np.copyto(weights, 0.0, where=unseen)  # of a row whose lse is nan, too
         kept = weights if block.keep is None else _times_per_head(tile, weights, block.keep)
         flipped = unseen.swapaxes(-1, -2) if tile.suspicious else None
         dv = weighted_sum(kept.swapaxes(-1, -2), dout[..., rows, :], flipped)
@@ -408,7 +422,7 @@ def flash_backward(
         if block.keep is not None:
             dweights = _times_per_head(tile, dweights, block.keep)
         dscores = weights * (dweights - delta[..., rows, None])
-        dscores[unseen] = 0.0
+        np.copyto(dscores, 0.0, where=unseen)
         dbias = None if block.bias is None else tile.per_head(dscores).copy()
         if dslopes is not None and block.distance is not None:
             dslopes += (tile.per_head(dscores) * block.distance).sum(axis=(-2, -1))

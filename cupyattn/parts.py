@@ -5,6 +5,7 @@ A part has arrays and options of its own; rows are the same in all of them, in t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -88,7 +89,7 @@ def _given(named: Named) -> list[tuple[str, tuple[str, Array]]]:
 
 def _heads_first(out: Array, problem: Problem) -> Array:
     """(heads, rows of all sequences, head_dim_v), of an "bshd" or "thd" output."""
-    return out.reshape(-1, *problem.out_shape[-2:]).swapaxes(0, 1)
+    return out.reshape(math.prod(problem.out_shape[:-2]), *problem.out_shape[-2:]).swapaxes(0, 1)
 
 
 def _as_asked(out: Array, problem: Problem) -> Array:
@@ -97,7 +98,10 @@ def _as_asked(out: Array, problem: Problem) -> Array:
 
 def _lse_heads_first(lse: Array, problem: Problem) -> Array:
     """(heads, rows of all sequences)."""
-    return lse if problem.layout.ragged else lse.swapaxes(0, 1).reshape(problem.sizes.num_heads, -1)
+    if problem.layout.ragged:
+        return lse
+    batch, heads, rows = problem.lse_shape
+    return lse.swapaxes(0, 1).reshape(heads, batch * rows)
 
 
 def _lse_as_asked(lse: Array, problem: Problem) -> Array:

@@ -33,7 +33,7 @@ def widen(array: Array, dtype: Any) -> Array:
         return np.asarray(_e4m3fn(dtype)[array])
     if array.dtype == np.uint16:
         array = (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    with np.errstate(invalid="ignore"):  # a signalling nan
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):  # beyond the range, or a signalling nan
         return array.astype(dtype, copy=False)
 
 

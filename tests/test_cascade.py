@@ -213,3 +213,11 @@ def test_the_merge_of_low_precision_is_in_float32(rng):
     assert merged["out"].dtype == torch.bfloat16
     assert merged["lse"].dtype == torch.float32
     assert_matches(merged["out"], to_numpy(expected), rtol=2.0**-7)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2, 0), (1, 2, 0, 4), (1, 0, 2, 4), (0, 2, 2, 4)], ids=str)
+def test_axes_of_nothing_give_results_of_nothing(shape):
+    x, prefix = np.ones(shape), np.ones((3, *shape[2:]))
+    out, lse = cascade_attention(x, prefix, prefix, x, x, return_lse=True)
+    assert out.shape == shape
+    assert lse.shape == (shape[0], shape[2], shape[1])

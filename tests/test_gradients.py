@@ -503,6 +503,20 @@ def test_attention_backward_is_the_slope_of_the_loss(rng, name, counts):
         assert getattr(found, f"d{extra}") is None
 
 
+@pytest.mark.parametrize("large", [np.nan, 1e200])
+def test_a_row_of_nan_has_no_part_in_gradients_of_what_it_does_not_see(rng, large):
+    """Also where all operands are finite, and products are not."""
+    q, k, v, dout = rng.standard_normal((4, 1, 5, 1, 3))
+    plain = cupyattn.attention_backward(dout[:, 1:], q[:, 1:], k, v, causal=True, alignment="bottom-right")
+    q[0, 0], k[0, 0] = large, large if large < 1e300 else k[0, 0]
+    found = cupyattn.attention_backward(dout, q, k, v, causal=True)
+    assert np.isnan(found.dv[0, 0]).all()
+    assert np.isfinite(found.dv[0, 1:]).all()
+    if np.isnan(large):
+        assert_matches(found.dv[0, 1:], plain.dv[0, 1:], rtol=1e-12)
+        assert_matches(found.dk[0, 1:], plain.dk[0, 1:], rtol=1e-12, atol=1e-14)
+
+
 def test_dsinks_is_minus_the_weight_of_the_sink_times_delta(rng):
     """A sink that grows takes weight from every value: with positive out and dout the loss falls."""
     q, k = rng.standard_normal((2, 1, 4, 2, 8))

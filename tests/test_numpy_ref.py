@@ -314,6 +314,13 @@ def test_a_sink_of_infinity_has_all_the_weight(rng, lengths, compute_dtype):
     assert_attention_is_its_definition(q, k, v, sinks=np.array([np.inf, 0.5]), **CUTS["causal"])
 
 
+def test_a_sink_of_nan_is_seen_by_rows_that_see_a_key():
+    x, mask = np.ones((1, 3, 1, 2)), np.array([[0, 0, 0], [1, 1, 1], [1, 1, 1]], bool)
+    out, lse = cupyattn.attention(x, x, x, mask=mask, sinks=np.array([np.nan]), return_lse=True)
+    assert_matches(out[0, :, 0, 0], [0.0, np.nan, np.nan])
+    assert np.isnan(lse).all()
+
+
 def test_a_sink_of_infinity_takes_the_gradients(rng):
     q, k, v, dout = rng.standard_normal((4, 1, 5, 2, 3))
     dlse = rng.standard_normal((1, 2, 5))

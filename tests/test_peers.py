@@ -723,6 +723,15 @@ def test_a_shared_page_is_taken_times_the_descale_of_each_sequence(rng):
     assert_same_bits(to_numpy(out), to_numpy(plain) * np.array([1, 4])[:, None, None])
 
 
+def test_the_returned_weights_of_hidden_keys_are_zero_in_rows_of_nan():
+    q = np.ones((1, 3, 1, 2))
+    q[0, 0] = np.nan
+    k = np.ones((1, 3, 1, 2))
+    weights = cupyattn.flash_attn_func(q, k, k, 0.3, causal=True, dropout_seed=3, return_attn_probs=True)[2]
+    assert np.isnan(weights[0, 0, 0, 0])
+    assert (weights[0, 0, 0, 1:] == 0).all()
+
+
 def test_weights_that_this_machine_has_no_memory_for_are_refused(monkeypatch):
     q = np.ones((1, 30_000, 1, 1), np.float16)
     monkeypatch.setattr(cpu, "memory_of_machine", lambda: 2.0**30)

@@ -210,3 +210,10 @@ def test_narrowing_does_not_change_its_argument():
         narrow(argument, "bfloat16")
         narrow(argument, "float16")
         assert argument.tobytes() == before
+
+
+def test_numbers_beyond_float32_warn_nobody():
+    """float64 beside float32 arithmetic; where a user wants to hear of overflow, it is of his own."""
+    with np.errstate(all="raise"):
+        found = widen(np.array([1e300, -1e300, 1e-300]), "float32")
+    assert found.tolist() == [np.inf, -np.inf, 0.0]
