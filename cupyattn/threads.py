@@ -8,8 +8,8 @@ its own would wait for each other at every small product, for long where others 
 from __future__ import annotations
 
 import os
-import threading
 import weakref
+from _thread import LockType, allocate_lock, start_new_thread
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -150,6 +150,7 @@ def run_all(tasks: Sequence[Task], num_workers: int, *, are_small: bool = False)
     The threads live for one call, so that a fork between calls finds none.
     """
     queue = deque(tasks)
+    num_workers = min(num_workers, len(tasks))
     errors: list[BaseException] = []
 
     def work() -> None:
@@ -163,39 +164,46 @@ def run_all(tasks: Sequence[Task], num_workers: int, *, are_small: bool = False)
                 task(scratch)
         _shelf.put_back(scratch)
 
-    def help_with_it() -> None:
-        try:
-            work()
-        except BaseException as error:
-            errors.append(error)
+    at_work: list[LockType] = []
+    """Of helpers that have begun, each of them held until it is done."""
+    raised: list[BaseException | None] = [None] * num_workers  # an append could want memory that there is not
 
-    num_workers = min(num_workers, len(tasks))
+    def help_with_it(number: int) -> None:
+        busy = allocate_lock()
+        with busy:
+            at_work.append(busy)  # before it takes the first task: who finds no task left knows all who have one
+            try:
+                work()
+            except BaseException as error:
+                raised[number] = error
+                errors.append(error)
+
     if num_workers > 1:
         num_workers = min(num_workers, _blas.num_threads())
     if num_workers <= 1:
         with nullcontext() if are_small else _blas.on_one_thread():
             work()
         return
-    helpers: list[threading.Thread] = []
     with _blas.on_one_thread():
         try:
-            for _ in range(num_workers - 1):
-                helper = threading.Thread(target=help_with_it, name="cupyattn")
+            for number in range(1, num_workers):
                 try:
-                    helper.start()
-                except RuntimeError:  # there are too many, or the interpreter is about to end: fewer will do
+                    # Not a threading.Thread, which waits until it has begun, for ever if there is no memory to begin.
+                    start_new_thread(help_with_it, (number,))
+                except (RuntimeError, MemoryError):  # too many, or the interpreter is about to end: fewer will do
                     break
-                helpers.append(helper)
             work()
-            _wait_for(helpers)
+            _wait_for(at_work)
         except BaseException as error:
             errors.append(error)  # so that the others stop after what they are at
-            _wait_for(helpers)
+            _wait_for(at_work)
             raise
-    if errors:
-        raise errors[0]
+    for found in raised:
+        if found is not None:
+            raise found
 
 
-def _wait_for(threads: Sequence[threading.Thread]) -> None:
-    for thread in threads:
-        thread.join()
+def _wait_for(locks: list[LockType]) -> None:
+    for lock in tuple(locks):
+        with lock:
+            pass

@@ -72,10 +72,10 @@ def with_slopes(*shape, **options):
     return make
 
 
-def with_sinks(seqlens=(13, 77), **options):
+def with_sinks(seqlens=(13, 77), sinks=(-1.0, 0.0, 3.0, 40.0), **options):
     def make(rng, dtype):
         arrays, asked, seed = call(rng, dtype, seqlens=seqlens, options=options)
-        return {**arrays, "sinks": np.array([-1.0, 0.0, 3.0, 40.0], "f4")}, asked, seed
+        return {**arrays, "sinks": np.array(sinks, "f4")}, asked, seed
 
     return make
 
@@ -126,6 +126,7 @@ EDITS = {
     "dropout of all": plain(dropout_p=1.0),
     "sinks": with_sinks(),
     "sinks of rows that see nothing": with_sinks(window_size=(0, 0), alignment="bottom-right", seqlens=(90, 20)),
+    "sinks of infinity": with_sinks((90, 20), (np.inf, 0.0, np.inf, -np.inf), causal=True, alignment="bottom-right"),
     "everything": everything,
 }
 

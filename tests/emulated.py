@@ -369,7 +369,7 @@ def emulation(arrays, problem, block_k, dropout_seed=0, kernel="hopper"):
         highest = np.maximum(row_max, sink)
         origin = np.where(np.isneginf(highest), inner(0.0), highest)
         shrink = np.exp2(row_max - origin)
-        total = row_sum * shrink + np.exp2(sink - origin)
+        total = row_sum * shrink + np.where(np.isposinf(sink), inner(1.0), np.exp2(sink - origin))
         return rounded(out * (shrink / np.where(total == 0.0, 1.0, total))[..., None]), 0.0
 
     with np.errstate(all="ignore"):

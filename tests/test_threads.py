@@ -1,5 +1,6 @@
 """Many tasks on some threads, and a BLAS that has its own threads back afterwards."""
 
+import _thread
 import os
 import subprocess
 import sys
@@ -35,6 +36,13 @@ def three_blas_threads():
 
 
 pytestmark = pytest.mark.usefixtures("three_blas_threads")
+
+
+def wait_until(is_so):
+    end = time.monotonic() + WAIT
+    while not is_so() and time.monotonic() < end:
+        time.sleep(0.001)
+    assert is_so()
 
 
 class Boom(Exception):
@@ -223,13 +231,12 @@ def test_an_interruption_anywhere_leaves_the_blas_as_it_was(num_workers, three_b
     def call():
         run_all([lambda scratch: None] * 3, num_workers)
 
-    before, count = set(threading.enumerate()), 0
+    before, count = _thread._count(), 0
     for number, _ in at_every_instruction(call, threads.__file__):
         count += 1
         assert blas_threads() == three_blas_threads, f"after {number} instructions"
         assert not threads._blas._latest().holders, f"after {number} instructions"
-    for thread in set(threading.enumerate()) - before:
-        thread.join(WAIT)
+    wait_until(lambda: _thread._count() == before)
     assert count > 50 * num_workers
     call()
     assert blas_threads() == three_blas_threads
@@ -282,11 +289,12 @@ def test_a_count_that_is_read_while_somebody_holds_the_blas_is_not_believed(thre
     assert blas_threads() == three_blas_threads
 
 
-def test_where_no_thread_can_be_started_the_caller_does_it_all(monkeypatch, three_blas_threads):
-    def refuse(self):
-        raise RuntimeError("can't start new thread")
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+def test_where_no_thread_can_be_started_the_caller_does_it_all(error, monkeypatch, three_blas_threads):
+    def refuse(function, arguments):
+        raise error("can't start new thread")
 
-    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(threads, "start_new_thread", refuse)
     seen = []
     run_all([lambda scratch: seen.append(threading.get_ident())] * 20, 3)
     assert seen == [threading.get_ident()] * 20
@@ -322,9 +330,7 @@ def test_torchs_own_limit_holds_for_tensors():
     expected = cupyattn.attention(x, x, x)
     started = []
     monkey = pytest.MonkeyPatch()
-    monkey.setattr(
-        threading.Thread, "start", lambda thread, start=threading.Thread.start: started.append(start(thread))
-    )
+    monkey.setattr(threads, "start_new_thread", lambda function, arguments: started.append(function))
     torch.set_num_threads(1)
     try:
         np.testing.assert_array_equal(cupyattn.attention(t, t, t), expected)
@@ -338,9 +344,40 @@ def test_torchs_own_limit_holds_for_tensors():
 
 
 def test_no_thread_outlives_the_call():
-    before = set(threading.enumerate())
+    before = _thread._count()
     run_all([lambda scratch: None] * 20, 3)
-    assert set(threading.enumerate()) == before
+    wait_until(lambda: _thread._count() == before)
+
+
+def test_nobody_waits_for_a_thread_that_never_begins(monkeypatch, three_blas_threads):
+    """As where there is no memory for it to begin."""
+    monkeypatch.setattr(threads, "start_new_thread", lambda function, arguments: 1)
+    seen = []
+    run_all([lambda scratch: seen.append(1)] * 20, 3)
+    assert len(seen) == 20
+    assert blas_threads() == three_blas_threads
+
+
+def test_a_thread_that_begins_late_finds_nothing_to_do(monkeypatch):
+    late, seen = [], []
+    monkeypatch.setattr(threads, "start_new_thread", lambda function, arguments: late.append((function, arguments)))
+    run_all([lambda scratch: seen.append(1)] * 20, 3)
+    for function, arguments in late:
+        function(*arguments)
+    assert (len(late), len(seen)) == (2, 20)
+
+
+def test_a_task_that_a_helper_has_taken_is_waited_for():
+    both, done = threading.Barrier(2, timeout=WAIT), []
+
+    def task(scratch):
+        both.wait()
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.05)
+        done.append(1)
+
+    run_all([task] * 2, 2)
+    assert len(done) == 2
 
 
 def test_tasks_warn_of_no_arithmetic():

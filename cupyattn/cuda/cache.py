@@ -32,6 +32,8 @@ from cupyattn.cuda import compiler, elf, source
 FORMAT = 1
 """Goes into every key; to be raised when the same key would mean something else."""
 PREBUILT = source.FOLDER / "prebuilt"
+LARGEST = 2**28
+"""Bytes of a file that may be a cubin: some hundred times the largest there is."""
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 _NAME = re.compile(r"(?P<key>[0-9a-f]{32})-nvrtc(?P<nvrtc>\d+\.\d+)-(?P<digest>[0-9a-f]{32})\.cubin")
@@ -137,7 +139,7 @@ def user_folder() -> Path | None:
         if chosen := os.environ.get("CUPYATTN_CACHE_DIR"):
             return Path(chosen).expanduser().absolute() / __version__
         home = Path.home()
-    except RuntimeError:  # a user without a home
+    except (RuntimeError, OSError):  # a user without a home, or a folder that is gone
         return None
     if sys.platform == "win32":
         caches = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
@@ -154,10 +156,34 @@ def is_ours(folder: Path) -> bool:
     if os.name != "posix":
         return folder.exists()
     try:
-        above = {*folder.parents, *folder.resolve().parents}
-        return _is_nobody_elses(folder.stat()) and all(_is_a_safe_way(each.stat()) for each in above)
-    except (OSError, RuntimeError):  # it does not exist, nobody may look, or links lead in a circle
+        return _is_led_to_safely(folder) and _is_nobody_elses(folder.stat())
+    except OSError:  # it does not exist, or nobody may look
         return False
+
+
+MOST_LINKS = 40
+"""As many as Linux follows."""
+
+
+def _is_led_to_safely(path: Path) -> bool:
+    """Nobody else can put another in the place of this path, of a folder above it, or of a link on the way."""
+    ahead, here, links = list(path.parts[::-1]), Path(path.anchor), 0
+    while ahead:
+        step = here / ahead.pop()
+        status = step.lstat()
+        if stat.S_ISLNK(status.st_mode):
+            links += 1
+            if links > MOST_LINKS or not _is_owned(status):
+                return False
+            target = step.readlink()
+            ahead += target.parts[::-1]
+        elif step.name == "..":
+            here = here.parent
+        elif ahead and not _is_a_safe_way(status):
+            return False
+        else:
+            here = step
+    return True
 
 
 def _is_nobody_elses(status: os.stat_result) -> bool:
@@ -172,6 +198,12 @@ def _is_a_safe_way(status: os.stat_result) -> bool:
 
 def _is_owned(status: os.stat_result) -> bool:
     return status.st_uid in (os.geteuid(), 0)
+
+
+def _may_be_made(folder: Path) -> bool:
+    """What there is of the way to a folder leads to where nobody else decides."""
+    existing = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
+    return os.name != "posix" or (_is_led_to_safely(existing) and _is_a_safe_way(existing.stat()))
 
 
 def _make(folder: Path) -> None:
@@ -213,21 +245,23 @@ def _read(path: Path, trust: Callable[[os.stat_result], bool]) -> bytes | None:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError:
         return None
-    with open(handle, "rb") as file:
+    try:
         status = os.fstat(handle)
-        if not (stat.S_ISREG(status.st_mode) and trust(status)):
+        if not (stat.S_ISREG(status.st_mode) and status.st_size <= LARGEST and trust(status)):
             return None
-        try:
+        with open(handle, "rb", closefd=False) as file:
             return file.read()
-        except OSError:
-            return None
+    except OSError:
+        return None
+    finally:
+        os.close(handle)
 
 
 def _keep(key: str, cubin: compiler.Cubin) -> Entry:
     """In the user's cache, or where that is not to be had in memory."""
     folder = user_folder()
     try:
-        if folder is not None:
+        if folder is not None and _may_be_made(folder):
             _make(folder)
             if is_ours(folder):
                 return _store(folder, key, cubin)

@@ -26,7 +26,9 @@ struct Band {
     // The keys that query `row` sees.
     DEVICE_METHOD Span visible_keys(int row) const {
         const int diagonal = row + offset;
-        return {larger(diagonal - left, 0), right == kOpen ? seqlen_k : smaller(seqlen_k, diagonal + right + 1)};
+        const int start = larger(diagonal - left, 0);
+        const int stop = right == kOpen ? seqlen_k : smaller(seqlen_k, add_capped(diagonal, right) + 1);
+        return {start, stop};
     }
     // The keys that at least one of rows [first, last] sees; the band is monotone, so they are one span.
     DEVICE_METHOD Span touched(int first, int last) const {
@@ -36,6 +38,9 @@ struct Band {
     DEVICE_METHOD Span whole(int first, int last) const {
         return {visible_keys(last).start, visible_keys(first).stop};
     }
+    // a + b for b >= 0, at most the last key that there can be.  A sum alone would not wrap either, but what NVRTC makes
+    // of it spills in Hopper's float8 kernels, and so does a stop that is computed before the start.
+    DEVICE_METHOD static int add_capped(int a, int b) { return a > 0 && b > kOpen - 1 - a ? kOpen - 1 : a + b; }
 };
 
 // Where a sequence's rows and keys lie, and its band.

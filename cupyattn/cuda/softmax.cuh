@@ -90,7 +90,8 @@ DEVICE Finish finish_row(float row_max, float row_sum, float sink) {
     const float highest = ptx::max(row_max, sink);
     const float origin = highest == -ptx::infinity() ? 0.f : highest;
     const float shrink = ptx::exp2(row_max - origin);
-    const float total = row_sum * shrink + ptx::exp2(sink - origin);
+    const float of_sink = sink == ptx::infinity() ? 1.f : ptx::exp2(sink - origin);  // infinity - infinity is nan
+    const float total = row_sum * shrink + of_sink;
     if (total == 0.f) return {0.f, -ptx::infinity()};
     // The lowest number stands for all that are lower as exponents of two, see scores.cuh.
     const float lse = highest == kLowest ? kLowest : (origin + ptx::log2(total)) * kLn2;

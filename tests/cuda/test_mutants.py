@@ -67,7 +67,7 @@ MUTANTS = [
            "if (share == 0.f) return;\n            sum += share * its_sum;", "split"),
     Mutant("inf of little weight", "splitkv.cu", "x - x == 0.f ? share : 1.f", "share", "split"),
     # ---- Who sees whom
-    Mutant("causal off by one", "mask.cuh", "diagonal + right + 1", "diagonal + right", "flash"),
+    Mutant("causal off by one", "mask.cuh", "right) + 1)", "right))", "flash"),
     Mutant("window one key short", "mask.cuh", "larger(diagonal - left, 0)", "larger(diagonal - left + 1, 0)", "flash"),
     Mutant("diagonal one key late", "mask.cuh", "found.band.seqlen_k - found.band.seqlen_q;",
            "found.band.seqlen_k - found.band.seqlen_q + 1;", "split"),
@@ -119,7 +119,8 @@ MUTANTS = [
            "flash"),
     Mutant("lse in powers of two", "softmax.cuh", "(origin + ptx::log2(total)) * kLn2", "origin + ptx::log2(total)",
            "flash"),
-    Mutant("sink forgotten", "softmax.cuh", " + ptx::exp2(sink - origin)", "", "split"),
+    Mutant("sink forgotten", "softmax.cuh", " + of_sink", "", "split"),
+    Mutant("infinity less infinity", "softmax.cuh", "sink == ptx::infinity() ? 1.f : ", "", "flash"),
     Mutant("sink in powers of e", "flash.cu", "ptx::load_global(params.at.sinks + head) * kLog2e",
            "ptx::load_global(params.at.sinks + head)", "flash"),
     Mutant("sink larger than all scores", "softmax.cuh", "{shrink / total,", "{1.f / total,", "flash"),
@@ -322,7 +323,8 @@ def flash(sources):
     held("flash", poisoned("behind the band"), "float16", 2, sources, **SMALL)
     for name in ("window as wide as can be", "causal, more keys, top-left"):
         held("flash", VISIBLE[name], "float16", 0, sources, **SMALL)
-    held("flash", EDITS["sinks"], "float16", 0, sources, **SMALL)
+    for name in ("sinks", "sinks of infinity"):
+        held("flash", EDITS[name], "float16", 0, sources, **SMALL)
     for schedule in (0, 1, 2):
         ragged("flash", schedule, sources, (17, 0, 33), (40, 5, 70), (100, 7), **SMALL)
 
