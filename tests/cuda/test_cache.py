@@ -241,6 +241,68 @@ def test_a_link_to_a_folder_is_as_safe_as_where_it_leads(kept, sources, folder, 
 
 
 @posix
+def test_a_link_to_a_link_is_as_safe_as_both(kept, sources, folder, tmp_path):
+    """Whoever can change the one on the way decides where the first one leads."""
+    (tmp_path / "open").mkdir()
+    real = folder.parent.rename(tmp_path / "real")
+    (tmp_path / "open" / "way").symlink_to("../real")
+    folder.parent.symlink_to(tmp_path / "open" / "way")
+    assert find(*WANTED, sources=sources).path == kept.path
+    assert real.is_dir()
+    (tmp_path / "open").chmod(0o777)
+    assert find(*WANTED, sources=sources).path is None
+
+
+@posix
+def test_links_in_a_circle_lead_nowhere(nvrtc, sources, tmp_path, monkeypatch):
+    (tmp_path / "one").symlink_to("other")
+    (tmp_path / "other").symlink_to("one")
+    monkeypatch.setenv("CUPYATTN_CACHE_DIR", str(tmp_path / "one"))
+    assert find(*WANTED, sources=sources).path is None
+
+
+@posix
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs to be root to be somebody else")
+def test_nothing_is_made_where_a_link_of_somebody_else_leads(nvrtc, sources, tmp_path, monkeypatch):
+    """In a folder where all may write, like /tmp."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(0o1777)
+    (tmp_path / "shared" / "cache").symlink_to(tmp_path / "mine")
+    os.lchown(tmp_path / "shared" / "cache", 12345, 12345)
+    monkeypatch.setenv("CUPYATTN_CACHE_DIR", str(tmp_path / "shared" / "cache"))
+    assert find(*WANTED, sources=sources).path is None
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+@posix
+def test_a_folder_in_the_place_of_a_cubin_is_none(kept, sources, compiled):
+    kept.path.unlink()
+    kept.path.mkdir()
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    found = find(*WANTED, sources=sources)
+    assert (found.image, found.path) == (kept.image, None)
+    assert compiled == ["test::scale<3>"]
+    assert before is None or len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_too_large_for_a_cubin_is_not_read(kept, sources, compiled, monkeypatch):
+    monkeypatch.setattr(cache, "LARGEST", len(kept.image) - 1)
+    assert find(*WANTED, sources=sources).image == kept.image
+    assert compiled == ["test::scale<3>"]
+
+
+@posix
+def test_where_the_working_folder_is_gone_there_is_no_cache_in_it(nvrtc, sources, tmp_path, monkeypatch):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setenv("CUPYATTN_CACHE_DIR", "relative")
+    assert cache.user_folder() is None
+    assert find(*WANTED, sources=sources.absolute()).path is None
+
+
+@posix
 def test_what_is_loaded_is_what_was_looked_at_though_another_file_takes_its_place(kept, sources, monkeypatch):
     real = cache._digest
 
