@@ -411,25 +411,35 @@ class Part:
         tile, head_dim_v = self.tile(where, scratch), self.problem.sizes.head_dim_v
         state = numpy_ref.flash(tile, head_dim_v)
         finite = math.isfinite(np.add.reduce(state.out, axis=None))
-        if finite and (tile.bounded is None or not self.may_have_vanished(state, where, scratch)):
+        if not finite:  # maybe 0 * nan of a value that nobody may look at: once more, with care
+            tile.suspicious = True
+            state = numpy_ref.flash(tile, head_dim_v)
+        if tile.bounded is None:
             return state
-        # Maybe 0 * nan of a value that nobody may look at, or a product that left the range because its weight is not
-        # that of a running maximum: once more, with care.
-        tile.suspicious, tile.bounded = not finite, None
+        # Maybe a product left the range because its weight is not that of a running maximum: such rows once more, with
+        # one.  The others keep every bit.
+        doubtful = self.rows_vanished(state, where, scratch)
+        if not finite:
+            overflown = ~np.isfinite(state.out).all(axis=-1)
+            doubtful = overflown if doubtful is None else doubtful | overflown
+        if doubtful is None or not (tile.bounded & doubtful).any():
+            return state
+        tile.bounded = tile.bounded & ~doubtful
         return numpy_ref.flash(tile, head_dim_v)
 
-    def may_have_vanished(self, state: State, where: TileIndex, scratch: Scratch) -> bool:
-        """Results are so small that products may have been too small for the dtype; zeros of zeros are not."""
+    def rows_vanished(self, state: State, where: TileIndex, scratch: Scratch) -> Array | None:
+        """Those with results so small that products may have been too small for the dtype, if there are any."""
         out, least = state.out, LEAST_EXACT[self.compute_dtype]
         size = np.abs(out, out=scratch.array("size", out.shape, out.dtype))
         if out.size == 0 or np.minimum.reduce(size, axis=None) >= least:
-            return False
+            return None
         small = (size < least) & ~np.isneginf(state.lse)[..., None]
         known = ("columns", where.batches.start, where.pairs.start)
         if known not in self._facts:
             columns = [v.any(axis=-2, keepdims=True) for v in self.stretches(self.v, where, scratch)]
             self._facts[known] = np.logical_or.reduce(columns)
-        return bool((small & self._facts[known]).any())
+        rows: Array = (small & self._facts[known]).any(axis=-1)  # zeros of zeros are no products that vanished
+        return rows if rows.any() else None
 
     def stretches(self, source: Keys, where: TileIndex, scratch: Scratch) -> Iterator[Array]:
         """All keys (or values) of a tile's heads, some at a time."""
