@@ -420,7 +420,7 @@ class Part:
         # one.  The others keep every bit.
         doubtful = self.rows_vanished(state, where, scratch)
         if not finite:
-            overflown = ~np.isfinite(state.out).all(axis=-1)
+            overflown: Array = np.asarray(~np.isfinite(state.out).all(axis=-1))
             doubtful = overflown if doubtful is None else doubtful | overflown
         if doubtful is None or not (tile.bounded & doubtful).any():
             return state
