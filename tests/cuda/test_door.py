@@ -113,7 +113,7 @@ def driver(monkeypatch):
 def torch(driver, monkeypatch):
     """torch, whose CPU tensors say that they are on a GPU."""
     found = pytest.importorskip("torch")
-    from cupyattn.torch_arrays import Torch
+    from cupyattn.arrays.torch import Torch
 
     monkeypatch.setattr(Torch, "place", lambda self, array: ("cuda", "cuda:0"))
     for name in ("view", "pointer"):
@@ -751,7 +751,7 @@ class Event:
 def jax(driver, monkeypatch):
     """JAX; `driver.brought` has weak references to what CuPy made of its arrays, `driver.events` the events."""
     found = pytest.importorskip("jax")
-    from cupyattn.jax_arrays import Jax
+    from cupyattn.arrays.jax import Jax
 
     driver.brought, driver.events, driver.waits = [], [], 0
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from cupyattn.library import Arrays, Job, Library, bits_of
+from cupyattn.arrays.library import Arrays, Job, Library, bits_of
 from cupyattn.problem import FLOATS, Array, Shape, Spec
 from cupyattn.reading import refusal
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyattn.library import Arrays, Job, Library, check_no_overlap
+from cupyattn.arrays.library import Arrays, Job, Library, check_no_overlap
 from cupyattn.problem import Alignment, Array, Shape
 from cupyattn.reading import refusal
 

@@ -19,8 +19,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 import array_api_compat
 import numpy as np
 
-from cupyattn.jax_arrays import JAX
-from cupyattn.library import (
+from cupyattn.arrays.jax import JAX
+from cupyattn.arrays.library import (
     Arrays,
     Backward,
     Forward,
@@ -32,10 +32,10 @@ from cupyattn.library import (
     model_of,
     name_of,
 )
+from cupyattn.arrays.torch import TORCH, Torch
 from cupyattn.problem import Alignment, Array, Device, Problem, Shape, Spec
 from cupyattn.reading import check_results, refusal, unknown_words
 from cupyattn.threads import num_cores
-from cupyattn.torch_arrays import TORCH, Torch
 
 __all__ = ["OPTIONAL", "Arrays", "Visit", "alignment_meant", "cuda_lane", "described", "enter", "untraced"]
 
