@@ -20,10 +20,10 @@ from oracle import assert_matches
 from cupyattn import numpy_ref, plan
 from cupyattn.api import _options
 from cupyattn.cuda.launch import recipe_of, record_of, view_of_numpy
-from cupyattn.hopper import hopper_tile
+from cupyattn.plan.hopper import hopper_tile
+from cupyattn.plan.splits import split
 from cupyattn.problem import ITEMSIZE, NAMED_DEVICES, Spec
 from cupyattn.reading import Options, read
-from cupyattn.splits import split
 
 STORED = {
     "float16": np.float16,

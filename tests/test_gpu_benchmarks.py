@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cupyattn.hopper import base_tile
+from cupyattn.plan.hopper import base_tile
 
 torch = pytest.importorskip("torch")
 SUITE = Path(__file__).parents[1] / "asv_benchmarks"

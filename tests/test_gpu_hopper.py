@@ -19,8 +19,8 @@ from emulated import (
 
 import cupyattn
 from cupyattn import cuda
-from cupyattn.hopper import Switches
 from cupyattn.plan import choose
+from cupyattn.plan.hopper import Switches
 
 pytestmark = pytest.mark.gpu
 FLOAT8 = "float8_e4m3fn"

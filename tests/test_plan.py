@@ -14,8 +14,8 @@ import cupyattn
 from cupyattn import plan
 from cupyattn.cuda.catalogue import shared_memory
 from cupyattn.plan import CpuTile, Tile, choose, cpu_tile, gpu_tile, with_num_splits
+from cupyattn.plan.splits import live_split_blocks
 from cupyattn.problem import NAMED_DEVICES, Device, Layout, Mask, Problem, ScoreEdits, Sizes
-from cupyattn.splits import live_split_blocks
 
 CPU = Device("cpu", "cpu", 8)
 H100, A100 = NAMED_DEVICES["H100"], NAMED_DEVICES["A100"]

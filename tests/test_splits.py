@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cupyattn.plan import choose
-from cupyattn.problem import NAMED_DEVICES, Layout, Mask, Problem, ScoreEdits, Sizes
-from cupyattn.splits import (
+from cupyattn.plan.splits import (
     BLOCKS_PER_UNIT,
     FEWEST_KEYS,
     PEERS,
@@ -19,6 +18,7 @@ from cupyattn.splits import (
     live_split_blocks,
     split,
 )
+from cupyattn.problem import NAMED_DEVICES, Layout, Mask, Problem, ScoreEdits, Sizes
 
 H100 = NAMED_DEVICES["H100"]
 SLOTS = BLOCKS_PER_UNIT * H100.num_units

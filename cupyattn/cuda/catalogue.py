@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from cupyattn.cuda.module import Specialisation
-from cupyattn.hopper import HEAD_DIMS, HopperTile, base_cluster, base_tile
 from cupyattn.plan import Tile, flash_tile, split_tile
+from cupyattn.plan.hopper import HEAD_DIMS, HopperTile, base_cluster, base_tile
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem
 
 ELEMENT = {

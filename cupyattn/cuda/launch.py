@@ -18,8 +18,8 @@ import numpy as np
 from cupyattn.cuda import catalogue, maps, params
 from cupyattn.cuda.maps import BoxMap
 from cupyattn.cuda.module import Specialisation
-from cupyattn.hopper import HopperTile, padded_dims, rows_per_box
 from cupyattn.plan import Plan, Tile
+from cupyattn.plan.hopper import HopperTile, padded_dims, rows_per_box
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Shape
 
 DESCALES = ("q_descale", "k_descale", "v_descale")

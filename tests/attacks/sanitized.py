@@ -69,8 +69,8 @@ def _tiled(arrays, options, kernel):
     """Small tiles, so that a few keys make many blocks."""
     from emulated import problem_of
 
-    from cupyattn.hopper import hopper_tile
     from cupyattn.plan import Tile
+    from cupyattn.plan.hopper import hopper_tile
 
     if kernel == "hopper":
         return {"tile": hopper_tile(problem_of(arrays, options))._replace(block_q=128, block_k=32)}

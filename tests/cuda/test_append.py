@@ -25,8 +25,8 @@ from oracle import assert_matches, assert_same_bits
 from cupyattn import flash_attn_with_kvcache, reading
 from cupyattn.cuda import append, catalogue, compiler, source
 from cupyattn.cuda.launch import recipe_of, record_of, view_of_numpy
-from cupyattn.hopper import KEYS_IN_A_BOX, hopper_tile
 from cupyattn.plan import Tile, with_num_splits
+from cupyattn.plan.hopper import KEYS_IN_A_BOX, hopper_tile
 from cupyattn.reading import Options
 
 SMALL = Tile(16, 32, 2, 2)

@@ -21,8 +21,8 @@ from emulated import (
 from oracle import assert_same_bits
 
 from cupyattn.cuda.launch import map_objections, recipe_of, record_of, view_of_numpy
-from cupyattn.hopper import Switches, hopper_tile
 from cupyattn.plan import choose
+from cupyattn.plan.hopper import Switches, hopper_tile
 from cupyattn.problem import NAMED_DEVICES
 
 SIZES = [

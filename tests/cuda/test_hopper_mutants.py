@@ -6,7 +6,7 @@ from cases import HIDDEN, STRAYS
 from emulated import Call, check, operands, options_of, paged, problem_of, ragged_operands, ragged_options
 from mutants import Mutant, assert_caught
 
-from cupyattn.hopper import Switches, hopper_tile
+from cupyattn.plan.hopper import Switches, hopper_tile
 
 SEED = 7
 BOTTOM = {"alignment": "bottom-right"}

@@ -7,7 +7,7 @@ import pytest
 from resources import disassembler
 
 from cupyattn.cuda import catalogue, compiler, source
-from cupyattn.hopper import ALL_KEYS, BOTH_EDGES, RIGHT_EDGE, Switches, base_tile
+from cupyattn.plan.hopper import ALL_KEYS, BOTH_EDGES, RIGHT_EDGE, Switches, base_tile
 
 BFLOAT16, FLOAT8 = "bfloat16", "float8_e4m3fn"
 KERNELS = {

@@ -13,8 +13,8 @@ from ptx import compile_ptx
 from cupyattn.cuda import params
 from cupyattn.cuda.source import FOLDER, join, sources
 from cupyattn.plan import LONGEST
+from cupyattn.plan.splits import live_split_blocks
 from cupyattn.problem import Mask, Span
-from cupyattn.splits import live_split_blocks
 
 pytestmark = pytest.mark.usefixtures("nvrtc")
 

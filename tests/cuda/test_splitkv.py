@@ -9,8 +9,8 @@ from oracle import assert_matches, assert_same_bits
 
 from cupyattn import numpy_ref
 from cupyattn.plan import Tile
+from cupyattn.plan.splits import live_split_blocks
 from cupyattn.problem import Device
-from cupyattn.splits import live_split_blocks
 
 DECODE = (4, 2, 2)
 BOTTOM = {"causal": True, "alignment": "bottom-right"}

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
-from cupyattn.hopper import KEYS_IN_A_BOX, HopperTile, hopper_tile, num_tiles
+from cupyattn.plan.hopper import KEYS_IN_A_BOX, HopperTile, hopper_tile, num_tiles
+from cupyattn.plan.splits import BLOCKS_PER_UNIT, FEWEST_KEYS, PEERS, split
 from cupyattn.problem import FLOAT8, Device, Problem, Sizes
-from cupyattn.splits import BLOCKS_PER_UNIT, FEWEST_KEYS, PEERS, split
 
 WORTH_THREADS = 100_000_000
 """Floating-point operations from which starting threads pays on a CPU: two or three milliseconds."""
