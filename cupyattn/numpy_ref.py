@@ -1,29 +1,21 @@
-"""The meaning of attention, in NumPy.
+"""The meaning of attention, in NumPy: dense and literal.
 
-First the definition, dense and literal: `attention`.  Everything in the package is compared with it.
-Then the same thing the way it is computed: `OnlineSoftmax`, `flash`, `State`, `merge`, in memory that
-does not grow with seqlen_q * seqlen_k, and `flash_backward`.  The CUDA classes of the same names are
-twins of these.  Last, the random bits of dropout.
+The definition, `attention`, with which everything in the package is compared; what states over parts of the keys
+are together, `merge`; and the random bits of dropout.  How a CPU computes it is another story: `cupyattn.cpu.flash`.
 
 Words: *scores* are before the exponential, *weights* after it.  A score of minus infinity is a key
 that is not seen.  A row that sees no key has out = 0, lse = -inf and gradients of zero.
 Arrays here are (..., rows, head_dim) and (..., keys, head_dim); leading axes broadcast.
-
-Source: Dao, FlashAttention-2, 2023, algorithms 1 and 2 (arXiv 2307.08691); Milakov and Gimelshein,
-Online normalizer calculation for softmax, 2018 (arXiv 1805.02867).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from cupyattn.scratch import Scratch
 
 Array = NDArray[Any]
 
@@ -89,7 +81,7 @@ def attention(
 
 
 # ---------------------------------------------------------------------------------------------------
-# The algorithm
+# Parts of the keys
 # ---------------------------------------------------------------------------------------------------
 
 
@@ -125,323 +117,6 @@ def merge_backward(states: list[State], dout: Array, dlse: Array) -> list[tuple[
             apart = np.where(nothing[..., None], 0.0, state.out - whole.out)
             found.append((share[..., None] * dout, share * ((dout * apart).sum(axis=-1) + dlse)))
     return found
-
-
-@lru_cache(maxsize=64)
-def _ones(count: int, dtype: Any) -> Array:
-    """A column of ones: a matrix product with it is the fastest sum of rows there is."""
-    return np.ones((count, 1), dtype)
-
-
-class OnlineSoftmax:
-    """The running (row_max, row_sum) of some rows while their keys arrive block by block.
-
-    Twin of ``OnlineSoftmax`` in ``cuda/softmax.cuh``: same fields, same order of steps, in powers of e
-    where the kernel uses powers of two.
-
-    `bounded` promises for some rows that none of their scores can overflow or underflow the exponential:
-    their maximum is not needed, row_max stays 0, and nothing ever has to be rescaled.
-    """
-
-    def __init__(
-        self, shape: tuple[int, ...], dtype: Any, sinks: Array | None = None, bounded: Array | None = None
-    ) -> None:
-        self.bounded = bounded
-        self.all_bounded = bounded is not None and bool(bounded.all())
-        self.fresh = sinks is None  # nothing to shrink before the first block
-        self.row_max = np.full(shape, -np.inf, dtype)
-        if bounded is not None:
-            self.row_max[bounded] = 0.0
-        self.row_sum = np.zeros(shape, dtype)
-        if sinks is not None:  # a sink is a key seen before all others, whose value is zero
-            self.row_max[...] = sinks
-            self.row_sum[...] = 1.0
-
-    def fold(self, scores: Array, rows: slice = slice(None)) -> Array | None:
-        """Turn the scores of `rows` into weights in place; return the factor by which earlier results shrink."""
-        row_max, row_sum = self.row_max[..., rows], self.row_sum[..., rows]
-        shrink = None
-        if not self.all_bounded:
-            new_max = np.maximum.reduce(scores, axis=-1)
-            fresh = self.fresh and scores.shape[:-1] == self.row_max.shape
-            if not fresh:
-                new_max = np.maximum(row_max, new_max)
-            if self.bounded is not None:
-                new_max[self.bounded[..., rows]] = 0.0
-            # A row that has seen no key yet: -inf - -inf would be nan, 0 keeps its weights 0.
-            origin = np.where(new_max == -np.inf, new_max.dtype.type(0.0), new_max)
-            if not fresh:
-                shrink = np.exp(row_max - origin)
-                row_sum *= shrink
-            self.fresh = False
-            np.subtract(scores, origin[..., None], out=scores)
-            row_max[...] = new_max
-        np.exp(scores, out=scores)
-        row_sum += (scores @ _ones(scores.shape[-1], scores.dtype))[..., 0]
-        return shrink
-
-    def finish(self, out: Array) -> State:
-        """Normalise `out` in place and return the state."""
-        total = np.where(self.row_sum == 0.0, self.row_sum.dtype.type(1.0), self.row_sum)
-        out /= total[..., None]
-        # Where nothing was summed: log(0) + origin, and origin is 0 or -inf.
-        return State(out, np.log(self.row_sum) + self.row_max)
-
-
-@dataclass
-class KeyBlock:
-    """Some keys and what a tile's rows have to know about them.
-
-    `bias`, `hidden`, `keep` and `distance` broadcast to (..., heads, rows, keys), see `Tile`.
-    """
-
-    keys: slice
-    rows: slice
-    """The rows of the tile that see any of these keys; all of them if heads are stacked."""
-    k: Array
-    v: Array
-    bias: Array | None = None
-    hidden: Array | None = None
-    hidden_rows: slice = field(default_factory=partial(slice, None))
-    """The rows, of those above, that `hidden` is about; the others see all these keys."""
-    keep: Array | None = None
-    """(1 - dropout_p) ** -1 where a weight stays, 0 where it is dropped."""
-    distance: Array | None = None
-    """-|diagonal - key|, which the ALiBi slopes multiply."""
-
-
-FEW_ROWS, MANY_KEYS = 16, 128
-"""Rows up to which, and keys from which, products are shaped for a decode."""
-SMALL_PRODUCT = 10**6
-"""Multiplications of a matrix product up to which OpenBLAS (for AVX-512) leaves its operands where they are.
-Beyond, it copies them into panels first, which for a few rows costs several times what the product does."""
-
-
-def small_steps(rows: int, keys: int, dim: int) -> Iterator[slice]:
-    """Cut the keys so that products with a few rows are small; where they are many, do not cut."""
-    step = max(64, SMALL_PRODUCT // max(1, rows * dim) // 64 * 64) if rows <= FEW_ROWS else max(1, keys)
-    return (slice(start, min(keys, start + step)) for start in range(0, max(1, keys), step))
-
-
-@dataclass
-class Tile:
-    """Some rows of some neighbouring query heads that share their keys, and the way to those keys.
-
-    The heads of a group are stacked as rows, so that a block of keys is read once for all of them.
-    """
-
-    q: Array
-    """(..., heads * rows, head_dim), in the compute dtype, already multiplied by the softmax scale."""
-    heads: int
-    blocks: Callable[[], Iterator[KeyBlock]]
-    softcap: float = 0.0
-    slopes: Array | None = None
-    """(..., heads, 1, 1)."""
-    sinks: Array | None = None
-    """(..., heads * rows)."""
-    bounded: Array | None = None
-    """The rows that cannot have large scores, see `OnlineSoftmax`."""
-    suspicious: bool = False
-    """Some operand may hold nan or inf, so that 0 * operand is not 0."""
-    scratch: Scratch = field(default_factory=Scratch)
-
-    def per_head(self, scores: Array) -> Array:
-        """View (..., heads * rows, keys) as (..., heads, rows, keys)."""
-        heads = self.heads
-        return scores.reshape(*scores.shape[:-2], heads, scores.shape[-2] // heads, scores.shape[-1])
-
-    def matmul(self, name: str, a: Array, b: Array) -> Array:
-        """``a @ b`` into memory that is kept from block to block."""
-        return np.matmul(a, b, out=self.scratch.array(name, (*a.shape[:-1], b.shape[-1]), a.dtype))
-
-    def times_keys(self, q: Array, k: Array) -> Array:
-        """``q @ k.T``; for a few rows as ``(k @ q.T).T``, some keys at a time, as the BLAS likes it best."""
-        rows, keys = q.shape[-2], k.shape[-2]
-        if not 1 < rows <= FEW_ROWS or keys < MANY_KEYS:
-            return self.matmul("scores", q, k.swapaxes(-1, -2))
-        lead = q.shape[:-2]
-        columns = self.scratch.array("columns", (*lead, q.shape[-1], rows), q.dtype)
-        np.copyto(columns, q.swapaxes(-1, -2))
-        by_key = self.scratch.array("by key", (*lead, keys, rows), q.dtype)
-        for step in small_steps(rows, keys, q.shape[-1]):
-            np.matmul(k[..., step, :], columns, out=by_key[..., step, :])
-        scores = self.scratch.array("scores", (*lead, rows, keys), q.dtype)
-        np.copyto(scores, by_key.swapaxes(-1, -2))
-        return scores
-
-    def times_values(self, weights: Array, v: Array, out: Array | None = None) -> Array:
-        """``weights @ v``, into `out` or memory that is kept; for a few rows some keys at a time."""
-        if out is None:
-            out = self.scratch.array("product", (*weights.shape[:-1], v.shape[-1]), weights.dtype)
-        rows, keys = weights.shape[-2], v.shape[-2]
-        if rows > FEW_ROWS or keys < MANY_KEYS:
-            return np.matmul(weights, v, out=out)
-        first, *others = small_steps(rows, keys, v.shape[-1])
-        np.matmul(weights[..., first], v[..., first, :], out=out)
-        for step in others:
-            out += self.matmul("addend", weights[..., step], v[..., step, :])
-        return out
-
-    def scores(self, block: KeyBlock, slope_of_softcap: Array | None = None) -> Array:
-        """The edited scores of one block; minus infinity where a key is hidden.
-
-        `slope_of_softcap`, if given, receives the derivative of the softcap at each score.
-        """
-        scores = self.times_keys(self.q[..., block.rows, :], block.k)
-        if self.softcap:
-            scores /= self.softcap
-            np.tanh(scores, out=scores)
-            if slope_of_softcap is not None:
-                np.subtract(1.0, scores**2, out=slope_of_softcap)
-            scores *= self.softcap
-        by_head = self.per_head(scores)
-        if self.slopes is not None and block.distance is not None:
-            by_head += self.slopes * block.distance
-        if block.bias is not None:
-            by_head += block.bias
-        if block.hidden is not None:
-            np.copyto(by_head[..., block.hidden_rows, :], -np.inf, where=block.hidden)
-        return scores
-
-
-def weighted_sum(weights: Array, values: Array, unseen: Array | None) -> Array:
-    """``weights @ values`` over the pairs that are seen; `unseen` is None if every value is finite.
-
-    Where a key is not seen its weight is 0, but 0 * nan is nan: values nobody may look at are left
-    out instead of multiplied.
-    """
-    if unseen is None:
-        return np.asarray(weights @ values)
-    finite = np.isfinite(values)
-    total = weights @ np.where(finite, values, 0.0)
-    bad_keys = ~finite.all(axis=-1)
-    for key in np.flatnonzero(bad_keys.reshape(-1, bad_keys.shape[-1]).any(axis=0)):
-        stray = np.where(finite[..., key, :], 0.0, values[..., key, :])
-        product = weights[..., key, None] * stray[..., None, :]
-        skip = unseen[..., key, None] | finite[..., None, key, :]
-        total = total + np.where(skip, 0.0, product)
-    return np.asarray(total)
-
-
-def flash(tile: Tile, head_dim_v: int) -> State:
-    """Attention of one tile, block of keys by block of keys, keeping only sums.
-
-    The state's `out` is scratch memory of the tile: use it before the next tile does.
-    """
-    rows = tile.q.shape[:-1]
-    joining, apart = tile.sinks, None
-    if tile.sinks is not None and not np.isfinite(tile.sinks).all():
-        joining, apart = _taken_apart(tile.sinks)
-    softmax = OnlineSoftmax(rows, tile.q.dtype, joining, tile.bounded)
-    out = tile.scratch.array("out", (*rows, head_dim_v), tile.q.dtype)
-    started = False
-    for block in tile.blocks():
-        scores = tile.scores(block)
-        unseen = np.isneginf(scores) if tile.suspicious else None
-        shrink = softmax.fold(scores, block.rows)
-        if block.keep is not None:
-            tile.per_head(scores)[...] *= block.keep
-        if not started and unseen is None and scores.shape[:-1] == rows:
-            tile.times_values(scores, block.v, out)
-            started = True
-            continue
-        if not started:
-            out.fill(0.0)
-            started = True
-        part = out[..., block.rows, :]
-        if shrink is not None:
-            part *= shrink[..., None]
-        if unseen is None:
-            part += tile.times_values(scores, block.v)
-        else:
-            part += weighted_sum(scores, block.v, unseen)
-    if not started:
-        out.fill(0.0)
-    state = softmax.finish(out)
-    if apart is not None:
-        _join(state, apart)
-    return state
-
-
-def _taken_apart(sinks: Array) -> tuple[Array, Array]:
-    """(sinks that can be summed, the others): +inf, which has all the weight, and nan would leave nan in the sums."""
-    special, nothing = ~(sinks < np.inf), sinks.dtype.type(-np.inf)
-    return np.where(special, nothing, sinks), np.where(special, sinks, nothing)
-
-
-def _join(state: State, sinks: Array) -> None:
-    """Add sinks of +inf and of nan to a state without them; what is nan stays nan."""
-    special, sees_any = ~np.isneginf(sinks), ~np.isneginf(state.lse)
-    share = np.where(np.isnan(sinks), sinks, sinks.dtype.type(0.0))
-    with_sink = np.where(sees_any[..., None], state.out * share[..., None] + 0.0, 0.0)
-    np.copyto(state.out, with_sink, where=special[..., None])
-    np.copyto(state.lse, np.where(np.isnan(state.lse), state.lse, sinks), where=special)
-
-
-@dataclass
-class TileGradients:
-    """What a tile adds to the gradients; `dk`, `dv` and `dbias` are handed over block by block."""
-
-    dq: Array
-    dsinks: Array | None
-    dslopes: Array | None
-
-
-def flash_backward(
-    tile: Tile,
-    state: State,
-    dout: Array,
-    dlse: Array | None,
-    scale: float,
-    add: Callable[[KeyBlock, Array, Array, Array | None], None],
-) -> TileGradients:
-    """Gradients of one tile; ``add(block, dk, dv, dbias)`` receives each block's share.
-
-    With P the weights, ``delta = sum(dout * out) - dlse`` and ``dS = P * (dout @ v.T - delta)``:
-    FlashAttention-2, algorithm 2, with the gradient of the log-sum-exp folded into delta.
-    """
-    delta = np.einsum("...d,...d->...", dout, state.out)
-    if dlse is not None:
-        delta = delta - dlse
-    origin = np.where(np.isneginf(state.lse), np.zeros_like(state.lse), state.lse)
-    empty = np.isneginf(state.lse)
-    delta = np.where(empty, np.zeros_like(delta), delta)
-    dq = np.zeros(tile.q.shape, tile.q.dtype)
-    dslopes = None if tile.slopes is None else np.zeros(tile.per_head(dq).shape[:-2], tile.q.dtype)
-    for block in tile.blocks():
-        rows, q = block.rows, tile.q[..., block.rows, :]
-        slope = np.empty((*q.shape[:-1], block.k.shape[-2]), q.dtype) if tile.softcap else None
-        scores = tile.scores(block, slope)
-        unseen = np.isneginf(scores)
-        weights = np.exp(scores - origin[..., rows, None])
-        np.copyto(weights, 0.0, where=unseen)  # of a row whose lse is nan, too
-        kept = weights if block.keep is None else _times_per_head(tile, weights, block.keep)
-        flipped = unseen.swapaxes(-1, -2) if tile.suspicious else None
-        dv = weighted_sum(kept.swapaxes(-1, -2), dout[..., rows, :], flipped)
-        dweights = dout[..., rows, :] @ block.v.swapaxes(-1, -2)
-        if block.keep is not None:
-            dweights = _times_per_head(tile, dweights, block.keep)
-        dscores = weights * (dweights - delta[..., rows, None])
-        np.copyto(dscores, 0.0, where=unseen)
-        dbias = None if block.bias is None else tile.per_head(dscores).copy()
-        if dslopes is not None and block.distance is not None:
-            dslopes += (tile.per_head(dscores) * block.distance).sum(axis=(-2, -1))
-        if slope is not None:
-            dscores *= np.where(unseen, 0.0, slope)
-        dk = weighted_sum(dscores.swapaxes(-1, -2), q, flipped)
-        dq[..., rows, :] += weighted_sum(dscores, block.k, unseen if tile.suspicious else None)
-        add(block, dk, dv, dbias)
-    dq *= scale
-    dsinks = None
-    if tile.sinks is not None:
-        certain = np.isposinf(tile.sinks) & np.isposinf(state.lse)
-        weight_of_sink = np.where(certain, 1.0, np.exp(tile.sinks - origin))
-        dsinks = np.where(empty, 0.0, -weight_of_sink * delta)
-    return TileGradients(dq, dsinks, dslopes)
-
-
-def _times_per_head(tile: Tile, scores: Array, factor: Array) -> Array:
-    return np.asarray((tile.per_head(scores) * factor).reshape(scores.shape))
 
 
 # ---------------------------------------------------------------------------------------------------

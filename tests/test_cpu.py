@@ -19,7 +19,7 @@ def three_workers(monkeypatch):
     torch.set_num_threads(3)
     monkeypatch.setattr(plan, "WORTH_THREADS", 0)
     monkeypatch.setattr(cpu, "LITTLE", 0)
-    monkeypatch.setattr("cupyattn.threads._blas.num_threads", lambda: 3)
+    monkeypatch.setattr("cupyattn.cpu.threads._blas.num_threads", lambda: 3)
     plan.choose.cache_clear()
     yield torch
     torch.set_num_threads(before)
@@ -29,14 +29,14 @@ def three_workers(monkeypatch):
 @pytest.fixture
 def out_of_order(monkeypatch):
     """Tasks end in an order that differs from call to call."""
-    delays, original = iter(()), cpu.numpy_ref.flash_backward
+    delays, original = iter(()), cpu.flash.flash_backward
 
     def slow(*arguments):
         found = original(*arguments)
         time.sleep(next(delays, 0.0))
         return found
 
-    monkeypatch.setattr(cpu.numpy_ref, "flash_backward", slow)
+    monkeypatch.setattr(cpu.flash, "flash_backward", slow)
 
     def shuffle(rng):
         nonlocal delays

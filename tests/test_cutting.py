@@ -9,7 +9,7 @@ from oracle import assert_matches, assert_same_bits
 
 import cupyattn
 from cupyattn import cpu, numpy_ref
-from cupyattn.cutting import SHORT, cut_into_parts
+from cupyattn.cpu.cutting import SHORT, cut_into_parts
 from cupyattn.plan import choose
 from cupyattn.problem import Device, Spec
 from cupyattn.reading import Options, read

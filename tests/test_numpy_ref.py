@@ -16,7 +16,9 @@ from oracle import assert_correctly_rounded, assert_matches, assert_same_bits
 
 import cupyattn
 from cupyattn import numpy_ref
-from cupyattn.numpy_ref import OnlineSoftmax, State, merge
+from cupyattn.cpu import flash
+from cupyattn.cpu.flash import OnlineSoftmax
+from cupyattn.numpy_ref import State, merge
 
 seeds = st.integers(0, 2**32 - 1)
 quick = settings(derandomize=True, deadline=None, max_examples=100)
@@ -382,23 +384,23 @@ def test_attention_is_its_definition_whatever_shares_a_tile(rng, shapes):
     assert_attention_is_its_definition(q, k, v, mask=mask, alibi_slopes=slopes, alignment="top-left")
 
 
-@pytest.mark.parametrize("rows", [1, 2, numpy_ref.FEW_ROWS, numpy_ref.FEW_ROWS + 1])
-@pytest.mark.parametrize("keys", [0, 1, numpy_ref.MANY_KEYS - 1, numpy_ref.MANY_KEYS, 3001])
+@pytest.mark.parametrize("rows", [1, 2, flash.FEW_ROWS, flash.FEW_ROWS + 1])
+@pytest.mark.parametrize("keys", [0, 1, flash.MANY_KEYS - 1, flash.MANY_KEYS, 3001])
 def test_products_with_few_rows_are_products_however_many_keys(rng, rows, keys):
     q, k, v = (rng.standard_normal((2, 3, count, dim)) for count, dim in ((rows, 72), (keys, 72), (keys, 200)))
-    tile = numpy_ref.Tile(q, 1, lambda: iter(()))
+    tile = flash.Tile(q, 1, lambda: iter(()))
     scores = tile.times_keys(q, k)
     assert_matches(scores, q @ k.swapaxes(-1, -2), rtol=1e-12, atol=1e-12)
     assert scores.flags.c_contiguous
     assert_matches(tile.times_values(scores, v), q @ k.swapaxes(-1, -2) @ v, rtol=1e-12, atol=1e-9)
 
 
-@pytest.mark.parametrize("rows", [1, 7, numpy_ref.FEW_ROWS])
+@pytest.mark.parametrize("rows", [1, 7, flash.FEW_ROWS])
 def test_small_steps_cover_the_keys_and_are_small(rows):
-    steps = list(numpy_ref.small_steps(rows, 40_000, 128))
+    steps = list(flash.small_steps(rows, 40_000, 128))
     assert np.array_equal(np.concatenate([np.arange(40_000)[step] for step in steps]), np.arange(40_000))
     assert len(steps) > 1
-    assert all(rows * (step.stop - step.start) * 128 <= numpy_ref.SMALL_PRODUCT for step in steps)
+    assert all(rows * (step.stop - step.start) * 128 <= flash.SMALL_PRODUCT for step in steps)
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 7.0, 20.0, 1e3, 1e150])

@@ -13,8 +13,8 @@ from interruptions import at_every_instruction
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import cupyattn
-from cupyattn import numpy_ref, threads
-from cupyattn.threads import run_all
+from cupyattn.cpu import flash, threads
+from cupyattn.cpu.threads import run_all
 
 WAIT = 20
 """Seconds after which a thread that should have come is missed."""
@@ -155,13 +155,13 @@ def test_nobody_holds_the_blas_for_small_products(three_blas_threads):
 @pytest.mark.parametrize("function", ["flash", "flash_backward"])
 def test_calls_hold_the_blas_where_it_had_threads(tokens, threads_inside, function, monkeypatch, rng):
     """OpenBLAS takes threads from 2 ** 18 multiplications on."""
-    torch, inside, original = pytest.importorskip("torch"), [], getattr(numpy_ref, function)
+    torch, inside, original = pytest.importorskip("torch"), [], getattr(flash, function)
 
     def watched(*arguments):
         inside.append(set(blas_threads()))
         return original(*arguments)
 
-    monkeypatch.setattr(numpy_ref, function, watched)
+    monkeypatch.setattr(flash, function, watched)
     q = torch.from_numpy(rng.standard_normal((1, tokens, 1, 64))).requires_grad_()
     cupyattn.attention(q, q, q).sum().backward()
     assert inside == [{threads_inside}] * len(inside) != []
@@ -406,7 +406,7 @@ def run_in_a_process_of_its_own(program):
 LIMITED = """
 import threading
 import numpy as np
-from cupyattn.threads import run_all
+from cupyattn.cpu.threads import run_all
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 def counts():
@@ -479,7 +479,7 @@ FORKED = """
 import os, sys, threading
 import numpy as np
 import cupyattn
-from cupyattn.threads import run_all
+from cupyattn.cpu.threads import run_all
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 def counts():

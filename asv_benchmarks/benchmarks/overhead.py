@@ -7,13 +7,14 @@ import time
 
 import numpy as np
 
-from cupyattn import cpu, numpy_ref
+from cupyattn import cpu
 from cupyattn.arrays import enter
-from cupyattn.cutting import cut_into_parts
+from cupyattn.cpu import flash
+from cupyattn.cpu.cutting import cut_into_parts
+from cupyattn.cpu.scratch import Scratch
+from cupyattn.cpu.threads import num_cores
 from cupyattn.plan import choose
 from cupyattn.reading import Options, read
-from cupyattn.scratch import Scratch
-from cupyattn.threads import num_cores
 
 from . import CHECKOUT
 from .common import HEAD_DIM, Benchmark, draw, fastest, tracked, with_cupyattn, with_naive
@@ -41,7 +42,7 @@ def rooms(dtype):
 
 
 def arithmetic(plan, problem, operands):
-    """`numpy_ref.flash` on the one tile, operands brought into the compute dtype: what nobody could do without."""
+    """`flash.flash` on the one tile, operands brought into the compute dtype: what nobody could do without."""
     (part,) = cut_into_parts(plan, problem, operands, 0)
     (where,) = part.tiles
     scratch = Scratch()
@@ -50,7 +51,7 @@ def arithmetic(plan, problem, operands):
 
     def attend():
         part.scaled_queries(where, pairs, scratch)
-        return numpy_ref.flash(tile, HEAD_DIM)
+        return flash.flash(tile, HEAD_DIM)
 
     return attend
 

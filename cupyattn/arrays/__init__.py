@@ -33,9 +33,9 @@ from cupyattn.arrays.library import (
     name_of,
 )
 from cupyattn.arrays.torch import TORCH, Torch
+from cupyattn.cpu.threads import num_cores
 from cupyattn.problem import Alignment, Array, Device, Problem, Shape, Spec
 from cupyattn.reading import check_results, refusal, unknown_words
-from cupyattn.threads import num_cores
 
 __all__ = ["OPTIONAL", "Arrays", "Visit", "alignment_meant", "cuda_lane", "described", "enter", "untraced"]
 

@@ -8,7 +8,7 @@
 // A row that sees no key gets out = 0 and lse = -inf.  A key that a row does not see never reaches its result:
 // the products are done as if all values were finite, and again, with care, where a result is not (see tile.cuh).
 //
-// Twin     numpy_ref.flash, in float64 with the same names.
+// Twin     cpu.flash.flash, in float64 with the same names.
 // Source   Dao, FlashAttention-2, 2023, algorithm 1 (arXiv 2307.08691).
 // Needs    sm_80.
 // Launch   one block per (row tile, head, sequence), the row tile fastest; kThreads threads; kSharedBytes.

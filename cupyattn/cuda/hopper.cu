@@ -16,7 +16,7 @@
 // in part pass by the other warps of the first warpgroup, who make what is not finite 0 before anybody multiplies
 // it.  Rows that do see such a value get it at the end (`mend`).
 //
-// Twin     numpy_ref.flash, in float64 with the same names.
+// Twin     cpu.flash.flash, in float64 with the same names.
 // Source   Shah et al., FlashAttention-3, 2024 (arXiv 2407.08608): warp specialisation, overlap, ping-pong.
 // Needs    sm_90a.
 // Launch   any number of whole clusters of blocks: block i takes row tiles i, i + blocks, and so on, the longest

@@ -21,7 +21,7 @@ struct FastExponential {
 };
 
 // The running (row_max, row_sum) of 16 rows while their keys arrive block by block.  Twin:
-// numpy_ref.OnlineSoftmax, in powers of e.
+// cpu.flash.OnlineSoftmax, in powers of e.
 struct OnlineSoftmax {
     float row_max[2];
     float row_sum[2];  // this lane's share, until `finish`

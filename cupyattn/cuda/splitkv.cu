@@ -14,7 +14,7 @@
 // How many splits a sequence gets is decided here if lengths are data (split_size 0), by the rule of
 // splits.live_split_blocks, and by the host otherwise.
 //
-// Twin     numpy_ref.flash and numpy_ref.merge.
+// Twin     cpu.flash.flash and numpy_ref.merge.
 // Source   Dao, Haziza, Massa and Sizov, Flash-Decoding, 2023.
 // Needs    sm_80.
 // Launch   one block per (split, row tile, group, sequence), the split fastest; kThreads threads.

@@ -13,7 +13,8 @@ from attacks.outcome import Outcome
 from interruptions import at_every_instruction, instructions
 
 import cupyattn
-from cupyattn import DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache, threads
+from cupyattn import DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache
+from cupyattn.cpu import threads
 
 PACKAGE = Path(cupyattn.__file__).parent
 CACHES = tuple(map(str, sorted((PACKAGE / "cache").glob("*.py"))))

@@ -37,7 +37,8 @@ from attacks.outcome import Outcome
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 import cupyattn
-from cupyattn import DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache, threads
+from cupyattn import DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache
+from cupyattn.cpu import threads
 
 DTYPES = (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)
 CALLERS = 16

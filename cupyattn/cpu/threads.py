@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from cupyattn.scratch import Scratch, Shelf
+from cupyattn.cpu.scratch import Scratch, Shelf
 
 Task = Callable[[Scratch], None]
 

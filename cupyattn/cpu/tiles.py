@@ -17,11 +17,13 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from cupyattn import numpy_ref
-from cupyattn.numpy_ref import Array, KeyBlock, State
+from cupyattn.cpu import flash
+from cupyattn.cpu.flash import KeyBlock
+from cupyattn.cpu.scratch import Scratch
+from cupyattn.numpy_ref import Array, State
 from cupyattn.plan import CpuTile, Plan, cpu_tile
 from cupyattn.problem import Mask, Problem, Span
 from cupyattn.rounding import are_bits, widen
-from cupyattn.scratch import Scratch
 
 Index = tuple[Any, ...]
 
@@ -368,7 +370,7 @@ class Part:
         pairs = where.pairs.stop - where.pairs.start
         return piece.reshape(piece.shape[0], pairs, where.num_heads // pairs * len(where.rows), *piece.shape[3:])
 
-    def tile(self, where: TileIndex, scratch: Scratch, backward: bool = False) -> numpy_ref.Tile:
+    def tile(self, where: TileIndex, scratch: Scratch, backward: bool = False) -> flash.Tile:
         """The arithmetic's view of a tile."""
         edits = self.problem.edits
         pairs = where.pairs.stop - where.pairs.start
@@ -384,7 +386,7 @@ class Part:
             slopes = slopes.reshape(slopes.shape[0], pairs, heads, 1, 1)
         if self.sinks is not None:
             sinks = np.repeat(self.sinks[where.heads].reshape(pairs, heads), len(where.rows), axis=-1)
-        return numpy_ref.Tile(
+        return flash.Tile(
             q,
             heads,
             partial(self.blocks, where, pairs, heads, scratch),
@@ -409,11 +411,11 @@ class Part:
 
     def attend(self, where: TileIndex, scratch: Scratch) -> State:
         tile, head_dim_v = self.tile(where, scratch), self.problem.sizes.head_dim_v
-        state = numpy_ref.flash(tile, head_dim_v)
+        state = flash.flash(tile, head_dim_v)
         finite = math.isfinite(np.add.reduce(state.out, axis=None))
         if not finite:  # maybe 0 * nan of a value that nobody may look at: once more, with care
             tile.suspicious = True
-            state = numpy_ref.flash(tile, head_dim_v)
+            state = flash.flash(tile, head_dim_v)
         if tile.bounded is None:
             return state
         # Maybe a product left the range because its weight is not that of a running maximum: such rows once more, with
@@ -425,7 +427,7 @@ class Part:
         if doubtful is None or not (tile.bounded & doubtful).any():
             return state
         tile.bounded = tile.bounded & ~doubtful
-        return numpy_ref.flash(tile, head_dim_v)
+        return flash.flash(tile, head_dim_v)
 
     def rows_vanished(self, state: State, where: TileIndex, scratch: Scratch) -> Array | None:
         """Those with results so small that products may have been too small for the dtype, if there are any."""

@@ -1,4 +1,4 @@
-"""The CPU's door: cut the operands into tiles, run the algorithm of `numpy_ref` on each.
+"""The CPU's door: cut the operands into tiles, run the algorithm of `flash` on each.
 
 Tasks run in parallel; in the backward pass one task owns all tiles that share a key or a value head.
 """
@@ -16,15 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyattn import numpy_ref
-from cupyattn.cutting import cut_into_parts
-from cupyattn.numpy_ref import Array, KeyBlock, State
+from cupyattn.cpu import flash
+from cupyattn.cpu.cutting import cut_into_parts
+from cupyattn.cpu.flash import KeyBlock
+from cupyattn.cpu.scratch import Scratch
+from cupyattn.cpu.threads import run_all
+from cupyattn.cpu.tiles import Keys, Part, Rows, TileIndex, end_to_end, heads_first, piece_index
+from cupyattn.numpy_ref import Array, State
 from cupyattn.plan import Plan
 from cupyattn.problem import Problem
 from cupyattn.rounding import STORAGE, narrow
-from cupyattn.scratch import Scratch
-from cupyattn.threads import run_all
-from cupyattn.tiles import Keys, Part, Rows, TileIndex, end_to_end, heads_first, piece_index
 
 
 def run(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int = 0) -> dict[str, Array]:
@@ -287,7 +288,7 @@ class _BackwardJob:
                     else:
                         common.append(addition)
 
-            gradients = numpy_ref.flash_backward(tile, state, dout, dlse, problem.edits.softmax_scale, add)
+            gradients = flash.flash_backward(tile, state, dout, dlse, problem.edits.softmax_scale, add)
             shape = (where.batch_size, where.num_heads, len(where.rows))
             part.of(self.collected["q"]).put(where, gradients.dq.reshape(*shape, -1))
             if gradients.dsinks is not None:

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cupyattn.cpu.tiles import Index, Keys, Part, Places, Rows, end_to_end, heads_first
 from cupyattn.numpy_ref import Array
 from cupyattn.plan import Plan
 from cupyattn.problem import FLOAT8, Problem
 from cupyattn.rounding import widen
-from cupyattn.tiles import Index, Keys, Part, Places, Rows, end_to_end, heads_first
 
 
 class Descales(NamedTuple):
