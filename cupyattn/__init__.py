@@ -8,23 +8,24 @@ array-api-compat, and nothing else.
 from typing import TYPE_CHECKING
 
 from cupyattn.api import Gradients, attention, attention_backward, explain, merge_states
-from cupyattn.padding import pad_input, unpad_input
 from cupyattn.peers import (
+    apply_rotary_emb,
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    pad_input,
     scaled_dot_product_attention,
+    unpad_input,
 )
 from cupyattn.plan import Plan
-from cupyattn.rotary import apply_rotary_emb
 
 if TYPE_CHECKING:
     from cupyattn.cache import Cache, DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache
-    from cupyattn.cascade import cascade_attention
-    from cupyattn.kvcache import flash_attn_with_kvcache
+    from cupyattn.peers.cascade import cascade_attention
+    from cupyattn.peers.kvcache import flash_attn_with_kvcache
 
 __version__ = "0.1.0"
 
@@ -58,8 +59,8 @@ __all__ = [
 
 _ROOMS = {
     "cache": ("Cache", "DynamicCache", "OffloadedCache", "PagedCache", "SlidingWindowCache", "StaticCache"),
-    "cascade": ("cascade_attention",),
-    "kvcache": ("flash_attn_with_kvcache",),
+    "peers.cascade": ("cascade_attention",),
+    "peers.kvcache": ("flash_attn_with_kvcache",),
 }
 """What is for decoding, imported when it is first asked for."""
 
@@ -75,4 +76,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return list(__all__)

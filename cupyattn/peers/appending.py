@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cupyattn.peers.rotary import rotated
 from cupyattn.problem import FLOATS, ITEMSIZE, Array, Problem, Shape, Spec
 from cupyattn.reading import DESCALES, refusal, short, span
-from cupyattn.rotary import rotated
 
 NEW = (("k_new", "k"), ("v_new", "v"))
 """What is appended, and to what."""

@@ -1,0 +1,32 @@
+"""The functions users already know, under their names: torch's, flash-attn's and FlashInfer's.
+
+Positional order, defaults and meaning are the peer's, so that changing the import is the whole
+migration; what is keyword-only after ``*`` is ours.
+
+`kvcache` and `cascade`, which are for decoding, are imported when they are first asked for.
+"""
+
+from cupyattn.peers.flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from cupyattn.peers.padding import pad_input, unpad_input
+from cupyattn.peers.rotary import apply_rotary_emb
+from cupyattn.peers.torch import scaled_dot_product_attention
+
+__all__ = [
+    "apply_rotary_emb",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "pad_input",
+    "scaled_dot_product_attention",
+    "unpad_input",
+]
