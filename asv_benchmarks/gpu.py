@@ -33,7 +33,7 @@ import gpu_hopper  # noqa: E402
 from gpu_tools import back_ends, back_ends_call, in_a_graph, microseconds, with_tile  # noqa: E402
 
 import cupyattn  # noqa: E402 - the checkout, installed or not
-from cupyattn.cuda import catalogue  # noqa: E402
+from cupyattn.cuda.making import catalogue  # noqa: E402
 from cupyattn.plan import Tile  # noqa: E402
 from cupyattn.problem import NAMED_DEVICES  # noqa: E402
 
@@ -332,7 +332,7 @@ def machine(torch):
 
 def dry_run():
     """Every kernel of this script, compiled for an H100."""
-    from cupyattn.cuda import compiler, source
+    from cupyattn.cuda.making import compiler, source
 
     device = NAMED_DEVICES["H100"]
     wanted = {}

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from gpu_tools import back_ends, microseconds, with_tile
 
 import cupyattn
-from cupyattn.cuda import catalogue
+from cupyattn.cuda.making import catalogue
 from cupyattn.plan.hopper import ALL_KEYS, RIGHT_EDGE, Switches, base_cluster, base_tile
 
 FLOAT8 = "float8_e4m3fn"
@@ -77,7 +77,7 @@ def kernels():
 
 def prepare():
     """Compile them all, on all cores."""
-    from cupyattn.cuda.cache import find
+    from cupyattn.cuda.making.cache import find
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda found: find(found.source, found.expression, "sm_90a"), kernels()))

@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cupyattn.cuda import cache, compiler, info, prebuild
+from cupyattn.cuda import info
+from cupyattn.cuda.making import cache, compiler, prebuild
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from oracle import assert_matches
 
 from cupyattn import numpy_ref, plan
 from cupyattn.api import _options
-from cupyattn.cuda.launch import recipe_of, record_of, view_of_numpy
+from cupyattn.cuda.launching.launch import recipe_of, record_of, view_of_numpy
 from cupyattn.plan.hopper import hopper_tile
 from cupyattn.plan.splits import split
 from cupyattn.problem import ITEMSIZE, NAMED_DEVICES, Spec
@@ -328,7 +328,9 @@ def emulation(arrays, problem, block_k, dropout_seed=0, kernel="hopper"):
     """`out` as the algorithm gives it, block by block, where weights and the result are rounded and nothing else."""
     dtype, of_weights, shift = STORED[problem.out_dtype], STORED[problem.dtype], 1.0
     if problem.dtype == "float8_e4m3fn":
-        of_weights, shift = (of_weights, 2.0**8) if kernel == "hopper" else (np.float16, 1.0)  # see cuda/float8.cuh
+        of_weights, shift = (
+            (of_weights, 2.0**8) if kernel == "hopper" else (np.float16, 1.0)
+        )  # see float8.cuh
     inner = np.float32 if problem.dtype == "float32" else np.float64
 
     def rounded(x):

@@ -3,12 +3,13 @@
 from typing import NamedTuple
 
 import pytest
-from emulator import CUDA, EmulatorError
+from emulator import CUDA, EmulatorError, path_of
 
 
 class Mutant(NamedTuple):
     name: str
     source: str
+    """The file's name, wherever it lies."""
     old: str
     """Has to be there exactly once."""
     new: str
@@ -18,7 +19,8 @@ class Mutant(NamedTuple):
 
 def assert_caught(mutant, groups):
     """Fail unless a group, a function of changed sources, raises with the mutant in its source."""
-    text = (CUDA / mutant.source).read_text()
+    path = path_of(mutant.source)
+    text = (CUDA / path).read_text()
     assert text.count(mutant.old) == 1, "the text to replace has to be there once"
     with pytest.raises((AssertionError, EmulatorError)):
-        groups[mutant.group]({mutant.source: text.replace(mutant.old, mutant.new)})
+        groups[mutant.group]({path: text.replace(mutant.old, mutant.new)})

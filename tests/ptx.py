@@ -1,6 +1,6 @@
 """What NVRTC makes of small functions of integers, executed: g++ compiles a source as it is written, NVVM may not.
 
-    kernel = compile_ptx(source.join("mask.cuh") + PROBE, "probe::band<0>")
+    kernel = compile_ptx(source.join("algorithm/mask.cuh") + PROBE, "probe::band<0>")
     kernel.run((band, 3, 9, found), [found])
 
 A kernel of one thread, without floats, shared memory and calls.  An instruction that is not in the tables is an error,
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cupyattn.cuda import compiler
+from cupyattn.cuda.making import compiler
 
 
 def compile_ptx(text, expression, target="compute_80"):

@@ -27,7 +27,7 @@ def committed():
 
 def measure(specialisation, target):
     """(registers, bytes of spills) of a kernel, and of what it calls."""
-    from cupyattn.cuda import compiler, source
+    from cupyattn.cuda.making import compiler, source
 
     cubin = compiler.compile_cubin(source.join(specialisation.source), specialisation.expression, target)
     return [cubin.resources.registers, cubin.spills]
@@ -48,8 +48,8 @@ def disassembler():
 
 
 def main(update):
-    from cupyattn.cuda import catalogue, compiler
-    from cupyattn.cuda.prebuild import num_workers
+    from cupyattn.cuda.making import catalogue, compiler
+    from cupyattn.cuda.making.prebuild import num_workers
 
     jobs = [(target, wanted) for target in TARGETS for wanted in catalogue.specialisations(target)]
     with ThreadPoolExecutor(num_workers()) as pool:

@@ -24,7 +24,7 @@ from emulated import (
 )
 
 import cupyattn
-from cupyattn.cuda import memory
+from cupyattn.cuda.launching import memory
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import cupyattn
 from cupyattn import plan
-from cupyattn.cuda.catalogue import shared_memory
+from cupyattn.cuda.making.catalogue import shared_memory
 from cupyattn.plan import CpuTile, Tile, choose, cpu_tile, gpu_tile, with_num_splits
 from cupyattn.plan.splits import live_split_blocks
 from cupyattn.problem import NAMED_DEVICES, Device, Layout, Mask, Problem, ScoreEdits, Sizes

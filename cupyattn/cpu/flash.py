@@ -33,7 +33,7 @@ def _ones(count: int, dtype: Any) -> Array:
 class OnlineSoftmax:
     """The running (row_max, row_sum) of some rows while their keys arrive block by block.
 
-    Twin of ``OnlineSoftmax`` in ``cuda/softmax.cuh``: same fields, same order of steps, in powers of e
+    Twin of ``OnlineSoftmax`` in ``cuda/algorithm/softmax.cuh``: same fields, same order of steps, in powers of e
     where the kernel uses powers of two.
 
     `bounded` promises for some rows that none of their scores can overflow or underflow the exponential:

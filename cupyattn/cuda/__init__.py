@@ -13,10 +13,9 @@ import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from cupyattn.cuda import append, maps
-from cupyattn.cuda.compiler import FOLDER_OF_CUPY, INSTALL
-from cupyattn.cuda.lanes import CuPyLane, TorchLane
-from cupyattn.cuda.launch import (
+from cupyattn.cuda.launching import append, maps
+from cupyattn.cuda.launching.lanes import CuPyLane, TorchLane
+from cupyattn.cuda.launching.launch import (
     View,
     has_one_batch_axis,
     has_to_be_copied,
@@ -25,8 +24,9 @@ from cupyattn.cuda.launch import (
     recipe_of,
     record_of,
 )
-from cupyattn.cuda.memory import NOTHING, CuPyMemory, JaxMemory, TorchMemory, copied
-from cupyattn.cuda.module import Specialisation, kernel
+from cupyattn.cuda.launching.memory import NOTHING, CuPyMemory, JaxMemory, TorchMemory, copied
+from cupyattn.cuda.making.compiler import FOLDER_OF_CUPY, INSTALL
+from cupyattn.cuda.making.module import Specialisation, kernel
 from cupyattn.plan import Plan
 from cupyattn.problem import FLOAT8, Device, Problem, Shape, Spec
 from cupyattn.reading import refusal

@@ -13,8 +13,8 @@
 // Needs    sm_80.
 // Launch   one block per (token, part of its heads), those of k first, then of v, then of q; kAppendThreads threads.
 
-#include "params.cuh"
-#include "tile.cuh"
+#include "algorithm/params.cuh"
+#include "tiles/tile.cuh"
 
 namespace cupyattn {
 

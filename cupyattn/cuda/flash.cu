@@ -13,9 +13,9 @@
 // Needs    sm_80.
 // Launch   one block per (row tile, head, sequence), the row tile fastest; kThreads threads; kSharedBytes.
 
-#include "dropout.cuh"
-#include "pages.cuh"
-#include "softmax.cuh"
+#include "algorithm/dropout.cuh"
+#include "algorithm/pages.cuh"
+#include "algorithm/softmax.cuh"
 
 namespace cupyattn {
 

@@ -22,8 +22,8 @@
 // Launch   any number of whole clusters of blocks: block i takes row tiles i, i + blocks, and so on, the longest
 //          first; kThreads threads; kSharedBytes.
 
-#include "fetch90.cuh"
-#include "softmax90.cuh"
+#include "algorithm/fetch90.cuh"
+#include "algorithm/softmax90.cuh"
 
 namespace cupyattn {
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cupyattn.cuda import cache, compiler
+from cupyattn.cuda.making import cache, compiler
 
 
 def devices() -> list[tuple[str, tuple[int, int]]]:

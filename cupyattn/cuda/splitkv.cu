@@ -19,10 +19,10 @@
 // Needs    sm_80.
 // Launch   one block per (split, row tile, group, sequence), the split fastest; kThreads threads.
 
-#include "descales.cuh"
-#include "dropout.cuh"
-#include "pages.cuh"
-#include "softmax.cuh"
+#include "algorithm/descales.cuh"
+#include "algorithm/dropout.cuh"
+#include "algorithm/pages.cuh"
+#include "algorithm/softmax.cuh"
 
 namespace cupyattn {
 

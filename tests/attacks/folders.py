@@ -31,7 +31,7 @@ if __name__ == "__main__":
 
 from attacks.outcome import Outcome
 
-from cupyattn.cuda import cache, compiler, source
+from cupyattn.cuda.making import cache, compiler, source
 
 FACTOR = "#pragma once\nnamespace test {\nconstexpr float kFactor = 2.0f;\n}\n"
 SCALE = """#include "factor.cuh"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cupyattn.cuda import cache, compiler
+from cupyattn.cuda.making import cache, compiler
 
 FACTOR = """\
 #pragma once

@@ -19,12 +19,13 @@ from emulated import (
     problem_of,
     ragged_options,
 )
-from emulator import CUDA, EmulatorError
+from emulator import CUDA, EmulatorError, path_of
 from oracle import assert_matches, assert_same_bits
 
 from cupyattn import flash_attn_with_kvcache, reading
-from cupyattn.cuda import append, catalogue, compiler, source
-from cupyattn.cuda.launch import recipe_of, record_of, view_of_numpy
+from cupyattn.cuda.launching import append
+from cupyattn.cuda.launching.launch import recipe_of, record_of, view_of_numpy
+from cupyattn.cuda.making import catalogue, compiler, source
 from cupyattn.plan import Tile, with_num_splits
 from cupyattn.plan.hopper import KEYS_IN_A_BOX, hopper_tile
 from cupyattn.reading import Options
@@ -751,10 +752,11 @@ def test_the_sources_as_they_are_pass(group):
 
 @pytest.mark.parametrize(("name", "old", "new", "group"), MUTANTS, ids=[f"{m[1]} -> {m[2]}" for m in MUTANTS])
 def test_a_planted_bug_is_caught(name, old, new, group):
-    text = (CUDA / name).read_text()
+    path = path_of(name)
+    text = (CUDA / path).read_text()
     assert text.count(old) == 1, "the text to replace has to be there once"
     with pytest.raises((AssertionError, EmulatorError)):
-        GROUPS[group]({name: text.replace(old, new)})
+        GROUPS[group]({path: text.replace(old, new)})
 
 
 # ---------------------------------------------------------------------------------------------------

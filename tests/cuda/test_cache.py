@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from cupyattn.cuda import cache, compiler
-from cupyattn.cuda.cache import build, find, is_ours, key_of
+from cupyattn.cuda.making import cache, compiler
+from cupyattn.cuda.making.cache import build, find, is_ours, key_of
 
 WANTED = ("scale.cu", "test::scale<3>", "sm_90a")
 WAIT = 60
-PACKAGE = Path(cache.__file__).parents[2]
+PACKAGE = Path(cache.__file__).parents[3]
 
 pytestmark = pytest.mark.usefixtures("folder")
 posix = pytest.mark.skipif(os.name != "posix", reason="POSIX owners, permissions and processes")
@@ -50,7 +50,7 @@ def run_python(text, *arguments, env=None, **options):
 
 
 FIND = """
-from cupyattn.cuda.cache import find
+from cupyattn.cuda.making.cache import find
 print(find("scale.cu", "test::scale<3>", "sm_90a", sources=Path(sys.argv[1])).path)
 """
 
@@ -404,8 +404,8 @@ def test_what_a_killed_writer_left_is_not_loaded_and_goes_with_the_next_one(kept
 
 
 WRITING = """
-from cupyattn.cuda import cache
-from cupyattn.cuda.cache import find
+from cupyattn.cuda.making import cache
+from cupyattn.cuda.making.cache import find
 real = cache.os.fsync
 def slowly(handle):
     print("writing", flush=True)
@@ -479,7 +479,7 @@ def test_eight_threads_at_once_compile_once(nvrtc, sources, folder, compiled):
 
 FORKED = """
 import os
-from cupyattn.cuda import cache
+from cupyattn.cuda.making import cache
 with cache.lock_of("key"):
     child = os.fork()
     if child == 0:

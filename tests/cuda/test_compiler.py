@@ -7,9 +7,9 @@ from contextlib import suppress
 
 import pytest
 
-from cupyattn.cuda import compiler
-from cupyattn.cuda.compiler import compile_cubin, target_for
-from cupyattn.cuda.source import join
+from cupyattn.cuda.making import compiler
+from cupyattn.cuda.making.compiler import compile_cubin, target_for
+from cupyattn.cuda.making.source import join
 
 TARGETS = ["sm_80", "sm_86", "sm_87", "sm_89", "sm_90a", "sm_100a", "sm_120a"]
 
@@ -180,7 +180,7 @@ def test_a_home_that_cannot_be_written_to_is_not_called_a_missing_nvrtc(tmp_path
     home.write_text("")
     environment = {**os.environ, "HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("CUPY_CACHE_DIR", None)
-    code = "from cupyattn.cuda import compiler, info; print(info.report()); compiler.load()"
+    code = "from cupyattn.cuda import info; from cupyattn.cuda.making import compiler; print(info.report()); compiler.load()"
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert ran.stderr.splitlines()[-1].startswith("RuntimeError: CuPy cannot make its folder")
     assert "CUPY_CACHE_DIR" in ran.stderr.splitlines()[-1]

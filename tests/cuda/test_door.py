@@ -17,7 +17,7 @@ from emulated import encode
 
 import cupyattn
 from cupyattn import cuda
-from cupyattn.cuda import maps, memory
+from cupyattn.cuda.launching import maps, memory
 from cupyattn.problem import NAMED_DEVICES
 
 H100 = NAMED_DEVICES["H100"]

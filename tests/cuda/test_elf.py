@@ -5,8 +5,8 @@ import struct
 
 import pytest
 
-from cupyattn.cuda.compiler import compile_cubin
-from cupyattn.cuda.elf import kernels, whole
+from cupyattn.cuda.making.compiler import compile_cubin
+from cupyattn.cuda.making.elf import kernels, whole
 
 TARGETS = ["sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a"]
 

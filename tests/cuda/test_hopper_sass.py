@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from resources import disassembler
 
-from cupyattn.cuda import catalogue, compiler, source
+from cupyattn.cuda.making import catalogue, compiler, source
 from cupyattn.plan.hopper import ALL_KEYS, BOTH_EDGES, RIGHT_EDGE, Switches, base_tile
 
 BFLOAT16, FLOAT8 = "bfloat16", "float8_e4m3fn"

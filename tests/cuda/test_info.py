@@ -6,7 +6,8 @@ import pytest
 
 import cupyattn
 from cupyattn.__main__ import main
-from cupyattn.cuda import cache, compiler, info
+from cupyattn.cuda import info
+from cupyattn.cuda.making import cache, compiler
 
 pytestmark = pytest.mark.usefixtures("folder")
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from ptx import compile_ptx
 
-from cupyattn.cuda import params
-from cupyattn.cuda.source import FOLDER, join, sources
+from cupyattn.cuda.launching import params
+from cupyattn.cuda.making.source import FOLDER, join, sources
 from cupyattn.plan import LONGEST
 from cupyattn.plan.splits import live_split_blocks
 from cupyattn.problem import Mask, Span
@@ -43,6 +43,7 @@ __global__ void splits(int total, int groups, int pieces, int slots, int* found)
 def probe(folder, name, **changed):
     """A probe beside the sources, some of which are `changed`."""
     for file in sources():
+        (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text(changed.get(Path(file).stem, (FOLDER / file).read_text()))
     return compile_ptx(join("splitkv.cu", folder) + PROBES, f"probe::{name}<0>")
 
@@ -81,7 +82,7 @@ def test_bands_of_any_lengths_and_windows_do_not_wrap(rng, tmp_path):
 
 def test_a_guarded_difference_wraps_as_compiled(rng, tmp_path):
     """What mask.cuh had: right in every test of the emulator, and zeros for whole tiles on a GPU."""
-    text, largest = (FOLDER / "mask.cuh").read_text(), 2**31 - 1
+    text, largest = (FOLDER / "algorithm/mask.cuh").read_text(), 2**31 - 1
     for new, old in (
         ("larger(diagonal - left, 0)", "diagonal > left ? diagonal - left : 0"),
         ("right == kOpen", "right == kLargest"),

@@ -5,8 +5,8 @@ import ctypes
 import numpy as np
 import pytest
 
-from cupyattn.cuda import maps
-from cupyattn.cuda.maps import BoxMap, box_map, objection
+from cupyattn.cuda.launching import maps
+from cupyattn.cuda.launching.maps import BoxMap, box_map, objection
 
 SHAPE = (2, 100, 8, 64)  # batch, seqlen, heads, head_dim
 STRIDES = (100 * 8 * 64, 8 * 64, 64)

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from cupyattn.cuda import elf, module
-from cupyattn.cuda.cache import Entry
-from cupyattn.cuda.module import Specialisation, kernel
+from cupyattn.cuda.making import elf, module
+from cupyattn.cuda.making.cache import Entry
+from cupyattn.cuda.making.module import Specialisation, kernel
 
 WANTED = Specialisation("flash.cu", "cupyattn::flash<1>", 128, 66560)
 

@@ -8,7 +8,8 @@ import emulator
 import numpy as np
 import pytest
 
-from cupyattn.cuda import catalogue, launch, params
+from cupyattn.cuda.launching import launch, params
+from cupyattn.cuda.making import catalogue
 
 TAIL = {name: getattr(kind, "_fields", None) for name, kind in get_type_hints(params.Tail).items()}
 """Each field behind the pointers, and its own fields if it is a struct."""
@@ -41,8 +42,8 @@ def probe_of(kind, fields):
     emulator.require_compiler()
     writes = "\n".join(f"write({index}, (double)(uint64)given.params.{name});" for index, name in enumerate(fields))
     source = f"""
-        #include "params.cuh"
-        #include "ptx.cuh"
+        #include "algorithm/params.cuh"
+        #include "instructions/ptx.cuh"
         namespace cupyattn {{
         struct Given {{ {kind} params; double* out; }};
         void probe(Given given) {{
@@ -77,12 +78,12 @@ def test_both_have_the_same_size(probe):
 
 
 def test_an_open_side_of_a_band_is_what_the_kernel_takes_for_it():
-    text = (emulator.CUDA / "params.cuh").read_text()
+    text = (emulator.CUDA / "algorithm/params.cuh").read_text()
     assert eval(re.search(r"kOpen = (.+?);", text)[1]) == params.OPEN
 
 
 def test_bits_of_edits_are_those_of_the_kernel():
-    text = (emulator.CUDA / "params.cuh").read_text()
+    text = (emulator.CUDA / "algorithm/params.cuh").read_text()
     bits = {name: int(value) for name, value in re.findall(r"k(\w+) = (\d+),", text)}
     names = {"ScaleFirst": "SCALE_FIRST", "MaskArray": "MASK_ARRAY"}
     assert bits == {name: getattr(catalogue, names.get(name, name.upper())) for name in bits}

@@ -7,11 +7,12 @@ import threading
 import pytest
 
 from cupyattn.__main__ import main
-from cupyattn.cuda import cache, compiler, info, prebuild
-from cupyattn.cuda.cache import find
-from cupyattn.cuda.module import Specialisation
-from cupyattn.cuda.prebuild import Progress, jobs_for
-from cupyattn.cuda.source import join
+from cupyattn.cuda import info
+from cupyattn.cuda.making import cache, compiler, prebuild
+from cupyattn.cuda.making.cache import find
+from cupyattn.cuda.making.module import Specialisation
+from cupyattn.cuda.making.prebuild import Progress, jobs_for
+from cupyattn.cuda.making.source import join
 
 pytestmark = pytest.mark.usefixtures("folder")
 needs_nvrtc = pytest.mark.usefixtures("nvrtc")

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from resources import disassembler
 
-from cupyattn.cuda import compiler, source
+from cupyattn.cuda.making import compiler, source
 
 WIDTHS = range(16, 257, 16)
 
@@ -89,7 +89,9 @@ def machine_code(nvrtc, tmp_path):
         pytest.skip("needs nvdisasm (nvidia-cuda-nvdisasm)")
 
     def lines(text, expression):
-        cubin = compiler.compile_cubin(source.join("ptx90.cuh") + text, f"cupyattn::{expression}", "sm_90a")
+        cubin = compiler.compile_cubin(
+            source.join("instructions/ptx90.cuh") + text, f"cupyattn::{expression}", "sm_90a"
+        )
         assert cubin.spills == 0
         assert "warning" not in cubin.log
         assert "wgmma" not in cubin.log  # ptxas says so when it makes them wait for each other
@@ -122,7 +124,7 @@ def test_products_of_every_width_are_one_instruction(machine_code, width):
 
 
 def test_accumulators_are_numbered_in_order():
-    text = (source.FOLDER / "wgmma.cuh").read_text()
+    text = (source.FOLDER / "instructions/wgmma.cuh").read_text()
     names = re.findall(r"#define NAMES_(\d+) +(?:NAMES_(\d+) )?\"(.*)\"", text)
     sums = re.findall(r"#define SUMS_(\d+) +(?:SUMS_(\d+), )?(.*)", text)
     assert [int(width) for width, _, _ in names] == [int(width) for width, _, _ in sums] == list(WIDTHS)

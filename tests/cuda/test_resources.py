@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from resources import TARGETS, committed, disassembler, measure, name_of, worse
 
-from cupyattn.cuda import catalogue, compiler, source
+from cupyattn.cuda.making import catalogue, compiler, source
 from cupyattn.problem import NAMED_DEVICES
 
 FLASH_64, SPLIT_64 = 0, 1

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from cupyattn.cuda.source import join, sources
+from cupyattn.cuda.making.source import join, sources
 
 
 def write(folder, **texts):

@@ -1,6 +1,6 @@
 """The CUDA kernels of `cupyattn/cuda` on the CPU: compiled by g++, every CUDA thread a coroutine.
 
-`ptx.cuh` and `ptx90.cuh` here take the place of the files of these names there, where every instruction and every
+What is in `instructions/` here takes the place of the files of these names there, where every instruction and every
 access to memory is a function. So each access is checked, and copies, blocks and threads come in an order that the
 caller chooses.
 
@@ -43,6 +43,12 @@ MAX_SHARED_MEMORY = 232448
 
 
 _MAP_MARK = 0x50414D54  # `Map::kMark` of boxes.h
+
+
+def path_of(name):
+    """Where the source with this file name lies, as others include it."""
+    (found,) = CUDA.rglob(name)
+    return found.relative_to(CUDA).as_posix()
 
 
 class EmulatorError(Exception):
@@ -227,8 +233,10 @@ def _compile(texts, flags, library):
     """Writes `library`, whole or not at all."""
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         for name, text in texts.items():
-            (Path(folder) / name).write_text(text)
-        command = ["g++", *flags, "-include", "prelude.h", "main.cpp", "-o", "kernel.so"]
+            path = Path(folder) / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        command = ["g++", *flags, "-I.", "-include", "prelude.h", "main.cpp", "-o", "kernel.so"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
         if done.returncode:
             raise BuildError(done.stderr)

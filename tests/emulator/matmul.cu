@@ -5,7 +5,7 @@
 //
 // Four warps make 32 x 32 of c, a quarter each; steps of 16 along k go through a ring of two stages.
 // Launch: grid (ceil_div(n, 32), ceil_div(m, 32), 1), kThreads threads, kSharedBytes bytes.
-#include "ptx.cuh"
+#include "instructions/ptx.cuh"
 
 namespace cupyattn {
 

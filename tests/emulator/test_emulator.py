@@ -51,7 +51,7 @@ def probes():
         for index in range(len(BODIES))
     )
     source = f"""
-        #include "ptx.cuh"
+        #include "instructions/ptx.cuh"
         namespace cupyattn {{
         struct Probe {{ uint32 *in, *out; int which, n; }};
         {functions}
@@ -204,7 +204,7 @@ LOAD_MATRICES, LOAD_MATRICES_TRANSPOSED = (
 )
 MULTIPLY = {
     dtype: body(f"""
-        uint32 a[4], b[2];  // by the layouts in cuda/ptx.cuh, from the matrices themselves
+        uint32 a[4], b[2];  // by the layouts in cuda/instructions/ptx.cuh, from the matrices themselves
         const int g = lane / 4, t = lane % 4;
         const auto* given = reinterpret_cast<const {dtype}*>(in);
         const auto pair = [&](int low, int high) {{
@@ -932,7 +932,10 @@ TRIVIAL = """
 
 def test_a_library_is_built_again_only_when_something_changed(tmp_path):
     def built(number):
-        sources = {"fill.cu": TRIVIAL, "mine.cuh": f'#include "ptx.cuh"\nconstexpr float kNumber = {number};'}
+        sources = {
+            "fill.cu": TRIVIAL,
+            "mine.cuh": f'#include "instructions/ptx.cuh"\nconstexpr float kNumber = {number};',
+        }
         kernel = emulator.build("fill.cu", "cupyattn::fill", tmp_path, sources)
         out = np.zeros(32, np.float32)
         kernel.launch(np.uint64(out.ctypes.data), (1, 1, 1), 32, 0, [(out, True)])
@@ -947,5 +950,7 @@ def test_a_library_is_built_again_only_when_something_changed(tmp_path):
 
 def test_what_does_not_compile_says_why(tmp_path):
     with pytest.raises(emulator.BuildError, match="no_such_name"):
-        emulator.build("fill.cu", "no_such_name", tmp_path, {"fill.cu": TRIVIAL, "mine.cuh": '#include "ptx.cuh"'})
+        emulator.build(
+            "fill.cu", "no_such_name", tmp_path, {"fill.cu": TRIVIAL, "mine.cuh": '#include "instructions/ptx.cuh"'}
+        )
     assert list(tmp_path.glob("*.so")) == []

@@ -87,7 +87,7 @@ def probes():
         for index in range(len(BODIES))
     )
     source = f"""
-        #include "ptx90.cuh"
+        #include "instructions/ptx90.cuh"
         namespace cupyattn {{
         struct Probe {{ TensorMap from, to; uint32 *in, *out; int which, n; }};
         {HELPERS}

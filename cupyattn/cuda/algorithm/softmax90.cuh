@@ -1,9 +1,9 @@
 // The softmax where exponentials are what a kernel waits for: part of them by arithmetic.
 #pragma once
 
-#include "ptx90.cuh"
-#include "scores.cuh"
-#include "softmax.cuh"
+#include "instructions/ptx90.cuh"
+#include "algorithm/scores.cuh"
+#include "algorithm/softmax.cuh"
 
 namespace cupyattn {
 

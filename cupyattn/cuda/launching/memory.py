@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-from cupyattn.cuda.launch import View, Workspace, has_one_batch_axis
+from cupyattn.cuda.launching.launch import View, Workspace, has_one_batch_axis
 from cupyattn.problem import Shape, Spec
 
 Scratch = dict[str, int]

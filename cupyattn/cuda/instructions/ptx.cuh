@@ -4,7 +4,7 @@
 // store_global, nothing else: tests/emulator/ptx.cuh has the same names for the host, and checks each access.
 #pragma once
 
-#include "common.cuh"
+#include "instructions/common.cuh"
 
 namespace cupyattn::ptx {
 

@@ -1,7 +1,7 @@
 // Where keys lie that are in pages: anywhere, through the block_table.
 #pragma once
 
-#include "mask.cuh"
+#include "algorithm/mask.cuh"
 
 namespace cupyattn {
 

@@ -1,8 +1,8 @@
 // Rows: their running maximum and sum, and what becomes of them at the end.
 #pragma once
 
-#include "mask.cuh"
-#include "tile.cuh"
+#include "algorithm/mask.cuh"
+#include "tiles/tile.cuh"
 
 namespace cupyattn {
 

@@ -1,9 +1,9 @@
 // What the warpgroups of hopper.cu have in common: traits, parameters, which rows and keys a tile has, shared memory.
 #pragma once
 
-#include "descales.cuh"
-#include "float8.cuh"
-#include "pages.cuh"
+#include "algorithm/descales.cuh"
+#include "tiles/float8.cuh"
+#include "algorithm/pages.cuh"
 
 namespace cupyattn {
 

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cupyattn.cuda import compiler, elf, source
+from cupyattn.cuda.making import compiler, elf, source
 
 FORMAT = 1
 """Goes into every key; to be raised when the same key would mean something else."""

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from cupyattn.cuda.cache import find
-from cupyattn.cuda.compiler import target_for
+from cupyattn.cuda.making.cache import find
+from cupyattn.cuda.making.compiler import target_for
 
 
 @dataclass(frozen=True, slots=True)

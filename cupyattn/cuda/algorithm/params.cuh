@@ -3,7 +3,7 @@
 // Strides count elements.  Fields go from wide to narrow, so that there is no padding to disagree about.
 #pragma once
 
-#include "common.cuh"
+#include "instructions/common.cuh"
 
 namespace cupyattn {
 

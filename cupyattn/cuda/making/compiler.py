@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from cupyattn.cuda import elf
+from cupyattn.cuda.making import elf
 
 OPTIONS = (
     "-std=c++17",

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupyattn.cuda import catalogue, maps, params
-from cupyattn.cuda.maps import BoxMap
-from cupyattn.cuda.module import Specialisation
+from cupyattn.cuda.launching import maps, params
+from cupyattn.cuda.launching.maps import BoxMap
+from cupyattn.cuda.making import catalogue
+from cupyattn.cuda.making.module import Specialisation
 from cupyattn.plan import Plan, Tile
 from cupyattn.plan.hopper import HopperTile, padded_dims, rows_per_box
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Shape

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cupyattn.cuda import params
-from cupyattn.cuda.catalogue import append as append_kernel
-from cupyattn.cuda.launch import Fact, View
-from cupyattn.cuda.module import Specialisation
+from cupyattn.cuda.launching import params
+from cupyattn.cuda.launching.launch import Fact, View
+from cupyattn.cuda.making.catalogue import append as append_kernel
+from cupyattn.cuda.making.module import Specialisation
 from cupyattn.problem import Problem, Shape
 
 POINTERS = (

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1]
+"""Of the kernels; headers lie in folders of it, one for each altitude, and are included by their path from here."""
 
 _INCLUDE = re.compile(r'\s*#\s*include\b\s*(?:"(?P<name>[^"]+)")?')
 _ONCE = re.compile(r"\s*#\s*pragma\s+once\b")
@@ -17,7 +18,7 @@ _ONCE = re.compile(r"\s*#\s*pragma\s+once\b")
 
 def sources(folder: Path = FOLDER) -> tuple[str, ...]:
     """The names of all CUDA files, kernels (.cu) and headers (.cuh)."""
-    return tuple(sorted(path.name for path in folder.iterdir() if path.suffix in (".cu", ".cuh")))
+    return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.cu*")))
 
 
 def join(name: str, folder: Path = FOLDER) -> str:

@@ -1,7 +1,7 @@
 // Which weights stay.  Twin: numpy_ref.philox and numpy_ref.dropout_keep, bit for bit.
 #pragma once
 
-#include "scores.cuh"
+#include "algorithm/scores.cuh"
 
 namespace cupyattn {
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from cupyattn.cuda import cache
-from cupyattn.cuda.catalogue import specialisations
-from cupyattn.cuda.module import Specialisation
+from cupyattn.cuda.making import cache
+from cupyattn.cuda.making.catalogue import specialisations
+from cupyattn.cuda.making.module import Specialisation
 
 Job = tuple[Specialisation, str]
 """What to compile, and for which architecture."""

@@ -1,10 +1,10 @@
-// The host's twin of cupyattn/cuda/ptx90.cuh: the same functions, with the meaning the PTX manual gives them.
+// The host's twin of cupyattn/cuda/instructions/ptx90.cuh: the same functions, with the meaning the PTX manual gives them.
 //
 // A TensorMap is what `encode_map` of this package makes, not what the driver makes.
 #pragma once
 
 #include "products.h"
-#include "ptx.cuh"
+#include "instructions/ptx.cuh"
 
 namespace cupyattn {
 

@@ -3,7 +3,7 @@
 // Nothing here knows of attention.
 #pragma once
 
-#include "ptx.cuh"
+#include "instructions/ptx.cuh"
 
 namespace cupyattn {
 

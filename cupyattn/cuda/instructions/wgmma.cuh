@@ -4,7 +4,7 @@
 // list, then what else the instruction takes. So each width is a line that names its last list and the numbers after.
 #pragma once
 
-#include "common.cuh"
+#include "instructions/common.cuh"
 
 namespace cupyattn::ptx {
 

@@ -1,11 +1,11 @@
-// The host's twin of cupyattn/cuda/ptx.cuh: the same functions, with the meaning the PTX manual gives them.
+// The host's twin of cupyattn/cuda/instructions/ptx.cuh: the same functions, with the meaning the PTX manual gives them.
 //
 // Each takes one more argument that kernels leave out: where it was called, for messages.
 #pragma once
 
 #include <cmath>
 
-#include "common.cuh"
+#include "instructions/common.cuh"
 #include "memory.h"
 
 namespace cupyattn::ptx {

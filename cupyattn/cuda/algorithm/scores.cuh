@@ -1,8 +1,8 @@
 // What happens to scores before the softmax, in this order: scale, softcap, ALiBi, bias; and who may see whom.
 #pragma once
 
-#include "mask.cuh"
-#include "tile.cuh"
+#include "algorithm/mask.cuh"
+#include "tiles/tile.cuh"
 
 namespace cupyattn {
 

@@ -1,8 +1,8 @@
 // What float8 numbers are multiples of, by sequence and head of keys or values.
 #pragma once
 
-#include "params.cuh"
-#include "ptx.cuh"
+#include "algorithm/params.cuh"
+#include "instructions/ptx.cuh"
 
 namespace cupyattn {
 

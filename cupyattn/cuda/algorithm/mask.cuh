@@ -4,8 +4,8 @@
 // what a branch guards without it.  Lengths and windows are at most kOpen, so that two of them and a tile fit an int.
 #pragma once
 
-#include "params.cuh"
-#include "ptx.cuh"
+#include "algorithm/params.cuh"
+#include "instructions/ptx.cuh"
 
 namespace cupyattn {
 

@@ -1,7 +1,7 @@
 // hopper.cu's first warpgroup: one thread fetches, three warps look after values.
 #pragma once
 
-#include "hopper.cuh"
+#include "algorithm/hopper.cuh"
 
 namespace cupyattn {
 

@@ -3,8 +3,8 @@
 // Nothing here knows of attention.
 #pragma once
 
-#include "ptx90.cuh"
-#include "tile.cuh"
+#include "instructions/ptx90.cuh"
+#include "tiles/tile.cuh"
 
 namespace cupyattn {
 

@@ -5,8 +5,8 @@
 // same names for the host.
 #pragma once
 
-#include "ptx.cuh"
-#include "wgmma.cuh"
+#include "instructions/ptx.cuh"
+#include "instructions/wgmma.cuh"
 
 namespace cupyattn {
 

@@ -1,0 +1,9 @@
+"""How a kernel is launched: whose memory it reads, its grid, and its parameter record.
+
+memory      whose arrays these are, and where they lie
+launch      kernel, grid and parameter record
+params      the record, twin of ``algorithm/params.cuh``
+append      the same for new keys and values on their way into a cache
+maps        tensor maps
+lanes       copies to the host and back, beside the caller's stream
+"""
