@@ -328,9 +328,7 @@ def emulation(arrays, problem, block_k, dropout_seed=0, kernel="hopper"):
     """`out` as the algorithm gives it, block by block, where weights and the result are rounded and nothing else."""
     dtype, of_weights, shift = STORED[problem.out_dtype], STORED[problem.dtype], 1.0
     if problem.dtype == "float8_e4m3fn":
-        of_weights, shift = (
-            (of_weights, 2.0**8) if kernel == "hopper" else (np.float16, 1.0)
-        )  # see float8.cuh
+        of_weights, shift = (of_weights, 2.0**8) if kernel == "hopper" else (np.float16, 1.0)  # see float8.cuh
     inner = np.float32 if problem.dtype == "float32" else np.float64
 
     def rounded(x):
