@@ -177,6 +177,8 @@ def run_all(tasks: Sequence[Task], num_workers: int, *, are_small: bool = False)
             except BaseException as error:
                 raised[number] = error
                 errors.append(error)
+            finally:
+                at_work.remove(busy)  # before anybody else holds it: who is interrupted with it waits for it no more
 
     if num_workers > 1:
         num_workers = min(num_workers, _blas.num_threads())
@@ -204,6 +206,11 @@ def run_all(tasks: Sequence[Task], num_workers: int, *, are_small: bool = False)
 
 
 def _wait_for(locks: list[LockType]) -> None:
-    for lock in tuple(locks):
+    """Until all of them are let go, and out of the list."""
+    while locks:
+        try:
+            lock = locks[-1]
+        except IndexError:  # the last one was let go just now
+            break
         with lock:
             pass

@@ -240,12 +240,25 @@ def attention(d, backward=False):
     return call
 
 
+def laid_like(given, values):
+    """`values` with the steps of `given` from number to number: the BLAS may round by them."""
+    if not given.size:
+        return values
+    low, high = np.lib.array_utils.byte_bounds(given)
+    memory = np.zeros(high - low, np.uint8)
+    start = given.__array_interface__["data"][0] - low
+    laid = np.ndarray(given.shape, given.dtype, memory, start, given.strides)
+    laid[...] = values
+    return laid
+
+
 def check_attention(d):
     call = attention(d)
     found = run(d, call)
     clean = getattr(call, "clean", None)
     if clean is not None:
         # What nobody sees must not change a bit, in no way by which it is computed.
+        clean = {name: laid_like(call.arguments[name], x) for name, x in clean.items()}
         again, _ = taken(d, "attention", {**call.arguments, **clean})
         for name, one, other in zip(("out", "lse"), found, again, strict=True):
             if one.tobytes() != other.tobytes() and not np.isnan(as_float64(one)).any():

@@ -270,6 +270,34 @@ def test_an_interruption_stops_those_who_help():
     assert len(done) < 500
 
 
+def test_an_interruption_while_waiting_for_a_helper_is_no_reason_to_wait_for_ever(three_blas_threads):
+    """It may come when the helper is done and the caller has not yet let go of what it waited for."""
+    hung = []
+
+    def call():
+        arrived = []
+
+        def task(scratch):
+            arrived.append(threading.get_ident())
+            until = time.monotonic() + 0.05
+            while len(set(arrived)) < 2 and time.monotonic() < until:
+                time.sleep(0)
+
+        run_all([task] * 2, 2)
+
+    def interrupt_everywhere():
+        for number, _ in at_every_instruction(call, threads.__file__):
+            hung[:] = [number + 1]
+
+    caller = threading.Thread(target=interrupt_everywhere, daemon=True)
+    caller.start()
+    while caller.is_alive():
+        before = list(hung)
+        caller.join(WAIT)
+        assert not caller.is_alive() or hung != before, f"waits for ever when interrupted after {hung} instructions"
+    assert hung[0] > 100
+
+
 def test_a_call_out_of_a_signals_handler_does_not_wait_for_the_call_it_interrupts(three_blas_threads):
     """At every instruction: the handler calls what it has interrupted, as a signal's would."""
     seen = []
