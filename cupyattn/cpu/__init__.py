@@ -20,12 +20,14 @@ from cupyattn.cpu import flash
 from cupyattn.cpu.cutting import cut_into_parts
 from cupyattn.cpu.flash import KeyBlock
 from cupyattn.cpu.scratch import Scratch
-from cupyattn.cpu.threads import run_all
+from cupyattn.cpu.threads import num_cores, run_all
 from cupyattn.cpu.tiles import Keys, Part, Rows, TileIndex, end_to_end, heads_first, piece_index
 from cupyattn.numpy_ref import Array, State
 from cupyattn.plan import Plan
 from cupyattn.problem import Problem
 from cupyattn.rounding import STORAGE, narrow
+
+__all__ = ["memory_of_machine", "num_cores", "run", "run_backward"]
 
 
 def run(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int = 0) -> dict[str, Array]:
