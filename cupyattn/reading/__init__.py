@@ -1,0 +1,77 @@
+"""Reading what a caller asked for into a `Problem`, and refusing what cannot be meant.
+
+Every refusal names the function, the argument as the caller knows it, the rule, and what came, with
+shapes aligned.
+
+refusals    how that is worded
+words       keywords of others
+scalars     numbers, flags and choices, one by one
+options     all of them together
+sizes       the sizes of a problem, from shapes
+turned      heads and sequence exchanged: a warning, or a hint
+call        the whole call: options, shapes and dtypes into a Problem
+sequences   values of index arrays, where they can be seen
+"""
+
+from cupyattn.reading.call import check_results, read
+from cupyattn.reading.options import Options
+from cupyattn.reading.refusals import (
+    AXES,
+    DESCALES,
+    INDICES,
+    LARGEST_RESULT,
+    LARGEST_SIZE,
+    int32_rule,
+    refusal,
+    short,
+    span,
+)
+from cupyattn.reading.scalars import (
+    choice,
+    compute_dtype,
+    dropout_p,
+    dropout_seed,
+    dtype_name,
+    flag,
+    integer,
+    is_one_number,
+    known,
+    number,
+    softcap,
+    softmax_scale,
+    split_size,
+    window,
+)
+from cupyattn.reading.sequences import check_sequences
+from cupyattn.reading.words import unknown_words
+
+__all__ = [
+    "AXES",
+    "DESCALES",
+    "INDICES",
+    "LARGEST_RESULT",
+    "LARGEST_SIZE",
+    "Options",
+    "check_results",
+    "check_sequences",
+    "choice",
+    "compute_dtype",
+    "dropout_p",
+    "dropout_seed",
+    "dtype_name",
+    "flag",
+    "int32_rule",
+    "integer",
+    "is_one_number",
+    "known",
+    "number",
+    "read",
+    "refusal",
+    "short",
+    "softcap",
+    "softmax_scale",
+    "span",
+    "split_size",
+    "unknown_words",
+    "window",
+]
