@@ -1,11 +1,20 @@
-"""Arrays are touched here: NumPy's, torch's, JAX's, dask's, CuPy's, and any other's.  No other wing knows a library.
+"""Arrays are touched here: NumPy's, torch's, JAX's, dask's, CuPy's, and any other's.
 
-`enter` looks at the arrays of a call and returns a `Visit`: their specs, their library, the device they live on.
-`Visit.run` hands them to a function of NumPy arrays and brings the results home: to the same library and device, with
-gradients where the library has them, lazily where the library is lazy.
+`enter` looks at the arrays of a call and returns a `Visit`: their specs, their library, the device they
+live on.  `Visit.run` hands them to a function of NumPy arrays and brings the results home: to the
+same library and device, with gradients where the library has them, lazily where the library is lazy.
+
+    visit         the arrays of one call: all of one library and device, or refused; out and home again
+    recognition   which library an object belongs to
+    library       what has to be known of a library, and what any that follows the array API has in common
+    numpy, dask, cupy, torch, jax
+                  what is special about these five
+    tracing       torch.compile goes around the public functions
 """
 
 from cupyattn.arrays.library import Arrays
-from cupyattn.arrays.visit import Visit, alignment_meant, cuda_lane, described, enter, untraced
+from cupyattn.arrays.recognition import alignment_meant, described
+from cupyattn.arrays.tracing import untraced
+from cupyattn.arrays.visit import Visit, cuda_lane, enter
 
 __all__ = ["Arrays", "Visit", "alignment_meant", "cuda_lane", "described", "enter", "untraced"]

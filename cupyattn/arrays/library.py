@@ -1,6 +1,6 @@
 """What has to be known of an array library, and what any that follows the array API has in common.
 
-`arrays` finds the library of a call; `torch_arrays` and `jax_arrays` have what is special about these two.
+`recognition` finds the library of a call; `numpy`, `dask`, `cupy`, `torch` and `jax` have what is special about these.
 """
 
 from __future__ import annotations
