@@ -177,7 +177,7 @@ class Torch(Library):
 
     def run(self, job: Job, arrays: Arrays) -> Arrays:
         if self.is_transformed() or (job.backward is not None and self._records(arrays)):
-            values = _bridge().apply(job, *arrays.values())
+            values = _forwards().apply(job, *arrays.values())
             return dict(zip(job.results, values, strict=True))
         return super().run(job, arrays)
 
@@ -240,12 +240,8 @@ def _without_gradients(tensor: Any) -> Any:
 
 
 @cache
-def _bridge() -> Any:
-    """The autograd.Function through which gradients flow; made on first use, since torch may be absent.
-
-    The backward pass is a Function too: so its own derivative is refused and not zero, and torch.func, which
-    wraps the tensors that a backward pass sees, unwraps them for it.
-    """
+def _step() -> Any:
+    """An autograd.Function, made on first use as the two below are, since torch may be absent."""
     import torch
 
     function: Any = torch.autograd.Function
@@ -273,7 +269,21 @@ def _bridge() -> Any:
             stacked = tuple(torch.stack(results) for results in zip(*calls, strict=True))
             return stacked, (0,) * len(stacked)
 
-    class Backwards(Step):
+    return Step
+
+
+@cache
+def _backwards() -> Any:
+    """The backward pass, which is a Function too.
+
+    So its own derivative is refused and not zero, and torch.func, which wraps the tensors that a backward pass sees,
+    unwraps them for it.
+    """
+    import torch
+
+    step: Any = _step()
+
+    class Backwards(step):  # type: ignore[misc]
         """Of the operands, the kept results and the gradients of all results: gradients of floating operands."""
 
         @staticmethod
@@ -304,9 +314,18 @@ def _bridge() -> Any:
         def backward(ctx: Any, *grads: Any) -> Any:
             raise RuntimeError(_no_second_derivative(ctx.job.function))
 
-    backwards: Any = Backwards.apply
+    return Backwards
 
-    class Forwards(Step):
+
+@cache
+def _forwards() -> Any:
+    """The autograd.Function through which gradients flow."""
+    import torch
+
+    step: Any = _step()
+    backwards: Any = _backwards()
+
+    class Forwards(step):  # type: ignore[misc]
         @staticmethod
         def forward(job: Job, *tensors: Any) -> Any:
             return tuple(Library.run(TORCH, job, dict(zip(job.names, tensors, strict=True))).values())
@@ -328,7 +347,7 @@ def _bridge() -> Any:
                 raise RuntimeError(_no_second_derivative(ctx.job.function))
             saved = ctx.saved_tensors  # asked for once: recomputed checkpoints are given out once
             is_watched = torch.is_grad_enabled() or TORCH.is_transformed()
-            found = iter((backwards if is_watched else Backwards.forward)(ctx.job, *saved, *grads))
+            found = iter((backwards.apply if is_watched else backwards.forward)(ctx.job, *saved, *grads))
             return None, *(next(found) if x.is_floating_point() else None for x in saved[:count])
 
     return Forwards
