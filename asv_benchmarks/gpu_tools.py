@@ -74,15 +74,15 @@ def back_ends_call(torch, name, q, k, v):
 def with_tile(torch, q, k, v, tile, kernel, **options):
     """A call of `attention` with another tile than the planner's."""
     from cupyattn import cuda
-    from cupyattn.api import _operands, _options
     from cupyattn.arrays import enter
+    from cupyattn.corridor import under_our_names
     from cupyattn.plan import choose
-    from cupyattn.reading import read
+    from cupyattn.reading import attention_options, read
 
     settings = {"layout": "bshd", "causal": False, "alignment": "bottom-right", "window_size": (None, None)}
     settings |= {"softmax_scale": None, "softcap": 0.0, "dropout_p": 0.0, "compute_dtype": None, "return_lse": False}
-    visit = enter("attention", _operands(q, k, v))
-    problem = read("attention", visit.specs, _options("attention", **(settings | options), takes_float8=True))
+    visit = enter("attention", under_our_names(q=q, k=k, v=v))
+    problem = read("attention", visit.specs, attention_options("attention", **(settings | options), takes_float8=True))
     workers = visit.device().num_units if getattr(tile, "persistent", False) else 1
     plan = replace(choose(problem, visit.device()), kernel=kernel, tile=tile, num_workers=workers)
     specs = dict(visit.specs)

@@ -7,7 +7,8 @@ array-api-compat, and nothing else.
 
 from typing import TYPE_CHECKING
 
-from cupyattn.api import Gradients, attention, attention_backward, explain, merge_states
+from cupyattn.api import Gradients, attention, attention_backward, merge_states
+from cupyattn.explaining import explain
 from cupyattn.peers import (
     apply_rotary_emb,
     flash_attn_func,

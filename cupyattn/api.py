@@ -1,19 +1,17 @@
-"""cupyattn's own functions: `attention`, its gradients, its plan, and the merging of its states."""
+"""cupyattn's own functions: `attention`, its gradients, and the merging of its states; `explain` is in `explaining`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cupyattn import numpy_ref, reading
-from cupyattn.arrays import Arrays, Visit, described, enter, untraced
-from cupyattn.corridor import Named, answer, gradients, plan_for
-from cupyattn.plan import Plan, choose
-from cupyattn.problem import FLOAT8, FLOATS, NAMED_DEVICES, Array, Axes, Spec
-from cupyattn.reading import Options, read, refusal
+from cupyattn.arrays import Arrays, Visit, enter, untraced
+from cupyattn.corridor import Named, answer, gradients, plan_for, under_our_names
+from cupyattn.problem import FLOATS, Array, Axes, Spec
+from cupyattn.reading import attention_options, read, refusal
 from cupyattn.rounding import narrow, widen
 
 
@@ -161,7 +159,7 @@ def attention(
     >>> cupyattn.attention(q, k, v, causal=True).shape
     (1, 3, 2, 4)
     """
-    options = _options(
+    options = attention_options(
         "attention",
         layout,
         causal,
@@ -174,43 +172,12 @@ def attention(
         return_lse,
         takes_float8=True,
     )
-    arrays = _operands(q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+    arrays = under_our_names(q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
     if not (q_descale is k_descale is v_descale is None):
         arrays |= {name: (name, x) for name, x in zip(reading.DESCALES, (q_descale, k_descale, v_descale), strict=True)}
     size = reading.split_size("attention", fixed_split_size)
     found = answer("attention", arrays, options, reading.dropout_seed("attention", dropout_seed), size)
     return (found["out"], found["lse"]) if return_lse else found["out"]
-
-
-def _operands(q: Array, k: Array, v: Array, **others: Array | None) -> dict[str, tuple[str, Any]]:
-    return {name: (name, array) for name, array in {"q": q, "k": k, "v": v, **others}.items()}
-
-
-def _options(
-    function: str,
-    layout: str,
-    causal: bool,
-    alignment: str | None,
-    window_size: Any,
-    softmax_scale: float | None,
-    softcap: float,
-    dropout_p: float,
-    compute_dtype: Any,
-    return_lse: bool,
-    takes_float8: bool = False,
-) -> Options:
-    return Options(
-        axes=reading.choice(function, "layout", layout, ("bshd", "bhsd")),
-        causal=reading.flag(function, "causal", causal),
-        alignment=reading.choice(function, "alignment", alignment, (None, "top-left", "bottom-right")),
-        window=reading.window(function, "window_size", window_size),
-        softmax_scale=reading.softmax_scale(function, "softmax_scale", softmax_scale),
-        softcap=reading.softcap(function, softcap),
-        dropout_p=reading.dropout_p(function, dropout_p),
-        compute_dtype=reading.compute_dtype(function, compute_dtype),
-        needs_lse=reading.flag(function, "return_lse", return_lse),
-        takes_float8=takes_float8,
-    )
 
 
 class Gradients(NamedTuple):
@@ -288,13 +255,13 @@ def attention_backward(
     array([1.83333333, 0.83333333, 0.33333333])
     """
     function = "attention_backward"
-    options = _options(
+    options = attention_options(
         function, layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, compute_dtype, True
     )
     seed = reading.dropout_seed(function, dropout_seed)
     if options.dropout_p > 0.0 and seed is None:
         raise ValueError(refusal(function, "dropout needs the dropout_seed of the forward pass"))
-    operands = _operands(q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+    operands = under_our_names(q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
     known = {"dout": dout, "out": out, "lse": lse, "dlse": dlse}
     visit = enter(function, {**operands, **{name: (name, array) for name, array in known.items()}})
     specs = dict(visit.specs)
@@ -325,126 +292,6 @@ def _expect(function: str, spec: Spec, shape: tuple[int, ...], dtype: str) -> No
         raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
     if spec.dtype != dtype:
         raise TypeError(refusal(function, f"{spec.name} has to be {dtype}", (spec.name, spec.shape, spec.dtype)))
-
-
-@untraced
-def explain(
-    q: Any,
-    k: Any,
-    v: Any,
-    *,
-    dtype: Any = None,
-    device: str | None = None,
-    layout: Axes = "bshd",
-    causal: bool = False,
-    alignment: str | None = None,
-    window_size: tuple[int | None, int | None] = (None, None),
-    mask: Any = None,
-    bias: Any = None,
-    softmax_scale: float | None = None,
-    softcap: float = 0.0,
-    alibi_slopes: Any = None,
-    sinks: Any = None,
-    q_descale: Any = None,
-    k_descale: Any = None,
-    v_descale: Any = None,
-    dropout_p: float = 0.0,
-    dropout_seed: int | None = None,
-    compute_dtype: Any = None,
-    fixed_split_size: int | None = None,
-    return_lse: bool = False,
-) -> Plan:
-    """How `attention` would do a call, and why not otherwise; nothing is computed.
-
-    Parameters
-    ----------
-    q, k, v, mask, bias, alibi_slopes, sinks, q_descale, k_descale, v_descale : array or tuple of int
-        Arrays as `attention` takes them, or their shapes alone; or what has a shape and a dtype and no values,
-        like a jax.ShapeDtypeStruct or a torch.Tensor on the meta device.
-    dtype : str or dtype, optional
-        Of q, k and v where only shapes are given.  Default float32 on the CPU, float16 on a GPU.
-    device : str, optional
-        "cpu", or a GPU by name: one of the names in the error that an unknown name gives.  Default: where the
-        arrays are; "cpu" where none has values.
-
-    Returns
-    -------
-    Plan
-        Prints itself: implementation, tile, splits, workers, flops, bytes, the reason for it, and each
-        other implementation's reasons against it.  Its `kernel` is "none" if all object.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `attention` would; also for an unknown `device`.
-
-    Notes
-    -----
-    For a decode on a GPU the plan also says into how many splits flash-attn 2 and 3 would have cut the keys.
-
-    Examples
-    --------
-    >>> import cupyattn
-    >>> shape = (1, 1, 32, 128), (1, 8192, 8, 128), (1, 8192, 8, 128)
-    >>> plan = cupyattn.explain(*shape, dtype="bfloat16", device="H100")
-    >>> plan.kernel, plan.num_splits > 1
-    ('splitkv', True)
-    """
-    function = "explain"
-    reading.dropout_seed(function, dropout_seed)
-    size = reading.split_size(function, fixed_split_size)
-    options = _options(
-        function, layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, compute_dtype, return_lse,
-        takes_float8=True,
-    )  # fmt: skip
-    given = _operands(
-        q, k, v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks,
-        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
-    )  # fmt: skip
-    shapes: dict[str, tuple[Any, str | None]] = {}
-    for name, (_, what) in given.items():
-        found = (what, None) if isinstance(what, (tuple, list)) else described(what)
-        if found is not None:
-            shapes[name] = found
-    present = {name: entry for name, entry in given.items() if entry[1] is not None or name in ("q", "k", "v")}
-    arrays = {name: entry for name, entry in present.items() if name not in shapes}
-    if device is not None and not (isinstance(device, str) and (device == "cpu" or device in NAMED_DEVICES)):
-        rule = f"device has to be 'cpu' or one of {', '.join(NAMED_DEVICES)}"
-        raise ValueError(refusal(function, rule, ("device", repr(device))))
-    visit = enter(function, arrays) if arrays else None
-    specs = dict(visit.specs) if visit else {}
-    known = {name: spec.dtype for name, spec in specs.items()}
-    known |= {name: kind for name, (_, kind) in shapes.items() if kind is not None}
-    own = next((known[name] for name in ("q", "k", "v") if name in known), None)
-    name_of_dtype = own or ("float32" if device in (None, "cpu") else "float16")
-    if dtype is not None:
-        name_of_dtype = reading.dtype_name(dtype)
-        if own is not None and name_of_dtype != own and {"q", "k", "v"} <= set(known):
-            raise TypeError(refusal(function, f"dtype has to be that of the arrays, {own}", ("dtype", name_of_dtype)))
-    for name, (shape, kind) in shapes.items():
-        sizes = tuple(reading.integer(function, name, size, low=0, high=2**63 - 1) for size in shape)
-        specs[name] = Spec(name, sizes, kind or _unsaid_dtype(name, name_of_dtype))
-    ordered = tuple((name, specs[name]) for name in given if name in specs)
-    problem = read(function, ordered, options)
-    if device is not None:
-        return choose(problem, _cpu_device() if device == "cpu" else NAMED_DEVICES[device], size)
-    if visit is None:
-        return choose(problem, _cpu_device(), size)
-    plan = choose(problem, visit.device(), size)
-    return replace(plan, notes=plan.notes + visit.notes(problem, plan))
-
-
-def _unsaid_dtype(name: str, own: str) -> str:
-    """Of an argument of which only the shape is known, beside q, k and v in the dtype `own`."""
-    if name in ("q", "k", "v"):
-        return own
-    if name == "mask":
-        return "bool"
-    return "float32" if own == FLOAT8 or name in reading.DESCALES else own
-
-
-def _cpu_device() -> Any:
-    return enter("explain", {"q": ("q", np.empty(0))}).device()
 
 
 @untraced

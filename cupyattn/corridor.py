@@ -24,6 +24,11 @@ Named = Mapping[str, tuple[str, Any]]
 """{our word: (the caller's name for it, the array or None)}"""
 
 
+def under_our_names(**arrays: Any) -> dict[str, tuple[str, Any]]:
+    """`Named`, where the caller's names are our words."""
+    return {name: (name, array) for name, array in arrays.items()}
+
+
 def answer(
     function: str, arrays: Named, options: Options, seed: int | None, fixed_split_size: int | None = None
 ) -> Arrays:

@@ -18,12 +18,11 @@ import numpy as np
 from oracle import assert_matches
 
 from cupyattn import numpy_ref, plan
-from cupyattn.api import _options
 from cupyattn.cuda.launching.launch import recipe_of, record_of, view_of_numpy
 from cupyattn.plan.hopper import hopper_tile
 from cupyattn.plan.splits import split
 from cupyattn.problem import ITEMSIZE, NAMED_DEVICES, Spec
-from cupyattn.reading import Options, read
+from cupyattn.reading import Options, attention_options, read
 
 STORED = {
     "float16": np.float16,
@@ -66,7 +65,7 @@ def ragged_operands(rng, dtype, lengths_q, lengths_k, heads=(1, 1, 1), dims=(64,
 
 def options_of(layout="bshd", causal=False, alignment=None, window_size=(None, None), softmax_scale=None, softcap=0.0,
                dropout_p=0.0, return_lse=True):  # fmt: skip
-    return _options(
+    return attention_options(
         "attention", layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, None, return_lse
     )
 

@@ -14,7 +14,7 @@ sequences   values of index arrays, where they can be seen
 """
 
 from cupyattn.reading.call import check_results, read
-from cupyattn.reading.options import Options
+from cupyattn.reading.options import Options, attention_options
 from cupyattn.reading.refusals import (
     AXES,
     DESCALES,
@@ -52,6 +52,7 @@ __all__ = [
     "LARGEST_RESULT",
     "LARGEST_SIZE",
     "Options",
+    "attention_options",
     "check_results",
     "check_sequences",
     "choice",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from cupyattn.problem import Alignment, Axes, Mask, ScoreEdits, Sizes, Spec
+from cupyattn.reading import scalars
 from cupyattn.reading.refusals import refusal
 
 
@@ -64,3 +65,31 @@ class Options(NamedTuple):
             alignment = "bottom-right"
         array = specs.get("mask")
         return Mask(left, right, alignment, None if array is None else array.shape)
+
+
+def attention_options(
+    function: str,
+    layout: str,
+    causal: bool,
+    alignment: str | None,
+    window_size: Any,
+    softmax_scale: float | None,
+    softcap: float,
+    dropout_p: float,
+    compute_dtype: Any,
+    return_lse: bool,
+    takes_float8: bool = False,
+) -> Options:
+    """From the arguments of `attention` and its kind; each is refused under its own name."""
+    return Options(
+        axes=scalars.choice(function, "layout", layout, ("bshd", "bhsd")),
+        causal=scalars.flag(function, "causal", causal),
+        alignment=scalars.choice(function, "alignment", alignment, (None, "top-left", "bottom-right")),
+        window=scalars.window(function, "window_size", window_size),
+        softmax_scale=scalars.softmax_scale(function, "softmax_scale", softmax_scale),
+        softcap=scalars.softcap(function, softcap),
+        dropout_p=scalars.dropout_p(function, dropout_p),
+        compute_dtype=scalars.compute_dtype(function, compute_dtype),
+        needs_lse=scalars.flag(function, "return_lse", return_lse),
+        takes_float8=takes_float8,
+    )

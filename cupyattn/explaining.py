@@ -1,0 +1,149 @@
+"""`explain`: what `attention` would do, as a value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from cupyattn import reading
+from cupyattn.arrays import described, enter, untraced
+from cupyattn.corridor import under_our_names
+from cupyattn.plan import Plan, choose
+from cupyattn.problem import FLOAT8, NAMED_DEVICES, Axes, Spec
+from cupyattn.reading import attention_options, read, refusal
+
+
+@untraced
+def explain(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    dtype: Any = None,
+    device: str | None = None,
+    layout: Axes = "bshd",
+    causal: bool = False,
+    alignment: str | None = None,
+    window_size: tuple[int | None, int | None] = (None, None),
+    mask: Any = None,
+    bias: Any = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Any = None,
+    sinks: Any = None,
+    q_descale: Any = None,
+    k_descale: Any = None,
+    v_descale: Any = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | None = None,
+    compute_dtype: Any = None,
+    fixed_split_size: int | None = None,
+    return_lse: bool = False,
+) -> Plan:
+    """How `attention` would do a call, and why not otherwise; nothing is computed.
+
+    Parameters
+    ----------
+    q, k, v, mask, bias, alibi_slopes, sinks, q_descale, k_descale, v_descale : array or tuple of int
+        Arrays as `attention` takes them, or their shapes alone; or what has a shape and a dtype and no values,
+        like a jax.ShapeDtypeStruct or a torch.Tensor on the meta device.
+    dtype : str or dtype, optional
+        Of q, k and v where only shapes are given.  Default float32 on the CPU, float16 on a GPU.
+    device : str, optional
+        "cpu", or a GPU by name: one of the names in the error that an unknown name gives.  Default: where the
+        arrays are; "cpu" where none has values.
+
+    Returns
+    -------
+    Plan
+        Prints itself: implementation, tile, splits, workers, flops, bytes, the reason for it, and each
+        other implementation's reasons against it.  Its `kernel` is "none" if all object.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `attention` would; also for an unknown `device`.
+
+    Notes
+    -----
+    For a decode on a GPU the plan also says into how many splits flash-attn 2 and 3 would have cut the keys.
+
+    Examples
+    --------
+    >>> import cupyattn
+    >>> shape = (1, 1, 32, 128), (1, 8192, 8, 128), (1, 8192, 8, 128)
+    >>> plan = cupyattn.explain(*shape, dtype="bfloat16", device="H100")
+    >>> plan.kernel, plan.num_splits > 1
+    ('splitkv', True)
+    """
+    function = "explain"
+    reading.dropout_seed(function, dropout_seed)
+    size = reading.split_size(function, fixed_split_size)
+    options = attention_options(
+        function, layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, compute_dtype, return_lse,
+        takes_float8=True,
+    )  # fmt: skip
+    given = under_our_names(
+        q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks,
+        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+    )  # fmt: skip
+    shapes: dict[str, tuple[Any, str | None]] = {}
+    for name, (_, what) in given.items():
+        found = (what, None) if isinstance(what, (tuple, list)) else described(what)
+        if found is not None:
+            shapes[name] = found
+    present = {name: entry for name, entry in given.items() if entry[1] is not None or name in ("q", "k", "v")}
+    arrays = {name: entry for name, entry in present.items() if name not in shapes}
+    if device is not None and not (isinstance(device, str) and (device == "cpu" or device in NAMED_DEVICES)):
+        rule = f"device has to be 'cpu' or one of {', '.join(NAMED_DEVICES)}"
+        raise ValueError(refusal(function, rule, ("device", repr(device))))
+    visit = enter(function, arrays) if arrays else None
+    specs = dict(visit.specs) if visit else {}
+    specs |= _specs_of_shapes(function, shapes, specs, dtype, device)
+    ordered = tuple((name, specs[name]) for name in given if name in specs)
+    problem = read(function, ordered, options)
+    if device is not None:
+        return choose(problem, _cpu_device() if device == "cpu" else NAMED_DEVICES[device], size)
+    if visit is None:
+        return choose(problem, _cpu_device(), size)
+    plan = choose(problem, visit.device(), size)
+    return replace(plan, notes=plan.notes + visit.notes(problem, plan))
+
+
+def _specs_of_shapes(
+    function: str,
+    shapes: Mapping[str, tuple[Any, str | None]],
+    of_arrays: Mapping[str, Spec],
+    dtype: Any,
+    device: str | None,
+) -> dict[str, Spec]:
+    """Of arguments that have a shape, and a dtype or None, and no values; beside those that are arrays."""
+    known = {name: spec.dtype for name, spec in of_arrays.items()}
+    known |= {name: kind for name, (_, kind) in shapes.items() if kind is not None}
+    own = next((known[name] for name in ("q", "k", "v") if name in known), None)
+    name_of_dtype = own or ("float32" if device in (None, "cpu") else "float16")
+    if dtype is not None:
+        name_of_dtype = reading.dtype_name(dtype)
+        if own is not None and name_of_dtype != own and {"q", "k", "v"} <= set(known):
+            raise TypeError(refusal(function, f"dtype has to be that of the arrays, {own}", ("dtype", name_of_dtype)))
+    specs = {}
+    for name, (shape, kind) in shapes.items():
+        sizes = tuple(reading.integer(function, name, size, low=0, high=2**63 - 1) for size in shape)
+        specs[name] = Spec(name, sizes, kind or _unsaid_dtype(name, name_of_dtype))
+    return specs
+
+
+def _unsaid_dtype(name: str, own: str) -> str:
+    """Of an argument of which only the shape is known, beside q, k and v in the dtype `own`."""
+    if name in ("q", "k", "v"):
+        return own
+    if name == "mask":
+        return "bool"
+    return "float32" if own == FLOAT8 or name in reading.DESCALES else own
+
+
+def _cpu_device() -> Any:
+    return enter("explain", {"q": ("q", np.empty(0))}).device()
