@@ -180,7 +180,8 @@ def test_a_home_that_cannot_be_written_to_is_not_called_a_missing_nvrtc(tmp_path
     home.write_text("")
     environment = {**os.environ, "HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("CUPY_CACHE_DIR", None)
-    code = "from cupyattn.cuda import info\nfrom cupyattn.cuda.making import compiler\nprint(info.report())\ncompiler.load()"
+    code = "from cupyattn.cuda import info\nfrom cupyattn.cuda.making import compiler\n"
+    code += "print(info.report())\ncompiler.load()"
     ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert ran.stderr.splitlines()[-1].startswith("RuntimeError: CuPy cannot make its folder")
     assert "CUPY_CACHE_DIR" in ran.stderr.splitlines()[-1]
