@@ -11,13 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
-from math import gcd
-from typing import NamedTuple
 
 import numpy as np
 
+from cupyattn.peers.overlap import Memory, Pages, touched
 from cupyattn.peers.rotary import rotated
-from cupyattn.problem import FLOATS, ITEMSIZE, Array, Problem, Shape, Spec
+from cupyattn.problem import FLOATS, Array, Problem, Spec
 from cupyattn.reading import DESCALES, refusal, short, span
 
 NEW = (("k_new", "k"), ("v_new", "v"))
@@ -28,8 +27,6 @@ INDICES = (
 )
 ASKED = ("q", "k", "v", "alibi_slopes", "sinks", "block_table", "cu_seqlens_q", *DESCALES)
 """What attention is asked besides, as it came."""
-Pages = tuple[Array, Array]
-"""Of some places: the page of each, or its sequence of a cache without pages, and its slot there."""
 
 
 @lru_cache(maxsize=4096)
@@ -104,77 +101,6 @@ def _check_tables(function: str, specs: Mapping[str, Spec], problem: Problem) ->
     if cos.shape[0] < problem.sizes.seqlen_k:
         rule = f"rotary_cos has to have a row for every place of a sequence in the cache, {problem.sizes.seqlen_k}"
         raise ValueError(refusal(function, rule, (cos.name, cos.shape), (specs["k"].name, specs["k"].shape)))
-
-
-class Memory(NamedTuple):
-    """Where a cache lies: the address of its first number, and bytes from step to step along each axis."""
-
-    address: int
-    shape: Shape
-    strides: tuple[int, ...]
-    itemsize: int
-
-    @classmethod
-    def of(cls, array: Array) -> Memory:
-        return cls(array.__array_interface__["data"][0], array.shape, array.strides, array.itemsize)
-
-    @classmethod
-    def of_view(cls, address: int, shape: Shape, steps: tuple[int, ...], dtype: str) -> Memory:
-        """From steps in numbers, as the GPU's kernels have them."""
-        item = ITEMSIZE[dtype]
-        return cls(address, shape, tuple(step * item for step in steps), item)
-
-    @property
-    def lowest(self) -> int:
-        return self.address + sum((size - 1) * min(0, step) for size, step in self._steps())
-
-    @property
-    def reach(self) -> int:
-        """Bytes from the lowest one to the end."""
-        return self.itemsize + sum((size - 1) * abs(step) for size, step in self._steps())
-
-    def _steps(self) -> list[tuple[int, int]]:
-        return list(zip(self.shape, self.strides, strict=True))
-
-    def is_near(self, other: Memory) -> bool:
-        """One lies in the other's bounds, or reaches into them."""
-        if 0 in self.shape or 0 in other.shape:
-            return False
-        return self.lowest < other.lowest + other.reach and other.lowest < self.lowest + self.reach
-
-    def piece(self) -> int:
-        """Bytes of a token that lie together, in order."""
-        length = self.itemsize
-        for size, step in reversed(self._steps()[2:]):
-            if size > 1 and step != length:
-                break
-            length *= size
-        return length
-
-    def pieces(self, places: Pages, length: int) -> Array:
-        """The addresses of all pieces, of so many bytes, of the tokens at some places."""
-        (_, page_step), (_, slot_step), (heads, head_step), (dim, step) = self._steps()
-        within = np.add.outer(np.arange(heads) * head_step, np.arange(dim) * step).ravel()[:: length // self.itemsize]
-        page, slot = places
-        return np.add.outer(self.address + page.astype(np.int64) * page_step + slot * slot_step, within).ravel()
-
-    def places(self, addresses: Array) -> Pages | None:
-        """Those of the tokens that have a byte at one of the addresses; None: steps do not nest, and nobody can say."""
-        offset = addresses - self.lowest
-        inside = (offset >= 0) & (offset < self.reach)
-        offset = offset[inside]
-        found = {0: np.zeros_like(offset), 1: np.zeros_like(offset)}
-        reach, held = self.reach, np.ones(offset.size, bool)
-        for axis, (size, step) in sorted(enumerate(self._steps()), key=lambda entry: -abs(entry[1][1])):
-            if size > 1:
-                reach -= (size - 1) * abs(step)
-                if abs(step) < reach:
-                    return None
-                index, offset = np.divmod(offset, abs(step))
-                held &= index < size
-                found[axis] = index if step > 0 else size - 1 - index
-        held &= offset < self.itemsize
-        return found[0][held], found[1][held]
 
 
 @dataclass
@@ -303,12 +229,10 @@ class Appended:
         """
         if not self.new.any() or not k.is_near(v):
             return
-        page_size, length = k.shape[1], gcd(k.piece(), v.piece())
+        page_size = k.shape[1]
         places = self._written(table, page_size)
         for one, other in permutations((k, v)):
-            pieces = one.pieces(places, length)
-            # pieces are as long in both: where two of them meet, an end of one lies in the other
-            taken = other.places(np.concatenate([pieces, pieces + (length - 1)]))
+            taken = touched(one, places, other)
             if taken is None or self._are_live(taken, table, page_size).any():
                 rule = f"{specs['k'].name} and {specs['v'].name} share memory, and a new token of one would overwrite"
                 rule += " a token of the other"

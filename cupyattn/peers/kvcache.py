@@ -7,7 +7,8 @@ from typing import Any
 from cupyattn import reading
 from cupyattn.arrays import Arrays, Visit, enter, untraced
 from cupyattn.corridor import Rotation, answer_from_cache, plan_for, views_on_gpu
-from cupyattn.peers.appending import INDICES, Appended, Memory, check_new
+from cupyattn.peers.appending import INDICES, Appended, check_new
+from cupyattn.peers.overlap import Memory
 from cupyattn.plan import with_num_splits
 from cupyattn.problem import Array
 from cupyattn.reading import Options, refusal
