@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import array_api_compat
@@ -9,7 +10,7 @@ import array_api_compat
 from cupyattn import reading
 from cupyattn.arrays import enter, untraced
 from cupyattn.parts import Part, answer_in_parts
-from cupyattn.problem import Array
+from cupyattn.problem import Array, Shape
 from cupyattn.reading import AXES, Options, refusal
 
 
@@ -86,6 +87,23 @@ def cascade_attention(
     named = {"q": ("q", q), "k": ("k", k), "v": ("v", v), "sinks": ("sinks", sinks)}
     prefix = {"k_prefix": ("k_prefix", k_prefix), "v_prefix": ("v_prefix", v_prefix)}
     shapes = {word: spec.shape for word, spec in enter(function, {**named, **prefix}).specs}
+    _check(function, shapes, options.causal)
+    xp = array_api_compat.array_namespace(q)
+    batch, rows, *rest = shapes["q"]
+    common: Part = (
+        {
+            "q": ("q", xp.reshape(q, (1, batch * rows, *rest))),
+            "k": ("k_prefix", k_prefix[None, ...]),
+            "v": ("v_prefix", v_prefix[None, ...]),
+        },
+        options._replace(causal=False),
+    )
+    found = answer_in_parts(function, [(named, options), common], needs_lse=options.needs_lse)
+    return (found["out"], found["lse"]) if return_lse else found["out"]
+
+
+def _check(function: str, shapes: Mapping[str, Shape], causal: bool) -> None:
+    """Refuse arrays that are not of the same sequences, heads and tokens."""
     for word, rank, axes in (
         ("q", 4, AXES["bshd"]),
         ("k", 4, AXES["bshd"]),
@@ -105,19 +123,7 @@ def cascade_attention(
             raise ValueError(refusal(function, rule, (prefix_word, shapes[prefix_word]), (word, shapes[word])))
     if shapes["k_prefix"][0] != shapes["v_prefix"][0]:
         rule = "k_prefix and v_prefix have to hold the same tokens"
-        raise ValueError(refusal(function, rule, *((word, shapes[word]) for word in prefix)))
-    if options.causal and shapes["q"][1] > shapes["k"][1]:
+        raise ValueError(refusal(function, rule, *((word, shapes[word]) for word in ("k_prefix", "v_prefix"))))
+    if causal and shapes["q"][1] > shapes["k"][1]:
         rule = "there have to be at least as many own tokens as queries, seqlen_q <= seqlen_k"
         raise ValueError(refusal(function, rule, ("q", shapes["q"]), ("k", shapes["k"])))
-    xp = array_api_compat.array_namespace(q)
-    batch, rows, *rest = shapes["q"]
-    common: Part = (
-        {
-            "q": ("q", xp.reshape(q, (1, batch * rows, *rest))),
-            "k": ("k_prefix", k_prefix[None, ...]),
-            "v": ("v_prefix", v_prefix[None, ...]),
-        },
-        options._replace(causal=False),
-    )
-    found = answer_in_parts(function, [(named, options), common], needs_lse=options.needs_lse)
-    return (found["out"], found["lse"]) if return_lse else found["out"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from cupyattn import reading
@@ -10,7 +11,7 @@ from cupyattn.corridor import Rotation, answer_from_cache, plan_for, views_on_gp
 from cupyattn.peers.appending import INDICES, Appended, check_new
 from cupyattn.peers.overlap import Memory
 from cupyattn.plan import with_num_splits
-from cupyattn.problem import Array
+from cupyattn.problem import Array, Problem
 from cupyattn.reading import Options, refusal
 
 FUNCTION = "flash_attn_with_kvcache"
@@ -144,44 +145,17 @@ def flash_attn_with_kvcache(
     >>> k_cache[0, :5, 0, 0]
     array([0., 0., 0., 1., 0.], dtype=float32)
     """
-    if page_table is not None and block_table is not None:
-        rule = "page_table is another word for block_table: give one of them"
-        raise ValueError(refusal(FUNCTION, rule, ("block_table", "given"), ("page_table", "given")))
-    table = ("block_table", block_table) if page_table is None else ("page_table", page_table)
-    named: dict[str, tuple[str, Any]] = {
-        "q": ("q", q),
-        "k": ("k_cache", k_cache),
-        "v": ("v_cache", v_cache),
-        "k_new": ("k", k),
-        "v_new": ("v", v),
-        "rotary_cos": ("rotary_cos", rotary_cos),
-        "rotary_sin": ("rotary_sin", rotary_sin),
-        "cache_batch_idx": ("cache_batch_idx", cache_batch_idx),
-        "cache_leftpad": ("cache_leftpad", cache_leftpad),
-        "block_table": table,
-        "alibi_slopes": ("alibi_slopes", alibi_slopes),
-        "sinks": ("sinks", sinks),
-        "q_descale": ("q_descale", q_descale),
-        "k_descale": ("k_descale", k_descale),
-        "v_descale": ("v_descale", v_descale),
-        "cu_seqlens_q": ("cu_seqlens_q", cu_seqlens_q),
-        "cu_seqlens_k_new": ("cu_seqlens_k_new", cu_seqlens_k_new),
-        "rotary_seqlens": ("rotary_seqlens", rotary_seqlens),
-    }
-    seqlen = None
-    if reading.is_one_number(cache_seqlens):
-        seqlen = reading.integer(FUNCTION, "cache_seqlens", cache_seqlens, low=0)
-    else:
-        named["cache_seqlens"] = ("cache_seqlens", cache_seqlens)
-    needed = ("q", "k", "v")
-    present = {word: entry for word, entry in named.items() if entry[1] is not None or word in needed}
-    visit = enter(FUNCTION, present, in_place=("k", "v"))
-    specs = dict(visit.specs)
-    left, right = reading.window(FUNCTION, "window_size", window_size)
+    arrays = {"q": q, "k": k_cache, "v": v_cache, "k_new": k, "v_new": v}
+    arrays |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+    arrays |= {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad, "block_table": block_table}
+    arrays |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
+    arrays |= {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new, "rotary_seqlens": rotary_seqlens}
+    visit, seqlen = _enter(arrays, page_table, cache_seqlens)
     options = Options(
         axes="bshd" if cu_seqlens_q is None else "thd",
+        window=reading.window(FUNCTION, "window_size", window_size),
         causal=reading.flag(FUNCTION, "causal", causal),
-        window=(left, right),
         softmax_scale=reading.softmax_scale(FUNCTION, "softmax_scale", softmax_scale),
         softcap=reading.softcap(FUNCTION, softcap),
         compute_dtype=reading.compute_dtype(FUNCTION, compute_dtype),
@@ -190,36 +164,30 @@ def flash_attn_with_kvcache(
         takes_float8=True,
         cached=True,
     )
-    interleaved = reading.flag(FUNCTION, "rotary_interleaved", rotary_interleaved)
+    each_row = options.causal or options.window != (None, None)
+    rotation = Rotation(each_row, reading.flag(FUNCTION, "rotary_interleaved", rotary_interleaved))
     splits = reading.integer(FUNCTION, "num_splits", num_splits, low=0)
     waits = reading.flag(FUNCTION, "check_indices", check_indices)
-    problem = reading.read(FUNCTION, visit.specs, options)
-    check_new(FUNCTION, visit.specs, problem, seqlen is not None)
-    _check_caches(visit)
-    plan = with_num_splits(plan_for(FUNCTION, problem, visit.device()), problem, splits)
-    rotation = Rotation(options.causal or left is not None or right is not None, interleaved)
-
-    def append(operands: Arrays) -> Arrays:
-        """On the CPU: what attention is asked of, once new keys are in the caches."""
-        found = Appended.read(FUNCTION, specs, problem, _indices(operands), seqlen)
-        return found.append(FUNCTION, specs, problem, operands, *rotation)
-
-    if visit.kind == "cuda" and waits:
-        values = {name: visit.library.values(array) for name, array in _indices(visit.arrays).items()}
-        found = Appended.read(FUNCTION, specs, problem, values, seqlen)
-        in_k, in_v = (Memory.of_view(*view) for view in views_on_gpu(visit, ("k", "v")))
-        found.check_apart(FUNCTION, specs, in_k, in_v, values.get("block_table"))
-        if rotary_cos is not None:
-            found.check_positions(FUNCTION, specs, problem, rotation.each_row)
-    results = answer_from_cache(visit, problem, plan, seqlen, rotation, append)
-    if k is not None:
-        for name in ("k", "v"):
-            visit.library.note_overwritten(visit.arrays[name])
+    results = _answer(visit, options, seqlen, rotation, splits, waits)
     return (results["out"], results["lse"]) if return_softmax_lse else results["out"]
 
 
-def _indices(arrays: Arrays) -> Arrays:
-    return {name: arrays[name] for name in INDICES if name in arrays}
+def _enter(arrays: Mapping[str, Any], page_table: Any, cache_seqlens: Any) -> tuple[Visit, int | None]:
+    """The arrays, given by our words; and cache_seqlens where that is one number, and not an array like the others."""
+    arrays, names = dict(arrays), {"k": "k_cache", "v": "v_cache", "k_new": "k", "v_new": "v"}
+    if page_table is not None:
+        if arrays["block_table"] is not None:
+            rule = "page_table is another word for block_table: give one of them"
+            raise ValueError(refusal(FUNCTION, rule, ("block_table", "given"), ("page_table", "given")))
+        arrays["block_table"], names["block_table"] = page_table, "page_table"
+    seqlen = None
+    if reading.is_one_number(cache_seqlens):
+        seqlen = reading.integer(FUNCTION, "cache_seqlens", cache_seqlens, low=0)
+    else:
+        arrays["cache_seqlens"] = cache_seqlens
+    needed = ("q", "k", "v")
+    present = {word: (names.get(word, word), x) for word, x in arrays.items() if x is not None or word in needed}
+    return enter(FUNCTION, present, in_place=("k", "v")), seqlen
 
 
 def _longest_of(max_seqlen_q: Any, packed: bool) -> int:
@@ -231,6 +199,38 @@ def _longest_of(max_seqlen_q: Any, packed: bool) -> int:
     if max_seqlen_q is None:
         raise ValueError(refusal(FUNCTION, "max_seqlen_q is needed for a packed q", ("cu_seqlens_q", "given")))
     return reading.integer(FUNCTION, "max_seqlen_q", max_seqlen_q, low=0)
+
+
+def _answer(visit: Visit, options: Options, seqlen: int | None, rotation: Rotation, splits: int, waits: bool) -> Arrays:
+    """The results by name, once the options are read; `seqlen` is cache_seqlens where that is one number."""
+    problem, specs = reading.read(FUNCTION, visit.specs, options), dict(visit.specs)
+    check_new(FUNCTION, visit.specs, problem, seqlen is not None)
+    _check_caches(visit)
+    plan = with_num_splits(plan_for(FUNCTION, problem, visit.device()), problem, splits)
+
+    def append(operands: Arrays) -> Arrays:
+        """On the CPU: what attention is asked of, once new keys are in the caches."""
+        found = Appended.read(FUNCTION, specs, problem, _indices(operands), seqlen)
+        return found.append(FUNCTION, specs, problem, operands, *rotation)
+
+    if visit.kind == "cuda" and waits:
+        _check_values_on_gpu(visit, problem, seqlen, rotation)
+    results = answer_from_cache(visit, problem, plan, seqlen, rotation, append)
+    if "k_new" in specs:
+        for name in ("k", "v"):
+            visit.library.note_overwritten(visit.arrays[name])
+    return results
+
+
+def _check_values_on_gpu(visit: Visit, problem: Problem, seqlen: int | None, rotation: Rotation) -> None:
+    """Wait for the values of all index arrays, and refuse what `Appended.append` refuses on the CPU."""
+    specs = dict(visit.specs)
+    values = {name: visit.library.values(array) for name, array in _indices(visit.arrays).items()}
+    found = Appended.read(FUNCTION, specs, problem, values, seqlen)
+    in_k, in_v = (Memory.of_view(*view) for view in views_on_gpu(visit, ("k", "v")))
+    found.check_apart(FUNCTION, specs, in_k, in_v, values.get("block_table"))
+    if "rotary_cos" in specs:
+        found.check_positions(FUNCTION, specs, problem, rotation.each_row)
 
 
 def _check_caches(visit: Visit) -> None:
@@ -245,3 +245,7 @@ def _check_caches(visit: Visit) -> None:
         name, array = dict(visit.specs)[word].name, visit.arrays[word]
         library.check_writable(FUNCTION, name, array)
         library.check_in_place(FUNCTION, name, array)
+
+
+def _indices(arrays: Arrays) -> Arrays:
+    return {name: arrays[name] for name in INDICES if name in arrays}
