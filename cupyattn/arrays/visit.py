@@ -12,7 +12,7 @@ import array_api_compat
 from cupyattn.arrays.library import Arrays, Backward, Forward, Job, Library
 from cupyattn.arrays.numpy import NUMPY
 from cupyattn.arrays.recognition import OTHER, library_of
-from cupyattn.cpu.threads import num_cores
+from cupyattn.cpu import num_cores
 from cupyattn.problem import Device, Problem, Spec
 from cupyattn.reading import check_results, refusal
 
