@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks import SUITE, attention, caches, decode, memory, overhead, ragged
 from benchmarks.common import fastest
 
-from cupyattn.cpu.threads import num_cores
+from cupyattn.cpu import num_cores
 
 WANTED = (
     attention.AgainstTorch.track_time,

@@ -5,7 +5,7 @@ import time
 import numpy as np
 
 import cupyattn
-from cupyattn.cpu.threads import num_cores
+from cupyattn.cpu import num_cores
 
 HEADS, HEAD_DIM = 8, 64
 

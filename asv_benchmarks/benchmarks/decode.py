@@ -7,7 +7,7 @@ goes well.
 import numpy as np
 
 import cupyattn
-from cupyattn.cpu.threads import num_cores
+from cupyattn.cpu import num_cores
 
 from .common import Benchmark, fastest, tracked
 

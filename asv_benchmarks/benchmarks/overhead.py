@@ -12,7 +12,7 @@ from cupyattn.arrays import enter
 from cupyattn.cpu import flash
 from cupyattn.cpu.cutting import cut_into_parts
 from cupyattn.cpu.scratch import Scratch
-from cupyattn.cpu.threads import num_cores
+from cupyattn.cpu.views import scaled_queries, tile_of
 from cupyattn.plan import choose
 from cupyattn.reading import Options, read
 
@@ -46,11 +46,11 @@ def arithmetic(plan, problem, operands):
     (part,) = cut_into_parts(plan, problem, operands, 0)
     (where,) = part.tiles
     scratch = Scratch()
-    tile = part.tile(where, scratch)
+    tile = tile_of(part, where, scratch)
     pairs = where.pairs.stop - where.pairs.start
 
     def attend():
-        part.scaled_queries(where, pairs, scratch)
+        scaled_queries(part, where, pairs, scratch)
         return flash.flash(tile, HEAD_DIM)
 
     return attend
@@ -114,7 +114,7 @@ class Busy(Benchmark):
     def track_busy(self, dtype):
         quiet = self.median()
         others = [
-            subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(self.per_core * num_cores())
+            subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(self.per_core * cpu.num_cores())
         ]
         try:
             time.sleep(1)

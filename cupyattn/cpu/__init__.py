@@ -1,6 +1,18 @@
-"""The CPU's wing: attention in NumPy, cut into tasks for the cores of this machine."""
+"""The CPU's wing: attention in NumPy, cut into tasks for the cores of this machine.
 
-from cupyattn.cpu.backward import memory_of_machine, run, run_backward
-from cupyattn.cpu.threads import num_cores
+`run` and `run_backward` take a plan, a problem and its operands.  From the door inwards:
+
+- `forward`, `backward`: the two passes, a list of tasks each
+- `tasks`: in which order these run and add up; `threads`: running them on cores, the BLAS held to one thread
+- `cutting`: the problem into parts, `part`: one of them, `tiles`: into tiles and blocks of keys
+- `views`: the arithmetic's view of a tile; `edits`: of what edits its scores; `bounded`: of what needs no maximum
+- `flash`: the arithmetic of a tile, twin of the CUDA kernels
+- `places`: where rows and keys lie; `facts`: what is known of the keys; `scratch`: memory that is used again
+- `machine`: how many cores, how much memory
+"""
+
+from cupyattn.cpu.backward import run_backward
+from cupyattn.cpu.forward import run
+from cupyattn.cpu.machine import memory_of_machine, num_cores
 
 __all__ = ["memory_of_machine", "num_cores", "run", "run_backward"]

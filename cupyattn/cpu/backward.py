@@ -1,176 +1,28 @@
-"""The CPU's door: cut the operands into tiles, run the algorithm of `flash` on each.
-
-Tasks run in parallel; in the backward pass one task owns all tiles that share a key or a value head.
-"""
+"""The backward pass: a task for all tiles that share a key or a value head, so that one alone adds to its gradient."""
 
 from __future__ import annotations
 
-import math
-import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 
 from cupyattn.cpu import flash
 from cupyattn.cpu.cutting import cut_into_parts
+from cupyattn.cpu.edits import piece_index
 from cupyattn.cpu.flash import KeyBlock
+from cupyattn.cpu.forward import attend
+from cupyattn.cpu.part import Part
+from cupyattn.cpu.places import Keys, end_to_end, heads_first
 from cupyattn.cpu.scratch import Scratch
-from cupyattn.cpu.threads import run_all
-from cupyattn.cpu.tiles import Keys, Part, Rows, TileIndex, end_to_end, heads_first, piece_index
+from cupyattn.cpu.tasks import Addition, Costly, run_in_order
+from cupyattn.cpu.tiles import TileIndex
+from cupyattn.cpu.views import stacked, tile_of
 from cupyattn.numpy_ref import Array, State
 from cupyattn.plan import Plan
 from cupyattn.problem import Problem
-from cupyattn.rounding import STORAGE, narrow
-
-
-def run(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int = 0) -> dict[str, Array]:
-    """Compute ``out``, ``lse`` (and ``dropout_mask`` if wanted) in the caller's layout."""
-    results = {
-        "out": np.empty(problem.out_shape, STORAGE[problem.out_dtype]),
-        "lse": np.empty(problem.lse_shape, problem.lse_dtype),
-    }
-    if problem.layout.ragged:  # rows after the last sequence belong to no tile
-        results["out"].fill(0)
-        results["lse"].fill(-np.inf)
-    parts = [
-        part
-        for part in cut_into_parts(plan, problem, operands, seed)
-        if part.out_size and part.num_heads  # an empty part has nothing to say
-    ]
-    tasks: list[Costly] = []
-    for part in parts:
-        out = part.of(results["out"])
-        lse = part.lse_of(results["lse"])
-        for tile in part.tiles:
-            tasks.append((part, (tile,), partial(_forward_task, part, tile, out, lse)))
-    _run(tasks, plan.num_workers)
-    if problem.needs_dropout_mask:
-        with np.errstate(all="ignore"):
-            results["dropout_mask"] = _dropout_mask(problem, parts)
-    return results
-
-
-LITTLE = 2**20
-"""Cost up to which a task is mostly Python, of which only one thread runs at a time."""
-
-
-Addition = Callable[[], None]
-"""What a task has to do yet, to sums that it has in common with others."""
-Work = Callable[[Scratch], Addition | None]
-Costly = tuple[Part, Sequence[TileIndex], Work]
-"""A task and the tiles it is about."""
-
-
-def _run(tasks: list[Costly], num_workers: int) -> None:
-    are_small = num_workers == 1 and all(part.has_small_products(tiles[0]) for part, tiles, _ in tasks)
-    if len(tasks) == 1:  # a small call, of which every microsecond is seen
-        run_all([partial(_alone, tasks[0][2])], 1, are_small=are_small)
-        return
-    in_turn, first, runs = _InTurn(), 0, []
-    for group in _in_order(tasks, num_workers):
-        runs.append(partial(_one_after_the_other, group, first, in_turn))
-        first += len(group)
-    run_all(runs, num_workers, are_small=are_small)
-
-
-def _alone(task: Work, scratch: Scratch) -> None:
-    addition = task(scratch)
-    if addition is not None:
-        addition()
-
-
-def _one_after_the_other(tasks: Sequence[Work], first: int, in_turn: _InTurn, scratch: Scratch) -> None:
-    for turn, task in enumerate(tasks, first):
-        addition = task(scratch)
-        if addition is not None:
-            in_turn.add(turn, addition)
-
-
-class _InTurn:
-    """Additions of tasks in the order of the tasks, whichever ends first, so that sums are the same to the last bit.
-
-    Nobody waits: what comes before its turn is left to those whose turn it is.
-    """
-
-    def __init__(self) -> None:
-        self._adding = threading.Lock()
-        self._waiting: dict[int, Addition] = {}
-        self._turn = 0
-
-    def add(self, turn: int, addition: Addition) -> None:
-        with self._adding:
-            self._waiting[turn] = addition
-            while self._turn in self._waiting:
-                self._waiting.pop(self._turn)()
-                self._turn += 1
-
-
-def _in_order(tasks: list[Costly], num_workers: int) -> list[list[Work]]:
-    """Those to run, the dearest first; threads get all those of little cost as one."""
-    if len(tasks) < 2:
-        return [[task] for _, _, task in tasks]
-    dearest = sorted(((sum(map(part.cost, tiles)), task) for part, tiles, task in tasks), key=lambda entry: -entry[0])
-    if num_workers == 1 or dearest[-1][0] > LITTLE:
-        return [[task] for _, task in dearest]
-    together = [task for cost, task in dearest if cost <= LITTLE]
-    return [together, *([task] for cost, task in dearest if cost > LITTLE)]
-
-
-def _forward_task(part: Part, where: TileIndex, out: Rows, lse: Rows, scratch: Scratch) -> None:
-    state = part.attend(where, scratch)
-    shape = (where.batch_size, where.num_heads, len(where.rows))
-    problem = part.problem
-    values = state.out.reshape(*shape, problem.sizes.head_dim_v)
-    if problem.out_dtype == "bfloat16":
-        values = narrow(values, problem.out_dtype)
-    out.put(where, values)
-    lse.put(where, state.lse.reshape(shape))
-
-
-def _dropout_mask(problem: Problem, parts: list[Part]) -> Array:
-    """flash-attn's S_dmask, (batch, heads, seqlen_q, seqlen_k): weights, negative where dropped."""
-    sizes = problem.sizes
-    weights = np.zeros((sizes.batch, sizes.num_heads, sizes.seqlen_q, sizes.seqlen_k), STORAGE[problem.out_dtype])
-    for part in parts:
-        ids = part.batch_ids
-        for where in part.tiles:
-            lse = part.attend(where, Scratch()).lse
-            tile = part.tile(where, Scratch())
-            origin = np.where(np.isneginf(lse), 0.0, lse)
-            for block in tile.blocks():
-                scores = tile.scores(block)
-                found = np.where(np.isneginf(scores), 0.0, np.exp(scores - origin[..., block.rows, None]))
-                by_head = tile.per_head(found)
-                signed = np.where(block.keep == 0.0, -by_head, by_head)
-                signed = narrow(signed, problem.out_dtype).reshape(
-                    where.batch_size, where.num_heads, *signed.shape[-2:]
-                )
-                rows = range(where.rows.start, where.rows.stop)[block.rows]
-                weights[ids[where.batches], where.heads, rows.start : rows.stop, block.keys] = signed
-    return weights
-
-
-@cache
-def memory_of_machine() -> float:
-    """Bytes that this process may have at most; inf where nobody says."""
-    try:
-        whole = float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on this system
-        return math.inf
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):  # no group, no limit: "max"
-            whole = min(whole, float(Path(limit).read_text()))
-    return whole
-
-
-# ---------------------------------------------------------------------------------------------------
-# Backward
-# ---------------------------------------------------------------------------------------------------
+from cupyattn.rounding import narrow
 
 
 def run_backward(
@@ -196,7 +48,7 @@ def run_backward(
             continue
         owners = _owners(part, sizes.num_heads_k, sizes.num_heads_v)
         tasks.extend((part, tiles, partial(job.run, part, tiles)) for tiles in owners)
-    _run(tasks, plan.num_workers)
+    run_in_order(tasks, plan.num_workers)
     with np.errstate(all="ignore"):
         return {
             name: narrow(_sum_to(gradient, operands[name].shape), _dtype_name(operands[name]))
@@ -237,6 +89,26 @@ def _owners(part: Part, num_heads_k: int, num_heads_v: int) -> list[list[TileInd
     return list(groups.values())
 
 
+class _KeyTotals:
+    """Gradients of the keys and values of some sequences, summed over the tiles of one task."""
+
+    def __init__(self, part: Part) -> None:
+        self._part = part
+        self._totals: dict[tuple[str, int], tuple[slice, Array]] = {}
+
+    def of(self, name: str, keys: Keys, where: TileIndex) -> Array:
+        """Those of the heads that a tile reads, (batch, heads, keys, dim)."""
+        heads = keys.head_slice(where.pairs)
+        if (name, heads.start) not in self._totals:
+            shape = (where.batch_size, heads.stop - heads.start, self._part.seqlen_k, keys.array.shape[-1])
+            self._totals[name, heads.start] = heads, np.zeros(shape, self._part.compute_dtype)
+        return self._totals[name, heads.start][1]
+
+    def __iter__(self) -> Iterator[tuple[str, slice, Array]]:
+        for (name, _), (heads, total) in self._totals.items():
+            yield name, heads, total
+
+
 @dataclass
 class _BackwardJob:
     """Where the tasks of one backward pass put their gradients."""
@@ -248,60 +120,12 @@ class _BackwardJob:
 
     def run(self, part: Part, tiles: list[TileIndex], scratch: Scratch) -> Addition:
         """The tiles of some sequences that share keys, one after the other; what others add to as well is returned."""
-        problem, compute = self.problem, part.compute_dtype
-        batches = tiles[0].batches
         common: list[Addition] = []
-        totals: dict[tuple[str, int], tuple[slice, Array]] = {}
-
-        def share(name: str, keys: Keys, where: TileIndex) -> Array:
-            heads = keys.head_slice(where.pairs)
-            if (name, heads.start) not in totals:
-                shape = (where.batch_size, heads.stop - heads.start, part.seqlen_k, keys.array.shape[-1])
-                totals[name, heads.start] = heads, np.zeros(shape, compute)
-            return totals[name, heads.start][1]
-
+        totals = _KeyTotals(part)
         for where in tiles:
-            tile = part.tile(where, scratch, backward=True)
-            dout = self.rows_like_out(part, where, "dout")
-            dlse = self.rows_like_lse(part, where, "dlse")
-            tile.suspicious = tile.suspicious or not bool(np.isfinite(dout.sum()))
-            state = self.state(part, where, scratch)
-            dk_total, dv_total = share("k", part.k, where), share("v", part.v, where)
-
-            def add(
-                block: KeyBlock,
-                dk: Array,
-                dv: Array,
-                dbias: Array | None,
-                dk_total: Array = dk_total,
-                dv_total: Array = dv_total,
-                where: TileIndex = where,
-            ) -> None:
-                dk_total[:, :, block.keys] += dk
-                dv_total[:, :, block.keys] += dv
-                if dbias is not None:
-                    by_head = dbias.reshape(where.batch_size, where.num_heads, *dbias.shape[-2:])
-                    target = self.bias_of(part, where, block.keys)
-                    addition = partial(_add, target, _sum_to(by_head, target.shape))
-                    if self.each_has_its_bias():
-                        addition()
-                    else:
-                        common.append(addition)
-
-            gradients = flash.flash_backward(tile, state, dout, dlse, problem.edits.softmax_scale, add)
-            shape = (where.batch_size, where.num_heads, len(where.rows))
-            part.of(self.collected["q"]).put(where, gradients.dq.reshape(*shape, -1))
-            if gradients.dsinks is not None:
-                dsinks = gradients.dsinks.reshape(shape).sum(axis=(0, -1))
-                common.append(partial(_add, self.collected["sinks"][where.heads], dsinks))
-            if gradients.dslopes is not None:
-                slopes, dslopes = self.collected["alibi_slopes"], gradients.dslopes.reshape(shape[:2])
-                if slopes.ndim == 1:
-                    common.append(partial(_add, slopes[where.heads], dslopes.sum(axis=0)))
-                else:
-                    slopes[part.batch_ids[batches], where.heads] += dslopes
-        for (name, _), (heads, total) in totals.items():
-            common += self.add_keys(name, part, batches, heads, total)
+            common += self.run_tile(part, where, totals, scratch)
+        for name, heads, total in totals:
+            common += self.add_keys(name, part, tiles[0].batches, heads, total)
 
         def add_all() -> None:
             for addition in common:
@@ -309,22 +133,58 @@ class _BackwardJob:
 
         return add_all
 
+    def run_tile(self, part: Part, where: TileIndex, totals: _KeyTotals, scratch: Scratch) -> list[Addition]:
+        """One of them, whose keys' gradients go to `totals`."""
+        tile = tile_of(part, where, scratch, backward=True)
+        dout = self.rows_like_out(part, where, "dout")
+        dlse = self.rows_like_lse(part, where, "dlse")
+        tile.suspicious = tile.suspicious or not bool(np.isfinite(dout.sum()))
+        state = self.state(part, where, scratch)
+        dk_total, dv_total = totals.of("k", part.k, where), totals.of("v", part.v, where)
+        common: list[Addition] = []
+
+        def add(block: KeyBlock, dk: Array, dv: Array, dbias: Array | None) -> None:
+            dk_total[:, :, block.keys] += dk
+            dv_total[:, :, block.keys] += dv
+            if dbias is not None:
+                by_head = dbias.reshape(where.batch_size, where.num_heads, *dbias.shape[-2:])
+                target = self.bias_of(part, where, block.keys)
+                addition = partial(_add, target, _sum_to(by_head, target.shape))
+                if self.each_has_its_bias():
+                    addition()
+                else:
+                    common.append(addition)
+
+        gradients = flash.flash_backward(tile, state, dout, dlse, self.problem.edits.softmax_scale, add)
+        shape = (where.batch_size, where.num_heads, len(where.rows))
+        part.of(self.collected["q"]).put(where, gradients.dq.reshape(*shape, -1))
+        if gradients.dsinks is not None:
+            dsinks = gradients.dsinks.reshape(shape).sum(axis=(0, -1))
+            common.append(partial(_add, self.collected["sinks"][where.heads], dsinks))
+        if gradients.dslopes is not None:
+            slopes, dslopes = self.collected["alibi_slopes"], gradients.dslopes.reshape(shape[:2])
+            if slopes.ndim == 1:
+                common.append(partial(_add, slopes[where.heads], dslopes.sum(axis=0)))
+            else:
+                slopes[part.batch_ids[where.batches], where.heads] += dslopes
+        return common
+
     def rows_like_out(self, part: Part, where: TileIndex, name: str) -> Array:
         array = self.grads.get(name)
         if array is None:
             array = np.broadcast_to(np.zeros((), part.compute_dtype), self.problem.out_shape)
-        return part.stacked(part.of(array), where)
+        return stacked(part, part.of(array), where)
 
     def rows_like_lse(self, part: Part, where: TileIndex, name: str) -> Array | None:
         array = self.grads.get(name)
         if array is None:
             return None
-        return part.stacked(part.lse_of(array), where)
+        return stacked(part, part.lse_of(array), where)
 
     def state(self, part: Part, where: TileIndex, scratch: Scratch) -> State:
         """The forward's result: the caller's, or computed again where it was not kept."""
         if self.forward["out"] is None:
-            return part.attend(where, Scratch())
+            return attend(part, where, Scratch())
         lse = self.rows_like_lse(part, where, "lse")
         assert lse is not None
         return State(self.rows_like_out(part, where, "out"), lse)

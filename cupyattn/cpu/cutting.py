@@ -1,4 +1,4 @@
-"""Cutting a problem on the CPU into parts, each with views of the operands: see `tiles.Part`."""
+"""Cutting a problem on the CPU into parts, each with views of the operands: see `part.Part`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cupyattn.cpu.tiles import Index, Keys, Part, Places, Rows, end_to_end, heads_first
+from cupyattn.cpu.part import Part
+from cupyattn.cpu.places import Index, Keys, Places, Rows, end_to_end, heads_first
 from cupyattn.numpy_ref import Array
 from cupyattn.plan import Plan
 from cupyattn.problem import FLOAT8, Problem

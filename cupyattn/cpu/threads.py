@@ -18,16 +18,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from cupyattn.cpu.machine import num_cores
 from cupyattn.cpu.scratch import Scratch, Shelf
 
 Task = Callable[[Scratch], None]
-
-
-def num_cores() -> int:
-    """The cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 Mark: TypeAlias = "weakref.ref[_Hold]"

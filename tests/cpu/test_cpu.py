@@ -8,7 +8,9 @@ import pytest
 from oracle import assert_same_bits
 
 import cupyattn
-from cupyattn import cpu, plan
+from cupyattn import plan
+from cupyattn.cpu import flash
+from cupyattn.cpu.tasks import InTurn
 
 
 @pytest.fixture
@@ -18,7 +20,7 @@ def three_workers(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     monkeypatch.setattr(plan, "WORTH_THREADS", 0)
-    monkeypatch.setattr(cpu, "LITTLE", 0)
+    monkeypatch.setattr("cupyattn.cpu.tasks.LITTLE", 0)
     monkeypatch.setattr("cupyattn.cpu.threads._blas.num_threads", lambda: 3)
     plan.choose.cache_clear()
     yield torch
@@ -29,14 +31,14 @@ def three_workers(monkeypatch):
 @pytest.fixture
 def out_of_order(monkeypatch):
     """Tasks end in an order that differs from call to call."""
-    delays, original = iter(()), cpu.flash.flash_backward
+    delays, original = iter(()), flash.flash_backward
 
     def slow(*arguments):
         found = original(*arguments)
         time.sleep(next(delays, 0.0))
         return found
 
-    monkeypatch.setattr(cpu.flash, "flash_backward", slow)
+    monkeypatch.setattr(flash, "flash_backward", slow)
 
     def shuffle(rng):
         nonlocal delays
@@ -91,14 +93,14 @@ def test_gradients_of_what_tasks_share_have_the_same_bits_whichever_task_ends_fi
 
 
 def test_additions_come_in_turn():
-    added, in_turn = [], cpu._InTurn()
+    added, in_turn = [], InTurn()
     for turn in (2, 1, 4, 0, 3):
         in_turn.add(turn, lambda turn=turn: added.append(turn))
     assert added == [0, 1, 2, 3, 4]
 
 
 def test_nobody_waits_for_a_turn():
-    added, in_turn = [], cpu._InTurn()
+    added, in_turn = [], InTurn()
     late = threading.Thread(target=in_turn.add, args=(1, lambda: added.append("late")))
     late.start()
     late.join(20)

@@ -8,8 +8,9 @@ from conftest import SEED
 from oracle import assert_matches, assert_same_bits
 
 import cupyattn
-from cupyattn import cpu, numpy_ref
+from cupyattn import numpy_ref
 from cupyattn.cpu.cutting import SHORT, cut_into_parts
+from cupyattn.cpu.tasks import LITTLE, in_order
 from cupyattn.plan import choose
 from cupyattn.problem import Device, Spec
 from cupyattn.reading import Options, read
@@ -230,16 +231,16 @@ def test_what_costs_little_shares_a_task_and_the_dearest_of_the_others_come_firs
     def task(name):
         return lambda scratch: done.append(name)
 
-    little, much = cpu.LITTLE, cpu.LITTLE + 1
+    little, much = LITTLE, LITTLE + 1
     part = SimpleNamespace(cost=lambda tile: tile)  # here a tile is what it costs
     found = [
         (part, tiles, task(name))
         for name, tiles in (("c", [1]), ("b", [much]), ("d", [1, little - 1]), ("a", [much] * 2))
     ]
-    tasks = cpu._in_order(found, num_workers=2)
+    tasks = in_order(found, num_workers=2)
     assert [len(group) for group in tasks] == [2, 1, 1]
     for group in tasks:
         for one in group:
             one(None)
     assert done == ["d", "c", "a", "b"]
-    assert len(cpu._in_order(found, num_workers=1)) == 4
+    assert len(in_order(found, num_workers=1)) == 4

@@ -7,7 +7,7 @@ import pytest
 from oracle import assert_matches, assert_same_bits
 
 import cupyattn
-from cupyattn.cpu import flash, tiles
+from cupyattn.cpu import bounded, flash
 
 EDGES = {"float64": (59.9, 962, -997), "float32": (29.9, 99, -109)}
 """The largest score without a maximum; exponents of values near 1e290 and 1e-300, 1e30 and 1e-33."""
@@ -104,9 +104,9 @@ def test_rows_that_see_nothing_are_not_computed_twice(rng, calls):
 
 def test_what_cannot_be_lost_is_as_small_as_said():
     """A product of the smallest weight and a value of that size is a normal number, to the last bit."""
-    for dtype, least in tiles.LEAST_EXACT.items():
+    for dtype, least in bounded.LEAST_EXACT.items():
         info = np.finfo(dtype)
-        assert least * np.exp(-tiles.SCORE_LIMIT[dtype]) * info.eps >= info.tiny * 0.999
+        assert least * np.exp(-bounded.SCORE_LIMIT[dtype]) * info.eps >= info.tiny * 0.999
 
 
 def test_what_is_remembered_of_many_lengths_is_little(rng):

@@ -1,0 +1,29 @@
+"""What this machine has for us: cores and memory."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+
+def num_cores() -> int:
+    """The cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@cache
+def memory_of_machine() -> float:
+    """Bytes that this process may have at most; inf where nobody says."""
+    try:
+        whole = float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return math.inf
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # no group, no limit: "max"
+            whole = min(whole, float(Path(limit).read_text()))
+    return whole
