@@ -3,7 +3,8 @@
 Positional order, defaults and meaning are the peer's, so that changing the import is the whole
 migration; what is keyword-only after ``*`` is ours.
 
-`kvcache` and `cascade`, which are for decoding, are imported when they are first asked for.
+`kvcache` and `cascade`, which are for decoding, are imported when they are first asked for; `appending`, new keys on
+their way into a cache, and `overlap`, which of its tokens share bytes, are what `kvcache` is made of.
 """
 
 from cupyattn.peers.flash_attn import (
