@@ -1,7 +1,5 @@
 """A problem on the CPU cut into parts: sequences of the same lengths go together, wherever they lie."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from conftest import SEED
@@ -10,7 +8,6 @@ from oracle import assert_matches, assert_same_bits
 import cupyattn
 from cupyattn import numpy_ref
 from cupyattn.cpu.cutting import SHORT, cut_into_parts
-from cupyattn.cpu.tasks import LITTLE, in_order
 from cupyattn.plan import choose
 from cupyattn.problem import Device, Spec
 from cupyattn.reading import Options, read
@@ -223,24 +220,3 @@ def test_a_part_that_is_little_of_the_problem_is_not_cut_for_every_worker():
     _, (whole,) = parts_of([60] * 600, [60] * 600, head_dim=64, num_workers=4)
     assert whole.num_workers == 4
     assert len(whole.tiles) >= 4
-
-
-def test_what_costs_little_shares_a_task_and_the_dearest_of_the_others_come_first():
-    done = []
-
-    def task(name):
-        return lambda scratch: done.append(name)
-
-    little, much = LITTLE, LITTLE + 1
-    part = SimpleNamespace(cost=lambda tile: tile)  # here a tile is what it costs
-    found = [
-        (part, tiles, task(name))
-        for name, tiles in (("c", [1]), ("b", [much]), ("d", [1, little - 1]), ("a", [much] * 2))
-    ]
-    tasks = in_order(found, num_workers=2)
-    assert [len(group) for group in tasks] == [2, 1, 1]
-    for group in tasks:
-        for one in group:
-            one(None)
-    assert done == ["d", "c", "a", "b"]
-    assert len(in_order(found, num_workers=1)) == 4

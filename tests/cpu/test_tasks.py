@@ -1,7 +1,8 @@
-"""The CPU's door: what tasks add to common sums."""
+"""In which order tasks run, and add to sums that they have in common."""
 
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from oracle import assert_same_bits
 import cupyattn
 from cupyattn import plan
 from cupyattn.cpu import flash
-from cupyattn.cpu.tasks import InTurn
+from cupyattn.cpu.tasks import LITTLE, InTurn, in_order
 
 
 @pytest.fixture
@@ -114,3 +115,24 @@ def test_a_sum_of_gradients_that_overflows_warns_nobody():
     with np.errstate(all="raise"):
         found = cupyattn.attention_backward(np.full(q.shape, 1e308), q, k, k, layout="bhsd")
     assert found.dv.item() == np.inf
+
+
+def test_what_costs_little_shares_a_task_and_the_dearest_of_the_others_come_first():
+    done = []
+
+    def task(name):
+        return lambda scratch: done.append(name)
+
+    little, much = LITTLE, LITTLE + 1
+    part = SimpleNamespace(cost=lambda tile: tile)  # here a tile is what it costs
+    found = [
+        (part, tiles, task(name))
+        for name, tiles in (("c", [1]), ("b", [much]), ("d", [1, little - 1]), ("a", [much] * 2))
+    ]
+    tasks = in_order(found, num_workers=2)
+    assert [len(group) for group in tasks] == [2, 1, 1]
+    for group in tasks:
+        for one in group:
+            one(None)
+    assert done == ["d", "c", "a", "b"]
+    assert len(in_order(found, num_workers=1)) == 4
