@@ -14,7 +14,7 @@
 // Launch   one block per (token, part of its heads), those of k first, then of v, then of q; kAppendThreads threads.
 
 #include "algorithm/params.cuh"
-#include "tiles/tile.cuh"
+#include "tiles/numbers.cuh"
 
 namespace cupyattn {
 

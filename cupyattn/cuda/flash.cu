@@ -6,7 +6,7 @@
 // right, keeping per row only the running maximum, the running sum and the output so far.
 //
 // A row that sees no key gets out = 0 and lse = -inf.  A key that a row does not see never reaches its result:
-// the products are done as if all values were finite, and again, with care, where a result is not (see tile.cuh).
+// the products are done as if all values were finite, and again, with care, where a result is not (see strays.cuh).
 //
 // Twin     cpu.flash.flash, in float64 with the same names.
 // Source   Dao, FlashAttention-2, 2023, algorithm 1 (arXiv 2307.08691).
@@ -16,36 +16,12 @@
 #include "algorithm/dropout.cuh"
 #include "algorithm/pages.cuh"
 #include "algorithm/softmax.cuh"
+#include "algorithm/traits.cuh"
+#include "tiles/strays.cuh"
 
 namespace cupyattn {
 
-template <typename Element_, int kHeadDim_, int kHeadDimV_, int kBlockQ_, int kBlockK_, int kNumWarps_, int kNumStages_,
-          bool kQueriesInRegisters_, bool kPaged_, bool kAligned_, int kEdits_>
-struct FlashTraits {
-    using Element = Element_;
-    static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // as padded in the tiles
-    static constexpr int kBlockQ = kBlockQ_, kBlockK = kBlockK_;
-    static constexpr int kNumWarps = kNumWarps_, kThreads = 32 * kNumWarps;
-    static constexpr int kNumStages = kNumStages_;  // 2: the next block's keys and values arrive meanwhile
-    static constexpr bool kQueriesInRegisters = kQueriesInRegisters_;
-    static constexpr bool kPaged = kPaged_;      // k and v are pages, see pages.cuh
-    static constexpr bool kAligned = kAligned_;  // every row of q, k and v starts at a multiple of 16 bytes
-    static constexpr int kEdits = kEdits_;
-    static constexpr int kRowTiles = kBlockQ / (16 * kNumWarps);  // fragments of 16 rows per warp
-
-    using QueryTile = SharedTile<Element, kBlockQ, kHeadDim>;
-    using KeyTile = SharedTile<Element, kBlockK, kHeadDim>;
-    using ValueTile = SharedTile<Element, kBlockK, kHeadDimV>;
-    using OutTile = SharedTile<Half, kBlockQ, kHeadDimV>;  // takes the queries' place at the end
-    static constexpr int kQueryBytes = larger(QueryTile::kBytes, OutTile::kBytes);
-    static constexpr int kSharedBytes = kQueryBytes + kNumStages * (KeyTile::kBytes + ValueTile::kBytes);
-
-    static_assert(kBlockQ % (16 * kNumWarps) == 0, "every warp has the same number of 16-row fragments");
-    static_assert(kBlockK < 128, "the strays of a block are counted in seven bits");
-    static_assert(kNumStages == 1 || kNumStages == 2, "blocks of keys are loaded in one or two stages");
-};
-
-// One block's work.  With kCare the walk that keeps values apart which are not finite, see tile.cuh.
+// One block's work.  With kCare the walk that keeps values apart which are not finite, see strays.cuh.
 template <typename Traits, bool kCare>
 struct FlashBlock {
     using Element = typename Traits::Element;

@@ -11,8 +11,8 @@
 //
 // Float8 comes into tiles as halves, which hold its numbers exactly, and weights are halves beside them.
 //
-// How many splits a sequence gets is decided here if lengths are data (split_size 0), by the rule of
-// splits.live_split_blocks, and by the host otherwise.
+// How many splits a sequence gets is decided here if lengths are data (split_size 0), by the rule of splits.cuh, and
+// by the host otherwise.
 //
 // Twin     cpu.flash.flash and numpy_ref.merge.
 // Source   Dao, Haziza, Massa and Sizov, Flash-Decoding, 2023.
@@ -21,71 +21,32 @@
 
 #include "algorithm/descales.cuh"
 #include "algorithm/dropout.cuh"
+#include "algorithm/merge.cuh"
 #include "algorithm/pages.cuh"
-#include "algorithm/softmax.cuh"
+#include "algorithm/splits.cuh"
+#include "algorithm/traits.cuh"
+#include "tiles/strays.cuh"
 
 namespace cupyattn {
 
-template <typename Element_, int kHeadDim_, int kHeadDimV_, int kBlockQ_, int kNumWarps_, int kNumStages_, bool kPaged_,
-          bool kAligned_, int kEdits_>
-struct SplitTraits {
-    using Element = Element_;
-    static constexpr bool kFloat8 = Same<Element, Float8>::value;
-    using Kept = typename Choice<kFloat8, Half, Element>::Type;  // in tiles and as weights
-    using Out = typename Choice<kFloat8, BFloat16, Element>::Type;
-    using Given = typename Choice<kFloat8, DescaledParams, Params>::Type;
-    static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // as padded in the tiles
-    static constexpr int kBlockQ = kBlockQ_, kRowTiles = kBlockQ / 16;
-    static constexpr int kNumWarps = kNumWarps_, kThreads = 32 * kNumWarps;
-    static constexpr int kBlockK = 16 * kNumWarps;
-    static constexpr int kNumStages = kNumStages_;  // 16-key tiles in a warp's ring
-    static constexpr bool kPaged = kPaged_;
-    static constexpr bool kAligned = kAligned_;
-    static constexpr int kEdits = kEdits_;
-
-    using QueryTile = SharedTile<Kept, kBlockQ, kHeadDim>;
-    using KeyTile = SharedTile<Kept, 16, kHeadDim>;
-    using ValueTile = SharedTile<Kept, 16, kHeadDimV>;
-    static constexpr int kStageBytes = KeyTile::kBytes + ValueTile::kBytes;
-
-    static_assert(kBlockQ % 16 == 0, "fragments have 16 rows");
-    static_assert(kNumStages >= 2, "a tile has to arrive while another is used");
-};
-
-constexpr int kFewestKeys = 256;  // of a split, unless there are fewer: below, starting and merging cost more
-
-// Shares of the GPU: the most key blocks a split may have so that all splits run at once.  Twin:
-// splits.live_split_blocks.
-DEVICE int live_split_blocks(int total, int pieces, int slots, int block_k) {
-    // Every piece may have one split that is not full.
-    const int room = larger(larger(slots - pieces, slots / 2), 1);
-    return larger(ceil_div(total, room), ceil_div(kFewestKeys, block_k));
-}
-
-// As many blocks as are counted: pages that sequences share make more of them than an int can say.
-DEVICE int capped(int64 blocks) {
-    constexpr int kMost = 1 << 30;
-    return blocks < kMost ? static_cast<int>(blocks) : kMost;
-}
-
-// One block's work.  With kCare the walk that keeps values apart which are not finite, see tile.cuh.
+// One block's work.  With kCare the walk that keeps values apart which are not finite, see strays.cuh.
 template <typename Traits, bool kCare>
-struct SplitBlock {
+struct SplitBlock : SplitStates<Traits> {
+    using States = SplitStates<Traits>;
+    using States::params, States::states, States::state_sums, States::state_row, States::kColumns;
+    using typename States::RowState;
     using Element = typename Traits::Element;
     using Kept = typename Traits::Kept;
     static constexpr int kRowTiles = Traits::kRowTiles, kBlockK = Traits::kBlockK, kThreads = Traits::kThreads;
     static constexpr int kPlanes = Planes<Kept>::kCount;
     static constexpr bool kQueriesInRegisters = kRowTiles * kPlanes == 1;
     static constexpr int kQuerySteps = kQueriesInRegisters ? Traits::kHeadDim / 16 : 1;
-    static constexpr int kColumns = Traits::kHeadDimV / 32;  // of a row, per lane, while merging
 
-    const typename Traits::Given& params;
     Sequence sequence;
     int first_head, first_row;  // of the piece; rows are packed, queries_per_pair to a token
     int num_rows;
     typename Traits::QueryTile queries;
-    uint32 ring;    // this warp's
-    uint32 states;  // the warps' sums, in the rings' place
+    uint32 ring;  // this warp's
     RowPair rows[kRowTiles];
     uint32 query[kQuerySteps][kRowTiles][kPlanes][4];
     Accumulator<Traits::kHeadDimV> out[kRowTiles];
@@ -95,7 +56,7 @@ struct SplitBlock {
     float descaled;  // the softmax scale of float8 operands
 
     DEVICE_METHOD SplitBlock(const typename Traits::Given& given, int tile, int group, const Sequence& sequence_)
-        : params(given),
+        : States(given),
           sequence(sequence_),
           first_head(group * given.queries_per_pair),
           first_row(tile * Traits::kBlockQ) {
@@ -293,36 +254,7 @@ struct SplitBlock {
         return ptx::barrier_any(probe != 0.f);
     }
 
-    // ---- Merging ----
-
-    // What a row has come to: weights relative to 2^exponent, their sum, and this lane's columns of the output.
-    struct RowState {
-        float exponent, sum, column[kColumns];
-
-        DEVICE_METHOD void clear(float to) {
-            exponent = to, sum = 0.f;
-#pragma unroll
-            for (int i = 0; i < kColumns; ++i) column[i] = 0.f;
-        }
-        // Adds a state whose columns `read(i)` tells; the exponent is the largest of all already.  What is not finite
-        // counts however little it weighs.
-        template <typename Read>
-        DEVICE_METHOD void add(float its_exponent, float its_sum, const Read& read) {
-            const float share = ptx::exp2(its_exponent - (exponent == -ptx::infinity() ? 0.f : exponent));
-            sum += share * its_sum;
-#pragma unroll
-            for (int i = 0; i < kColumns; ++i) {
-                const float x = read(i);
-                column[i] = ptx::fma(x - x == 0.f ? share : 1.f, x, column[i]);
-            }
-        }
-    };
-
-    static constexpr int kStateBytes = Traits::kBlockQ * (Traits::kHeadDimV + 2) * 4;  // of a warp
-    DEVICE_METHOD uint32 state_sums(int warp, int row) const { return states + warp * kStateBytes + row * 8; }
-    DEVICE_METHOD uint32 state_row(int warp, int row) const {
-        return states + warp * kStateBytes + Traits::kBlockQ * 8 + row * Traits::kHeadDimV * 4;
-    }
+    // ---- The end ----
 
     DEVICE_METHOD void leave_state() {
 #pragma unroll
@@ -346,56 +278,6 @@ struct SplitBlock {
         }
     }
 
-    // All warps' states of a row.
-    DEVICE_METHOD RowState merged_warps(int row) const {
-        float exponent = -ptx::infinity();
-#pragma unroll
-        for (int warp = 0; warp < Traits::kNumWarps; ++warp)
-            exponent = ptx::max(exponent, ptx::load_shared_float(state_sums(warp, row)));
-        RowState state;
-        state.clear(exponent);
-#pragma unroll
-        for (int warp = 0; warp < Traits::kNumWarps; ++warp)
-            state.add(ptx::load_shared_float(state_sums(warp, row)), ptx::load_shared_float(state_sums(warp, row) + 4),
-                      [&](int i) { return ptx::load_shared_float(state_row(warp, row) + (32 * i + ptx::lane()) * 4); });
-        return state;
-    }
-
-    DEVICE_METHOD float* partial_row(int64 piece, int split, int row) const {
-        return params.at.partial_out +
-               ((piece * params.num_splits + split) * Traits::kBlockQ + row) * Traits::kHeadDimV;
-    }
-    DEVICE_METHOD float* partial_sums(int64 piece, int split, int row) const {
-        return params.at.partial_lse + ((piece * params.num_splits + split) * Traits::kBlockQ + row) * 2;
-    }
-
-    DEVICE_METHOD void leave_partial(const RowState& state, int64 piece, int split, int row) const {
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i)
-            ptx::store_global_fresh(partial_row(piece, split, row) + 32 * i + ptx::lane(), state.column[i]);
-        if (ptx::lane() == 0) {
-            ptx::store_global_fresh(partial_sums(piece, split, row), state.exponent);
-            ptx::store_global_fresh(partial_sums(piece, split, row) + 1, state.sum);
-        }
-    }
-
-    // All splits' states of a row, always in the same order.
-    DEVICE_METHOD RowState merged_splits(int64 piece, int splits, int row) const {
-        float exponent = -ptx::infinity();
-        for (int split = ptx::lane(); split < splits; split += 32)
-            exponent = ptx::max(exponent, ptx::load_global_fresh(partial_sums(piece, split, row)));
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) exponent = ptx::max(exponent, ptx::shuffle_xor(exponent, step));
-        RowState state;
-        state.clear(exponent);
-#pragma unroll 4
-        for (int split = 0; split < splits; ++split)
-            state.add(ptx::load_global_fresh(partial_sums(piece, split, row)),
-                      ptx::load_global_fresh(partial_sums(piece, split, row) + 1), [&](int i) {
-                          return ptx::load_global_fresh(partial_row(piece, split, row) + 32 * i + ptx::lane());
-                      });
-        return state;
-    }
 
     DEVICE_METHOD void store(const RowState& state, int row) const {
         const int head = head_of(row);
@@ -424,32 +306,6 @@ DEVICE_APART void split_with_care(const typename Traits::Given& params, int tile
     block.attend_with_care(part);
     ptx::barrier();  // everybody is done with the rings
     block.leave_state();
-}
-
-template <typename Traits>
-DEVICE int live_size(const Params& params, int groups) {
-    // Every thread some of the sequences, then every warp, then all.
-    int total = 0;
-    for (int index = ptx::thread(); index < params.batch; index += Traits::kThreads) {
-        const Band band = sequence_at(index, params).band;
-        const int row_tiles = ceil_div(band.seqlen_q * params.queries_per_pair, Traits::kBlockQ);
-        const Span touched = row_tiles == 0 ? Span{0, 0} : band.touched(0, band.seqlen_q - 1);
-        if (!touched.empty())
-            total = capped(total + int64(row_tiles) * (ceil_div(touched.stop, Traits::kBlockK) -
-                                                       touched.start / Traits::kBlockK));
-    }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2)
-        total = capped(int64(total) + ptx::shuffle(static_cast<uint32>(total), ptx::lane() ^ step));
-    const uint32 sums = ptx::shared_memory();
-    if (ptx::lane() == 0) ptx::store_shared(sums + 4 * ptx::warp(), static_cast<uint32>(total));
-    ptx::barrier();
-    total = 0;
-#pragma unroll
-    for (int warp = 0; warp < Traits::kNumWarps; ++warp) total = capped(int64(total) + ptx::load_shared(sums + 4 * warp));
-    ptx::barrier();  // the memory is free for the queries
-    const int row_tiles = ceil_div(params.seqlen_q * params.queries_per_pair, Traits::kBlockQ);
-    return live_split_blocks(capped(int64(total) * groups), params.batch * groups * row_tiles, params.num_slots, Traits::kBlockK);
 }
 
 template <typename Traits>

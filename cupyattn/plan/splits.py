@@ -27,7 +27,7 @@ def live_split_blocks(total: int, pieces: int, slots: int, block_k: int) -> int:
     lengths, and `slots` the thread blocks that the GPU runs at once.  Every piece may have one split that
     is not full; where pieces take more than half of the slots, half are shared out all the same, for the sake
     of one that is much longer than the others, and up to half a wave more is the price.
-    Twin of ``live_split_blocks`` in ``splitkv.cu``, which knows lengths that are data.
+    Twin of ``live_split_blocks`` in ``splits.cuh``, which knows lengths that are data.
 
     One sequence of 65536 keys beside 31 of 512, eight key heads, 264 slots: blocks of 64 keys are 10176 in
     all, and 132 slots are shared out, so a split has 78 blocks: 14 splits for each head of the long sequence,

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "algorithm/hopper.cuh"
+#include "tiles/strays.cuh"
 
 namespace cupyattn {
 

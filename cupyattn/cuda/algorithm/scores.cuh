@@ -2,7 +2,7 @@
 #pragma once
 
 #include "algorithm/mask.cuh"
-#include "tiles/tile.cuh"
+#include "tiles/fragments.cuh"
 
 namespace cupyattn {
 
@@ -89,7 +89,7 @@ DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key,
     edit<kEdits, kBand>(scores, rows, first_key, sequence, params, params.softmax_scale);
 }
 
-// 1 where a key is seen, 0 where it is not: the weights that count strays, see tile.cuh.
+// 1 where a key is seen, 0 where it is not: the weights that count strays, see strays.cuh.
 template <int kCols>
 DEVICE void mark_seen(Accumulator<kCols>& scores) {
 #pragma unroll

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "algorithm/mask.cuh"
-#include "tiles/tile.cuh"
+#include "tiles/fragments.cuh"
 
 namespace cupyattn {
 

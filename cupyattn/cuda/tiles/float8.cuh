@@ -13,6 +13,7 @@
 // Source   Shah et al., FlashAttention-3, 2024, section 3.3; Zhang et al., SageAttention2, 2024, for sums in two levels.
 #pragma once
 
+#include "tiles/fragments.cuh"
 #include "tiles/tile90.cuh"
 
 namespace cupyattn {

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "instructions/ptx90.cuh"
-#include "tiles/tile.cuh"
 
 namespace cupyattn {
 
