@@ -18,7 +18,8 @@ import numpy as np
 from oracle import assert_matches
 
 from cupyattn import numpy_ref, plan
-from cupyattn.cuda.launching.launch import recipe_of, record_of, view_of_numpy
+from cupyattn.cuda.launching.launch import recipe_of, record_of
+from cupyattn.cuda.launching.views import view_of_numpy
 from cupyattn.plan.hopper import hopper_tile
 from cupyattn.plan.splits import split
 from cupyattn.problem import ITEMSIZE, NAMED_DEVICES, Spec

@@ -15,16 +15,9 @@ from typing import Any, NamedTuple
 
 from cupyattn.cuda.launching import append, maps
 from cupyattn.cuda.launching.lanes import CuPyLane, TorchLane
-from cupyattn.cuda.launching.launch import (
-    View,
-    has_one_batch_axis,
-    has_to_be_copied,
-    is_aligned,
-    map_objections,
-    recipe_of,
-    record_of,
-)
+from cupyattn.cuda.launching.launch import map_objections, recipe_of, record_of
 from cupyattn.cuda.launching.memory import NOTHING, CuPyMemory, JaxMemory, TorchMemory, copied
+from cupyattn.cuda.launching.views import View, has_one_batch_axis, has_to_be_copied, is_aligned
 from cupyattn.cuda.making.compiler import FOLDER_OF_CUPY, INSTALL
 from cupyattn.cuda.making.module import Specialisation, kernel
 from cupyattn.plan import Plan

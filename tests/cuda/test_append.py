@@ -24,7 +24,8 @@ from oracle import assert_matches, assert_same_bits
 
 from cupyattn import flash_attn_with_kvcache, reading
 from cupyattn.cuda.launching import append
-from cupyattn.cuda.launching.launch import recipe_of, record_of, view_of_numpy
+from cupyattn.cuda.launching.launch import recipe_of, record_of
+from cupyattn.cuda.launching.views import view_of_numpy
 from cupyattn.cuda.making import catalogue, compiler, source
 from cupyattn.plan import Tile, with_num_splits
 from cupyattn.plan.hopper import KEYS_IN_A_BOX, hopper_tile
@@ -650,15 +651,15 @@ MUTANTS = [
     ("append.cu", "if (head >= params.num_heads) return;", "", "rotations"),
     ("append.cu", "params.head_dim_v, false, params", "params.head_dim_v, params.positions > 0, params", "rotations"),
     # ---- Float8
-    ("tile.cuh", "0x7ffffu + (size >> 20 & 1u)", "0x80000u", "float8"),
-    ("tile.cuh", "0x7ffffu + (size >> 20 & 1u)", "0u", "float8"),
-    ("tile.cuh", "if (size >= 0x43e00000u) return {static_cast<uint8>(sign | 0x7eu)};", "", "float8"),
-    ("tile.cuh", "size < 0x3c800000u ? small : other", "other", "float8"),
-    ("tile.cuh", "if (size > 0x7f800000u) return {0x7f};", "", "float8"),
-    ("tile.cuh", "sign | (size < 0x3c800000u", "(size < 0x3c800000u", "float8"),
-    ("tile.cuh", "(pair & 0x80008000u) | size >> 1", "size >> 1", "float8"),
-    ("tile.cuh", "(nans >> 15) * 0x7c00u", "0u", "float8"),
-    ("tile.cuh", "<< 8))}) * kOfFloat8", "<< 8))})", "float8"),
+    ("numbers.cuh", "0x7ffffu + (size >> 20 & 1u)", "0x80000u", "float8"),
+    ("numbers.cuh", "0x7ffffu + (size >> 20 & 1u)", "0u", "float8"),
+    ("numbers.cuh", "if (size >= 0x43e00000u) return {static_cast<uint8>(sign | 0x7eu)};", "", "float8"),
+    ("numbers.cuh", "size < 0x3c800000u ? small : other", "other", "float8"),
+    ("numbers.cuh", "if (size > 0x7f800000u) return {0x7f};", "", "float8"),
+    ("numbers.cuh", "sign | (size < 0x3c800000u", "(size < 0x3c800000u", "float8"),
+    ("numbers.cuh", "(pair & 0x80008000u) | size >> 1", "size >> 1", "float8"),
+    ("numbers.cuh", "(nans >> 15) * 0x7c00u", "0u", "float8"),
+    ("numbers.cuh", "<< 8))}) * kOfFloat8", "<< 8))})", "float8"),
     ("splitkv.cu", "<Traits::kEdits>(params, sequence.index,", "<Traits::kEdits>(params, sequence.place,",
      "layouts of float8"),
     ("splitkv.cu", "descale_of_values(params, sequence.index,", "descale_of_values(params, sequence.place,",

@@ -20,7 +20,8 @@ from emulated import (
 )
 from oracle import assert_same_bits
 
-from cupyattn.cuda.launching.launch import map_objections, recipe_of, record_of, view_of_numpy
+from cupyattn.cuda.launching.launch import map_objections, recipe_of, record_of
+from cupyattn.cuda.launching.views import view_of_numpy
 from cupyattn.plan import choose
 from cupyattn.plan.hopper import Switches, hopper_tile
 from cupyattn.problem import NAMED_DEVICES

@@ -1,6 +1,7 @@
 """How a kernel is launched: whose memory it reads, its grid, and its parameter record.
 
-memory      whose arrays these are, and where they lie
+memory      whose arrays these are
+views       where they lie, as values
 launch      kernel, grid and parameter record
 params      the record, twin of ``algorithm/params.cuh``
 append      the same for new keys and values on their way into a cache

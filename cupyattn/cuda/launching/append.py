@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cupyattn.cuda.launching import params
-from cupyattn.cuda.launching.launch import Fact, View
+from cupyattn.cuda.launching.views import Fact, View
 from cupyattn.cuda.making.catalogue import append as append_kernel
 from cupyattn.cuda.making.module import Specialisation
 from cupyattn.problem import Problem, Shape

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-from cupyattn.cuda.launching.launch import View, Workspace, has_one_batch_axis
+from cupyattn.cuda.launching.launch import Workspace
+from cupyattn.cuda.launching.views import View, has_one_batch_axis
 from cupyattn.problem import Shape, Spec
 
 Scratch = dict[str, int]
@@ -294,7 +295,7 @@ class _Handed:
 
 
 def copied(memory: CuPyMemory, name: str, array: Any, batch_shape: Shape) -> Any:
-    """An operand that kernels cannot read as it is, as they can; see `launch.has_to_be_copied`."""
+    """An operand that kernels cannot read as it is, as they can; see `views.has_to_be_copied`."""
     if name in ("alibi_slopes", "sinks"):
         return memory.as_float32(array)
     if name in ("q", "k", "v", "mask", "bias") and not has_one_batch_axis(tuple(array.shape), batch_shape):
