@@ -7,7 +7,7 @@ from gpu_tools import back_ends, microseconds, with_tile
 
 import cupyattn
 from cupyattn.cuda.making import catalogue
-from cupyattn.plan.hopper import ALL_KEYS, RIGHT_EDGE, Switches, base_cluster, base_tile
+from cupyattn.plan import ALL_KEYS, RIGHT_EDGE, Switches, base_cluster, base_tile
 
 FLOAT8 = "float8_e4m3fn"
 TOKENS, FEATURES = 16384, 2048

@@ -1,23 +1,21 @@
-"""The wing of decisions: how it will be done, as values."""
+"""The wing of decisions: how it will be done, as values.
+
+`choose` asks every implementation for its objections to a problem on a device, takes the first that has none, and
+returns a `Plan` that prints itself.  Nothing here touches an array or a GPU.
+
+- `values`: what is decided, `Plan` and tiles
+- `objections`: what each implementation has against a problem, and the order in which they are asked
+- `choosing`: the choice, and what mends a plan when more is known
+- `cpu`, `gpu`, `hopper`: the tiles of NumPy, of the flash and split-KV kernels, of the Hopper kernel
+- `splits`: into how many pieces a decode cuts its keys, by our rule and by those of flash-attn
+"""
 
 import sys
 
 from cupyattn.plan import hopper
-from cupyattn.plan.choosing import (
-    IMPLEMENTATIONS,
-    LONGEST,
-    CpuTile,
-    Plan,
-    Tile,
-    choose,
-    cpu_tile,
-    flash_tile,
-    for_live_keys,
-    gpu_tile,
-    objections_of_hopper,
-    split_tile,
-    with_num_splits,
-)
+from cupyattn.plan.choosing import choose, for_live_keys, with_num_splits
+from cupyattn.plan.cpu import cpu_tile
+from cupyattn.plan.gpu import flash_tile, gpu_tile, split_tile
 from cupyattn.plan.hopper import (
     ALL_KEYS,
     BOTH_EDGES,
@@ -32,6 +30,8 @@ from cupyattn.plan.hopper import (
     padded_dims,
     rows_per_box,
 )
+from cupyattn.plan.objections import IMPLEMENTATIONS, LONGEST, objections_of_hopper
+from cupyattn.plan.values import CpuTile, Plan, Tile
 
 __all__ = [
     "ALL_KEYS",

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 import cupyattn
 from cupyattn import plan
 from cupyattn.cuda.making.catalogue import shared_memory
-from cupyattn.plan import CpuTile, Tile, choose, choosing, cpu_tile, gpu_tile, with_num_splits
+from cupyattn.plan import CpuTile, Tile, choose, cpu_tile, gpu_tile, with_num_splits
+from cupyattn.plan.cpu import BLOCK_K, BLOCK_Q, NUMBERS_SIDE_BY_SIDE, SCORES_SIDE_BY_SIDE
 from cupyattn.plan.splits import live_split_blocks
 from cupyattn.problem import NAMED_DEVICES, Device, Layout, Mask, Problem, ScoreEdits, Sizes
 
@@ -455,7 +456,7 @@ def test_the_tile_of_a_cpu_is_never_empty_and_never_larger_than_the_problem(cut)
 @given(cut_problems())
 def test_the_tile_of_a_cpu_holds_a_bounded_number_of_scores(cut):
     tile = cpu_tile(*cut)
-    assert math.prod(tile) <= max(choosing.BLOCK_Q * choosing.BLOCK_K, 2 * choosing.SCORES_SIDE_BY_SIDE)
+    assert math.prod(tile) <= max(BLOCK_Q * BLOCK_K, 2 * SCORES_SIDE_BY_SIDE)
 
 
 @settings(derandomize=True, deadline=None, max_examples=500)
@@ -464,7 +465,7 @@ def test_the_tile_of_a_cpu_holds_a_bounded_number_of_queries_and_keys_where_it_t
     tile = cpu_tile(*cut)
     if tile.batch > 1:
         numbers = tile.pairs * (tile.heads * tile.block_q * 64 + tile.block_k * 128)
-        assert tile.batch * numbers <= choosing.NUMBERS_SIDE_BY_SIDE
+        assert tile.batch * numbers <= NUMBERS_SIDE_BY_SIDE
 
 
 @settings(derandomize=True, deadline=None, max_examples=500)

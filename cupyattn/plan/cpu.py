@@ -1,0 +1,51 @@
+"""How the CPU cuts a part of a problem: the rule for its tile."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from cupyattn.plan.values import CpuTile
+from cupyattn.problem import Sizes
+
+BLOCK_Q, BLOCK_K = 1024, 384
+"""Rows and keys of a block of scores, the best of those tried: taller blocks make better matrix products and
+wider ones fewer steps of Python, until they leave a core's second-level cache too far behind."""
+SCORES_SIDE_BY_SIDE = 2**18
+"""Scores a tile may hold when it takes several small heads or many keys at once, 2 MB of float64; twice as many where
+only one thread works."""
+NUMBERS_SIDE_BY_SIDE = 2**19
+"""Numbers of q, k and v that a tile may hold when it takes several batches at once, 4 MB of float64."""
+MOST_KEYS = 8192
+FEWEST_ROWS = 128
+"""Splitting rows further over more threads costs more than it gains."""
+
+
+@lru_cache(maxsize=4096)
+def cpu_tile(sizes: Sizes, batch: int, seqlen_q: int, seqlen_k: int, num_workers: int) -> CpuTile:
+    """How to cut a part: tall blocks of scores, and several heads or batches side by side if they are small.
+
+    Several workers get three tiles each, as far as there are rows to share out, and heads are stacked or set
+    side by side only where every worker still has one.
+    """
+    group = sizes.queries_per_pair
+    num_pairs = max(1, sizes.num_heads // group)
+    enough = 3 * num_workers if num_workers > 1 else 1
+    room_for_scores = SCORES_SIDE_BY_SIDE * (1 if num_workers > 1 else 2)
+    block_q = max(1, min(seqlen_q, BLOCK_Q))
+    while block_q >= 2 * FEWEST_ROWS and batch * sizes.num_heads * -(-seqlen_q // block_q) < enough:
+        block_q = -(-block_q // 2)
+    tiles = batch * sizes.num_heads * -(-seqlen_q // block_q)
+    heads = max(1, min(group, BLOCK_Q // block_q, tiles // num_workers))
+    rows = block_q * heads
+    block_k = max(1, min(seqlen_k, MOST_KEYS, max(BLOCK_K, room_for_scores // rows)))
+    pairs = batches = 1
+    each_has_its_keys = sizes.num_heads_k == sizes.num_heads_v == num_pairs
+    if heads == group and each_has_its_keys and block_k == seqlen_k:
+        room = min(room_for_scores // (rows * block_k), num_pairs * batch // enough)
+        pairs = max(1, min(num_pairs, room))
+        numbers = sizes.num_heads * block_q * sizes.head_dim + num_pairs * seqlen_k * (
+            sizes.head_dim + sizes.head_dim_v
+        )
+        if pairs == num_pairs:
+            batches = max(1, min(batch, room // pairs, NUMBERS_SIDE_BY_SIDE // max(1, numbers)))
+    return CpuTile(block_q, block_k, heads, pairs, batches)

@@ -1,0 +1,86 @@
+"""The values that decisions are: a `Plan`, and the tiles by which the CPU and the kernels for Ampere cut a problem."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from cupyattn.plan.hopper import HopperTile
+
+
+class CpuTile(NamedTuple):
+    """How the CPU cuts a part: rows and keys of a block of scores, and how many heads and batches share it."""
+
+    block_q: int
+    block_k: int
+    heads: int
+    """Query heads of one group, stacked as rows."""
+    pairs: int
+    """Groups side by side; more than one only where whole groups fit."""
+    batch: int
+
+
+class Tile(NamedTuple):
+    """How one thread block of a GPU cuts the problem."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    queries_in_registers: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run, and why nothing else."""
+
+    kernel: str
+    """ "numpy", "hopper", "flash" or "splitkv"; "none" if every implementation objects."""
+    device: str
+    compute_dtype: str
+    tile: CpuTile | Tile | HopperTile | None
+    num_splits: int
+    """Pieces into which the keys of one row are cut, to be merged at the end; the most, if lengths are data."""
+    num_workers: int
+    """CPU threads, or thread blocks of the GPU's grid."""
+    flops: int
+    bytes: int
+    reason: str
+    objections: tuple[tuple[str, tuple[str, ...]], ...] = field(default=())
+    """Each other implementation's reasons against it."""
+    split_size: int = 0
+    """Keys of a split; 0: found on the GPU, from the lengths there."""
+    num_slots: int = 0
+    """Thread blocks of the split-KV kernel that the GPU runs at once."""
+    peers: tuple[tuple[str, int], ...] = field(default=())
+    """Splits that others would have made of it."""
+    notes: tuple[str, ...] = field(default=())
+    """What else is done: what float8 operands stand for, which of these very arrays are copied."""
+    instead: Plan | None = field(default=None)
+    """What runs where the arrays lie so that the kernel cannot read them."""
+
+    def __hash__(self) -> int:
+        """Remembered: launches are looked up by their plan."""
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hash: strings hash differently in every process."""
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.kernel, self.device, self.tile, self.num_splits, self.split_size, self.flops, self.bytes))
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.kernel} on {self.device}: {self.reason}",
+            f"  tile       {self.tile}",
+            f"  splits     {self.num_splits}",
+            f"  workers    {self.num_workers}",
+            f"  arithmetic {self.compute_dtype}, {self.flops:.3g} flop, {self.bytes:.3g} bytes",
+        ]
+        lines += [f"  {name} would make {splits} splits" for name, splits in self.peers]
+        lines += [f"  {note}" for note in self.notes]
+        lines += [f"  not {name:<8}{reason}" for name, reasons in self.objections for reason in reasons]
+        return "\n".join(lines)
