@@ -31,8 +31,7 @@ from cupyattn.cuda.launching.views import (
 )
 from cupyattn.cuda.making import catalogue
 from cupyattn.cuda.making.module import Specialisation
-from cupyattn.plan import Plan, Tile
-from cupyattn.plan.hopper import HopperTile, padded_dims, rows_per_box
+from cupyattn.plan import HopperTile, Plan, Tile, padded_dims, rows_per_box
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Shape
 
 LARGEST_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127

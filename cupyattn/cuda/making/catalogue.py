@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from cupyattn.cuda.making.module import Specialisation
-from cupyattn.plan import Tile, flash_tile, split_tile
-from cupyattn.plan.hopper import HEAD_DIMS, HopperTile, base_cluster, base_tile
+from cupyattn.plan import HEAD_DIMS, HopperTile, Tile, base_cluster, base_tile, flash_tile, split_tile
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem
 
 ELEMENT = {
