@@ -89,7 +89,7 @@ def answer_from_cache(
 
 
 def views_on_gpu(visit: Visit, words: tuple[str, ...]) -> list[Any]:
-    """Where some of the arrays lie, as `cuda.launch.View` says it."""
+    """Where some of the arrays lie, as `cuda.launching.views.View` says it."""
     from cupyattn import cuda
 
     return list(
