@@ -12,7 +12,7 @@ STEPS = 40
 
 def attack(seed, cases):
     """So many sequences of `STEPS` calls, as many for each kind of cache."""
-    from test_cache_stateful import MACHINES
+    from cache.test_cache_stateful import MACHINES
 
     lost, each = [], max(1, cases // len(MACHINES))
     for machine in MACHINES:
