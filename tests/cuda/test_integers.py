@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ptx import compile_ptx
+from ptx.integers import compile_ptx
 
 from cupyattn.cuda.launching import params
 from cupyattn.cuda.making.source import FOLDER, join, sources

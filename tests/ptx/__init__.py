@@ -1,0 +1,1 @@
+"""What NVRTC makes of the kernels, executed: PTX on the CPU."""
