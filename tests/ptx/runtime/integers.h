@@ -1,5 +1,7 @@
 // Integers and bits.
 #pragma once
+#include <type_traits>
+
 #include "instructions.h"
 
 // prmt (9.7.9.7), default mode: each of the four low digits of the selector names one of eight bytes; its highest bit
@@ -56,13 +58,13 @@ inline u64 shr_s64(u64 a, u32 count) { return (u64)((s64)a >> (count > 63 ? 63 :
 template <typename T>
 inline T quotient(Thread& thread, T a, T b) {
     if (b == 0) fail(thread, "division by zero");
-    if (b == (T)-1 && (T)-1 < 0) return (T)(0 - (u64)a);
+    if (std::is_signed<T>::value && b == (T)-1) return (T)(0 - (u64)a);
     return a / b;
 }
 template <typename T>
 inline T remainder(Thread& thread, T a, T b) {
     if (b == 0) fail(thread, "remainder of a division by zero");
-    if (b == (T)-1 && (T)-1 < 0) return 0;
+    if (std::is_signed<T>::value && b == (T)-1) return 0;
     return a % b;
 }
 inline u32 div_s32(Thread& thread, u32 a, u32 b) { return (u32)quotient<s32>(thread, (s32)a, (s32)b); }

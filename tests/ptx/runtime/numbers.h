@@ -84,7 +84,7 @@ inline u32 add_rm_ftz_f32(u32 a, u32 b) {
     return flushed(bits_of(sum));
 }
 
-// max, min (9.7.3.11, 9.7.3.12): a nan loses against a number, and -0 is less than +0.
+// min, max (9.7.3.11, 9.7.3.12): a nan loses against a number, and -0 is less than +0.
 inline u32 max_ftz_f32(u32 a, u32 b) {
     const float left = flushed_float(a);
     const float right = flushed_float(b);
@@ -102,7 +102,7 @@ inline u32 min_ftz_f32(u32 a, u32 b) {
     return bits_of(left < right ? left : right);
 }
 
-// ex2, lg2, tanh (9.7.3.20, 9.7.3.19, 9.7.3.21)
+// lg2, ex2, tanh (9.7.3.20, 9.7.3.21, 9.7.3.22)
 inline u32 ex2_approx_ftz_f32(u32 a) { return flushed_result_of(std::exp2(flushed_float(a))); }
 inline u32 lg2_approx_ftz_f32(u32 a) {
     const float value = flushed_float(a);
@@ -112,7 +112,7 @@ inline u32 lg2_approx_ftz_f32(u32 a) {
 }
 inline u32 tanh_approx_f32(u32 a) { return result_of(std::tanh(float_of(a))); }
 
-// setp (9.7.7.2): ordered comparisons are false where a nan is, those that end in u are true.
+// setp (9.7.6.2): ordered comparisons are false where a nan is, those that end in u are true.
 inline bool setp_f32(Compare compare, bool ftz, u32 a, u32 b) {
     const float left = ftz ? flushed_float(a) : float_of(a);
     const float right = ftz ? flushed_float(b) : float_of(b);

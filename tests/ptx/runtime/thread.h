@@ -4,6 +4,7 @@
 // unit, and exports executor_launch and executor_num_blocks.
 #pragma once
 #include <deque>
+#include <map>
 #include <memory>
 #include <vector>
 
@@ -51,6 +52,13 @@ struct Product {
     std::shared_ptr<const Clock> issued;  // what its warp knew then
 };
 
+// What registers of a product held when it was issued, or waited for: who changes them must have a wgmma.fence behind that
+// before the next product.
+struct RegistersThen {
+    std::vector<u32> values;
+    u64 fences;
+};
+
 enum class State { runs, waits, exited };
 
 struct Thread : ThreadBase {
@@ -68,6 +76,8 @@ struct Thread : ThreadBase {
     std::deque<std::vector<BulkStore>> store_groups;
     std::deque<Product> products;
     u64 product_groups;  // committed
+    u64 product_fences;  // wgmma.fence
+    std::map<u32*, RegistersThen> registers_then;  // by the first of them
 
     u32 proxy_fences;         // how many fence.proxy.async were there
     bool barriers_to_fence;   // mbarriers initialised, and no fence.mbarrier_init since
