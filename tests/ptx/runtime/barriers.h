@@ -2,7 +2,7 @@
 #pragma once
 #include "warps.h"
 
-// ---- bar.sync, bar.red, bar.arrive (9.7.13.1) ------------------------------------------------------------------------
+// ---- bar.sync, bar.red, bar.arrive (9.7.13.1) -----------------------------------------------------------------------
 
 struct BarrierArrival {
     bool predicate;
@@ -51,7 +51,8 @@ static bool use_barrier(Thread& thread, int site, const BarrierUse& use, bool pr
     const s64 threads = use.threads < 0 ? launch.threads : use.threads;
     if (use.number >= kNamedBarriers) fail(thread, "%s: there is no barrier %u", use.name, use.number);
     if (threads == 0 || threads % kLanes) fail(thread, "%s of %ld threads", use.name, (long)threads);
-    if (threads > launch.threads) fail(thread, "%s of %ld threads in a block of %u", use.name, (long)threads, launch.threads);
+    if (threads > launch.threads)
+        fail(thread, "%s of %ld threads in a block of %u", use.name, (long)threads, launch.threads);
     BarrierArrival mine{predicate, 0};
     together(thread, site, use.name, &mine,
              [&](Warp& warp) { arrive_at_barrier(thread, warp, use.number, (u32)threads); });
@@ -73,7 +74,7 @@ bool bar_red_or(Thread& thread, int site, u32 barrier, bool predicate) {
     return use_barrier(thread, site, {barrier, -1, true, "bar.red.or"}, predicate);
 }
 
-// ---- barrier.cluster (9.7.13.3): of all threads that have not exited -------------------------------------------------
+// ---- barrier.cluster (9.7.13.3): of all threads that have not exited ------------------------------------------------
 
 static void complete_cluster_barrier() {
     ClusterBarrier& barrier = machine.cluster_barrier;
@@ -103,7 +104,7 @@ void barrier_cluster_wait_acquire(Thread& thread, int site) {
     be_told(thread, barrier.last_clock);
 }
 
-// ---- What all warps of a warpgroup have to do alike ------------------------------------------------------------------
+// ---- What all warps of a warpgroup have to do alike -----------------------------------------------------------------
 // The four may be at different places of one stream of instructions: the first to come says what it is.
 
 static void agree(Thread& thread, const char* name, u64 what, u64 how) {
@@ -118,7 +119,7 @@ static void agree(Thread& thread, const char* name, u64 what, u64 how) {
     ++place;
 }
 
-// ---- setmaxnreg (9.7.19.5) -------------------------------------------------------------------------------------------
+// ---- setmaxnreg (9.7.19.5) ------------------------------------------------------------------------------------------
 // Registers come from what other warps of the block gave back; until there are enough, setmaxnreg.inc waits.
 
 constexpr u32 kRegisterFile = 65536;

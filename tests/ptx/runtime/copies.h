@@ -56,7 +56,8 @@ void cp_async_wait_group(Thread& thread, u32 pending) {
         for (size_t left = ready.size(); left > 1; --left) std::swap(ready[left - 1], ready[random_number() % left]);
     for (const Copy& copy : ready) {
         end_copy(thread, copy);
-        order_write(thread, block_of(thread), copy.to, kCopyBytes);  // now it is seen by those who are told from here on
+        order_write(thread, block_of(thread), copy.to,
+                    kCopyBytes);  // now it is seen by those who are told from here on
     }
 }
 // Whoever exits does not wait for them, but they come.

@@ -6,7 +6,7 @@
 
 // prmt (9.7.9.7), default mode: each of the four low digits of the selector names one of eight bytes; its highest bit
 // asks for that byte's sign instead.
-inline u32 prmt_b32(u32 a, u32 b, u32 selector) {
+u32 prmt_b32(u32 a, u32 b, u32 selector) {
     const u64 bytes = (u64)b << 32 | a;
     u32 result = 0;
     for (int place = 0; place < 4; ++place) {
@@ -19,7 +19,7 @@ inline u32 prmt_b32(u32 a, u32 b, u32 selector) {
 }
 
 // bfi (9.7.1.20): position and length are the low bytes of their operands; what reaches beyond bit 31 is dropped.
-inline u32 bfi_b32(u32 a, u32 b, u32 position, u32 length) {
+u32 bfi_b32(u32 a, u32 b, u32 position, u32 length) {
     position &= 255;
     length &= 255;
     if (position > 31 || length == 0) return b;
@@ -28,7 +28,7 @@ inline u32 bfi_b32(u32 a, u32 b, u32 position, u32 length) {
 }
 
 // bfe (9.7.1.19)
-inline u32 bfe_u32(u32 a, u32 position, u32 length) {
+u32 bfe_u32(u32 a, u32 position, u32 length) {
     position &= 255;
     length &= 255;
     if (position > 31 || length == 0) return 0;
@@ -37,7 +37,7 @@ inline u32 bfe_u32(u32 a, u32 position, u32 length) {
 }
 
 // lop3 (9.7.8.6): bit 4a + 2b + c of the table.
-inline u32 lop3_b32(u32 a, u32 b, u32 c, u32 table) {
+u32 lop3_b32(u32 a, u32 b, u32 c, u32 table) {
     u32 result = 0;
     for (u32 row = 0; row < 8; ++row) {
         if ((table >> row & 1) == 0) continue;
@@ -47,31 +47,31 @@ inline u32 lop3_b32(u32 a, u32 b, u32 c, u32 table) {
 }
 
 // shl, shr (9.7.8.8, 9.7.8.9): counts beyond the width are clamped to it, where C++ leaves them undefined.
-inline u32 shl_b32(u32 a, u32 count) { return count > 31 ? 0 : a << count; }
-inline u64 shl_b64(u64 a, u32 count) { return count > 63 ? 0 : a << count; }
-inline u32 shr_u32(u32 a, u32 count) { return count > 31 ? 0 : a >> count; }
-inline u64 shr_u64(u64 a, u32 count) { return count > 63 ? 0 : a >> count; }
-inline u32 shr_s32(u32 a, u32 count) { return (u32)((s32)a >> (count > 31 ? 31 : count)); }
-inline u64 shr_s64(u64 a, u32 count) { return (u64)((s64)a >> (count > 63 ? 63 : count)); }
+u32 shl_b32(u32 a, u32 count) { return count > 31 ? 0 : a << count; }
+u64 shl_b64(u64 a, u32 count) { return count > 63 ? 0 : a << count; }
+u32 shr_u32(u32 a, u32 count) { return count > 31 ? 0 : a >> count; }
+u64 shr_u64(u64 a, u32 count) { return count > 63 ? 0 : a >> count; }
+u32 shr_s32(u32 a, u32 count) { return (u32)((s32)a >> (count > 31 ? 31 : count)); }
+u64 shr_s64(u64 a, u32 count) { return (u64)((s64)a >> (count > 63 ? 63 : count)); }
 
 // div, rem (9.7.1.8, 9.7.1.9). The smallest number divided by -1 wraps, where C++ leaves it undefined.
 template <typename T>
-inline T quotient(Thread& thread, T a, T b) {
+static inline T quotient(Thread& thread, T a, T b) {
     if (b == 0) fail(thread, "division by zero");
     if (std::is_signed<T>::value && b == (T)-1) return (T)(0 - (u64)a);
     return a / b;
 }
 template <typename T>
-inline T remainder(Thread& thread, T a, T b) {
+static inline T remainder(Thread& thread, T a, T b) {
     if (b == 0) fail(thread, "remainder of a division by zero");
     if (std::is_signed<T>::value && b == (T)-1) return 0;
     return a % b;
 }
-inline u32 div_s32(Thread& thread, u32 a, u32 b) { return (u32)quotient<s32>(thread, (s32)a, (s32)b); }
-inline u32 rem_s32(Thread& thread, u32 a, u32 b) { return (u32)remainder<s32>(thread, (s32)a, (s32)b); }
-inline u32 div_u32(Thread& thread, u32 a, u32 b) { return quotient<u32>(thread, a, b); }
-inline u32 rem_u32(Thread& thread, u32 a, u32 b) { return remainder<u32>(thread, a, b); }
-inline u64 div_s64(Thread& thread, u64 a, u64 b) { return (u64)quotient<s64>(thread, (s64)a, (s64)b); }
-inline u64 rem_s64(Thread& thread, u64 a, u64 b) { return (u64)remainder<s64>(thread, (s64)a, (s64)b); }
-inline u64 div_u64(Thread& thread, u64 a, u64 b) { return quotient<u64>(thread, a, b); }
-inline u64 rem_u64(Thread& thread, u64 a, u64 b) { return remainder<u64>(thread, a, b); }
+u32 div_s32(Thread& thread, u32 a, u32 b) { return (u32)quotient<s32>(thread, (s32)a, (s32)b); }
+u32 rem_s32(Thread& thread, u32 a, u32 b) { return (u32)remainder<s32>(thread, (s32)a, (s32)b); }
+u32 div_u32(Thread& thread, u32 a, u32 b) { return quotient<u32>(thread, a, b); }
+u32 rem_u32(Thread& thread, u32 a, u32 b) { return remainder<u32>(thread, a, b); }
+u64 div_s64(Thread& thread, u64 a, u64 b) { return (u64)quotient<s64>(thread, (s64)a, (s64)b); }
+u64 rem_s64(Thread& thread, u64 a, u64 b) { return (u64)remainder<s64>(thread, (s64)a, (s64)b); }
+u64 div_u64(Thread& thread, u64 a, u64 b) { return quotient<u64>(thread, a, b); }
+u64 rem_u64(Thread& thread, u64 a, u64 b) { return remainder<u64>(thread, a, b); }

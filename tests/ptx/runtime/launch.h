@@ -47,8 +47,10 @@ static void check_reach_into_exited_blocks() {
     for (const Block& block : machine.blocks)
         for (const Moment& access : block.reached_from_elsewhere)
             if (!known(access, block.exit_clock))
-                record_failure("block (%u,%u,%u) of a cluster may exit before thread %u of another reaches for its shared "
-                               "memory", block.x, block.y, block.z, machine.threads[access.agent]->number);
+                record_failure(
+                    "block (%u,%u,%u) of a cluster may exit before thread %u of another reaches for its shared "
+                    "memory",
+                    block.x, block.y, block.z, machine.threads[access.agent]->number);
 }
 static void check_mbarriers_at_end() {
     for (const Block& block : machine.blocks)
@@ -58,7 +60,7 @@ static void check_mbarriers_at_end() {
                                block.z, each.first, (long)each.second.bytes);
 }
 
-// ---- Before a cluster runs -------------------------------------------------------------------------------------------
+// ---- Before a cluster runs ------------------------------------------------------------------------------------------
 
 struct Storage {
     std::vector<u8> shared;
@@ -68,9 +70,7 @@ struct Storage {
     std::vector<Thread> threads;
 };
 
-static u8* aligned(u8* place, size_t alignment) {
-    return (u8*)(((u64)place + alignment - 1) / alignment * alignment);
-}
+static u8* aligned(u8* place, size_t alignment) { return (u8*)(((u64)place + alignment - 1) / alignment * alignment); }
 static void begin_block(const Request& request, Storage& storage, u32 rank, u32 number) {
     Block& block = machine.blocks[rank];
     block.number = number;
@@ -128,13 +128,14 @@ static void begin_cluster(const Request& request, Storage& storage, u32 number) 
     for (u32 index = 0; index < threads; ++index) begin_thread(request, storage, index);
 }
 
-// ---- The launch ------------------------------------------------------------------------------------------------------
+// ---- The launch -----------------------------------------------------------------------------------------------------
 
 static bool request_is_sound(const Request& request) {
     const s32* grid = request.grid;
     const bool sound = request.threads > 0 && request.threads % kLanes == 0 && request.threads <= 1024 &&
-                       request.cluster >= 1 && request.cluster <= (s32)kMostClusterBlocks && grid[0] > 0 && grid[1] > 0 &&
-                       grid[2] > 0 && grid[0] % request.cluster == 0 && request.schedule >= 0 && request.schedule <= 2;
+                       request.cluster >= 1 && request.cluster <= (s32)kMostClusterBlocks && grid[0] > 0 &&
+                       grid[1] > 0 && grid[2] > 0 && grid[0] % request.cluster == 0 && request.schedule >= 0 &&
+                       request.schedule <= 2;
     if (!sound)
         record_failure("no launch of (%d,%d,%d) blocks of %d threads in clusters of %d, schedule %d", grid[0], grid[1],
                        grid[2], request.threads, request.cluster, request.schedule);

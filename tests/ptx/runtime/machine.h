@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "numbers.h"
 #include "thread.h"
 
 constexpr u32 kLanes = 32;
@@ -20,7 +21,7 @@ constexpr u32 kNamedBarriers = 16;
 constexpr size_t kStackBytes = (1 << 20) + 576;
 constexpr u32 kNobody = ~0u;
 
-// ---- What Python asks for --------------------------------------------------------------------------------------------
+// ---- What Python asks for -------------------------------------------------------------------------------------------
 
 struct Buffer {
     u64 address, bytes, writable;
@@ -40,7 +41,7 @@ struct Request {
     u64* visits;
 };
 
-// ---- What threads share ----------------------------------------------------------------------------------------------
+// ---- What threads share ---------------------------------------------------------------------------------------------
 
 // An access: its agent, and that agent's clock then.
 struct Moment {

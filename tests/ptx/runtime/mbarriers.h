@@ -46,7 +46,8 @@ static void end_phase_if_complete(Mbarrier& mbarrier) {
     wake_all(mbarrier.waiters);
 }
 static void arrive(Thread& thread, Mbarrier& mbarrier, u32 address) {
-    if (mbarrier.pending == 0) fail(thread, "mbarrier %u: more than %u arrivals in a phase", address, mbarrier.arrivals);
+    if (mbarrier.pending == 0)
+        fail(thread, "mbarrier %u: more than %u arrivals in a phase", address, mbarrier.arrivals);
     --mbarrier.pending;
     tell(thread, mbarrier.clock);
     end_phase_if_complete(mbarrier);
@@ -112,7 +113,7 @@ bool mbarrier_try_wait_parity(Thread& thread, u32 address, u32 parity) {
     return true;
 }
 
-// ---- Proxies ---------------------------------------------------------------------------------------------------------
+// ---- Proxies --------------------------------------------------------------------------------------------------------
 // What a thread wrote through the generic proxy is seen by boxes, bulk stores and products only behind its own
 // fence.proxy.async.
 

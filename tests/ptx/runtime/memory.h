@@ -2,7 +2,7 @@
 #pragma once
 #include "order.h"
 
-// ---- Shared memory ---------------------------------------------------------------------------------------------------
+// ---- Shared memory --------------------------------------------------------------------------------------------------
 // An address of shared::cluster has the block's rank, counted from 1, above its low 24 bits; of shared::cta 0 there.
 
 constexpr u32 kRankShift = 24;
@@ -37,7 +37,8 @@ static void end_copy_to(Block& block, u32 address, u32 bytes) {
 static void check_untouched(Thread& thread, const Block& block, u32 address, u32 bytes, const char* what) {
     const Words words = words_of(address, bytes);
     for (u32 index = words.first; index <= words.last; ++index) {
-        if (block.flags[index] & kCopyUnderWay) fail(thread, "%s at shared %u: a copy to it is under way", what, address);
+        if (block.flags[index] & kCopyUnderWay)
+            fail(thread, "%s at shared %u: a copy to it is under way", what, address);
         if (block.flags[index] & kMbarrier) fail(thread, "%s at shared %u: an mbarrier is there", what, address);
     }
 }
@@ -68,7 +69,7 @@ u8* shared_memory(Thread& thread, u32 address, u32 bytes, bool writes) {
     return shared_at_once(thread, address, bytes, writes);
 }
 
-// ---- Global memory, and constants ------------------------------------------------------------------------------------
+// ---- Global memory, and constants -----------------------------------------------------------------------------------
 
 static bool lies_within(u64 address, u64 bytes, u64 low, u64 high) { return address >= low && address + bytes <= high; }
 
@@ -97,7 +98,7 @@ u8* global_memory(Thread& thread, u64 address, u32 bytes, bool writes) {
     return global_at_once(thread, address, bytes, writes, true);
 }
 
-// ---- Local memory, parameters, generic addresses ---------------------------------------------------------------------
+// ---- Local memory, parameters, generic addresses --------------------------------------------------------------------
 
 static bool is_local(const Thread& thread, u64 address, u32 bytes) {
     return lies_within(address, bytes, (u64)thread.stack, (u64)thread.stack + kStackBytes);
@@ -109,7 +110,8 @@ static bool is_parameter(u64 address, u32 bytes) {
 
 u8* local_memory(Thread& thread, u64 address, u32 bytes) {
     if (address % bytes) fail(thread, "local %#lx is not aligned to %u", (unsigned long)address, bytes);
-    if (!is_local(thread, address, bytes)) fail(thread, "local %#lx is outside of local memory", (unsigned long)address);
+    if (!is_local(thread, address, bytes))
+        fail(thread, "local %#lx is outside of local memory", (unsigned long)address);
     return (u8*)address;
 }
 // Those of device functions are on the stack.
@@ -127,7 +129,7 @@ u8* generic_memory(Thread& thread, u64 address, u32 bytes, bool writes) {
     return global_memory(thread, address, bytes, writes);
 }
 
-// ---- Atomics and fences ----------------------------------------------------------------------------------------------
+// ---- Atomics and fences ---------------------------------------------------------------------------------------------
 
 u32 atom_add_acq_rel_gpu_global_s32(Thread& thread, u64 address, u32 value) {
     preempt(thread);

@@ -1,8 +1,9 @@
 // Floating-point numbers as bits: what an instruction rounds, flushes and makes of special values.
 //
-// Every nan that an instruction makes is 0x7fffffff (9.7.3), or 0x7fff in half precision (9.7.4). `.ftz` takes subnormal
-// operands for zeros of their signs, and makes zeros of subnormal results.  The approximations (.approx) are exact to a
-// unit in the last place here, closer than the ISA demands: a GPU's other last bits are no subject of these tests.
+// Every nan that an instruction makes is 0x7fffffff (9.7.3), or 0x7fff in half precision (9.7.4). `.ftz` takes
+// subnormal operands for zeros of their signs, and makes zeros of subnormal results.  The approximations (.approx) are
+// exact to a unit in the last place here, closer than the ISA demands: a GPU's other last bits are no subject of these
+// tests.
 #pragma once
 #include <cmath>
 
@@ -12,51 +13,51 @@ constexpr u32 kNan = 0x7fffffff;
 constexpr u16 kHalfNan = 0x7fff;
 constexpr u32 kSign = 0x80000000;
 
-inline float float_of(u32 bits) {
+static inline float float_of(u32 bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
-inline u32 bits_of(float value) {
+static inline u32 bits_of(float value) {
     u32 bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
-inline double double_of(u64 bits) {
+static inline double double_of(u64 bits) {
     double value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
-inline u64 bits_of(double value) {
+static inline u64 bits_of(double value) {
     u64 bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
-inline bool is_nan(float value) { return value != value; }
-inline bool is_nan(double value) { return value != value; }
+static inline bool is_nan(float value) { return value != value; }
+static inline bool is_nan(double value) { return value != value; }
 
-inline u32 flushed(u32 bits) { return (bits & 0x7f800000) ? bits : bits & kSign; }
-inline float flushed_float(u32 bits) { return float_of(flushed(bits)); }
-inline u32 result_of(float value) { return is_nan(value) ? kNan : bits_of(value); }
-inline u32 flushed_result_of(float value) { return is_nan(value) ? kNan : flushed(bits_of(value)); }
+static inline u32 flushed(u32 bits) { return (bits & 0x7f800000) ? bits : bits & kSign; }
+static inline float flushed_float(u32 bits) { return float_of(flushed(bits)); }
+static inline u32 result_of(float value) { return is_nan(value) ? kNan : bits_of(value); }
+static inline u32 flushed_result_of(float value) { return is_nan(value) ? kNan : flushed(bits_of(value)); }
 
-// ---- Arithmetic (9.7.3) ----------------------------------------------------------------------------------------------
+// ---- Arithmetic (9.7.3) ---------------------------------------------------------------------------------------------
 
-inline u32 add_rn_f32(u32 a, u32 b) { return result_of(float_of(a) + float_of(b)); }
-inline u32 add_rn_ftz_f32(u32 a, u32 b) { return flushed_result_of(flushed_float(a) + flushed_float(b)); }
-inline u32 sub_rn_ftz_f32(u32 a, u32 b) { return flushed_result_of(flushed_float(a) - flushed_float(b)); }
-inline u32 mul_rn_ftz_f32(u32 a, u32 b) { return flushed_result_of(flushed_float(a) * flushed_float(b)); }
-inline u32 fma_rn_ftz_f32(u32 a, u32 b, u32 c) {
+u32 add_rn_f32(u32 a, u32 b) { return result_of(float_of(a) + float_of(b)); }
+u32 add_rn_ftz_f32(u32 a, u32 b) { return flushed_result_of(flushed_float(a) + flushed_float(b)); }
+u32 sub_rn_ftz_f32(u32 a, u32 b) { return flushed_result_of(flushed_float(a) - flushed_float(b)); }
+u32 mul_rn_ftz_f32(u32 a, u32 b) { return flushed_result_of(flushed_float(a) * flushed_float(b)); }
+u32 fma_rn_ftz_f32(u32 a, u32 b, u32 c) {
     return flushed_result_of(__builtin_fmaf(flushed_float(a), flushed_float(b), flushed_float(c)));
 }
-inline u32 div_rn_ftz_f32(u32 a, u32 b) { return flushed_result_of(flushed_float(a) / flushed_float(b)); }
-inline u32 rcp_rn_ftz_f32(u32 a) { return flushed_result_of(1.f / flushed_float(a)); }
-inline u32 rcp_approx_ftz_f32(u32 a) { return rcp_rn_ftz_f32(a); }
-inline u32 neg_ftz_f32(u32 a) { return flushed(a) ^ kSign; }
-inline u32 abs_ftz_f32(u32 a) { return flushed(a) & ~kSign; }
+u32 div_rn_ftz_f32(u32 a, u32 b) { return flushed_result_of(flushed_float(a) / flushed_float(b)); }
+u32 rcp_rn_ftz_f32(u32 a) { return flushed_result_of(1.f / flushed_float(a)); }
+u32 rcp_approx_ftz_f32(u32 a) { return rcp_rn_ftz_f32(a); }
+u32 neg_ftz_f32(u32 a) { return flushed(a) ^ kSign; }
+u32 abs_ftz_f32(u32 a) { return flushed(a) & ~kSign; }
 
 // div.approx (9.7.3.8): divisors beyond 2^126 give zero, or nan if the dividend is infinite.
-inline u32 div_approx_ftz_f32(u32 a, u32 b) {
+u32 div_approx_ftz_f32(u32 a, u32 b) {
     const float dividend = flushed_float(a);
     const float divisor = flushed_float(b);
     const float size = std::fabs(divisor);
@@ -68,7 +69,7 @@ inline u32 div_approx_ftz_f32(u32 a, u32 b) {
 }
 
 // add.rm (9.7.3.3), towards minus infinity: the sum to nearest, and one step down if its error says so.
-inline u32 add_rm_ftz_f32(u32 a, u32 b) {
+u32 add_rm_ftz_f32(u32 a, u32 b) {
     const float left = flushed_float(a);
     const float right = flushed_float(b);
     float sum = left + right;
@@ -85,7 +86,7 @@ inline u32 add_rm_ftz_f32(u32 a, u32 b) {
 }
 
 // min, max (9.7.3.11, 9.7.3.12): a nan loses against a number, and -0 is less than +0.
-inline u32 max_ftz_f32(u32 a, u32 b) {
+u32 max_ftz_f32(u32 a, u32 b) {
     const float left = flushed_float(a);
     const float right = flushed_float(b);
     if (is_nan(left)) return result_of(right);
@@ -93,7 +94,7 @@ inline u32 max_ftz_f32(u32 a, u32 b) {
     if (left == 0 && right == 0) return bits_of(std::signbit(left) ? right : left);
     return bits_of(left > right ? left : right);
 }
-inline u32 min_ftz_f32(u32 a, u32 b) {
+u32 min_ftz_f32(u32 a, u32 b) {
     const float left = flushed_float(a);
     const float right = flushed_float(b);
     if (is_nan(left)) return result_of(right);
@@ -103,17 +104,17 @@ inline u32 min_ftz_f32(u32 a, u32 b) {
 }
 
 // lg2, ex2, tanh (9.7.3.20, 9.7.3.21, 9.7.3.22)
-inline u32 ex2_approx_ftz_f32(u32 a) { return flushed_result_of(std::exp2(flushed_float(a))); }
-inline u32 lg2_approx_ftz_f32(u32 a) {
+u32 ex2_approx_ftz_f32(u32 a) { return flushed_result_of(std::exp2(flushed_float(a))); }
+u32 lg2_approx_ftz_f32(u32 a) {
     const float value = flushed_float(a);
     if (value == 0) return 0xff800000;
     if (value < 0) return kNan;
     return flushed_result_of(std::log2(value));
 }
-inline u32 tanh_approx_f32(u32 a) { return result_of(std::tanh(float_of(a))); }
+u32 tanh_approx_f32(u32 a) { return result_of(std::tanh(float_of(a))); }
 
 // setp (9.7.6.2): ordered comparisons are false where a nan is, those that end in u are true.
-inline bool setp_f32(Compare compare, bool ftz, u32 a, u32 b) {
+bool setp_f32(Compare compare, bool ftz, u32 a, u32 b) {
     const float left = ftz ? flushed_float(a) : float_of(a);
     const float right = ftz ? flushed_float(b) : float_of(b);
     const bool unordered = is_nan(left) || is_nan(right);
@@ -136,30 +137,30 @@ inline bool setp_f32(Compare compare, bool ftz, u32 a, u32 b) {
     __builtin_unreachable();
 }
 
-// ---- Between integers and floating-point numbers (9.7.9.21) ----------------------------------------------------------
+// ---- Between integers and floating-point numbers (9.7.9.21) ---------------------------------------------------------
 
-inline u64 cvt_f64_f32(u32 a) { return bits_of((double)float_of(a)); }
-inline u64 cvt_ftz_f64_f32(u32 a) { return bits_of((double)flushed_float(a)); }
-inline u32 cvt_rn_ftz_f32_f64(u64 a) { return flushed_result_of((float)double_of(a)); }
+u64 cvt_f64_f32(u32 a) { return bits_of((double)float_of(a)); }
+u64 cvt_ftz_f64_f32(u32 a) { return bits_of((double)flushed_float(a)); }
+u32 cvt_rn_ftz_f32_f64(u64 a) { return flushed_result_of((float)double_of(a)); }
 // What is too large saturates, and a nan is 0.
-inline u32 cvt_rzi_ftz_u32_f32(u32 a) {
+u32 cvt_rzi_ftz_u32_f32(u32 a) {
     const float value = flushed_float(a);
     if (!(value > 0)) return 0;
     return value >= 0x1p32f ? ~0u : (u32)value;
 }
-inline u32 cvt_rzi_ftz_s32_f32(u32 a) {
+u32 cvt_rzi_ftz_s32_f32(u32 a) {
     const float value = flushed_float(a);
     if (is_nan(value)) return 0;
     if (value >= 0x1p31f) return 0x7fffffff;
     if (value <= -0x1p31f) return 0x80000000;
     return (u32)(s32)value;
 }
-inline u32 cvt_rn_f32_s32(u32 a) { return bits_of((float)(s32)a); }
-inline u32 cvt_rn_f32_u32(u32 a) { return bits_of((float)a); }
-inline u32 cvt_rn_f32_s64(u64 a) { return bits_of((float)(s64)a); }
-inline u32 cvt_rn_f32_u16(u16 a) { return bits_of((float)a); }
+u32 cvt_rn_f32_s32(u32 a) { return bits_of((float)(s32)a); }
+u32 cvt_rn_f32_u32(u32 a) { return bits_of((float)a); }
+u32 cvt_rn_f32_s64(u64 a) { return bits_of((float)(s64)a); }
+u32 cvt_rn_f32_u16(u16 a) { return bits_of((float)a); }
 
-// ---- Small numbers: half, bfloat16, e4m3 -----------------------------------------------------------------------------
+// ---- Small numbers: half, bfloat16, e4m3 ----------------------------------------------------------------------------
 
 // Values by bits, for they are asked for a billion times.
 struct SmallNumbers {
@@ -168,24 +169,20 @@ struct SmallNumbers {
     SmallNumbers();
 };
 extern const SmallNumbers small_numbers;
-inline float half_value(u16 bits) { return small_numbers.half[bits]; }
-inline float bfloat16_value(u16 bits) { return float_of((u32)bits << 16); }
-inline float e4m3_value(u8 bits) { return small_numbers.e4m3[bits]; }
+static inline float half_value(u16 bits) { return small_numbers.half[bits]; }
+static inline float bfloat16_value(u16 bits) { return float_of((u32)bits << 16); }
+static inline float e4m3_value(u8 bits) { return small_numbers.e4m3[bits]; }
 
 u16 half_of(float);
 u16 bfloat16_of(float);
 u8 e4m3_of(float);  // .satfinite: what is too large becomes the largest
 
-inline u32 pair_of(u16 high, u16 low) { return (u32)high << 16 | low; }
-inline u32 cvt_f32_f16(u16 a) { return result_of(half_value(a)); }
-inline u32 cvt_rn_bf16x2_f32(u32 high, u32 low) {
-    return pair_of(bfloat16_of(float_of(high)), bfloat16_of(float_of(low)));
-}
-inline u32 cvt_rn_f16x2_f32(u32 high, u32 low) { return pair_of(half_of(float_of(high)), half_of(float_of(low))); }
-inline u16 cvt_rn_satfinite_e4m3x2_f32(u32 high, u32 low) {
+static inline u32 pair_of(u16 high, u16 low) { return (u32)high << 16 | low; }
+u32 cvt_f32_f16(u16 a) { return result_of(half_value(a)); }
+u32 cvt_rn_bf16x2_f32(u32 high, u32 low) { return pair_of(bfloat16_of(float_of(high)), bfloat16_of(float_of(low))); }
+u32 cvt_rn_f16x2_f32(u32 high, u32 low) { return pair_of(half_of(float_of(high)), half_of(float_of(low))); }
+u16 cvt_rn_satfinite_e4m3x2_f32(u32 high, u32 low) {
     return (u16)(e4m3_of(float_of(high)) << 8 | e4m3_of(float_of(low)));
 }
 // Every e4m3 is a half.
-inline u32 cvt_rn_f16x2_e4m3x2(u16 pair) {
-    return pair_of(half_of(e4m3_value(pair >> 8)), half_of(e4m3_value(pair & 255)));
-}
+u32 cvt_rn_f16x2_e4m3x2(u16 pair) { return pair_of(half_of(e4m3_value(pair >> 8)), half_of(e4m3_value(pair & 255))); }

@@ -37,7 +37,7 @@ static bool known(const Moment& moment, const Clock& clock) {
 }
 static bool is_before(const Moment& moment, const Thread& thread) { return known(moment, thread.clock); }
 
-// ---- Shared memory ---------------------------------------------------------------------------------------------------
+// ---- Shared memory --------------------------------------------------------------------------------------------------
 
 [[noreturn]] static void fail_of_race(Thread& thread, u32 address, const char* what, u32 agent) {
     if (agent >= machine.threads.size())
@@ -107,7 +107,7 @@ static void order_write(Thread& thread, Block& block, u32 address, u32 bytes) {
     }
 }
 
-// ---- Global memory ---------------------------------------------------------------------------------------------------
+// ---- Global memory --------------------------------------------------------------------------------------------------
 // Who reads or writes a word must know its last write: by clocks in the same block, from other blocks through
 // atom.acq_rel. Blocks run one after another here, so that agents of different blocks have the same numbers, and what
 // one block learns of another is a clock of that other's.  Kernels with clusters do not talk through global memory.
@@ -146,15 +146,14 @@ static void order_global(Thread& thread, u64 address, u32 bytes, bool writes) {
             const GlobalWrite& write = found->second;
             const bool in_order = write.block == mine ? is_before(write.moment, thread) : is_acquired(write, thread);
             if (!in_order)
-                fail(thread, "race on global memory %#lx: a write of thread %u of block %u is not ordered before this %s",
+                fail(thread,
+                     "race on global memory %#lx: a write of thread %u of block %u is not ordered before this %s",
                      (unsigned long)word * 4, write.moment.agent, write.block, writes ? "write" : "read");
         }
         if (writes) global_order.writes[word] = {mine, now(thread)};
     }
 }
-static void learn_of_block(ClockOfBlocks& clocks, u32 block, const Clock& clock) {
-    learn(clocks[block], clock);
-}
+static void learn_of_block(ClockOfBlocks& clocks, u32 block, const Clock& clock) { learn(clocks[block], clock); }
 // What the atomics of others at this address released is acquired, and released with all that was acquired before.
 static void acquire_and_release(Thread& thread, u64 address) {
     if (!machine.checks_races || machine.blocks.size() != 1) return;

@@ -4,7 +4,7 @@
 #pragma once
 #include "tensor.h"
 
-// ---- mma.m16n8k16 (9.7.14.5.8) ---------------------------------------------------------------------------------------
+// ---- mma.m16n8k16 (9.7.14.5.8) --------------------------------------------------------------------------------------
 // Lane = 4 * row + column: it holds of A the pairs of columns 2 * column and 8 more, in rows row and row + 8; of B the
 // same pairs of rows, in column `row`; of C and D pairs of columns.
 
@@ -53,9 +53,9 @@ void mma_m16n8k16_bf16(Thread& thread, int site, u32* d, const u32* a, const u32
     together(thread, site, "mma", &mine, [](Warp& warp) { multiply_fragments<Number::bf16>(warp); });
 }
 
-// ---- ldmatrix, stmatrix (9.7.14.5.15, 9.7.14.5.16) -------------------------------------------------------------------
-// Four matrices of 8 rows of 16 bytes. Lane 8 * matrix + row brings a row's address; lane 4 * row + pair gets, or gives,
-// a pair of columns of each matrix, of its transpose if that is asked for.
+// ---- ldmatrix, stmatrix (9.7.14.5.15, 9.7.14.5.16) ------------------------------------------------------------------
+// Four matrices of 8 rows of 16 bytes. Lane 8 * matrix + row brings a row's address; lane 4 * row + pair gets, or
+// gives, a pair of columns of each matrix, of its transpose if that is asked for.
 
 struct MatrixMove {
     u32 address;

@@ -1,4 +1,6 @@
 // The runtime: one object, which every kernel's library is linked with. Its chapters, each on those before it:
+#include "integers.h"
+#include "numbers.h"
 #include "machine.h"      // what there is
 #include "roundings.h"    // numbers to fewer bits
 #include "scheduler.h"    // who runs next

@@ -5,7 +5,7 @@
 #pragma once
 #include "mbarriers.h"
 
-// ---- Tensor maps: not the driver's, which nobody knows, but those of encode_map ---------------------------------------
+// ---- Tensor maps: not the driver's, which nobody knows, but those of encode_map -------------------------------------
 
 struct TensorMap {
     u64 mark;
@@ -96,7 +96,7 @@ static void each_chunk(const TensorMap& map, u32 shared, const s32 (&corner)[5],
     }
 }
 
-// ---- Loads -----------------------------------------------------------------------------------------------------------
+// ---- Loads ----------------------------------------------------------------------------------------------------------
 
 static void load_chunk(Thread& thread, const TensorMap& map, const BoxChunk& chunk, u8* to) {
     memset(to, 0, kChunkBytes);
@@ -150,7 +150,8 @@ void cp_async_bulk_tensor_5d_load(Thread& thread, u32 to, u64 map_address, u32 m
     check_box(thread, map);
     if (policy != kEvictNormal && policy != kEvictFirst && policy != kEvictLast)
         fail(thread, "cache policy %#lx", (unsigned long)policy);
-    if (to >> kRankShift || mbarrier >> kRankShift) fail(thread, "box to %#x, for mbarrier %#x, in another block", to, mbarrier);
+    if (to >> kRankShift || mbarrier >> kRankShift)
+        fail(thread, "box to %#x, for mbarrier %#x, in another block", to, mbarrier);
     if (to % kBoxAlignment) fail(thread, "box to shared %u, which is not aligned to 128", to);
     Box box;
     box.rank = thread.rank;
@@ -185,7 +186,7 @@ static void perform_any_box() {
     machine.outside_of_threads = false;
 }
 
-// ---- Stores ----------------------------------------------------------------------------------------------------------
+// ---- Stores ---------------------------------------------------------------------------------------------------------
 
 static void perform_store(Thread& thread, const BulkStore& store) {
     const u32 line = thread.line;

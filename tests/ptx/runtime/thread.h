@@ -10,8 +10,6 @@
 
 #include "../../emulator/fiber.h"
 #include "instructions.h"
-#include "integers.h"
-#include "numbers.h"
 
 // What is known of every agent (see order.h): everything it did until its clock said this.
 typedef std::vector<u32> Clock;
@@ -52,8 +50,8 @@ struct Product {
     std::shared_ptr<const Clock> issued;  // what its warp knew then
 };
 
-// What registers of a product held when it was issued, or waited for: who changes them must have a wgmma.fence behind that
-// before the next product.
+// What registers of a product held when it was issued, or waited for: who changes them must have a wgmma.fence behind
+// that before the next product.
 struct RegistersThen {
     std::vector<u32> values;
     u64 fences;

@@ -17,7 +17,7 @@ constexpr u32 kDepthBytes = 32;
 // Found by measuring Hopper, not in the ISA.
 constexpr int kKeptBitsOfFloat8 = 13;
 
-// ---- Matrices in shared memory: descriptors and layouts (9.7.15.5.1) -------------------------------------------------
+// ---- Matrices in shared memory: descriptors and layouts (9.7.15.5.1) ------------------------------------------------
 
 struct Descriptor {
     u32 start, leading, stride;
@@ -47,15 +47,15 @@ static u32 chunk_along_k(const Descriptor& descriptor, u32 row, u32 k, u32 items
     if (descriptor.row_bytes == kChunkBytes) return row_start + chunk * descriptor.leading;
     return swizzled(row_start + chunk * kChunkBytes, descriptor.row_bytes);
 }
-// Transposed, M or N is contiguous. Where it is swizzled, `leading` leads to the next row of a pattern's width, `stride`
-// to the next 8 of K; without a swizzle they change places.
+// Transposed, M or N is contiguous. Where it is swizzled, `leading` leads to the next row of a pattern's width,
+// `stride` to the next 8 of K; without a swizzle they change places.
 static u32 chunk_along_rows(const Descriptor& descriptor, u32 row, u32 k, u32 itemsize) {
     const u32 chunk = row * itemsize / kChunkBytes;
     const u32 per_row = descriptor.row_bytes / kChunkBytes;
     const u32 k_start = descriptor.start + k % 8 * descriptor.row_bytes;
     if (per_row == 1) return k_start + chunk * descriptor.stride + k / 8 * descriptor.leading;
-    const u32 address = k_start + chunk % per_row * kChunkBytes + chunk / per_row * descriptor.leading +
-                        k / 8 * descriptor.stride;
+    const u32 address =
+        k_start + chunk % per_row * kChunkBytes + chunk / per_row * descriptor.leading + k / 8 * descriptor.stride;
     return swizzled(address, descriptor.row_bytes);
 }
 
@@ -87,8 +87,9 @@ static void each_matrix_chunk(Thread& thread, const SharedMatrix& matrix, const 
     const u32 k_step = matrix.transposes ? 1 : per_chunk;
     for (u32 row = matrix.first_row; row < matrix.first_row + matrix.rows; row += row_step)
         for (u32 k = 0; k < depth; k += k_step)
-            visit(row, k, matrix.transposes ? chunk_along_rows(descriptor, row, k, itemsize)
-                                            : chunk_along_k(descriptor, row, k, itemsize));
+            visit(row, k,
+                  matrix.transposes ? chunk_along_rows(descriptor, row, k, itemsize)
+                                    : chunk_along_k(descriptor, row, k, itemsize));
 }
 // `values[k][row]`
 template <u32 kRows>
@@ -120,7 +121,7 @@ static void order_matrix(Warp& warp, const Product& product, const SharedMatrix&
     });
 }
 
-// ---- A product -------------------------------------------------------------------------------------------------------
+// ---- A product ------------------------------------------------------------------------------------------------------
 
 static Product& product_of(Warp& warp, u32 lane, u64 number) {
     return warp.lanes[lane]->products[number - warp.retired];
@@ -135,8 +136,8 @@ static void read_a_registers(Warp& warp, u64 number, float (&a)[kMostDepth][kWar
         for (u32 index = 0; index < 4; ++index) {
             const u32 bits = *product.a_registers[index];
             if (bits != product.a_values[index])
-                fail(*warp.lanes[lane], "wgmma of line %u: register %u of A changed while it was under way", product.line,
-                     index);
+                fail(*warp.lanes[lane], "wgmma of line %u: register %u of A changed while it was under way",
+                     product.line, index);
             u8 bytes[4];
             write<u32>(bytes, bits);
             const u32 row = lane / 4 + index % 2 * 8;
@@ -200,8 +201,8 @@ static void add_products_cut_off(const float (&a)[kMostDepth][kWarpRows], const 
             sums[row][column] = sum_cut_off(terms, kMostDepth + 1);
         }
 }
-static void add_products(const float (&a)[kMostDepth][kWarpRows], const float (&b)[kMostDepth][kMostColumns], u32 columns,
-                         Sums& sums) {
+static void add_products(const float (&a)[kMostDepth][kWarpRows], const float (&b)[kMostDepth][kMostColumns],
+                         u32 columns, Sums& sums) {
     for (u32 row = 0; row < kWarpRows; ++row)
         for (u32 k = 0; k < kDepthBytes / 2; ++k) {
             const double left = a[k][row];
@@ -218,7 +219,8 @@ static void perform_quarter(Warp& warp, u64 number, const float (&b)[kMostDepth]
     const WarpgroupProduct& what = product.what;
     if (what.a_is_shared) {
         const u32 first_row = thread.warp % kGroupWarps * kWarpRows;
-        const SharedMatrix matrix{product.descriptor_a, what.transposes_a, what.number, what.sign_a, first_row, kWarpRows};
+        const SharedMatrix matrix{product.descriptor_a, what.transposes_a, what.number,
+                                  what.sign_a,          first_row,         kWarpRows};
         order_matrix(warp, product, matrix);
         read_matrix(thread, matrix, a);
     } else {
@@ -253,7 +255,7 @@ static void perform_product(u32 group, u64 number) {
     }
 }
 
-// ---- From issue to wait ----------------------------------------------------------------------------------------------
+// ---- From issue to wait ---------------------------------------------------------------------------------------------
 
 static bool all_have_issued(u32 group, u64 products) {
     for (u32 index = 0; index < kGroupWarps; ++index)
@@ -284,7 +286,8 @@ static void retire_product(Warp& warp) {
         if (--accumulators.users) continue;
         for (size_t index = 0; index < accumulators.registers.size(); ++index) {
             if (*accumulators.registers[index] != kPoison)
-                fail(*lane, "wgmma of line %u: accumulator %zu was written while it was under way", product.line, index);
+                fail(*lane, "wgmma of line %u: accumulator %zu was written while it was under way", product.line,
+                     index);
             *accumulators.registers[index] = accumulators.values[index];
         }
         lane->registers_then[accumulators.registers[0]] = {accumulators.values, lane->product_fences};
@@ -323,7 +326,7 @@ void wgmma_wait_group(Thread& thread, int site, u32 pending) {
     });
 }
 
-// ---- Issue -----------------------------------------------------------------------------------------------------------
+// ---- Issue ----------------------------------------------------------------------------------------------------------
 
 struct ProductOperands {
     const WarpgroupProduct* what;
@@ -369,7 +372,8 @@ static std::shared_ptr<Accumulators> new_accumulators(Thread& lane, u32* const* 
     }
     std::vector<u32*> sorted = accumulators->registers;
     std::sort(sorted.begin(), sorted.end());
-    if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end()) fail(lane, "wgmma: an accumulator is named twice");
+    if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end())
+        fail(lane, "wgmma: an accumulator is named twice");
     for (u32 index = 0; index < count; ++index) *registers[index] = kPoison;
     return accumulators;
 }
@@ -384,7 +388,8 @@ static std::shared_ptr<Accumulators> accumulators_for(Thread& lane, u32* const* 
     }
     return new_accumulators(lane, registers, count);
 }
-static void issue_product(Thread& lane, const ProductOperands& operands, u32 line, std::shared_ptr<const Clock> issued) {
+static void issue_product(Thread& lane, const ProductOperands& operands, u32 line,
+                          std::shared_ptr<const Clock> issued) {
     Product product;
     product.what = *operands.what;
     product.descriptor_a = operands.descriptor_a;

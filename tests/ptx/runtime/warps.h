@@ -32,7 +32,7 @@ static void require_all_lanes(Thread& thread, u32 members, const char* what) {
     if (members != ~0u) fail(thread, "%s of lanes %#x; only all of them are known", what, members);
 }
 
-// ---- shfl.sync (9.7.9.6) ---------------------------------------------------------------------------------------------
+// ---- shfl.sync (9.7.9.6) --------------------------------------------------------------------------------------------
 
 struct Shuffling {
     u32 value, lane, clamp;
@@ -82,7 +82,7 @@ void shfl_sync(Thread& thread, int site, Shuffle how, u32 value, u32 lane, u32 c
     *in_range = mine.in_range;
 }
 
-// ---- vote.sync (9.7.13.9) --------------------------------------------------------------------------------------------
+// ---- vote.sync (9.7.13.9) -------------------------------------------------------------------------------------------
 
 struct Vote {
     bool predicate;
@@ -105,7 +105,7 @@ bool vote_all(Thread& thread, int site, bool predicate, u32 members) {
     return vote_ballot(thread, site, predicate, members) == ~0u;
 }
 
-// ---- bar.warp.sync (9.7.13.2): orders the memory accesses of lanes, which shuffles and votes do not ------------------
+// ---- bar.warp.sync (9.7.13.2): orders the memory accesses of lanes, which shuffles and votes do not -----------------
 
 void bar_warp_sync(Thread& thread, int site, u32 members) {
     require_all_lanes(thread, members, "bar.warp.sync");
