@@ -74,9 +74,9 @@ def access(space, address, size, writes=True, buffer=None):
     run(BODY_OF_ACCESS[space], words(8) if buffer is None else buffer, address, size, writes)
 
 
-@pytest.mark.parametrize("address, size", [(BASE - 4, 4), (BASE + 4096, 1), (BASE + 4092, 8), (0, 4)])
+@pytest.mark.parametrize(("address", "size"), [(BASE - 4, 4), (BASE + 4096, 1), (BASE + 4092, 8), (0, 4)])
 def test_shared_memory_ends_where_it_was_asked_to(address, size):
-    with pytest.raises(ProbeError, match="store at shared .*outside|not aligned"):
+    with pytest.raises(ProbeError, match=r"store at shared .*outside|not aligned"):
         access("shared", address, size)
 
 
@@ -189,12 +189,12 @@ OF_OTHERS = {
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("between", UNORDERED)
 def test_what_does_not_order_lanes_leaves_a_race(between, schedule):
-    with pytest.raises(ProbeError, match="race on shared memory|nobody wrote it"):
+    with pytest.raises(ProbeError, match=r"race on shared memory|nobody wrote it"):
         run(UNORDERED[between], words(32), schedule=schedule)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("between, threads", [("of the warp", 32), ("of the block", 128)])
+@pytest.mark.parametrize(("between", "threads"), [("of the warp", 32), ("of the block", 128)])
 def test_barriers_order(between, threads, schedule):
     out = words(threads)
     run(ORDERED[between], out, threads=threads, schedule=schedule)
@@ -204,7 +204,7 @@ def test_barriers_order(between, threads, schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("between", OF_OTHERS)
 def test_barriers_of_others_order_nothing(between, schedule):
-    with pytest.raises(ProbeError, match="race on shared memory|nobody wrote it"):
+    with pytest.raises(ProbeError, match=r"race on shared memory|nobody wrote it"):
         run(OF_OTHERS[between], words(64), threads=64, schedule=schedule)
 
 
@@ -278,7 +278,8 @@ SHUFFLE = {
     kind: body(f"""
         u32 to;
         bool in_range;
-        shfl_sync(thread, 1, Shuffle::{kind}, 100 + thread.lane, (u32)argument(1), (u32)argument(2), ~0u, &to, &in_range);
+        const u32 value = 100 + thread.lane;
+        shfl_sync(thread, 1, Shuffle::{kind}, value, (u32)argument(1), (u32)argument(2), ~0u, &to, &in_range);
         array(0)[thread.lane] = to | in_range << 16;
     """)
     for kind in ("idx", "bfly", "up", "down")
@@ -317,7 +318,7 @@ VOTES = body("""
 """)
 
 
-@pytest.mark.parametrize("mask, any_and_all", [(0, 0), (0x80000001, 1), (0xFFFFFFFF, 3)])
+@pytest.mark.parametrize(("mask", "any_and_all"), [(0, 0), (0x80000001, 1), (0xFFFFFFFF, 3)])
 def test_votes(mask, any_and_all):
     out = words(64)
     run(VOTES, out, mask)
@@ -360,7 +361,7 @@ def test_barriers_wait_for_all_that_they_expect(schedule):
         ProbeError, match=r"deadlock: 32 threads of warp 1 of block \(0,0,0\) at bar.sync of PTX line 5;"
     ):
         run(HALF_A_BARRIER, threads=64, schedule=schedule)
-    with pytest.raises(ProbeError, match="barrier 3 is for (64|96) threads, and here for (64|96)"):
+    with pytest.raises(ProbeError, match=r"barrier 3 is for (64|96) threads, and here for (64|96)"):
         run(OTHER_COUNT, threads=96, schedule=schedule)
 
 
@@ -368,7 +369,7 @@ def test_barriers_are_16_and_of_whole_warps():
     with pytest.raises(ProbeError, match="there is no barrier 16"):
         run(BARRIER_NUMBER)
     for count in (0, 31, 33, 64):
-        with pytest.raises(ProbeError, match="bar.sync of"):
+        with pytest.raises(ProbeError, match=r"bar.sync of"):
             run(BARRIER_OF, words(1), count)
 
 
@@ -442,7 +443,7 @@ def test_copies_come_when_they_are_waited_for(which, schedule, rng):
 def test_copies_that_nobody_waited_for_are_reported(what, schedule):
     if schedule == 0 and what in ("no wait", "no commit", "too few"):
         pytest.skip("in schedule 0 copies come at once")
-    with pytest.raises(ProbeError, match="a copy to it is under way|race on shared memory|nobody wrote it"):
+    with pytest.raises(ProbeError, match=r"a copy to it is under way|race on shared memory|nobody wrote it"):
         run(NOT_WAITED_FOR[what], words(128), words(128), schedule=schedule)
 
 
@@ -499,7 +500,7 @@ def pairs(matrix, rows, columns):
     return np.stack(found, axis=1).copy().view(np.uint32)[..., 0]
 
 
-@pytest.mark.parametrize("name, dtype", [("f16", np.float16), ("bf16", ml_dtypes.bfloat16)])
+@pytest.mark.parametrize(("name", "dtype"), [("f16", np.float16), ("bf16", ml_dtypes.bfloat16)])
 def test_mma_is_a_product_of_matrices(name, dtype, rng):
     a, b = rng.integers(-8, 9, (16, 16)).astype(dtype), rng.integers(-8, 9, (16, 8)).astype(dtype)
     c = rng.integers(-99, 99, (16, 8)).astype(np.float32)

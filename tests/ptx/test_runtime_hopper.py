@@ -78,7 +78,7 @@ def test_mbarriers_hand_over_by_parity(schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("waits", [(False, True), (True, False)])
 def test_a_wait_that_is_missing_is_a_race(waits, schedule):
-    with pytest.raises(ProbeError, match="race on shared memory|nobody wrote it|more than 32 arrivals|deadlock"):
+    with pytest.raises(ProbeError, match=r"race on shared memory|nobody wrote it|more than 32 arrivals|deadlock"):
         run(HANDSHAKE, words(192), *waits, threads=64, schedule=schedule)
 
 
@@ -107,7 +107,7 @@ TOO_FEW_ARRIVALS = body("mbarrier_init(thread, kSharedBase, 0);")
 
 def test_the_phase_before_the_first_counts_as_ended():
     out = words(1)
-    with pytest.raises(ProbeError, match="deadlock: 32 threads .* at mbarrier.try_wait"):
+    with pytest.raises(ProbeError, match=r"deadlock: 32 threads .* at mbarrier.try_wait"):
         launch(PARITY, out)
     assert out == 1
 
@@ -115,13 +115,13 @@ def test_the_phase_before_the_first_counts_as_ended():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_no_more_threads_arrive_than_the_mbarrier_is_for(schedule):
     launch(ARRIVALS, False, schedule=schedule)  # 8 phases
-    with pytest.raises(ProbeError, match="deadlock|more than"):
+    with pytest.raises(ProbeError, match=r"deadlock|more than"):
         launch(BYTES, True, schedule=schedule)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_phases_wait_for_bytes(schedule):
-    with pytest.raises(ProbeError, match="deadlock: .* at mbarrier.try_wait"):
+    with pytest.raises(ProbeError, match=r"deadlock: .* at mbarrier.try_wait"):
         launch(BYTES, False, schedule=schedule)
     with pytest.raises(ProbeError, match=f"mbarrier {BASE + MBARRIER} still waits for 64 bytes at the end"):
         launch(UNFINISHED_BYTES, schedule=schedule)
@@ -215,7 +215,7 @@ BOXES = [
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("start, sizes, swizzle", BOXES)
+@pytest.mark.parametrize(("start", "sizes", "swizzle"), BOXES)
 def test_boxes_come_swizzled_with_zeros_outside(start, sizes, swizzle, schedule, tensor):
     expected = box_of(tensor, start, sizes).view(np.uint8).ravel()
     out = np.zeros(expected.size, np.uint8)
@@ -227,14 +227,14 @@ def test_boxes_come_swizzled_with_zeros_outside(start, sizes, swizzle, schedule,
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_boxes_that_nobody_waited_for_are_reported(schedule, tensor):
     map_ = tensor_map(tensor, (64, 8, 1, 1, 1), 128)
-    with pytest.raises(ProbeError, match="a copy to it is under way|race on shared memory|nobody wrote it"):
+    with pytest.raises(ProbeError, match=r"a copy to it is under way|race on shared memory|nobody wrote it"):
         launch(BOX, words(256), *corner(0, 0, 0, 0, 0), 1024, 1024, False, tensor, maps=[map_], schedule=schedule)
 
 
 @pytest.mark.parametrize("announced", [512, 2048])
 def test_boxes_bring_the_bytes_that_were_announced(announced, tensor):
     map_ = tensor_map(tensor, (64, 8, 1, 1, 1), 128)
-    with pytest.raises(ProbeError, match="deadlock|still waits for"):
+    with pytest.raises(ProbeError, match=r"deadlock|still waits for"):
         launch(BOX, words(256), *corner(0, 0, 0, 0, 0), announced, 1024, True, tensor, maps=[map_])
 
 
@@ -312,7 +312,7 @@ def store_box(array, start, sizes, swizzle, fenced=True, waited_for=True, ordere
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("start, sizes, swizzle", BOXES)
+@pytest.mark.parametrize(("start", "sizes", "swizzle"), BOXES)
 def test_boxes_go_back_without_what_is_outside(start, sizes, swizzle, schedule):
     found, expected = store_box(np.zeros((2, 2, 3, 40, 72), np.uint16), start, sizes, swizzle, schedule=schedule)
     np.testing.assert_array_equal(found, expected)
@@ -325,12 +325,12 @@ def test_stores_read_what_was_fenced_and_is_kept(schedule):
             np.zeros((1, 1, 1, 8, 64), np.uint16), (0,) * 5, (64, 8, 1, 1, 1), 128, schedule=schedule, **flags
         )
 
-    with pytest.raises(ProbeError, match="without fence.proxy.async since"):
+    with pytest.raises(ProbeError, match=r"without fence.proxy.async since"):
         store(fenced=False)
-    with pytest.raises(ProbeError, match="race on shared memory|without fence.proxy.async since"):
+    with pytest.raises(ProbeError, match=r"race on shared memory|without fence.proxy.async since"):
         store(ordered=False)
     if schedule == 1:
-        with pytest.raises(ProbeError, match="may still read shared memory|without fence|race"):
+        with pytest.raises(ProbeError, match=r"may still read shared memory|without fence|race"):
             store(waited_for=False)
 
 
@@ -379,7 +379,7 @@ def test_a_multicast_comes_to_all_that_it_names(schedule, tensor):
 def test_blocks_reach_for_each_others_mbarriers_while_they_are_there(schedule):
     options = {"grid": (2, 1, 1), "cluster": 2, "schedule": schedule}
     launch(REMOTE_ARRIVAL, True, True, True, **options)
-    with pytest.raises(ProbeError, match="no mbarrier was initialised|race: the initialisation"):
+    with pytest.raises(ProbeError, match=r"no mbarrier was initialised|race: the initialisation"):
         launch(REMOTE_ARRIVAL, False, True, True, **options)
     with pytest.raises(ProbeError, match="in another block"):
         launch(REMOTE_ARRIVAL, True, True, False, **options)
@@ -398,12 +398,12 @@ LATE_REACH = body(
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_blocks_that_may_exit_before_others_reach_for_them_are_reported(schedule):
-    with pytest.raises(ProbeError, match="may exit before|has exited"):
+    with pytest.raises(ProbeError, match=r"may exit before|has exited"):
         launch(LATE_REACH, grid=(2, 1, 1), cluster=2, schedule=schedule)
 
 
 def test_a_cluster_wait_needs_an_arrival():
-    with pytest.raises(ProbeError, match="barrier.cluster.wait without barrier.cluster.arrive"):
+    with pytest.raises(ProbeError, match=r"barrier.cluster.wait without barrier.cluster.arrive"):
         run(WAIT_ALONE)
 
 
@@ -421,9 +421,9 @@ REGISTERS = body("""
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_registers_are_what_others_gave_back(schedule):
     run(REGISTERS, True, 240, threads=384, schedule=schedule)  # 168 each: 144 given back, 72 taken by two warpgroups
-    with pytest.raises(ProbeError, match="deadlock: .* at setmaxnreg.inc, for registers that others give back"):
+    with pytest.raises(ProbeError, match=r"deadlock: .* at setmaxnreg.inc, for registers that others give back"):
         run(REGISTERS, False, 240, threads=384, schedule=schedule)
-    with pytest.raises(ProbeError, match="deadlock: .* at setmaxnreg.inc"):
+    with pytest.raises(ProbeError, match=r"deadlock: .* at setmaxnreg.inc"):
         run(REGISTERS, True, 248, threads=384, schedule=schedule)
     for registers in (22, 36, 264, 160):
         with pytest.raises(ProbeError, match="setmaxnreg"):
@@ -565,7 +565,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("number, a_is_shared, transposes, swizzle", LAYOUTS)
+@pytest.mark.parametrize(("number", "a_is_shared", "transposes", "swizzle"), LAYOUTS)
 def test_wgmma_is_a_product_in_every_layout(number, a_is_shared, transposes, swizzle, rng):
     a, b, c = matrices(number, rng)
     options = {"a_is_shared": a_is_shared, "transposes": transposes, "swizzle": swizzle}
@@ -643,17 +643,17 @@ def test_accumulators_that_are_read_too_early_are_nan(which, schedule, rng):
 
 
 def test_shared_memory_overwritten_while_a_product_may_read_it_is_reported(rng):
-    with pytest.raises(ProbeError, match="race on shared memory|without fence.proxy.async"):
+    with pytest.raises(ProbeError, match=r"race on shared memory|without fence.proxy.async"):
         product(OVERWRITTEN, *matrices("f16", rng), schedule=1)
     with pytest.raises(ProbeError, match=r"race on shared memory \d+: a read by products of warpgroup 0"):
         product(OVERWRITTEN, *matrices("f16", rng), schedule=0)
 
 
 @pytest.mark.parametrize(
-    "bits, message", [(1 << 14, "bits that must be 0"), (1 << 49, "a base offset"), (8, "begins within")]
+    ("bits", "message"), [(1 << 14, "bits that must be 0"), (1 << 49, "a base offset"), (8, "begins within")]
 )
 def test_descriptors_are_checked(bits, message, rng):
-    a, b, c = matrices("f16", rng)
+    a, _b, c = matrices("f16", rng)
     image = np.zeros(65536, np.uint8)
     descriptor = put(image, 0, a, False, 128)
     flags = True, True, 1, 1, False, False

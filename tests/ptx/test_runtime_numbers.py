@@ -167,7 +167,7 @@ def test_ex2_lg2_and_tanh_of_special_values():
     np.testing.assert_array_equal(evaluate(TANH, a), expected)
 
 
-@pytest.mark.parametrize("body, function", [(EXP2, np.exp2), (LOG2, np.log2), (TANH, np.tanh)])
+@pytest.mark.parametrize(("body", "function"), [(EXP2, np.exp2), (LOG2, np.log2), (TANH, np.tanh)])
 def test_approximations_are_within_two_units_in_the_last_place(body, function, rng):
     a = np.abs(rng.standard_normal(5000) * 20 + 1e-3).astype(np.float32)
     found = evaluate(body, a.view(np.uint32)).view(np.float32)
@@ -225,7 +225,7 @@ def test_every_half_is_its_value():
     np.testing.assert_array_equal(evaluate(FROM_HALF, halves), expected)
 
 
-@pytest.mark.parametrize("body, dtype", [(TO_HALVES, np.float16), (TO_BFLOATS, ml_dtypes.bfloat16)])
+@pytest.mark.parametrize(("body", "dtype"), [(TO_HALVES, np.float16), (TO_BFLOATS, ml_dtypes.bfloat16)])
 def test_floats_become_halves_and_bfloats_to_nearest_even(body, dtype):
     values = around(dtype)
     with np.errstate(over="ignore"):
@@ -257,7 +257,7 @@ FMA_HALVES = expression("fma_rn_f16x2(a, b, c)")
 FMA_BFLOATS = expression("fma_rn_bf16x2(a, b, c)")
 
 
-@pytest.mark.parametrize("body, dtype", [(FMA_HALVES, np.float16), (FMA_BFLOATS, ml_dtypes.bfloat16)])
+@pytest.mark.parametrize(("body", "dtype"), [(FMA_HALVES, np.float16), (FMA_BFLOATS, ml_dtypes.bfloat16)])
 def test_fma_of_pairs_rounds_once(body, dtype, rng):
     """Far apart summands, too, where float64 would round first."""
     a, b, c = (rng.standard_normal((3, 1000)) * 2.0 ** rng.integers(-6, 7, (3, 1000))).astype(dtype)
@@ -302,7 +302,7 @@ def test_floats_to_integers_cut_off_and_saturate():
     np.testing.assert_array_equal(evaluate(TO_S32, a), signed)
 
 
-@pytest.mark.parametrize("body, dtype, operand", FROM_INTEGERS, ids=["s32", "u32", "s64", "u16"])
+@pytest.mark.parametrize(("body", "dtype", "operand"), FROM_INTEGERS, ids=["s32", "u32", "s64", "u16"])
 def test_integers_to_floats(body, dtype, operand, rng):
     info = np.iinfo(dtype)
     values = np.concatenate([rng.integers(info.min, info.max, 1000, dtype), np.array([info.min, info.max, 0], dtype)])
