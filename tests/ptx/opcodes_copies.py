@@ -35,12 +35,8 @@ FORMS = calls(
 
 def wait_all(body, operands):
     """9.7.9.25.3.3: as commit_group, and wait_group 0."""
-    return " ".join(
-        (
-            call("cp_async_commit_group(thread)")(body, operands),
-            call("cp_async_wait_group(thread, (0))")(body, operands),
-        )
-    )
+    steps = (call("cp_async_commit_group(thread)"), call("cp_async_wait_group(thread, (0))"))
+    return " ".join(step(body, operands) for step in steps)
 
 
 FORMS["cp.async.wait_all"] = wait_all

@@ -79,9 +79,8 @@ def translate(text):
     bodies = [Body(module, function, shared).translate() for function in module.functions]
     heads = [f"static {signature(function)};" for function in module.functions if function.kind == "func"]
     kept = [constant for name, constant in module.constants.items() if name in used]
-    regions = ", ".join(
-        f"{{(u64){variable(c.name)}, (u64){variable(c.name)} + sizeof {variable(c.name)}}}" for c in kept
-    )
+    names = [variable(constant.name) for constant in kept]
+    regions = ", ".join(f"{{(u64){name}, (u64){name} + sizeof {name}}}" for name in names)
     lines = [
         '#include "thread.h"',
         *map(_definition, kept),
@@ -362,9 +361,7 @@ class Body:
         known[key] = entry
 
     def _instruction(self, text):
-        met = re.fullmatch(
-            r"(?:@(!?[\w$%]+) )?([a-z][a-z0-9_]*(?:\.[a-zA-Z0-9_]+(?:::[a-zA-Z0-9_]+)*)*)(?: (.*))?", text
-        )
+        met = re.fullmatch(r"(?:@(!?[\w$%]+) )?([a-z]\w*(?:\.\w+(?:::\w+)*)*)(?: (.*))?", text)
         if not met:
             raise self.unknown("not an instruction")
         guard, form, operands = met.groups()
@@ -374,7 +371,8 @@ class Body:
         code = FORMS[form](self, split_operands(operands or ""))
         if guard:  # 9.3
             self.blocks.append(Block(self.function.name, self.line, Counter([form]), True))
-            code = f"if ({self.value(guard, 'bool')}) {{ ++visits[{len(self.blocks) - 1}]; {code} }}"
+            sign, name = ("!", guard[1:]) if guard[0] == "!" else ("", guard)
+            code = f"if ({sign}{self.register(name, 'bool')}) {{ ++visits[{len(self.blocks) - 1}]; {code} }}"
         else:
             self.block.forms[form] += 1
         self.code.append(code)
