@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 RUNTIME = Path(__file__).parent / "runtime"
-FLAGS = ("-std=c++17", "-O2", "-fwrapv", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden", "-w")
+FLAGS = ("-std=c++17", "-O2", "-fwrapv", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-w")
 MOST_ARGUMENTS = 16
 MAP_BYTES = 128
 PRELUDE = """
@@ -86,7 +86,8 @@ class Probes:
         text += "const int kNumBlocks = 1;\n"
         text += "static const Region region = {(u64)kConstant, (u64)(kConstant + 2)};\n"
         text += "const Region* constants(int* count) { *count = 1; return &region; }\n"
-        return ctypes.CDLL(str(_compiled(text)))
+        runtime = _compiled((RUNTIME / "runtime.cpp").read_text(), ".o", "-c")
+        return ctypes.CDLL(str(_compiled(text, ".so", runtime, "-shared")))
 
 
 def _record(body, arguments, maps):
@@ -96,25 +97,25 @@ def _record(body, arguments, maps):
     return np.array(words, np.uint64).tobytes() + b"".join(maps)
 
 
-def _compiled(text):
-    """A library, kept under a name made of everything it depends on."""
+def _compiled(text, suffix, *more):
+    """What g++ makes of a text, kept under a name made of everything that it depends on."""
     headers = [*sorted(RUNTIME.iterdir()), RUNTIME.parents[1] / "emulator" / "fiber.h"]
     compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
     key = repr((text, FLAGS, compiler, [header.read_text() for header in headers]))
     folder = Path(tempfile.gettempdir()) / f"cupyattn-ptx-{getpass.getuser()}"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    library = folder / f"probes-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-    with library.with_suffix(".lock").open("w") as lock:
+    path = folder / f"probes-{hashlib.sha256(key.encode()).hexdigest()[:24]}{suffix}"
+    with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes may want it too, and one compiler is enough
-        if not library.exists():
+        if not path.exists():
             with tempfile.TemporaryDirectory(dir=folder) as here:
-                source, made = Path(here) / "probes.cpp", Path(here) / "probes.so"
+                source, made = Path(here) / "text.cpp", Path(here) / "made"
                 source.write_text(text)
-                command = ["g++", *FLAGS, f"-I{RUNTIME}", source, RUNTIME / "runtime.cpp", "-o", made]
+                command = ["g++", *FLAGS, f"-I{RUNTIME}", source, *more, "-o", made]
                 done = subprocess.run(command, capture_output=True, text=True)
                 assert not done.returncode, done.stderr
-                os.replace(made, library)
-    return library
+                os.replace(made, path)
+    return path
 
 
 class _Request(ctypes.Structure):

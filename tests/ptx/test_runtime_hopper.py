@@ -622,12 +622,13 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("what", BROKEN)
+# In schedules 0 and 2 A may have been read before it changes.
+@pytest.mark.parametrize(
+    ("what", "schedule"),
+    [(what, schedule) for what in BROKEN for schedule in SCHEDULES if schedule == 1 or what != "A changed"],
+)
 def test_what_must_not_be_done_around_wgmma_is_reported(what, schedule, rng):
     which, options, message = BROKEN[what]
-    if what == "A changed" and schedule != 1:
-        pytest.skip("A is read when the product is done")
     with pytest.raises(ProbeError, match=message):
         product(which, *matrices("f16", rng), schedule=schedule, **options)
 
