@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 JAX ?= jax
 TRANSFORMERS ?= transformers>=5
 
-.PHONY: demo generate test lint bench sweep attack gpu clean
+.PHONY: demo generate test lint bench sweep attack proof gpu clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/embed.py $(ARGS)
@@ -36,6 +36,10 @@ sweep: $(VENV)/test
 # What the package promises, attacked for half an hour; ARGS='--only fuzz --seed 7 --share 0.1' for some.
 attack: $(VENV)/test
 	$(BIN)/python tests/attack.py $(ARGS)
+
+# The PTX of every kernel that plans choose by default, executed on the CPU; ARGS='--only hopper --target sm_90a' for some.
+proof: $(VENV)/test
+	$(BIN)/python tests/proof.py $(ARGS)
 
 # On a machine with a GPU, by its own Python with CuPy, torch and pytest, and without a network. On another one
 # `make gpu ARGS=--dry-run` compiles the kernels with the tests' environment.
