@@ -350,6 +350,7 @@ RESULTS = {
         321,
     ),
     "shared memory begins behind the system's": ("mov.u32 %r1, space; cvt.u64.u32 %rd9, %r1;", 1024),
+    "its address in 64 bits": ("mov.u64 %rd9, space;", 1024),
 }
 
 DECLARED = (

@@ -210,8 +210,8 @@ class Body:
         constant = literal(text, kind)
         if constant is None:
             constant = SPECIAL.get(text) if kind == "u32" else self.symbol(text) if kind == "u64" else None
-        if constant is None and kind == "u32" and text in self.module.shared:
-            constant = "kSharedBase"
+        if constant is None and kind in ("u32", "u64") and text in self.module.shared:
+            constant = f"({kind})kSharedBase"  # in 64 bits from NVRTC 12, and no generic address: loads refuse it
         if constant is None:
             raise self.unknown(f"operand {text} of type {kind}")
         return constant
