@@ -359,6 +359,7 @@ REMOTE_ARRIVAL = body(
     if (argument(1)) {{ barrier_cluster_arrive_release(thread, 3); barrier_cluster_wait_acquire(thread, 4); }}"""
 )
 MAPA = body("mapa_shared_cluster(thread, kSharedBase, (u32)argument(0));")
+ARRIVAL_AT = body("mbarrier_arrive(thread, (u32)argument(0), true);")
 WAIT_ALONE = body("barrier_cluster_wait_acquire(thread, 1);")
 
 
@@ -385,6 +386,8 @@ def test_blocks_reach_for_each_others_mbarriers_while_they_are_there(schedule):
         launch(REMOTE_ARRIVAL, True, True, False, **options)
     with pytest.raises(ProbeError, match="mapa to block 2 of 2"):
         launch(MAPA, 2, **options)
+    with pytest.raises(ProbeError, match="address 0x3000400 is in no block"):
+        launch(ARRIVAL_AT, 3 << 24 | BASE, **options)
 
 
 LATE_REACH = body(

@@ -62,13 +62,15 @@ static void check_read(Thread& thread, const Clock& clock, Block& block, u32 add
         if (!known(write, clock)) fail_of_race(thread, index * 4, "a write", write.agent);
     }
 }
-static void note_read(const Moment& reader, const Thread& thread, Block& block, u32 address, u32 bytes) {
+// Of reads only the last need to be kept, where who knows of the last knows of those before it: not so of a product, of
+// which each of its warps tells, and each knows something else (`clock` is null then).
+static void note_read(const Moment& reader, const Clock* clock, Block& block, u32 address, u32 bytes) {
     const Words words = words_of(address, bytes);
     for (u32 index = words.first; index <= words.last; ++index) {
         Word& word = block.words[index];
         if (!word.reads) {
-            const bool in_order = word.read.agent == reader.agent || is_before(word.read, thread);
-            if (in_order) {
+            const bool first = word.read.agent == kNobody || word.read.agent == reader.agent;
+            if (first || (clock && known(word.read, *clock))) {
                 word.read = reader;
                 continue;
             }
@@ -88,7 +90,7 @@ static void note_read(const Moment& reader, const Thread& thread, Block& block, 
 static void order_read(Thread& thread, Block& block, u32 address, u32 bytes) {
     if (!machine.checks_races) return;
     check_read(thread, thread.clock, block, address, bytes);
-    note_read(now(thread), thread, block, address, bytes);
+    note_read(now(thread), &thread.clock, block, address, bytes);
 }
 static void order_write(Thread& thread, Block& block, u32 address, u32 bytes) {
     if (!machine.checks_races) return;

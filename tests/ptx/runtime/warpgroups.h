@@ -24,7 +24,7 @@ static void order_matrix(Warp& warp, const Product& product, const SharedMatrix&
     const Moment reader{(u32)machine.threads.size() + group, machine.groups[group].clock};
     each_matrix_chunk(thread, matrix, [&](u32, u32, u32 address) {
         check_read(thread, *product.issued, block, address, kChunkBytes);
-        note_read(reader, thread, block, address, kChunkBytes);
+        note_read(reader, nullptr, block, address, kChunkBytes);
     });
 }
 
