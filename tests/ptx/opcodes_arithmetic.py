@@ -27,7 +27,7 @@ def wide(kind):
     return f"{kind[0]}{size}" if size <= 64 else {"s": "__int128", "u": "unsigned __int128"}[kind[0]]
 
 
-# ---- Integers (9.7.1), logic (9.7.8), selection (9.7.7.3) ------------------------------------------------------------
+# ---- Integers (9.7.1), logic (9.7.8), selection (9.7.6.3) ------------------------------------------------------------
 
 
 def expression(text, kind, to=None, operands=("", "", "")):
@@ -74,17 +74,17 @@ FORMS = {
         f"mad.wide.{kind}": expression("(W)a * (W)b + c", kind, to=wide(kind), operands=("", "", wide(kind)))
         for kind in WORDS
     },
-    **expressions("min", "a < b ? a : b", INTEGERS),  # 9.7.1.13
-    **expressions("max", "a > b ? a : b", INTEGERS),  # 9.7.1.14
-    **expressions("neg", "-a", ("s32", "s64")),  # 9.7.1.12
-    **expressions("abs", "a < 0 ? -a : a", ("s32", "s64")),  # 9.7.1.11
+    **expressions("min", "a < b ? a : b", INTEGERS),  # 9.7.1.12
+    **expressions("max", "a > b ? a : b", INTEGERS),  # 9.7.1.13
+    **expressions("neg", "-a", ("s32", "s64")),  # 9.7.1.11
+    **expressions("abs", "a < 0 ? -a : a", ("s32", "s64")),  # 9.7.1.10
     **expressions("and", "a & b", (*BITWISE, "pred")),  # 9.7.8.1
     **expressions("or", "a | b", (*BITWISE, "pred")),  # 9.7.8.2
     **expressions("xor", "a ^ b", (*BITWISE, "pred")),  # 9.7.8.3
     **expressions("not", "~a", BITWISE),  # 9.7.8.4
     "not.pred": expression("!a", "pred"),
-    **expressions("selp", "c ? a : b", (*BITWISE, *INTEGERS, "f32", "f64"), operands=("", "", "pred")),  # 9.7.7.3
-    # 9.7.8.8: a shift by more than there are bits shifts all of them out, or is the sign
+    **expressions("selp", "c ? a : b", (*BITWISE, *INTEGERS, "f32", "f64"), operands=("", "", "pred")),  # 9.7.6.3
+    # 9.7.8.8, 9.7.8.9: a shift by more than there are bits shifts all of them out, or is the sign
     "shl.b16": expression("shl_b32(a, c)", "b16", operands=("", "", "u32")),
     "shr.b16": expression("shr_u32(a, c)", "b16", operands=("", "", "u32")),
     "shr.u16": expression("shr_u32(a, c)", "u16", operands=("", "", "u32")),
@@ -95,7 +95,7 @@ FORMS |= calls(
         # 9.7.1.8, 9.7.1.9
         **{f"div.{kind}": f"u{kind[1:]} = div_{kind}(thread, u{kind[1:]}, u{kind[1:]})" for kind in (*WORDS, *LONGS)},
         **{f"rem.{kind}": f"u{kind[1:]} = rem_{kind}(thread, u{kind[1:]}, u{kind[1:]})" for kind in (*WORDS, *LONGS)},
-        # 9.7.8.7, 9.7.8.8
+        # 9.7.8.8, 9.7.8.9
         "shl.b32": "u32 = shl_b32(u32, u32)",
         "shl.b64": "u64 = shl_b64(u64, u32)",
         "shr.b32": "u32 = shr_u32(u32, u32)",
@@ -152,7 +152,7 @@ FORMS |= calls(
 )
 
 
-# ---- Comparison (9.7.7.2) --------------------------------------------------------------------------------------------
+# ---- Comparison (9.7.6.2) --------------------------------------------------------------------------------------------
 
 SIGNS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 OF_FLOATS = (*SIGNS, "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan")

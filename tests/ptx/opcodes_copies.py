@@ -42,7 +42,7 @@ def wait_all(body, operands):
 FORMS["cp.async.wait_all"] = wait_all
 
 
-# ---- Boxes of tensor maps (9.7.9.27) ---------------------------------------------------------------------------------
+# ---- Boxes of tensor maps (9.7.9.25.5) -------------------------------------------------------------------------------
 
 
 def map_and_corner(body, text):

@@ -101,7 +101,7 @@ for trans, transposes in (("", "false"), ("trans.", "true")):
     FORMS[f"stmatrix.sync.aligned.m8n8.x4.{trans}shared.b16"] = store_matrices(transposes)
 FORMS |= calls(
     {
-        # 9.7.13.10
+        # 9.7.13.9
         "vote.sync.any.pred": "bool = vote_any(thread, site, bool, u32)",
         "vote.sync.all.pred": "bool = vote_all(thread, site, bool, u32)",
         "vote.sync.ballot.b32": "u32 = vote_ballot(thread, site, bool, u32)",

@@ -332,6 +332,10 @@ RESULTS = {
         "{ .reg .pred p; mov.u64 %rd9, 0; loop: add.s64 %rd9, %rd9, 2; setp.lt.s64 p, %rd9, 5; @p bra.uni loop; }",
         6,
     ),
+    # Poison
+    "a register that nobody wrote": ("{ .reg .b64 x; mov.u64 %rd9, x; }", -1),
+    "a predicate that nobody wrote": ("{ .reg .pred x; selp.u64 %rd9, 1, 0, x; }", 1),
+    "local memory that nobody wrote": ("mov.u64 %rd3, here; ld.local.u64 %rd9, [%rd3+8];", -1),
     # Variables, calls
     "a constant in memory": ("mov.u64 %rd3, codes; ld.global.u32 %rd9, [%rd3+4];", 0x07060504),
     "what is not initialised is zero": ("mov.u64 %rd3, codes; ld.global.u32 %rd9, [%rd3+8];", 0),

@@ -46,7 +46,7 @@ class Parameter(NamedTuple):
 
 
 class Function(NamedTuple):
-    """An .entry or a .func (11.1)."""
+    """An .entry or a .func (11.2)."""
 
     kind: str
     name: str
@@ -140,7 +140,7 @@ def split_operands(text):
 
 
 def _without_comments(text):
-    """Blanks instead (4.1); every line keeps its number."""
+    """Blanks instead (4.2); every line keeps its number."""
     pattern = re.compile(r'"[^"\n]*"|//[^\n]*|/\*.*?\*/', re.DOTALL)
     return pattern.sub(lambda met: met[0] if met[0][0] == '"' else re.sub(r"[^\n]", " ", met[0]), text)
 

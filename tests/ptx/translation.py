@@ -15,7 +15,7 @@ from itertools import count
 from typing import NamedTuple
 
 from ptx import opcodes_arithmetic, opcodes_copies, opcodes_memory, opcodes_warps
-from ptx.text import BYTES, Unknown, read, split_operands
+from ptx.text import BYTES, Module, Unknown, read, split_operands
 
 FORMS = opcodes_arithmetic.FORMS | opcodes_memory.FORMS | opcodes_warps.FORMS | opcodes_copies.FORMS
 """Each form that we know, and what writes C++ for it: a function of a `Body` and the operands."""
@@ -66,7 +66,7 @@ class Shared(NamedTuple):
 
 
 class Translated(NamedTuple):
-    module: object
+    module: Module
     source: str
     blocks: list[Block]
 
@@ -74,6 +74,7 @@ class Translated(NamedTuple):
 def translate(text):
     """A module's text, which has one .entry."""
     module = read(text)
+    assert module.entry
     shared = Shared([], set(), count())
     blocks, used = shared.blocks, shared.used
     bodies = [Body(module, function, shared).translate() for function in module.functions]
@@ -90,7 +91,6 @@ def translate(text):
         f"static const Region regions[] = {{{regions or '{0, 0}'}}};",
         f"const Region* constants(int* count) {{ *count = {len(kept)}; return regions; }}",
     ]
-    assert module.entry
     return Translated(module, "\n".join(lines) + "\n", blocks)
 
 
@@ -345,7 +345,7 @@ class Body:
                 raise self.unknown("a parameter outside of a call's braces")
             name = self.declare(variable(met[2], scope.number), "u64", met[2])
             scope.parameters[met[2]] = (name, BYTES[met[1]])
-        elif not re.fullmatch(r'\.pragma "(nounroll|used_bytes_mask \d+)"', text):  # 11.6.1: hints
+        elif not re.fullmatch(r'\.pragma "(nounroll|used_bytes_mask \d+)"', text):  # 11.4: hints
             raise self.unknown("a directive")
 
     def _declare_registers(self, scope, kind, name):
