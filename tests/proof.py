@@ -165,8 +165,13 @@ def summary(reports, options):
     print(f"{visited:,} of {of_text:,} instructions of the texts were visited")
     missing = sorted(had - executed)
     print(f"{len(had & executed)} of {len(had)} instruction forms executed; missing: {', '.join(missing) or 'none'}")
-    whole = options.only.startswith(",".join(FAMILIES)) and not options.words and options.share == 1.0
-    return len(lost) + (len(missing) if whole else 0)
+    unshared = sorted(had - share.load()[1]) if share.FILE.exists() else []
+    if unshared:
+        print(f"not among what `make test` covers (run --choose again): {', '.join(unshared)}")
+    some = options.words or options.prebuilt or options.choose or options.share < 1.0
+    if some or not {*FAMILIES} <= {*options.only.split(",")} or {*options.target.split(",")} != {*DEVICES}:
+        missing = unshared = []  # by these kernels alone
+    return len(lost) + len(missing) + len(unshared)
 
 
 def chosen(reports):

@@ -22,6 +22,7 @@ class Violation(NamedTuple):
 
 WRITTEN = "written since the last wgmma.fence on some path, and a product uses it"
 TOUCHED = "touched while a product that uses it may be under way"
+NO_FENCE = "no fence yet"
 MOST_GROUPS = 9
 """Commits after which a count of them goes no further: no kernel waits for all but so many."""
 WITHOUT_RESULT = ("st.", "bar", "bra", "ret", "exit", "cp.", "mbarrier", "call", "fence", "prefetch", "stmatrix",
@@ -122,12 +123,13 @@ def _flow(steps, start, through, meet):
 
 
 def _written(steps):
-    """The state: registers that were written since the last fence."""
+    """The state: registers that were written since the last fence, and whether there was one."""
     states = _flow(
-        steps, frozenset(), lambda step, state: frozenset() if step.kind == "fence" else state | step.writes,
+        steps, frozenset({NO_FENCE}), lambda step, state: frozenset() if step.kind == "fence" else state | step.writes,
         frozenset.union,
     )  # fmt: skip
-    pairs = [(step, step.uses & state) for step, state in zip(steps, states, strict=True) if state is not None]
+    reached = [(step, state) for step, state in zip(steps, states, strict=True) if state is not None]
+    pairs = [(step, (step.uses | {NO_FENCE}) & state) for step, state in reached]
     return [Violation(step.line, WRITTEN, tuple(sorted(bad))) for step, bad in pairs if step.kind == "product" and bad]
 
 

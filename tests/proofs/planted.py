@@ -511,23 +511,14 @@ def _commit_before_products(lines):
     lines.insert(product, lines.pop(commit))
 
 
-@_edit_of_lines
-def _arrive_before_reading(lines):
-    """A warp leaves a slot in front of the wait for the products that read it."""
-    arrive = _index(lines, r"mbarrier\.arrive\.shared::cta", 0, _index(lines, r"wgmma\.mma_async"))
-    wait = max(index for index in range(arrive) if "wgmma.wait_group" in lines[index])
-    lines.insert(wait, lines.pop(arrive))
-
-
 TEXTS = [
     Edited("an accumulator is read before the wait", _use_early, "hopper"),
     Edited("an accumulator is scaled while under way", _scale_early, "hopper"),
     Edited("a register of A is overwritten while under way", _overwrite_a, "hopper"),
     Edited("a wait for products is gone", _drop(r"wgmma\.wait_group\.sync\.aligned", 1), "hopper"),
     Edited("all wgmma.fence are gone", _substitute(r"wgmma\.fence\.sync\.aligned;", ""), "hopper"),
-    Edited("one wgmma.fence is gone", _drop(r"wgmma\.fence\.sync\.aligned", 1), "hopper"),
+    Edited("the first wgmma.fence is gone", _drop(r"wgmma\.fence\.sync\.aligned", 0), "hopper"),
     Edited("products are committed before they are asked for", _commit_before_products, "hopper"),
-    Edited("a slot is left before its products have read it", _arrive_before_reading, "hopper"),
     Edited("the last fence of proxies is gone", _without_last("fence.proxy.async.shared::cta;"), "hopper"),
     Edited("a barrier is gone", _drop(r"bar\.sync", 1), "flash"),
     Edited("copies waited for behind the barrier that tells of them", _wait_behind_barrier, "flash"),
@@ -538,8 +529,7 @@ TEXTS = [
                                                 r"\1, \3, \2, \4", 40), "hopper, causal"),
     Edited("a shared address taken for a global one", _substitute(r"\bld\.shared\.v4", "ld.global.v4"), "flash"),
     Edited("global memory by 32 bits of its address", _substitute(
-        r"(ld\.global\.v4\.\w+\s+\{[^}]*\}), \[(%\w+)", r"shl.b64 \2, \2, 32; shr.u64 \2, \2, 32; \1, [\2",
-        1), "flash"),
+        r"(cp\.async\.cg\S+ \[%\w+\], \[)(%\w+)", r"and.b64 \2, \2, 4294967295; \1\2", 1), "flash"),
     Edited("a predicate the other way", _substitute(r"@%(p\d+) bra", r"@!%\1 bra", 1), "splits"),
     Edited("an unsigned comparison", _substitute(r"setp\.(lt|gt|le|ge)\.s32", r"setp.\1.u32"), "hopper, window"),
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 import ptx
@@ -115,7 +116,7 @@ class Worker:
 
     def run(self, task):
         """The answer; {"raised": words} also of a crash and of a hang."""
-        if self.process is None or self.process.poll() is not None:
+        if self.process is None:
             self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         timer = threading.Timer(SECONDS, self.process.kill)
         timer.start()
@@ -126,10 +127,15 @@ class Worker:
         finally:
             timer.cancel()
         if not line:
-            return {"raised": f"ended with {self.process.wait()}, or did not end within {SECONDS} s"}
+            return {"raised": f"ended with {self.close()}, or did not end within {SECONDS} s"}
         return json.loads(line)
 
     def close(self):
-        if self.process is not None:
+        """Its exit status, once it has none to work for."""
+        if self.process is None:
+            return 0
+        with suppress(BrokenPipeError):
             self.process.stdin.close()
-            self.process.wait()
+        self.process.stdout.close()
+        status, self.process = self.process.wait(), None
+        return status
