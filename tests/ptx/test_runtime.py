@@ -80,6 +80,11 @@ def test_shared_memory_ends_where_it_was_asked_to(address, size):
         access("shared", address, size)
 
 
+def test_shared_memory_of_other_blocks_is_not_loaded_from():
+    with pytest.raises(ProbeError, match="load at shared::cluster 0x1000400, where shared::cta is wanted"):
+        access("shared", 1 << 24 | BASE, 4, writes=False)
+
+
 def test_shared_memory_within_its_bounds_may_be_written():
     for size in (1, 2, 4, 8, 16):
         with pytest.raises(ProbeError, match="race"):  # for all lanes do
@@ -352,6 +357,7 @@ HALF_A_BARRIER = body("thread.line = 5; if (thread.warp) bar_sync(thread, 1, 3, 
 OTHER_COUNT = body("if (thread.warp < 2) bar_sync(thread, 1, 3, thread.warp ? 64 : 96);")
 BARRIER_NUMBER = body("bar_sync(thread, 1, 16, -1);")
 BARRIER_OF = body("bar_sync(thread, 1, 1, (s64)argument(1));")
+ARRIVAL_OF_ALL = body("bar_arrive(thread, 1, 1, -1);")
 REDUCTION = body("array(0)[thread.number] = bar_red_or(thread, 1, 0, thread.number == argument(1));")
 
 
@@ -369,8 +375,10 @@ def test_barriers_are_16_and_of_whole_warps():
     with pytest.raises(ProbeError, match="there is no barrier 16"):
         run(BARRIER_NUMBER)
     for count in (0, 31, 33, 64):
-        with pytest.raises(ProbeError, match=r"bar.sync of"):
+        with pytest.raises(ProbeError, match=f"bar.sync of {count} threads"):
             run(BARRIER_OF, words(1), count)
+    with pytest.raises(ProbeError, match=r"bar.arrive needs a number"):
+        run(ARRIVAL_OF_ALL)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

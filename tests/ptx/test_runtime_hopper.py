@@ -361,6 +361,7 @@ REMOTE_ARRIVAL = body(
 MAPA = body("mapa_shared_cluster(thread, kSharedBase, (u32)argument(0));")
 ARRIVAL_AT = body("mbarrier_arrive(thread, (u32)argument(0), true);")
 WAIT_ALONE = body("barrier_cluster_wait_acquire(thread, 1);")
+ARRIVE_TWICE = body("for (u32 turn = 0; turn < 2; ++turn) barrier_cluster_arrive_release(thread, 1);")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -405,7 +406,9 @@ def test_blocks_that_may_exit_before_others_reach_for_them_are_reported(schedule
         launch(LATE_REACH, grid=(2, 1, 1), cluster=2, schedule=schedule)
 
 
-def test_a_cluster_wait_needs_an_arrival():
+def test_cluster_barriers_are_arrived_at_and_then_waited_for():
+    with pytest.raises(ProbeError, match=r"barrier.cluster.arrive twice"):
+        run(ARRIVE_TWICE)
     with pytest.raises(ProbeError, match=r"barrier.cluster.wait without barrier.cluster.arrive"):
         run(WAIT_ALONE)
 

@@ -1,8 +1,8 @@
 // What the instructions of PTX mean, one function each: the translated text calls them, the runtime is them.
 //
 // A function has its instruction's name, dots turned into underscores, without what is true of all that we know
-// (.sync.aligned of warps and warpgroups, .shared::cta of mbarriers, .ftz is said, since it changes a result).  Above it
-// stands the section of the PTX ISA (9.0) that says what it does.  Registers are bits: u32 for .f32, .b32, .s32 alike.
+// (.sync.aligned of warps and warpgroups, .shared::cta of mbarriers; .ftz is said, since it changes a result). Above it
+// stands the section of the PTX ISA (9.0) that says what it does. Registers are bits: u32 for .f32, .b32, .s32 alike.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -43,7 +43,7 @@ extern u64* visits;  // of each basic block of the text
 
 [[noreturn]] void fail(Thread&, const char* format, ...);
 
-// ---- Floating-point instructions (9.7.3), single precision: bits in, bits out --------------------------------------
+// ---- Floating-point instructions (9.7.3), single precision: bits in, bits out ---------------------------------------
 
 u32 add_rn_f32(u32 a, u32 b);
 u32 add_rn_ftz_f32(u32 a, u32 b);
@@ -62,7 +62,7 @@ u32 min_ftz_f32(u32 a, u32 b);
 u32 ex2_approx_ftz_f32(u32 a);
 u32 lg2_approx_ftz_f32(u32 a);
 u32 tanh_approx_f32(u32 a);
-// Of setp (9.7.7.2): the ordered comparisons, and whether neither is nan; `ftz` as the instruction says.
+// Of setp (9.7.6.2): the ordered comparisons, and whether neither is nan; `ftz` as the instruction says.
 enum class Compare { eq, ne, lt, le, gt, ge, equ, neu, ltu, leu, gtu, geu, num, nan };
 bool setp_f32(Compare, bool ftz, u32 a, u32 b);
 
@@ -108,7 +108,7 @@ u64 rem_s64(Thread&, u64 a, u64 b);
 u64 div_u64(Thread&, u64 a, u64 b);
 u64 rem_u64(Thread&, u64 a, u64 b);
 
-// ---- Memory (9.7.9): a pointer to bytes that may be accessed, or failure ---------------------------------------------
+// ---- Memory (9.7.9): a pointer to bytes that may be accessed, or failure --------------------------------------------
 
 u8* shared_memory(Thread&, u32 address, u32 bytes, bool writes);
 u8* global_memory(Thread&, u64 address, u32 bytes, bool writes);
@@ -128,7 +128,7 @@ inline void write(u8* to, T value) {
 u32 atom_add_acq_rel_gpu_global_s32(Thread&, u64 address, u32 value);  // 9.7.13.5
 void fence_acq_rel_gpu(Thread&);                                       // 9.7.13.4, membar / fence
 
-// ---- Warps and blocks (9.7.9.6, 9.7.13); `site` names the instruction: all lanes have to be at the same one ----------
+// ---- Warps and blocks (9.7.9.6, 9.7.13); `site` names the instruction: all lanes have to be at the same one ---------
 
 enum class Shuffle { idx, bfly, up, down };
 void shfl_sync(Thread&, int site, Shuffle, u32 value, u32 lane, u32 clamp, u32 members, u32* to, bool* in_range);
@@ -144,14 +144,14 @@ void barrier_cluster_wait_acquire(Thread&, int site);
 void setmaxnreg_inc(Thread&, int site, u32 registers);
 void setmaxnreg_dec(Thread&, int site, u32 registers);
 
-// ---- Products and moves of a warp (9.7.14) ---------------------------------------------------------------------------
+// ---- Products and moves of a warp (9.7.14) --------------------------------------------------------------------------
 
 void mma_m16n8k16_f16(Thread&, int site, u32* d, const u32* a, const u32* b, const u32* c);
 void mma_m16n8k16_bf16(Thread&, int site, u32* d, const u32* a, const u32* b, const u32* c);
 void ldmatrix_x4(Thread&, int site, bool transposes, u32 address, u32* to);
 void stmatrix_x4(Thread&, int site, bool transposes, u32 address, const u32* from);
 
-// ---- Copies that happen later (9.7.9.25) -----------------------------------------------------------------------------
+// ---- Copies that happen later (9.7.9.25) ----------------------------------------------------------------------------
 
 void cp_async_16(Thread&, u32 to, u64 from, u32 bytes);  // bytes < 16: zeros behind them
 void cp_async_commit_group(Thread&);
@@ -163,7 +163,7 @@ void cp_async_bulk_tensor_5d_load(Thread&, u32 to, u64 map, u32 mbarrier, const 
                                   u64 policy);
 void cp_async_bulk_tensor_5d_store(Thread&, u64 map, u32 from, const u32* corner);
 
-// ---- mbarriers and proxies (9.7.13.15, 9.7.13.4) ---------------------------------------------------------------------
+// ---- mbarriers and proxies (9.7.13.15, 9.7.13.4) --------------------------------------------------------------------
 
 u32 mapa_shared_cluster(Thread&, u32 address, u32 rank);
 void mbarrier_init(Thread&, u32 address, u32 arrivals);
@@ -173,7 +173,7 @@ bool mbarrier_try_wait_parity(Thread&, u32 address, u32 parity);
 void fence_proxy_async(Thread&);
 void fence_mbarrier_init(Thread&);
 
-// ---- Products of a warpgroup (9.7.15) --------------------------------------------------------------------------------
+// ---- Products of a warpgroup (9.7.15) -------------------------------------------------------------------------------
 
 void wgmma_fence(Thread&, int site);
 void wgmma_commit_group(Thread&, int site);
@@ -187,7 +187,7 @@ struct WarpgroupProduct {
     s32 sign_a, sign_b;
     bool transposes_a, transposes_b;
 };
-// `d` and `a` point to the registers themselves, which are poison while the product is under way; `a` is null where A is
-// in shared memory, by `descriptor_a`.
+// `d` and `a` point to the registers themselves: those of D are poison while the product is under way, those of A must
+// not change. `a` is null where A is in shared memory, by `descriptor_a`.
 void wgmma_mma_async(Thread&, int site, const WarpgroupProduct&, u32* const* d, u64 descriptor_a, u32* const* a,
                      u64 descriptor_b);

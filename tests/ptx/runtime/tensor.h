@@ -22,7 +22,7 @@ constexpr u32 kMapAlignment = 64;
 constexpr u32 kBoxAlignment = 128;
 constexpr u32 kChunkBytes = 16;  // what a swizzle moves as one
 
-// createpolicy (9.7.9.20) makes 64 bits that no manual explains; these are the three that CUTLASS has.
+// createpolicy (9.7.9.18) makes 64 bits that no manual explains; these are the three that CUTLASS has.
 constexpr u64 kEvictNormal = 0x1000000000000000;
 constexpr u64 kEvictFirst = 0x12F0000000000000;
 constexpr u64 kEvictLast = 0x14F0000000000000;
