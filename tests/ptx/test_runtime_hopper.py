@@ -90,6 +90,7 @@ BYTES = body(
 )
 UNFINISHED_BYTES = body(begin() + "if (!thread.number) mbarrier_arrive_expect_tx(thread, mbarrier, 64);")
 NO_MBARRIER = body("mbarrier_arrive(thread, kSharedBase + 8, false);")
+MISALIGNED_ARRIVAL = body("mbarrier_arrive(thread, kSharedBase + 12, false);")
 UNORDERED_INIT = body("""
     if (thread.number == 0) mbarrier_init(thread, kSharedBase, 1);
     bar_sync(thread, 1, 0, 32);
@@ -132,7 +133,8 @@ def test_mbarriers_must_be_there_and_in_order():
         (NO_MBARRIER, "no mbarrier was initialised at shared 1032"),
         (UNORDERED_INIT, "an mbarrier is there"),
         (TWICE, "initialised twice"),
-        (MISALIGNED, "not aligned to 8"),
+        (MISALIGNED, "mbarrier.init at shared 1028, which is not aligned to 8"),
+        (MISALIGNED_ARRIVAL, "mbarrier at shared 1036, which is not aligned to 8"),
         (TOO_FEW_ARRIVALS, "for 0 arrivals"),
     ]
     for which, message in cases:
@@ -395,6 +397,7 @@ LATE_REACH = body(
     f"""{begin()}
     barrier_cluster_arrive_release(thread, 1);
     barrier_cluster_wait_acquire(thread, 2);
+    for (u32 turn = 0; turn < argument(0) && thread.rank == 0; ++turn) bar_sync(thread, 3, 0, -1);
     if (thread.rank == 0 && thread.number == 0)
         mbarrier_arrive(thread, mapa_shared_cluster(thread, mbarrier, 1), true);"""
 )
@@ -403,7 +406,9 @@ LATE_REACH = body(
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_blocks_that_may_exit_before_others_reach_for_them_are_reported(schedule):
     with pytest.raises(ProbeError, match=r"may exit before|has exited"):
-        launch(LATE_REACH, grid=(2, 1, 1), cluster=2, schedule=schedule)
+        launch(LATE_REACH, 0, grid=(2, 1, 1), cluster=2, schedule=schedule)
+    with pytest.raises(ProbeError, match=r"block 1 of the cluster, whose mbarrier this is, has exited"):
+        launch(LATE_REACH, 50, grid=(2, 1, 1), cluster=2)
 
 
 def test_cluster_barriers_are_arrived_at_and_then_waited_for():
@@ -417,7 +422,7 @@ def test_cluster_barriers_are_arrived_at_and_then_waited_for():
 
 REGISTERS = body("""
     if (thread.warp < 4) {
-        if (argument(0)) setmaxnreg_dec(thread, 1, 24);
+        if (argument(0)) setmaxnreg_dec(thread, 1, (u32)argument(0));
     } else {
         setmaxnreg_inc(thread, 2, (u32)argument(1));
     }
@@ -426,14 +431,26 @@ REGISTERS = body("""
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_registers_are_what_others_gave_back(schedule):
-    run(REGISTERS, True, 240, threads=384, schedule=schedule)  # 168 each: 144 given back, 72 taken by two warpgroups
+    run(REGISTERS, 24, 240, threads=384, schedule=schedule)  # of 168; two warpgroups take half of 144 each
     with pytest.raises(ProbeError, match=r"deadlock: .* at setmaxnreg.inc, for registers that others give back"):
-        run(REGISTERS, False, 240, threads=384, schedule=schedule)
+        run(REGISTERS, 0, 240, threads=384, schedule=schedule)
     with pytest.raises(ProbeError, match=r"deadlock: .* at setmaxnreg.inc"):
-        run(REGISTERS, True, 248, threads=384, schedule=schedule)
-    for registers in (22, 36, 264, 160):
-        with pytest.raises(ProbeError, match="setmaxnreg"):
-            run(REGISTERS, True, registers, threads=384, schedule=schedule)
+        run(REGISTERS, 24, 248, threads=384, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("fewer", "more", "message"),
+    [
+        (16, 240, "to 16"),
+        (36, 240, "to 36"),
+        (176, 240, "dec to 176 from 168"),
+        (0, 264, "to 264"),
+        (0, 160, "inc to 160"),
+    ],
+)
+def test_numbers_of_registers_are_checked(fewer, more, message):
+    with pytest.raises(ProbeError, match=f"setmaxnreg.?{message}"):
+        run(REGISTERS, fewer, more, threads=384)
 
 
 # ---- Products of warpgroups

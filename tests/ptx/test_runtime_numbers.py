@@ -259,11 +259,14 @@ FMA_BFLOATS = expression("fma_rn_bf16x2(a, b, c)")
 
 @pytest.mark.parametrize(("body", "dtype"), [(FMA_HALVES, np.float16), (FMA_BFLOATS, ml_dtypes.bfloat16)])
 def test_fma_of_pairs_rounds_once(body, dtype, rng):
-    """Far apart summands, too, where float64 would round first."""
+    """Also where float64 would round first: 7 * 37 lies halfway between two bfloat16."""
     a, b, c = (rng.standard_normal((3, 1000)) * 2.0 ** rng.integers(-6, 7, (3, 1000))).astype(dtype)
-    one, small = dtype(1), dtype(2.0**-8) if dtype is np.float16 else dtype(2.0**-60)
-    a = np.append(a, [one + dtype(np.float32(ml_dtypes.finfo(dtype).eps)), dtype(256)])
-    b, c = np.append(b, [dtype(1.5), dtype(256)]), np.append(c, [small, -small])
+    tiny = dtype(2.0**-24) if dtype is np.float16 else dtype(2.0**-60)
+    a, b, c = (
+        np.append(a, np.array([7, 7], dtype)),
+        np.append(b, np.array([37, -37], dtype)),
+        np.append(c, [-tiny, tiny]),
+    )
     packed = [np.repeat(x.view(np.uint16), 2).view(np.uint32) for x in (a, b, c)]
     found = evaluate(body, *packed).view(np.uint16)
     np.testing.assert_array_equal(found[::2], found[1::2])
