@@ -90,6 +90,9 @@ BYTES = body(
 )
 UNFINISHED_BYTES = body(begin() + "if (!thread.number) mbarrier_arrive_expect_tx(thread, mbarrier, 64);")
 NO_MBARRIER = body("mbarrier_arrive(thread, kSharedBase + 8, false);")
+TOO_MANY_BYTES = body(begin() + "mbarrier_arrive_expect_tx(thread, mbarrier, 1 << 20);")
+PARITY_OF_2 = body(begin() + "mbarrier_try_wait_parity(thread, mbarrier, 2);")
+ENDLESS = body(begin() + "while (mbarrier_try_wait_parity(thread, mbarrier, 1)) {}")
 MISALIGNED_ARRIVAL = body("mbarrier_arrive(thread, kSharedBase + 12, false);")
 UNORDERED_INIT = body("""
     if (thread.number == 0) mbarrier_init(thread, kSharedBase, 1);
@@ -140,6 +143,14 @@ def test_mbarriers_must_be_there_and_in_order():
     for which, message in cases:
         with pytest.raises(ProbeError, match=message):
             run(which)
+    cases = [
+        (TOO_MANY_BYTES, "expect_tx of 1048576 bytes"),
+        (PARITY_OF_2, "for parity 2"),
+        (ENDLESS, "mbarrier.try_wait came 5000000 times"),
+    ]
+    for which, message in cases:
+        with pytest.raises(ProbeError, match=message):
+            launch(which)
     with pytest.raises(ProbeError, match="race: the initialisation of mbarrier 1024"):
         run(RACING_INIT, threads=64)
 
@@ -256,7 +267,10 @@ UNFENCED_MBARRIER = body(
         {LOAD_BOX}
     }}"""
 )
-NO_MAP = body("prefetch_tensormap(thread, argument(0));")
+NO_PARAMETER = body("prefetch_tensormap(thread, argument(0) & ~63);")
+MISALIGNED_MAP = body("prefetch_tensormap(thread, tensor_map(0) + 32);")
+ELSEWHERE = body(begin() + CORNER + LOAD_BOX.replace("kSharedBase,", "kSharedBase + (1 << 24),"))
+MISPLACED_STORE = body(CORNER + "cp_async_bulk_tensor_5d_store(thread, tensor_map(0), kSharedBase + 16, corner);")
 MISPLACED = body(begin() + CORNER + LOAD_BOX.replace("kSharedBase,", "kSharedBase + 64,"))
 OTHER_POLICY = body(begin() + CORNER + LOAD_BOX.replace(EVICT_NORMAL, "1"))
 
@@ -272,7 +286,10 @@ def test_the_async_proxy_needs_fences_and_legal_operands(tensor):
         (OTHER_POLICY, maps, "cache policy 0x1"),
         (FENCED, [bytes(128)], "no tensor map at"),
         (FENCED, [tensor_map(tensor, (64, 8, 1, 1, 1), 64)], "rows of a box have 128 bytes, with a swizzle of 64"),
-        (NO_MAP, [], "is no parameter|not aligned to 64"),
+        (NO_PARAMETER, [], "is no parameter"),
+        (MISALIGNED_MAP, maps, "tensor map at .*, not aligned to 64"),
+        (ELSEWHERE, maps, "in another block"),
+        (MISPLACED_STORE, maps, "box from shared 0x410, not aligned to 128"),
     ]
     for which, given, message in cases:
         with pytest.raises(ProbeError, match=message):
@@ -685,6 +702,33 @@ def test_descriptors_are_checked(bits, message, rng):
     arguments = out, image, d, a_registers(a), descriptor, (descriptor & ~0x6) | bits, *flags
     with pytest.raises(ProbeError, match=message):
         run(PRODUCT["f16"], *arguments, threads=128, shared_memory=65536)
+
+
+OTHER_ORDER = "std::swap(d_registers[1], d_registers[2]);"
+OTHER_SET = "u32 more = 0; d_registers[0] = &more;"
+ILLEGAL = {
+    "60 columns": (body(FILL + TAKE + BEGIN_PRODUCT + issue().replace(f"{{{COLUMNS},", "{60,") + END_PRODUCT), {}),
+    "signs that are not 1 or -1": (PRODUCT["f16"], {"signs": (2, 1)}),
+    "transposed e4m3": (PRODUCT["e4m3"], {"transposes": (False, True)}),
+    "transposed registers": (PRODUCT["f16"], {"a_is_shared": False, "transposes": (True, False)}),
+    "differ between lanes": (
+        body(FILL + TAKE + BEGIN_PRODUCT + issue().replace("argument(5)", "argument(5) + 2 * (thread.lane == 3)")),
+        {},
+    ),
+    "accumulators under way in another order": (product_body(end=OTHER_ORDER + issue(name="second") + END_PRODUCT), {}),
+    "an accumulator is under way with others": (product_body(end=OTHER_SET + issue(name="second") + END_PRODUCT), {}),
+}
+
+
+@pytest.mark.parametrize("message", ILLEGAL)
+def test_products_that_cannot_be_are_refused(message, rng):
+    which, options = ILLEGAL[message]
+    number = "e4m3" if which == PRODUCT["e4m3"] else "f16"
+    a, b, c = matrices(number, rng)
+    if number == "e4m3":
+        options = {**options, "swizzle": 32}
+    with pytest.raises(ProbeError, match=message):
+        product(which, a, b, c, **options)
 
 
 ACCUMULATED = product_body(
