@@ -287,6 +287,13 @@ RESULTS = {
         "setp.eq.u32 %p1, 1, 2; setp.eq.and.u32 %p2, 1, 1, !%p1; selp.u64 %rd9, 1, 0, %p2;",
         1,
     ),
+    "each way to combine": (
+        "mov.pred %p1, -1; setp.ne.or.u32 %p2, 1, 1, %p1; setp.eq.xor.u32 %p3, 1, 1, %p1; "
+        "setp.eq.and.u32 %p4, 1, 1, %p1; "
+        "selp.u64 %rd9, 1, 0, %p2; selp.u64 %rd3, 2, 0, %p3; selp.u64 %rd4, 4, 0, %p4; "
+        "or.b64 %rd9, %rd9, %rd3; or.b64 %rd9, %rd9, %rd4;",
+        5,
+    ),
     "logic of predicates": (
         "mov.pred %p1, -1; mov.pred %p2, 0; and.pred %p3, %p1, %p2; or.pred %p4, %p1, %p2; not.pred %p3, %p3; "
         "and.pred %p3, %p3, %p4; selp.u64 %rd9, 1, 0, %p3;",
@@ -422,8 +429,8 @@ def test_comments_and_strings_keep_every_line_in_its_place():
 
 def test_what_was_visited_is_counted_guard_by_guard(results):
     forms, visited = results[1].forms, results[1].visited_forms
-    assert forms["mov.pred"] == 2
-    assert visited["mov.pred"] == 2
+    written = sum(text.count("mov.pred") for text, _ in RESULTS.values())
+    assert forms["mov.pred"] == visited["mov.pred"] == written
     assert visited["ret"] == 1 + 31 + 1  # of the thread, of those that left at once, and of the function that it called
     assert visited["bra"] == 4 + 2
     assert results[1].launches[0].instructions == visited.total()
