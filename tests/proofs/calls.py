@@ -256,7 +256,8 @@ def _dense_arrays(dtype, heads, seqlens, dims, mask=None, layout="bshd", batch=1
             _stray(arrays["v"])
         if descaled and dtype == FLOAT8:
             counts = {"q": heads[1], "k": heads[1], "v": heads[2]}
-            arrays |= {f"{x}_descale": rng.uniform(0.5, 2.0, (batch, counts[x])).astype("f4") for x in "qkv"}
+            # No larger than 1: the bar of lse is for scores whose sums are cut off once, not for multiples of them.
+            arrays |= {f"{x}_descale": rng.uniform(0.5, 1.0, (batch, counts[x])).astype("f4") for x in "qkv"}
         if mask and "causal" in mask:
             arrays["sinks"] = rng.standard_normal(heads[0]).astype("f4")
         return arrays, options_of(layout=layout, **(mask or {}))
@@ -378,11 +379,12 @@ def _of_append(kernel):
     eight = {"table_dtype": "float32"} if kernel.dtype == FLOAT8 else {}
 
     def call(given, schedule, seed, sources):
-        return _with_cache(split, "splitkv", tile_of(split), schedule, seed, sources, given | eight, (4, 2, 2), CAUSAL)
+        return _with_cache(split, "splitkv", tile_of(split), schedule, seed, sources, eight | given, (4, 2, 2), CAUSAL)
 
     layouts = {
         "in one piece": {"rotary": 32},
         "in pages, rotated in halves": {"page_size": PAGE, "rotary": 64, "interleaved": False},
+        "by tables in float64": {"rotary": 32, "table_dtype": "float64"},
         "packed, reordered": {"packed_new": True, "new": (3, 0, 1), "packed_q": True, "reordered": True},
     }
     return {

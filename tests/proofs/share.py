@@ -53,12 +53,19 @@ def switches_of(kernel):
 
 def candidates(kernels):
     """Kernels that have all template arguments of all of them, small ones for choice: those that are run to choose."""
-    left, found = set().union(*map(switches_of, kernels)), []
+    left, found = set().union(*map(_promised_by, kernels)), []
     while left:
-        best = max(kernels, key=lambda kernel: len(switches_of(kernel) & left) / _size(kernel))
+        best = max(kernels, key=lambda kernel: len(_promised_by(kernel) & left) / _size(kernel))
         found.append(best)
-        left -= switches_of(best)
+        left -= _promised_by(best)
     return found
+
+
+def _promised_by(kernel):
+    """Switches, and where products have forms of their own for each width: how wide they are, and of which numbers."""
+    x = kernel.traits
+    wide = ("head_dim_v", "block_k", "cluster") if kernel.source == "hopper.cu" else ()
+    return switches_of(kernel) | {f"hopper.cu {name}={x[name]} of {x['element']}" for name in wide}
 
 
 def _size(kernel):
