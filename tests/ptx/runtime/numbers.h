@@ -1,7 +1,7 @@
 // Floating-point numbers as bits: what an instruction rounds, flushes and makes of special values.
 //
 // Every nan that an instruction makes is 0x7fffffff (9.7.3), or 0x7fff in half precision (9.7.4). `.ftz` takes
-// subnormal operands for zeros of their signs, and makes zeros of subnormal results.  The approximations (.approx) are
+// subnormal operands for zeros of their signs, and makes zeros of subnormal results. The approximations (.approx) are
 // exact to a unit in the last place here, closer than the ISA demands: a GPU's other last bits are no subject of these
 // tests.
 #pragma once

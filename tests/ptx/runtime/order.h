@@ -112,7 +112,7 @@ static void order_write(Thread& thread, Block& block, u32 address, u32 bytes) {
 // ---- Global memory --------------------------------------------------------------------------------------------------
 // Who reads or writes a word must know its last write: by clocks in the same block, from other blocks through
 // atom.acq_rel. Blocks run one after another here, so that agents of different blocks have the same numbers, and what
-// one block learns of another is a clock of that other's.  Kernels with clusters do not talk through global memory.
+// one block learns of another is a clock of that other's. Kernels with clusters do not talk through global memory.
 
 struct GlobalWrite {
     u32 block;

@@ -1,7 +1,7 @@
 // Who runs next.
 //
 // Threads are fibers; they leave only where they wait, and in schedules 1 and 2 now and then at accesses to memory.
-// Schedule 0 runs them in order.  The others choose at random, and let one warp wait while the rest goes on, another
+// Schedule 0 runs them in order. The others choose at random, and let one warp wait while the rest goes on, another
 // one after a while: what a warp relies on without having waited for it is then not there.
 #pragma once
 #include "machine.h"

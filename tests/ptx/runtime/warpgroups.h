@@ -1,7 +1,7 @@
 // Products of a warpgroup (9.7.15): wgmma.mma_async works beside the threads, from wgmma.fence to wgmma.wait_group.
 //
 // Each warp issues its quarter, 16 of 64 rows; a product is done when all four have issued it: in schedule 0 then, in
-// schedule 1 when it is waited for, in schedule 2 at random.  Accumulators hold poison from issue to wait, so that what
+// schedule 1 when it is waited for, in schedule 2 at random. Accumulators hold poison from issue to wait, so that what
 // is read too early is nan, and what is written meanwhile is noticed. A in registers must not change meanwhile.
 #pragma once
 #include <algorithm>
@@ -256,21 +256,21 @@ static void require_same_operands(Thread& lane, const ProductOperands& mine, con
     if (!same) fail(lane, "wgmma: descriptors or scale-d differ between lanes");
 }
 // 9.7.15.7.1: in front of the first product, and whenever registers of one were changed.
-static void require_product_fence(const Thread& lane, Thread& thread, u32* const* registers, u32 count) {
-    if (lane.product_fences == 0) fail(thread, "wgmma without wgmma.fence before");
+static void require_product_fence(Thread& lane, u32* const* registers, u32 count) {
+    if (lane.product_fences == 0) fail(lane, "wgmma without wgmma.fence before");
     const auto found = lane.registers_then.find(registers[0]);
     if (found == lane.registers_then.end() || found->second.values.size() != count) return;
     if (found->second.fences != lane.product_fences) return;
     for (u32 index = 0; index < count; ++index)
         if (*registers[index] != found->second.values[index])
-            fail(thread, "wgmma: register %u was changed since the last product, without wgmma.fence", index);
+            fail(lane, "wgmma: register %u was changed since the last product, without wgmma.fence", index);
 }
 static std::shared_ptr<Accumulators> new_accumulators(Thread& lane, u32* const* registers, u32 count) {
     for (const Product& other : lane.products)
         for (u32* under_way : other.accumulators->registers)
             if (std::find(registers, registers + count, under_way) != registers + count)
                 fail(lane, "wgmma: an accumulator is under way with others");
-    require_product_fence(lane, lane, registers, count);
+    require_product_fence(lane, registers, count);
     auto accumulators = std::make_shared<Accumulators>();
     accumulators->users = 0;
     for (u32 index = 0; index < count; ++index) {
@@ -306,7 +306,7 @@ static void issue_product(Thread& lane, const ProductOperands& operands, u32 lin
     product.done = 0;
     product.issued = std::move(issued);
     if (!operands.what->a_is_shared) {
-        require_product_fence(lane, lane, operands.a, 4);
+        require_product_fence(lane, operands.a, 4);
         for (u32 index = 0; index < 4; ++index) {
             product.a_registers[index] = operands.a[index];
             product.a_values[index] = *operands.a[index];
