@@ -450,8 +450,14 @@ def _other_power(lines):
     lines[index] = re.sub(r"%\w+;", f"{other};", lines[index])
 
 
-def _without_last(words):
-    return lambda text: "".join(text.rpartition(words)[::2])
+def _without_last_before(words, mark):
+    """The last `words` before the last `mark` go."""
+
+    def edit(text):
+        before, mark_itself, behind = text.rpartition(mark)
+        return "".join(before.rpartition(words)[::2]) + mark_itself + behind
+
+    return edit
 
 
 @_edit_of_lines
@@ -477,7 +483,8 @@ TEXTS = [
     Edited("all wgmma.fence are gone", _substitute(r"wgmma\.fence\.sync\.aligned;", ""), "hopper"),
     Edited("the first wgmma.fence is gone", _drop(r"wgmma\.fence\.sync\.aligned", 0), "hopper"),
     Edited("products are committed before they are asked for", _commit_before_products, "hopper"),
-    Edited("the last fence of proxies is gone", _without_last("fence.proxy.async.shared::cta;"), "hopper"),
+    Edited("the fence of proxies before results are stored is gone", _without_last_before(
+        "fence.proxy.async.shared::cta;", "cp.async.bulk.tensor.5d.global"), "hopper"),
     Edited("a barrier is gone", _drop(r"bar\.sync", 1), "flash"),
     Edited("copies waited for behind the barrier that tells of them", _wait_behind_barrier, "flash"),
     Edited("the smaller of unsigned numbers", _substitute(r"\b(max|min)\.s32", r"\1.u32"), "flash, many rows"),
