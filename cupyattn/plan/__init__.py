@@ -7,12 +7,22 @@ returns a `Plan` that prints itself.  Nothing here touches an array or a GPU.
 - `objections`: what each implementation has against a problem, and the order in which they are asked
 - `choosing`: the choice, and what mends a plan when more is known
 - `cpu`, `gpu`, `hopper`: the tiles of NumPy, of the flash and split-KV kernels, of the Hopper kernel
+- `backward`: the plan of the gradients, and the tiles of their kernels
 - `splits`: into how many pieces a decode cuts its keys, by our rule and by those of flash-attn
 """
 
 import sys
 
 from cupyattn.plan import hopper
+from cupyattn.plan.backward import (
+    OF_BIAS,
+    OF_KEYS,
+    OF_QUERIES,
+    OF_VALUES,
+    backward_tile,
+    choose_backward,
+    shared_memory_of,
+)
 from cupyattn.plan.choosing import choose, for_live_keys, with_num_splits
 from cupyattn.plan.cpu import cpu_tile
 from cupyattn.plan.gpu import flash_tile, gpu_tile, split_tile
@@ -31,7 +41,7 @@ from cupyattn.plan.hopper import (
     rows_per_box,
 )
 from cupyattn.plan.objections import IMPLEMENTATIONS, LONGEST, objections_of_hopper
-from cupyattn.plan.values import CpuTile, Plan, Tile
+from cupyattn.plan.values import BackwardTile, BackwardTiles, CpuTile, Plan, Tile
 
 __all__ = [
     "ALL_KEYS",
@@ -40,15 +50,23 @@ __all__ = [
     "IMPLEMENTATIONS",
     "KEYS_IN_A_BOX",
     "LONGEST",
+    "OF_BIAS",
+    "OF_KEYS",
+    "OF_QUERIES",
+    "OF_VALUES",
     "RIGHT_EDGE",
+    "BackwardTile",
+    "BackwardTiles",
     "CpuTile",
     "HopperTile",
     "Plan",
     "Switches",
     "Tile",
+    "backward_tile",
     "base_cluster",
     "base_tile",
     "choose",
+    "choose_backward",
     "cpu_tile",
     "flash_tile",
     "for_live_keys",
@@ -57,6 +75,7 @@ __all__ = [
     "objections_of_hopper",
     "padded_dims",
     "rows_per_box",
+    "shared_memory_of",
     "split_tile",
     "with_num_splits",
 ]

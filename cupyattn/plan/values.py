@@ -31,15 +31,31 @@ class Tile(NamedTuple):
     queries_in_registers: bool = False
 
 
+class BackwardTile(NamedTuple):
+    """How one thread block cuts the problem: the tile that stays in its shared memory, and those that pass by."""
+
+    stays: int
+    """Queries of dq and of a bias, keys of dk and dv."""
+    moves: int
+    num_warps: int
+    num_stages: int
+
+
+class BackwardTiles(NamedTuple):
+    """Of the kernels of one backward pass, each with what it sums: bits of OF_QUERIES, OF_KEYS, ..."""
+
+    passes: tuple[tuple[int, BackwardTile], ...]
+
+
 @dataclass(frozen=True)
 class Plan:
     """What will run, and why nothing else."""
 
     kernel: str
-    """ "numpy", "hopper", "flash" or "splitkv"; "none" if every implementation objects."""
+    """ "numpy", "hopper", "flash" or "splitkv", of gradients "numpy" or "backward"; "none" if every implementation objects."""
     device: str
     compute_dtype: str
-    tile: CpuTile | Tile | HopperTile | None
+    tile: CpuTile | Tile | HopperTile | BackwardTiles | None
     num_splits: int
     """Pieces into which the keys of one row are cut, to be merged at the end; the most, if lengths are data."""
     num_workers: int

@@ -38,6 +38,20 @@ struct Band {
     DEVICE_METHOD Span whole(int first, int last) const {
         return {visible_keys(last).start, visible_keys(first).stop};
     }
+    // The queries that see key `key`.  Nothing wraps: the diagonal of a key is a row or at most kOpen in front of one.
+    DEVICE_METHOD Span seeing_rows(int key) const {
+        const int diagonal = key - offset;
+        const int start = right == kOpen ? 0 : larger(diagonal - right, 0);
+        const int stop = left == kOpen ? seqlen_q : smaller(seqlen_q, add_capped(diagonal, left) + 1);
+        return {start, stop};
+    }
+    // The queries that see at least one of keys [first, last], and those that see every one.
+    DEVICE_METHOD Span touching(int first, int last) const {
+        return {seeing_rows(first).start, seeing_rows(last).stop};
+    }
+    DEVICE_METHOD Span seeing_all(int first, int last) const {
+        return {seeing_rows(last).start, seeing_rows(first).stop};
+    }
     // a + b for b >= 0, at most the last key that there can be.  A sum alone would not wrap either, but what NVRTC makes
     // of it spills in Hopper's float8 kernels, and so does a stop that is computed before the start.
     DEVICE_METHOD static int add_capped(int a, int b) { return a > 0 && b > kOpen - 1 - a ? kOpen - 1 : a + b; }

@@ -72,6 +72,25 @@ struct DescaledParams : Params {
     int q_descale_batch, q_descale_head, k_descale_batch, k_descale_head, v_descale_batch, v_descale_head;
 };
 
+// Of the kernels for gradients.  What has no gradient here, or is not asked for, is null.
+struct Gradients {
+    const void* dout;
+    const float* dlse;         // as lse lies, like all that follow up to sink_rows
+    float *lse_log2, *delta;   // of each row, see backward_rows.cu
+    float* sink_rows;          // what each row adds to the gradient of its head's sink
+    float* slope_parts;        // [batch, num_heads, parts of a head]: what a warp adds to that of an ALiBi slope
+    void *dq, *dk, *dv, *dbias;
+    Strides of_dout, of_dq, of_dk, of_dv;
+    ScoreStrides of_dbias;
+    int bias_batch, bias_heads, bias_rows, bias_keys;  // how many of each the bias has; 1: it is repeated
+    int heads_per_owner;                               // query heads whose keys or values one block sums
+    int dq_dtype, dk_dtype, dv_dtype, dbias_dtype;     // see number_at
+};
+
+struct BackwardParams : Params {
+    Gradients grad;
+};
+
 constexpr int kOpen = (1 << 30) - (1 << 10);  // no sequence has more rows or keys: plan.LONGEST
 constexpr int kNoCache = -1;
 

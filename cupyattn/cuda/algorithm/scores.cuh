@@ -29,6 +29,46 @@ DEVICE int64 row_of(const ScoreStrides& array, int batch, int head, int token) {
     return batch * array.batch + head * array.head + token * array.row;
 }
 
+// A score q k^T, edited, as an exponent of two; `hidden` becomes true where bias or mask hide its key, and `slope` is by
+// how much of a change of the score the softcap lets through.
+template <int kEdits>
+DEVICE float edited(float x, int token, int head, int key, float alibi_slope, const Sequence& sequence,
+                    const Params& params, float softmax_scale, bool& hidden, float& slope) {
+    x *= softmax_scale;
+    if constexpr (bool(kEdits & kSoftcap)) {
+        const float share = tanh(ptx::divide(x, params.softcap));
+        slope = 1.f - share * share;
+        x = params.softcap * share;
+    }
+    if constexpr (bool(kEdits & kAlibi)) {
+        const int distance = token + sequence.band.offset - key;
+        x -= alibi_slope * static_cast<float>(distance < 0 ? -distance : distance);
+    }
+    if constexpr (bool(kEdits & kBias))
+        if (!hidden) {
+            const float bias = number_at(params.at.bias, params.bias_dtype,
+                                         row_of(params.bias, sequence.index, head, token) + key * params.bias.key);
+            x += bias;
+            hidden = bias == -ptx::infinity();  // even if the score is nan
+        }
+    if constexpr (bool(kEdits & kMaskArray))
+        if (!hidden) {
+            const int64 index = row_of(params.mask, sequence.index, head, token) + key * params.mask.key;
+            hidden = !ptx::load_global(params.at.mask + index);
+        }
+    const float exponent = x * kLog2e;
+    // A bias of the lowest number hides nothing by itself: a row of nothing else is a mean.
+    return exponent == -ptx::infinity() && x != exponent ? kLowest : exponent;
+}
+
+// That of a head of this sequence.
+template <int kEdits>
+DEVICE float alibi_slope_of(int head, const Sequence& sequence, const Params& params) {
+    if constexpr (bool(kEdits & kAlibi))
+        return ptx::load_global(params.at.alibi_slopes + sequence.index * params.alibi_slopes_batch + head);
+    return 0.f;
+}
+
 // Edits the scores of keys [first_key, first_key + kCols) in place; minus infinity where a key is not seen.
 // The results are exponents of two if anything but the band is edited, and products q k^T as they were if not.
 // kBand: some row may see less than all these keys.  `softmax_scale` is that of params, or another in its place.
@@ -44,9 +84,7 @@ DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key,
         if (!rows.exists[half]) visible.stop = 0;
         // Columns are constants, so that they are compared with what is left of the span at the first of them.
         const int start = visible.start - first, stop = visible.stop - first;
-        float slope = 0.f;
-        if constexpr (bool(kEdits & kAlibi))
-            slope = ptx::load_global(params.at.alibi_slopes + sequence.index * params.alibi_slopes_batch + head);
+        const float alibi_slope = alibi_slope_of<kEdits>(head, sequence, params);
 #pragma unroll
         for (int block = 0; block < kCols / 8; ++block)
 #pragma unroll
@@ -54,30 +92,9 @@ DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key,
                 float& x = scores.value[block][2 * half + i];
                 const int column = Accumulator<kCols>::column(block, i), key = first + column;
                 bool hidden = (kBand || kEdits) && (column < start || column >= stop);
-                if constexpr (bool(kEdits & ~kDropout)) {
-                    x *= softmax_scale;
-                    if constexpr (bool(kEdits & kSoftcap)) x = params.softcap * tanh(ptx::divide(x, params.softcap));
-                    if constexpr (bool(kEdits & kAlibi)) {
-                        const int distance = token + sequence.band.offset - key;
-                        x -= slope * static_cast<float>(distance < 0 ? -distance : distance);
-                    }
-                    if constexpr (bool(kEdits & kBias))
-                        if (!hidden) {
-                            const float bias =
-                                number_at(params.at.bias, params.bias_dtype,
-                                          row_of(params.bias, sequence.index, head, token) + key * params.bias.key);
-                            x += bias;
-                            hidden = bias == -ptx::infinity();  // even if the score is nan
-                        }
-                    if constexpr (bool(kEdits & kMaskArray))
-                        if (!hidden) {
-                            const int64 index = row_of(params.mask, sequence.index, head, token) + key * params.mask.key;
-                            hidden = !ptx::load_global(params.at.mask + index);
-                        }
-                    const float exponent = x * kLog2e;
-                    // A bias of the lowest number hides nothing by itself: a row of nothing else is a mean.
-                    x = exponent == -ptx::infinity() && x != exponent ? kLowest : exponent;
-                }
+                float slope;
+                if constexpr (bool(kEdits & ~kDropout))
+                    x = edited<kEdits>(x, token, head, key, alibi_slope, sequence, params, softmax_scale, hidden, slope);
                 if (hidden) x = -ptx::infinity();
             }
     }

@@ -59,4 +59,37 @@ struct SplitTraits {
     static_assert(kNumStages >= 2, "a tile has to arrive while another is used");
 };
 
+// Gradients of what: bits of a trait.
+enum Wanted { kOfQueries = 1, kOfKeys = 2, kOfValues = 4, kOfBias = 8 };
+
+template <typename Element_, int kHeadDim_, int kHeadDimV_, int kStays_, int kMoves_, int kNumWarps_, int kNumStages_,
+          int kWanted_, bool kAligned_, int kEdits_>
+struct BackwardTraits {
+    using Element = Element_;
+    static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // as padded in the tiles
+    static constexpr int kStays = kStays_, kMoves = kMoves_;            // rows of the tile that stays, and of one that moves
+    static constexpr int kNumWarps = kNumWarps_, kThreads = 32 * kNumWarps;
+    static constexpr int kNumStages = kNumStages_;
+    static constexpr int kWanted = kWanted_;
+    static constexpr bool kAligned = kAligned_;  // every row of q, k, v and dout starts at a multiple of 16 bytes
+    static constexpr int kEdits = kEdits_;
+    static constexpr bool kTurned = kWanted & (kOfKeys | kOfValues);  // keys stay, queries move
+    static constexpr bool kSumsA = kWanted & (kOfQueries | kOfKeys), kSumsB = kWanted & kOfValues;
+    static constexpr bool kNeedsChanges = kWanted != kOfValues;  // dS
+    static constexpr int kRowTiles = kStays / (16 * kNumWarps);
+
+    using StayingA = SharedTile<Element, kStays, kHeadDim>;
+    using StayingB = SharedTile<Element, kStays, kHeadDimV>;
+    using MovingA = SharedTile<Element, kMoves, kHeadDim>;
+    using MovingB = SharedTile<Element, kMoves, kHeadDimV>;
+    static constexpr int kTableBytes = kWanted == kOfBias ? 4 * kStays * kMoves : 0;  // takes their place at the end
+    static constexpr int kStayingBytes = larger(StayingA::kBytes + StayingB::kBytes, kTableBytes);
+    static constexpr int kStageBytes = MovingA::kBytes + MovingB::kBytes + (kTurned ? 8 * kMoves : 0);
+    static constexpr int kSharedBytes = kStayingBytes + kNumStages * kStageBytes;
+
+    static_assert(kStays % (16 * kNumWarps) == 0, "every warp has the same number of 16-row fragments");
+    static_assert(kMoves < 128, "the strays of a tile are counted in seven bits");
+    static_assert(kStageBytes % 128 == 0, "tiles begin at multiples of 128");
+};
+
 }  // namespace cupyattn

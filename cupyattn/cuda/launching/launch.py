@@ -106,7 +106,7 @@ def recipe_of(plan: Plan, problem: Problem, operands: Mapping[str, View]) -> Rec
     return _recipe(plan, problem, facts, are_aligned(operands))
 
 
-class _Arrays(NamedTuple):
+class FactsOfArrays(NamedTuple):
     """What is known of operands and results besides their addresses, by name."""
 
     shapes: Mapping[str, Shape]
@@ -130,11 +130,11 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
     )
     if copies:
         return Recipe(Specialisation("", "", 0, 0), (0, 0, 0), b"", Workspace(), copies)
-    arrays = _arrays(problem, facts, aligned)
+    arrays = arrays_of(problem, facts, aligned)
     if plan.kernel == "hopper" and objections_to_maps(problem, arrays.shapes, arrays.strides, aligned):
         assert plan.instead is not None
         plan = plan.instead
-    tail = _tail(plan, problem, arrays).pack()
+    tail = tail_of(plan, problem, arrays).pack()
     if isinstance(plan.tile, HopperTile):
         return _hopper(plan, plan.tile, problem, arrays, tail)
     assert isinstance(plan.tile, Tile)
@@ -143,17 +143,19 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
     return _splitkv(plan, plan.tile, problem, arrays, tail)
 
 
-def _arrays(problem: Problem, facts: tuple[Fact, ...], aligned: bool) -> _Arrays:
+def arrays_of(problem: Problem, facts: tuple[Fact, ...], aligned: bool) -> FactsOfArrays:
     sizes = problem.sizes
     strides = {name: broadcast_strides(shape, steps) for name, (shape, steps, _) in facts}
     lead = len(sizes.batch_shape) if len(sizes.batch_shape) > 1 else 0
     for name, spec in problem.results.items():
+        if name == "out" and name in strides:  # an operand of its gradients
+            continue
         strides[name] = contiguous_strides((sizes.batch, *spec.shape[lead:]) if lead else spec.shape)
     shapes = {name: shape for name, (shape, _, _) in facts}
-    return _Arrays(shapes, strides, {name: dtype for name, (_, _, dtype) in facts}, aligned)
+    return FactsOfArrays(shapes, strides, {name: dtype for name, (_, _, dtype) in facts}, aligned)
 
 
-def _hopper(plan: Plan, tile: HopperTile, problem: Problem, arrays: _Arrays, tail: bytes) -> Recipe:
+def _hopper(plan: Plan, tile: HopperTile, problem: Problem, arrays: FactsOfArrays, tail: bytes) -> Recipe:
     sizes, page_size = problem.sizes, problem.layout.page_size
     box_maps = _maps(problem, arrays.shapes, arrays.strides, tile)
     specialisation = catalogue.hopper(
@@ -173,7 +175,7 @@ def _hopper(plan: Plan, tile: HopperTile, problem: Problem, arrays: _Arrays, tai
     return Recipe(specialisation, grid, tail, Workspace(), maps=box_maps, behind=behind)
 
 
-def _flash(tile: Tile, problem: Problem, arrays: _Arrays, tail: bytes) -> Recipe:
+def _flash(tile: Tile, problem: Problem, arrays: FactsOfArrays, tail: bytes) -> Recipe:
     sizes, paged = problem.sizes, problem.layout.page_size is not None
     edits, aligned = catalogue.edits_of(problem), arrays.rows_are_aligned
     specialisation = catalogue.flash(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, aligned, edits, paged)
@@ -181,7 +183,7 @@ def _flash(tile: Tile, problem: Problem, arrays: _Arrays, tail: bytes) -> Recipe
     return Recipe(specialisation, (tiles * sizes.num_heads * _sequences(problem), 1, 1), tail, Workspace())
 
 
-def _splitkv(plan: Plan, tile: Tile, problem: Problem, arrays: _Arrays, tail: bytes) -> Recipe:
+def _splitkv(plan: Plan, tile: Tile, problem: Problem, arrays: FactsOfArrays, tail: bytes) -> Recipe:
     sizes, paged, num_splits = problem.sizes, problem.layout.page_size is not None, plan.num_splits
     edits, aligned = catalogue.edits_of(problem), arrays.rows_are_aligned
     specialisation = catalogue.splitkv(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, aligned, edits, paged)
@@ -201,12 +203,12 @@ def _sequences(problem: Problem) -> int:
     return problem.sizes.batch + problem.layout.ragged
 
 
-def _descaled(arrays: _Arrays) -> bytes:
+def _descaled(arrays: FactsOfArrays) -> bytes:
     steps = [x for name in DESCALES for x in (0, 0, *arrays.strides.get(name, ()))[-2:]]
     return _DESCALED.pack(*steps)
 
 
-def _tail(plan: Plan, problem: Problem, arrays: _Arrays) -> params.Tail:
+def tail_of(plan: Plan, problem: Problem, arrays: FactsOfArrays) -> params.Tail:
     """The record behind its pointers."""
     sizes, edits, layout, mask = problem.sizes, problem.edits, problem.layout, problem.mask
     shapes, strides, dtypes = arrays.shapes, arrays.strides, arrays.dtypes

@@ -7,7 +7,8 @@ made once for a problem and the strides of its arrays.
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -103,10 +104,41 @@ class Tail(NamedTuple):
     softcap: float
 
     def pack(self) -> bytes:
-        values: list[float] = []
-        for field in self:
-            values.extend(field if isinstance(field, tuple) else (field,))
-        return _TAIL.pack(*values)
+        return _TAIL.pack(*_flat(self))
+
+
+GRADIENT_POINTERS = ("dout", "dlse", "lse_log2", "delta", "sink_rows", "slope_parts", "dq", "dk", "dv", "dbias")
+_GRADIENTS = struct.Struct("<10Q12q4q9i4x")
+
+
+class GradientTail(NamedTuple):
+    """All fields of ``Gradients`` behind its pointers, in order."""
+
+    of_dout: Strides
+    of_dq: Strides
+    of_dk: Strides
+    of_dv: Strides
+    of_dbias: ScoreStrides
+    bias_batch: int
+    bias_heads: int
+    bias_rows: int
+    bias_keys: int
+    heads_per_owner: int
+    dq_dtype: int
+    dk_dtype: int
+    dv_dtype: int
+    dbias_dtype: int
+
+    def pack(self, pointers: Mapping[str, int]) -> bytes:
+        addresses = [pointers.get(name, 0) for name in GRADIENT_POINTERS]
+        return _GRADIENTS.pack(*addresses, *_flat(self))
+
+
+def _flat(fields: Iterable[Any]) -> list[float]:
+    values: list[float] = []
+    for field in fields:
+        values.extend(field if isinstance(field, tuple) else (field,))
+    return values
 
 
 def record(pointers: dict[str, int], tail: bytes, head: bytes = b"") -> np.void:

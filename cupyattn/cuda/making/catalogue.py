@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 from cupyattn.cuda.making.module import Specialisation
-from cupyattn.plan import HEAD_DIMS, HopperTile, Tile, base_cluster, base_tile, flash_tile, split_tile
+from cupyattn.plan import (
+    HEAD_DIMS,
+    OF_BIAS,
+    BackwardTile,
+    HopperTile,
+    Tile,
+    base_cluster,
+    base_tile,
+    flash_tile,
+    shared_memory_of,
+    split_tile,
+)
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem
 
 ELEMENT = {
@@ -129,6 +140,26 @@ def hopper(
         queries + keys_and_values + weights + barriers,
         tile.cluster,
     )
+
+
+def backward(
+    dtype: str, head_dim: int, head_dim_v: int, tile: BackwardTile, wanted: int, aligned: bool, edits: int
+) -> Specialisation:
+    """A kernel that sums the gradients `wanted`, ``backward.cu`` or ``backward_bias.cu``."""
+    columns, columns_v = padded(head_dim), padded(head_dim_v)
+    arguments = (ELEMENT[dtype], columns, columns_v, *tile, wanted, aligned, edits)
+    name = "backward_bias" if wanted == OF_BIAS else "backward"
+    return Specialisation(
+        f"{name}.cu",
+        f"cupyattn::{name}<cupyattn::BackwardTraits<{', '.join(map(_literal, arguments))}>>",
+        32 * tile.num_warps,
+        shared_memory_of(columns, columns_v, dtype, tile, wanted),
+    )
+
+
+def backward_rows(dtype: str) -> Specialisation:
+    """The kernel before them, ``backward_rows.cu``."""
+    return Specialisation("backward_rows.cu", f"cupyattn::backward_rows<{ELEMENT[dtype]}>", 256, 0)
 
 
 def append(dtype: str) -> Specialisation:

@@ -112,6 +112,34 @@ DEVICE void multiply_planes(float (&first)[4], float (&second)[4], const uint32 
         }
 }
 
+// sums[m] = rows `first_row(m)` and on of the left tile, times the rows of the right one: both lie in memory by the axis
+// that is summed over.
+template <typename Element, typename Left, typename Right, int kRowTiles, int kCols, typename FirstRow>
+DEVICE void multiply_rows(Accumulator<kCols> (&sums)[kRowTiles], const Left& left, const Right& right,
+                          const FirstRow& first_row) {
+    const uint32 from = right_operand_by_rows(right);
+#pragma unroll
+    for (int m = 0; m < kRowTiles; ++m) sums[m].clear();
+#pragma unroll
+    for (int step = 0; step < Left::kCols / 16; ++step) {
+        uint32 rows[kRowTiles][Planes<Element>::kCount][4];
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
+            load_fragment<Element, Left>(rows[m], left_operand(left, first_row(m)), step);
+#pragma unroll
+        for (int pair = 0; pair < kCols / 16; ++pair)
+#pragma unroll
+            for (int plane = 0; plane < Planes<Element>::kCount; ++plane) {
+                uint32 columns[4];
+                ptx::load_matrices(columns, Right::advance(from, step) + plane * Right::kPlane + Right::down(pair));
+#pragma unroll
+                for (int m = 0; m < kRowTiles; ++m)
+                    multiply_planes<Element>(sums[m].value[2 * pair], sums[m].value[2 * pair + 1], rows[m], columns,
+                                             plane);
+            }
+    }
+}
+
 // out[m] += weights[m] x values, for a tile of values as it lies in memory.
 template <typename Tile, typename Element, int kRowTiles, int kKeys, int kCols>
 DEVICE void multiply_values(Accumulator<kCols> (&out)[kRowTiles], const Fragment<Element, kKeys> (&weights)[kRowTiles],

@@ -78,6 +78,25 @@ DEVICE void store_rounded(Element* to, float x) {
     ptx::store_global(&to->bits, static_cast<uint16>(ptx::pack<Element>(x, 0.f)));
 }
 
+// A pair of them, of a dtype that is known only now, see number_at; both lie within eight bytes that do not cross.
+DEVICE void store_pair(void* data, int dtype, int64 index, float a, float b) {
+    switch (dtype) {
+        case 0: return ptx::store_global(static_cast<uint32*>(data) + index / 2, ptx::pack<Half>(a, b));
+        case 1: return ptx::store_global(static_cast<uint32*>(data) + index / 2, ptx::pack<BFloat16>(a, b));
+        default:
+            ptx::store_global(static_cast<float*>(data) + index, a);
+            ptx::store_global(static_cast<float*>(data) + index + 1, b);
+    }
+}
+DEVICE void store_number(void* data, int dtype, int64 index, float x) {
+    switch (dtype) {
+        case 0: return store_rounded(static_cast<Half*>(data) + index, x);
+        case 1: return store_rounded(static_cast<BFloat16*>(data) + index, x);
+        case 2: return ptx::store_global(static_cast<float*>(data) + index, x);
+        default: ptx::store_global(static_cast<double*>(data) + index, static_cast<double>(x));
+    }
+}
+
 // A number of a dtype that is known only now: 0 Half, 1 BFloat16, 2 float, 3 double.
 DEVICE float number_at(const void* data, int dtype, int64 index) {
     switch (dtype) {

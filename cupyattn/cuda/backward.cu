@@ -1,0 +1,126 @@
+// backward.cu: gradients of q, k and v, from that of the output.
+//
+//     P = exp(scale * q k^T - lse)        dP = dout v^T        dS = P * (dP - delta)
+//     dq = scale * dS k                   dk = scale * dS^T q  dv = P^T dout
+//
+// A block of queries walks the keys that they see and sums dq; a block of keys walks the queries that see them, for
+// every query head that shares them, and sums dk and dv.  So every number is the sum of one block, in float32, in the
+// same order each time, and nothing has to be added in memory.  It costs two products more than adding dq there.
+//
+// A row that sees no key gets gradients of 0 and gives none.  A pair that is not seen gives nothing, whatever its
+// numbers are: where sums are not finite they are made once more, with care (see strays.cuh).
+//
+// Twin     cpu.flash.flash_backward, in float64 with the same names.
+// Source   Dao, FlashAttention-2, 2023, algorithm 2 (arXiv 2307.08691).
+// Needs    sm_80; lse_log2 and delta, see backward_rows.cu.
+// Launch   one block per (tile that stays, query head or owner, sequence), the tile fastest; kThreads; kSharedBytes.
+
+#include "algorithm/gradients.cuh"
+
+namespace cupyattn {
+
+template <typename Traits, bool kCare>
+struct BackwardPass : BackwardBlock<Traits, kCare> {
+    using Block = BackwardBlock<Traits, kCare>;
+    using Block::Block;
+
+    // Heads [heads.start, heads.stop) of the tile from row `first` on, which share keys if those stay; whether anything
+    // that came out is not finite.
+    DEVICE_METHOD bool run(const Span& heads, int first) {
+        const Params& params = this->params;
+        this->first = first;
+        bool suspicious = false;
+#pragma unroll 1
+        for (int head = heads.start; head < heads.stop; ++head) {
+            this->head = head;
+            const bool new_keys = head % params.queries_per_k == 0 || head % params.queries_per_v == 0;
+            if (!Traits::kTurned || head == heads.start || new_keys) this->load_staying();
+            if constexpr (kCare && Traits::kSumsB) {
+                this->counting = true;
+                this->walk({0, kOpen});
+                this->counting = false;
+            }
+            this->walk({0, kOpen});
+            if constexpr (Traits::kSumsA)
+                if (!Traits::kTurned || (head + 1) % params.queries_per_k == 0) {
+                    suspicious |= this->is_suspicious(this->sums_a);
+                    store_a();
+                    this->clear_a();
+                }
+            if constexpr (Traits::kSumsB)
+                if ((head + 1) % params.queries_per_v == 0) {
+                    suspicious |= this->is_suspicious(this->sums_b);
+                    store_b();
+                    this->clear_b();
+                }
+        }
+        return suspicious;
+    }
+
+    // dq, or dk.
+    DEVICE_METHOD void store_a() {
+        const BackwardParams& params = this->params;
+        const Gradients& grad = params.grad;
+        const Sequence& sequence = this->sequence;
+        if constexpr (Traits::kTurned) {
+            const int head = this->head / params.queries_per_k;
+            const int64 start =
+                sequence.index * grad.of_dk.batch + sequence.first_key * grad.of_dk.row + head * grad.of_dk.head;
+            this->store(this->sums_a, grad.dk, grad.dk_dtype, start, grad.of_dk.row, params.head_dim, params.softmax_scale);
+        } else {
+            const int64 start =
+                sequence.index * grad.of_dq.batch + sequence.first_row * grad.of_dq.row + this->head * grad.of_dq.head;
+            this->store(this->sums_a, grad.dq, grad.dq_dtype, start, grad.of_dq.row, params.head_dim, params.softmax_scale);
+            if constexpr (bool(Traits::kEdits & kAlibi)) store_slope_part();
+        }
+    }
+    DEVICE_METHOD void store_b() {
+        const BackwardParams& params = this->params;
+        const Gradients& grad = params.grad;
+        const Sequence& sequence = this->sequence;
+        if constexpr (kCare)
+#pragma unroll
+            for (int m = 0; m < Traits::kRowTiles; ++m) this->strays[m].add_to(this->sums_b[m]);
+        const int head = this->head / params.queries_per_v;
+        const int64 start =
+            sequence.index * grad.of_dv.batch + sequence.first_key * grad.of_dv.row + head * grad.of_dv.head;
+        this->store(this->sums_b, grad.dv, grad.dv_dtype, start, grad.of_dv.row, params.head_dim_v, 1.f);
+    }
+    // What this warp's rows add to the gradient of the head's slope.
+    DEVICE_METHOD void store_slope_part() {
+        const BackwardParams& params = this->params;
+        if (!params.grad.slope_parts) return;
+        float part = this->slope_part;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) part += ptx::shuffle_xor(part, step);
+        const int64 tiles = larger(1, ceil_div(params.seqlen_q, Traits::kStays));
+        const int64 head = static_cast<int64>(this->sequence.index) * params.num_heads + this->head;
+        const int64 tile = head * tiles + this->first / Traits::kStays;
+        if (ptx::lane() == 0) ptx::store_global(params.grad.slope_parts + tile * Traits::kNumWarps + ptx::warp(), part);
+    }
+};
+
+// Once more; apart, since it is rarely run.
+template <typename Traits>
+DEVICE_APART void backward_with_care(const BackwardParams& params, const Sequence& sequence, const Span& heads, int first) {
+    BackwardPass<Traits, true> block(params, sequence);
+    block.run(heads, first);
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads) backward(const __grid_constant__ BackwardParams params) {
+    const int longest = Traits::kTurned ? params.seqlen_k : params.seqlen_q;
+    const int tiles = larger(1, ceil_div(longest, Traits::kStays));
+    const int shared = Traits::kTurned ? params.grad.heads_per_owner : 1, owners = params.num_heads / shared;
+    const int place = ptx::block_x() % tiles, owner = ptx::block_x() / tiles % owners;
+    const Sequence sequence = sequence_at(ptx::block_x() / tiles / owners, params);
+    // Under a causal mask the last queries see the most keys, and the first keys are seen by the most queries.
+    const int tile = Traits::kTurned || params.right == kOpen ? place : tiles - 1 - place;
+    const int first = tile * Traits::kStays;
+    if (first >= (Traits::kTurned ? sequence.band.seqlen_k : sequence.band.seqlen_q)) return;
+    const Span heads{owner * shared, (owner + 1) * shared};
+    BackwardPass<Traits, false> block(params, sequence);
+    if (block.run(heads, first)) backward_with_care<Traits>(params, sequence, heads, first);
+}
+
+}  // namespace cupyattn

@@ -1,0 +1,211 @@
+"""From a plan of gradients and the places of its arrays to launches: kernels, grids, one record.
+
+As `launch`, whose record this one goes on from: nothing here touches a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from cupyattn.cuda.launching import params
+from cupyattn.cuda.launching.launch import FactsOfArrays, arrays_of, tail_of
+from cupyattn.cuda.launching.views import (
+    Fact,
+    View,
+    contiguous_strides,
+    has_to_be_copied,
+    operand_strides,
+    score_strides,
+    steps_are_aligned,
+)
+from cupyattn.cuda.making import catalogue
+from cupyattn.cuda.making.module import Specialisation
+from cupyattn.plan import OF_BIAS, OF_KEYS, OF_VALUES, BackwardTile, BackwardTiles, Plan
+from cupyattn.problem import Problem, Shape
+
+NAMES = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
+"""Operands that have gradients."""
+ROWS_OF_A_BLOCK = 8
+"""Of ``backward_rows``."""
+
+
+class Written(NamedTuple):
+    """A gradient as a kernel writes it."""
+
+    shape: Shape
+    dtype: str
+    is_whole: bool
+    """It is the operand's own; if not, it is to be summed over what repeats the operand."""
+
+
+class Step(NamedTuple):
+    """One launch."""
+
+    specialisation: Specialisation
+    grid: int
+    heads_per_owner: int = 1
+
+
+@dataclass(frozen=True)
+class BackwardRecipe:
+    """All of the launches that does not depend on addresses."""
+
+    steps: tuple[Step, ...]
+    tail: bytes
+    gradients: params.GradientTail
+    written: Mapping[str, Written]
+    """By operand; those of sinks are there for every row, and those of slopes for every warp."""
+    num_rows: int
+    """Of all heads together: numbers of an lse."""
+    copies: tuple[str, ...] = ()
+    """Operands that no kernel can read as they are; if there are any, the rest is empty."""
+
+    def record_of(
+        self, step: Step, operands: Mapping[str, View], results: Mapping[str, int], seed: int = 0
+    ) -> np.void:
+        """A step's one parameter; `results` has addresses by the names of `params.GRADIENT_POINTERS`."""
+        pointers = {name: view.pointer for name, view in operands.items()}
+        pointers["dropout_seed"] = seed
+        grads = self.gradients._replace(heads_per_owner=step.heads_per_owner)
+        return params.record(pointers, self.tail + grads.pack({**pointers, **results}))
+
+
+def backward_recipe(plan: Plan, problem: Problem, operands: Mapping[str, View]) -> BackwardRecipe:
+    """Of operands, among them ``dout``, the forward's ``out`` and ``lse``, and perhaps ``dlse``."""
+    facts = tuple([(name, view[1:]) for name, view in operands.items()])
+    starts = 0
+    for name in ("q", "k", "v", "dout"):
+        starts |= operands[name].pointer
+    return _recipe(plan, problem, facts, starts % 16 == 0)
+
+
+def to_be_copied(name: str, view: View | Fact, problem: Problem) -> bool:
+    """Whether kernels cannot read an operand as it is."""
+    shape, strides, dtype = view[-3:] if isinstance(view, View) else view[1]
+    if name in ("lse", "dlse"):
+        return strides != contiguous_strides(shape) and math.prod(shape) > 1
+    word = "q" if name in ("dout", "out") else name
+    return has_to_be_copied(word, shape, strides, dtype, problem.sizes.batch_shape)
+
+
+@lru_cache(maxsize=4096)
+def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool) -> BackwardRecipe:
+    copies = tuple(fact[0] for fact in facts if to_be_copied(fact[0], fact, problem))
+    if copies:
+        return BackwardRecipe((), b"", _NOTHING, {}, 0, copies)
+    arrays = arrays_of(problem, facts, aligned)
+    rows_are_aligned = arrays.rows_are_aligned and steps_are_aligned(arrays.strides["dout"], problem.dtype)
+    written = {name: written_of(name, problem, arrays.shapes) for name in NAMES if name in arrays.shapes}
+    assert isinstance(plan.tile, BackwardTiles)
+    steps = [_rows(problem)]
+    for wanted, tile in plan.tile.passes:
+        steps.append(_step(problem, tile, wanted, rows_are_aligned, arrays))
+        if wanted & ~(OF_KEYS | OF_VALUES | OF_BIAS) and "alibi_slopes" in written:
+            written["alibi_slopes"] = Written((*_slopes_shape(problem, tile),), "float32", False)
+    return BackwardRecipe(
+        tuple(step for step in steps if step.grid),
+        tail_of(plan, problem, arrays).pack(),
+        _tail(problem, arrays, written),
+        written,
+        math.prod(problem.lse_shape),
+    )
+
+
+def _rows(problem: Problem) -> Step:
+    return Step(catalogue.backward_rows(problem.dtype), -(-math.prod(problem.lse_shape) // ROWS_OF_A_BLOCK))
+
+
+def _step(problem: Problem, tile: BackwardTile, wanted: int, aligned: bool, arrays: FactsOfArrays) -> Step:
+    sizes = problem.sizes
+    edits = catalogue.edits_of(problem)
+    what = catalogue.backward(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, wanted, aligned, edits)
+    if wanted == OF_BIAS:
+        batch, heads, rows, keys = _four(arrays.shapes["bias"])
+        return Step(what, batch * heads * -(-rows // tile.stays) * -(-keys // tile.moves))
+    if not wanted & (OF_KEYS | OF_VALUES):
+        return Step(what, sizes.batch * sizes.num_heads * _tiles(sizes.seqlen_q, tile))
+    shared = 1
+    for bit, heads in ((OF_KEYS, sizes.num_heads_k), (OF_VALUES, sizes.num_heads_v)):
+        if wanted & bit:
+            shared = math.lcm(shared, sizes.num_heads // heads)
+    return Step(what, sizes.batch * (sizes.num_heads // shared) * _tiles(sizes.seqlen_k, tile), shared)
+
+
+def _tiles(seqlen: int, tile: BackwardTile) -> int:
+    return max(1, -(-seqlen // tile.stays))
+
+
+def _slopes_shape(problem: Problem, tile: BackwardTile) -> Shape:
+    sizes = problem.sizes
+    return (sizes.batch, sizes.num_heads, _tiles(sizes.seqlen_q, tile) * tile.num_warps)
+
+
+def _four(shape: Shape) -> Shape:
+    """(batch, heads, rows, keys) of a bias."""
+    return (1,) * (4 - len(shape)) + shape
+
+
+def written_of(name: str, problem: Problem, shapes: Mapping[str, Shape]) -> Written:
+    """Of an operand whose batch axes are one by now."""
+    sizes, shape = problem.sizes, shapes[name]
+    if name == "sinks":
+        return Written(problem.lse_shape, "float32", False)
+    if name == "alibi_slopes":
+        return Written((0,), "float32", False)
+    batch_shape = sizes.batch_shape
+    if name == "bias":
+        # As it is read, or as it was repeated for the kernels; of one batch axis or none there is no other.
+        inner = _four(shape)[1:]
+        lead = batch_shape if len(batch_shape) > 1 and _four(shape)[0] > 1 else (_four(shape)[0],)
+        return Written((*lead, *inner), "", True)
+    if problem.layout.ragged:
+        return Written(shape, problem.dtype, True)
+    return Written((*batch_shape, *shape[-3:]), problem.dtype, True)
+
+
+def as_asked(written: Written, shape: Shape, dtype: str) -> Written:
+    """The same for an operand that has this shape in the caller's hands: float32 where there is something to sum."""
+    is_whole = written.is_whole and math.prod(written.shape) == math.prod(shape)
+    return Written(written.shape, dtype if is_whole else "float32", is_whole)
+
+
+def _tail(problem: Problem, arrays: FactsOfArrays, written: Mapping[str, Written]) -> params.GradientTail:
+    strides, sizes = arrays.strides, problem.sizes
+
+    def of_operand(name: str) -> params.Strides:
+        shape = written[name].shape
+        lead = len(sizes.batch_shape) if len(sizes.batch_shape) > 1 else 0
+        steps = contiguous_strides((sizes.batch, *shape[lead:]) if lead else shape)
+        return operand_strides(name, problem, steps, False)
+
+    bias = _four(arrays.shapes["bias"]) if "bias" in written else (0,) * 4
+    return params.GradientTail(
+        operand_strides("out", problem, strides["dout"], False),
+        of_operand("q"),
+        of_operand("k"),
+        of_operand("v"),
+        score_strides(contiguous_strides(bias)) if "bias" in written else params.ScoreStrides(),
+        *bias,
+        heads_per_owner=1,
+        dq_dtype=0,
+        dk_dtype=0,
+        dv_dtype=0,
+        dbias_dtype=0,
+    )
+
+
+def with_dtypes(recipe: BackwardRecipe, dtypes: Mapping[str, str]) -> BackwardRecipe:
+    """The recipe whose kernels write these dtypes, by operand."""
+    codes = {f"d{name}_dtype": params.BIAS_DTYPES.index(dtypes[name]) for name in dtypes if name in _TYPED}
+    grads = recipe.gradients._replace(**codes)
+    return BackwardRecipe(recipe.steps, recipe.tail, grads, recipe.written, recipe.num_rows)
+
+
+_TYPED = ("q", "k", "v", "bias")
+_NOTHING = params.GradientTail(*(params.Strides(),) * 4, params.ScoreStrides(), *(0,) * 9)

@@ -1,0 +1,106 @@
+"""How the gradients are worked out: the plan of a backward pass, and the tiles of its kernels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+from cupyattn.plan.choosing import choose
+from cupyattn.plan.gpu import bytes_in_a_tile, padded
+from cupyattn.plan.objections import objections_of_flash
+from cupyattn.plan.values import BackwardTile, BackwardTiles, Plan
+from cupyattn.problem import Device, Problem
+
+OF_QUERIES, OF_KEYS, OF_VALUES, OF_BIAS = 1, 2, 4, 8
+"""Bits of ``Wanted`` in ``traits.cuh``."""
+
+
+@lru_cache(maxsize=4096)
+def choose_backward(problem: Problem, device: Device) -> Plan:
+    """The plan for the gradients of a problem on a device; its kernel is "none" if nobody takes it."""
+    plan = choose(problem, device)
+    if device.kind == "cpu":
+        return plan
+    reasons = objections_of_backward(problem, device)
+    against = tuple((name, why) for name, why in plan.objections if name == "numpy") or (
+        ("numpy", (f"works on the CPU, and the arrays are on {device.name}",)),
+    )
+    bare = replace(plan, num_splits=1, split_size=0, num_slots=0, peers=(), instead=None, objections=against)
+    # Of the five products that there are: scores, dweights, dq, dk, dv.
+    flops = problem.flops * 5 // 2
+    if reasons:
+        return replace(
+            bare, kernel="none", tile=None, num_workers=1, flops=flops, reason="every implementation objects",
+            objections=(*against, ("backward", reasons)), notes=(),
+        )  # fmt: skip
+    tiles = backward_tiles(problem, device)
+    sizes = problem.sizes
+    (_, of_queries), *_, (_, of_keys) = tiles.passes[:2]
+    blocks = sizes.batch * sizes.num_heads * math.ceil(sizes.seqlen_q / of_queries.stays)
+    rows = 2 * sizes.num_heads * (sizes.total_q if problem.layout.ragged else sizes.batch * sizes.seqlen_q)
+    return replace(
+        bare,
+        kernel="backward",
+        compute_dtype="float32",
+        tile=tiles,
+        num_workers=blocks,
+        flops=flops,
+        bytes=3 * problem.bytes,
+        reason=f"{blocks} tiles of {of_queries.stays} queries, then tiles of {of_keys.stays} keys",
+        notes=(
+            "deterministic: each number is the sum of one thread block, in one order",
+            f"{4 * rows} bytes of memory besides the results, a delta and an lse for each row",
+        ),
+    )
+
+
+def objections_of_backward(problem: Problem, device: Device) -> tuple[str, ...]:
+    """What the kernels for gradients have against a problem."""
+    reasons = list(objections_of_flash(problem, device))
+    if problem.layout.page_size is not None or problem.layout.cached:
+        reasons.append("has no gradients of keys in pages or in a cache")
+    return tuple(reasons)
+
+
+def backward_tiles(problem: Problem, device: Device) -> BackwardTiles:
+    """The passes and their tiles."""
+    head_dim, dtype, room = padded(problem.sizes), problem.dtype, device.shared_memory
+    together = (OF_KEYS | OF_VALUES,) if head_dim <= 128 else (OF_KEYS, OF_VALUES)
+    wanted = (OF_QUERIES, *together, *((OF_BIAS,) if problem.edits.bias is not None else ()))
+    return BackwardTiles(tuple((what, backward_tile(head_dim, dtype, room, what)) for what in wanted))
+
+
+_SIXTEEN_BITS = (
+    BackwardTile(128, 64, 8, 2),
+    BackwardTile(128, 32, 8, 2),
+    BackwardTile(64, 32, 4, 2),
+    BackwardTile(64, 32, 4, 1),
+    BackwardTile(64, 16, 4, 1),
+    BackwardTile(32, 16, 2, 1),
+)
+_FLOAT32 = (
+    BackwardTile(64, 32, 4, 1),
+    BackwardTile(64, 16, 4, 1),
+    BackwardTile(32, 16, 2, 1),
+    BackwardTile(16, 16, 1, 1),
+)
+"""From the largest down; the first that fits into shared memory, and whose sums fit into registers, is taken."""
+
+
+def backward_tile(head_dim: int, dtype: str, shared_memory: int, wanted: int) -> BackwardTile:
+    """Of a pass that sums what is `wanted`; head_dim is the larger of both, padded."""
+    candidates = _FLOAT32 if dtype == "float32" else _SIXTEEN_BITS
+    if head_dim > 128 and dtype != "float32":
+        candidates = candidates[2:]  # sums of 16 rows and 256 columns take half of a thread's registers
+    if wanted == OF_BIAS:
+        candidates = tuple(tile for tile in candidates if tile.stays <= 64)
+    return next(tile for tile in candidates if shared_memory_of(head_dim, head_dim, dtype, tile, wanted) <= shared_memory)
+
+
+def shared_memory_of(columns: int, columns_v: int, dtype: str, tile: BackwardTile, wanted: int) -> int:
+    """Bytes of a block's shared memory, ``kSharedBytes`` of ``BackwardTraits``."""
+    row = (columns + columns_v) * bytes_in_a_tile(dtype)
+    table = 4 * tile.stays * tile.moves if wanted == OF_BIAS else 0
+    facts = 8 * tile.moves if wanted & (OF_KEYS | OF_VALUES) else 0
+    return max(tile.stays * row, table) + tile.num_stages * (tile.moves * row + facts)
