@@ -9,7 +9,7 @@ import numpy as np
 
 from cupyattn import numpy_ref, reading
 from cupyattn.arrays import Arrays, Visit, enter, untraced
-from cupyattn.corridor import Named, answer, gradients, plan_for, under_our_names
+from cupyattn.corridor import Named, answer, gradients, gradients_on_gpu, plan_for_gradients, under_our_names
 from cupyattn.problem import FLOATS, Array, Axes, Spec
 from cupyattn.reading import attention_options, read, refusal
 from cupyattn.rounding import narrow, widen
@@ -274,15 +274,18 @@ def attention_backward(
     ):
         if name in specs:
             _expect(function, specs[name], shape, dtype)
-    plan = plan_for(function, problem, visit.device())
+    plan = plan_for_gradients(function, problem, visit.device())
 
     def backward(everything: Arrays) -> Arrays:
         known_here = {name: everything[name] for name in known if name in everything}
         inputs = {name: everything[name] for name in operands if name in everything}
+        if visit.kind == "cuda":
+            return gradients_on_gpu(visit, problem, inputs, known_here, seed or 0)
         return gradients(plan, problem, inputs, known_here, seed or 0)
 
     wanted = [name for name in ("q", "k", "v", "bias", "sinks", "alibi_slopes") if name in specs]
-    found = visit.as_given(visit.run(backward, None, {name: specs[name] for name in wanted}))
+    run = visit.run_at_home if visit.kind == "cuda" else visit.run
+    found = visit.as_given(run(backward, None, {name: specs[name] for name in wanted}))
     return Gradients(**{f"d{name}": found[name] for name in wanted})
 
 

@@ -12,11 +12,12 @@ Each public function fills in the same two things, its arrays and its `Options`,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cupyattn import cpu
 from cupyattn.arrays import Arrays, Visit, enter
-from cupyattn.plan import Plan, choose, for_live_keys
+from cupyattn.plan import Plan, choose, choose_backward, for_live_keys
 from cupyattn.problem import FLOAT8, Device, Problem
 from cupyattn.reading import Options, check_sequences, read, refusal
 
@@ -99,7 +100,15 @@ def views_on_gpu(visit: Visit, words: tuple[str, ...]) -> list[Any]:
 
 def plan_for(function: str, problem: Problem, device: Device, fixed_split_size: int | None = None) -> Plan:
     """The plan, or every implementation's objections at once."""
-    plan = choose(problem, device, fixed_split_size)
+    return _agreed(function, problem, choose(problem, device, fixed_split_size))
+
+
+def plan_for_gradients(function: str, problem: Problem, device: Device) -> Plan:
+    """The same of the gradients."""
+    return _agreed(function, problem, choose_backward(problem, device))
+
+
+def _agreed(function: str, problem: Problem, plan: Plan) -> Plan:
     if plan.kernel == "none":
         reasons = [(name, reason) for name, against in plan.objections for reason in against]
         raise NotImplementedError(refusal(function, f"no implementation takes this problem\n    {problem}", *reasons))
@@ -122,11 +131,59 @@ def _run(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays:
         return gradients(plan, problem, operands, known, int(operands.get("seed", seed)))
 
     if visit.kind == "cuda":
-        from cupyattn import cuda
-
-        return cuda.run(visit.function, visit.library.title, visit.arrays, specs, plan, problem, seed)
+        return _run_on_gpu(visit, problem, plan, seed)
     kept = ("out", "lse") if problem.needs_lse and _uses_results(plan, problem) else ()
     return visit.run(forward, backward, problem.results, kept)
+
+
+def _run_on_gpu(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays:
+    """Without NumPy; where gradients may be asked for, out and lse are what is kept for them."""
+    from cupyattn import cuda
+
+    specs = dict(visit.specs)
+    if not visit.library.differentiates(visit.arrays):
+        return cuda.run(visit.function, visit.library.title, visit.arrays, specs, plan, problem, seed)
+    whole = replace(problem, needs_lse=True)
+    if problem.dtype == FLOAT8:
+        rule = f"has no gradients of {FLOAT8}, nor of what comes with it; call it under torch.no_grad()"
+        raise NotImplementedError(refusal(visit.function, rule))
+    plan_for_gradients(visit.function, whole, visit.device())  # refused now, not when it is too late
+
+    def forward(operands: Arrays) -> Arrays:
+        own, its_seed = _without_seed(operands, seed)
+        return cuda.run(visit.function, visit.library.title, own, specs, plan, whole, its_seed)
+
+    def backward(operands: Arrays, known: Arrays) -> Arrays:
+        own, its_seed = _without_seed(operands, seed)
+        return gradients_on_gpu(visit, whole, own, known, its_seed)
+
+    found = visit.run_at_home(forward, backward, whole.results, ("out", "lse"))
+    return {name: found[name] for name in problem.results}
+
+
+def _without_seed(operands: Arrays, seed: int) -> tuple[Arrays, int]:
+    own = {name: array for name, array in operands.items() if name != "seed"}
+    return own, int(operands.get("seed", seed))
+
+
+def gradients_on_gpu(visit: Visit, problem: Problem, operands: Arrays, known: Arrays, seed: int) -> Arrays:
+    """Gradients of all floating operands, where they are; the forward's `known` out and lse are made if they are not.
+
+    `known` has, or has not or as None, ``dout``, ``out``, ``lse`` and ``dlse``.
+    """
+    from cupyattn import cuda
+
+    specs, title, device = dict(visit.specs), visit.library.title, visit.device()
+    plan = plan_for_gradients(visit.function, problem, device)
+    given = {name: array for name, array in known.items() if array is not None}
+    if "out" not in given or "lse" not in given:
+        forward = plan_for(visit.function, problem, device)
+        given |= cuda.run(visit.function, title, operands, specs, forward, problem, seed)
+    if "dout" not in given:
+        given["dout"] = visit.library.zeros(problem.out_shape, operands["q"])
+    results = problem.results
+    of_known = {"dout": results["out"], "out": results["out"], "lse": results["lse"], "dlse": results["lse"]}
+    return cuda.run_backward(visit.function, title, {**operands, **given}, specs | of_known, plan, problem, seed)
 
 
 def gradients(plan: Plan, problem: Problem, operands: Arrays, known: Arrays, seed: int) -> Arrays:

@@ -295,13 +295,14 @@ def _backwards() -> Any:
                     "takes one gradient at a time, not is_grads_batched=True or vectorize=True; torch.func.vmap works"
                 )
                 raise NotImplementedError(refusal(job.function, rule))
-            known = {name: TORCH.to_numpy(x) for name, x in zip(job.kept, tensors[len(operands) :], strict=False)} | {
-                f"d{name}": None if x is None else TORCH.to_numpy(x) for name, x in gradients.items()
-            }
             assert job.backward is not None
-            found = job.backward({name: TORCH.to_numpy(x) for name, x in operands.items()}, known)
+            handed = (lambda x: x) if job.at_home else TORCH.to_numpy
+            known = {name: handed(x) for name, x in zip(job.kept, tensors[len(operands) :], strict=False)} | {
+                f"d{name}": None if x is None else handed(x) for name, x in gradients.items()
+            }
+            found = job.backward({name: handed(x) for name, x in operands.items()}, known)
             return tuple(
-                TORCH.from_numpy(found[name], TORCH.dtype(x), x)
+                found[name] if job.at_home else TORCH.from_numpy(found[name], TORCH.dtype(x), x)
                 for name, x in operands.items()
                 if x.is_floating_point()
             )
@@ -328,7 +329,8 @@ def _forwards() -> Any:
     class Forwards(step):  # type: ignore[misc]
         @staticmethod
         def forward(job: Job, *tensors: Any) -> Any:
-            return tuple(Library.run(TORCH, job, dict(zip(job.names, tensors, strict=True))).values())
+            found = Library.run(TORCH, job, dict(zip(job.names, tensors, strict=True)))
+            return tuple(found[name] for name in job.results)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

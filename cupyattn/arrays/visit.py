@@ -56,6 +56,13 @@ class Visit:
         check_results(self.function, dict(self.specs), results)
         return self.library.run(Job(self.function, tuple(self.arrays), forward, backward, results, kept), self.arrays)
 
+    def run_at_home(
+        self, forward: Forward, backward: Backward | None, results: Mapping[str, Spec], kept: tuple[str, ...] = ()
+    ) -> Arrays:
+        """The same on a GPU, where both passes take the library's own arrays and give back such."""
+        job = Job(self.function, tuple(self.arrays), forward, backward, results, kept, at_home=True)
+        return self.library.run(job, self.arrays)
+
     def as_given(self, gradients: Arrays) -> Arrays:
         """Gradients, by their arguments' names, in the dtypes in which these came."""
         return gradients if self.given is self.arrays else self.library.as_given(gradients, self.given)

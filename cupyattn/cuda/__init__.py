@@ -3,6 +3,7 @@
 memory      whose arrays these are, and where they lie
 launch      kernel, grid and parameter record
 append      the same for new keys and values on their way into a cache
+gradients   the same for gradients: several launches, and sums over what repeats an operand
 module      the kernel, from the cache of cubins or from NVRTC
 lanes       copies to the host and back, beside the caller's stream
 """
@@ -11,15 +12,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+from cupyattn.cuda import backward
 from cupyattn.cuda.launching import append, maps
 from cupyattn.cuda.launching.lanes import CuPyLane, TorchLane
 from cupyattn.cuda.launching.launch import map_objections, recipe_of, record_of
 from cupyattn.cuda.launching.memory import NOTHING, CuPyMemory, JaxMemory, TorchMemory, copied
 from cupyattn.cuda.launching.views import View, has_one_batch_axis, has_to_be_copied, is_aligned
 from cupyattn.cuda.making.compiler import FOLDER_OF_CUPY, INSTALL
-from cupyattn.cuda.making.module import Specialisation, kernel
+from cupyattn.cuda.making.module import Launch, kernel
 from cupyattn.plan import Plan
 from cupyattn.problem import FLOAT8, Device, Problem, Shape, Spec
 from cupyattn.reading import refusal
@@ -124,6 +126,30 @@ def run(
         return memory.home(results)
 
 
+def run_backward(
+    function: str, title: str, arrays: Arrays, specs: Mapping[str, Spec], plan: Plan, problem: Problem, seed: int
+) -> dict[str, Any]:
+    """Gradients of the floating operands by their names, queued on the caller's stream.
+
+    Among the arrays are ``dout``, the forward's ``out`` and ``lse``, and ``dlse`` if there is one.
+
+    Raises
+    ------
+    RuntimeError
+        A kernel has to be compiled and cannot be.
+    """
+    memory = _memory(title)
+    index = index_of(arrays["q"])
+    with _current(index):
+        operands = memory.bring(arrays)
+        results = {name: memory.result(specs[name], arrays["q"]) for name in backward.NAMES if name in specs}
+        try:
+            backward.queue(memory, index, operands, specs, results, plan, problem, seed)
+        finally:  # copies may be under way
+            memory.launched(operands, results)
+        return memory.home(results)
+
+
 def run_from_cache(
     function: str,
     title: str,
@@ -182,22 +208,6 @@ _OF_APPENDING = ("v_new", "rotary_cos", "rotary_sin", "rotary_seqlens")
 """Operands that attention knows nothing of; of k_new it has to know how many there are."""
 
 
-class _Launch(NamedTuple):
-    """A launch of which nothing is missing; called, it is queued."""
-
-    function: Any
-    grid: tuple[int, int, int]
-    what: Specialisation
-    record: Any
-    stream: Any
-    kept: list[Any]
-    """Memory that has to stay until then."""
-
-    def __call__(self) -> None:
-        if self.grid[0]:
-            self.function(self.grid, (self.what.threads, 1, 1), (self.record,), self.what.shared_memory, self.stream)
-
-
 def _ready_to_append(
     memory: CuPyMemory,
     index: int,
@@ -207,7 +217,7 @@ def _ready_to_append(
     cache_seqlen: int,
     each_row: bool,
     interleaved: bool,
-) -> _Launch:
+) -> Launch:
     """That of ``append.cu``; where there are tables, "q" among the operands is the rotated copy from here on."""
     views = {}
     stream = memory.stream(index)
@@ -226,7 +236,7 @@ def _ready_to_append(
     recipe = append.recipe_of(problem, views, each_row, interleaved)
     record = append.record_of(recipe, views, cache_seqlen)
     what = recipe.specialisation
-    return _Launch(kernel(what, index), recipe.grid, what, record, stream, kept)
+    return Launch(kernel(what, index), recipe.grid, what, record, stream, kept)
 
 
 def _ready(
@@ -239,7 +249,7 @@ def _ready(
     problem: Problem,
     seed: int,
     cache_seqlen: int = 0,
-) -> _Launch:
+) -> Launch:
     """That of the planned kernel."""
     views = {name: memory.view(array, specs[name].dtype) for name, array in operands.items()}
     recipe = recipe_of(plan, problem, views)
@@ -256,7 +266,7 @@ def _ready(
     addresses = {name: memory.pointer(array) for name, array in results.items()}
     record = record_of(recipe, views, addresses, seed, scratch, cache_seqlen)
     what = recipe.specialisation
-    return _Launch(kernel(what, index), recipe.grid, what, record, stream, [*kept, workspace])
+    return Launch(kernel(what, index), recipe.grid, what, record, stream, [*kept, workspace])
 
 
 def lane(function: str, title: str, like: Any) -> CuPyLane | TorchLane:

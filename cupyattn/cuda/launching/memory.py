@@ -70,6 +70,13 @@ class CuPyMemory:
     def as_float32(self, array: Any) -> Any:
         return array.astype("float32", order="C", copy=False)
 
+    def zero(self, array: Any) -> None:
+        array.fill(0)
+
+    def sum_into(self, result: Any, array: Any, axes: tuple[int, ...]) -> None:
+        """The sum over some axes, into memory of as many numbers, rounded once."""
+        result[...] = array.sum(axis=axes).reshape(result.shape)
+
     def broadcast(self, array: Any, shape: Shape) -> Any:
         import cupy
 
@@ -187,6 +194,12 @@ class TorchMemory(CuPyMemory):
     def as_float32(self, array: Any) -> Any:
         return array.float().contiguous()
 
+    def zero(self, array: Any) -> None:
+        array.zero_()
+
+    def sum_into(self, result: Any, array: Any, axes: tuple[int, ...]) -> None:
+        result.copy_((array.sum(dim=axes) if axes else array).reshape(result.shape))
+
     def broadcast(self, array: Any, shape: Shape) -> Any:
         return array.expand(shape)
 
@@ -298,7 +311,7 @@ def copied(memory: CuPyMemory, name: str, array: Any, batch_shape: Shape) -> Any
     """An operand that kernels cannot read as it is, as they can; see `views.has_to_be_copied`."""
     if name in ("alibi_slopes", "sinks"):
         return memory.as_float32(array)
-    if name in ("q", "k", "v", "mask", "bias") and not has_one_batch_axis(tuple(array.shape), batch_shape):
+    if name in ("q", "k", "v", "mask", "bias", "dout", "out") and not has_one_batch_axis(tuple(array.shape), batch_shape):
         array = one_batch_axis(memory, name, array, batch_shape)
     return array if name in ("mask", "bias") else memory.contiguous(array)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from cupyattn.cuda.making.cache import find
 from cupyattn.cuda.making.compiler import target_for
@@ -28,6 +28,22 @@ class Specialisation:
     """Dynamic bytes of a block."""
     cluster: int = 1
     """Blocks of a cluster, as the kernel was compiled; a grid has whole ones."""
+
+
+class Launch(NamedTuple):
+    """A launch of which nothing is missing; called, it is queued."""
+
+    function: Any
+    grid: tuple[int, int, int]
+    what: Specialisation
+    record: Any
+    stream: Any
+    kept: list[Any]
+    """Memory that has to stay until then."""
+
+    def __call__(self) -> None:
+        if self.grid[0]:
+            self.function(self.grid, (self.what.threads, 1, 1), (self.record,), self.what.shared_memory, self.stream)
 
 
 @cache
