@@ -179,7 +179,8 @@ def assert_inside(made, indices, found):
     """Rows and keys are those of the arrays; by the bounds alone, not by what the index arrays say."""
     cached, packed = made["num_places"] != NO_CACHE, made["at"]["cu_seqlens_q"] != 0
     last_row, last_key = (found[f"first_{x}"] + found[f"seqlen_{y}"] for x, y in (("row", "q"), ("key", "k")))
-    assert (found["seqlen_q"] >= 0).all() and (found["seqlen_k"] >= 0).all()
+    assert (found["seqlen_q"] >= 0).all()
+    assert (found["seqlen_k"] >= 0).all()
     assert (found["seqlen_k"] <= made["seqlen_k"]).all()
     assert (found["first_row"] >= 0).all()
     assert (last_row <= np.where(packed, made["total_q"], made["seqlen_q"])).all()
