@@ -33,6 +33,7 @@ struct Traits {{
 template <int>
 __global__ void size(int count, const Params* params, const int* groups, int* found) {{
     const int size = live_size<Traits>(params[ptx::block_x()], groups[ptx::block_x()]);
+    if (ptx::thread() == 0) ptx::store_shared(ptx::shared_memory(), 0u);  // as the queries come there in a kernel
     found[ptx::block_x() * Traits::kThreads + ptx::thread()] = size;
 }}
 }}
@@ -75,10 +76,14 @@ def hold_sizes(rng, kernel):
     short, long = np.arange(CALLS) % 3 == 0, np.arange(CALLS) % 3 == 1
     lengths[short] = rng.integers(0, 9000, (short.sum(), MOST_SEQUENCES))
     lengths[long] = np.maximum(lengths[long], OPEN)  # so many blocks that they are not counted
-    made["at"]["cache_seqlens"] = rows_of(lengths)
+    rows = rng.choice([0, 1, 1, 9, 40], (CALLS, MOST_SEQUENCES))
+    starts = np.cumsum(np.pad(rows, ((0, 0), (1, 0))), axis=1, dtype=np.int32)
+    packed = rng.random(CALLS) < 0.5
+    made["at"]["cache_seqlens"], made["at"]["cu_seqlens_q"] = rows_of(lengths), np.where(packed, rows_of(starts), 0)
+    made["total_q"] = starts[:, -1]
     made["batch"] = rng.integers(1, MOST_SEQUENCES + 1, CALLS)
     made["queries_per_pair"] = rng.integers(1, 9, CALLS)
-    made["seqlen_q"] = numbers(rng, CALLS, 1, 4000)
+    made["seqlen_q"] = np.where(packed, rows.max(axis=1), numbers(rng, CALLS, 1, 4000))
     made["seqlen_k"] = np.select([short, long], [8000, OPEN], numbers(rng, CALLS, 0, OPEN))
     hides = (rng.random((2, CALLS)) < 0.4) & ~long
     made["left"], made["right"] = np.where(hides, numbers(rng, (2, CALLS), 0, OPEN), OPEN)
@@ -88,24 +93,39 @@ def hold_sizes(rng, kernel):
     groups = rng.integers(1, 17, CALLS).astype(np.int32)
     found = np.zeros((CALLS, 32 * WARPS), np.int32)
     # A block for each call; races are looked for, since the threads meet in shared memory.
-    run(kernel, [made, groups], found, [lengths], 32 * WARPS, CALLS, 4 * WARPS, schedule=1, seed=3, check_races=True)
+    run(
+        kernel,
+        [made, groups],
+        found,
+        [lengths, starts],
+        32 * WARPS,
+        CALLS,
+        4 * WARPS,
+        schedule=1,
+        seed=3,
+        check_races=True,
+    )
     for case in range(CALLS):
         its = {
             name: made[name][case].item() for name in made.dtype.names if made.dtype[name].shape == () and name != "at"
         }
-        expected = expected_size(its, lengths[case, : its["batch"]].tolist(), int(groups[case]))
+        its_rows = rows[case] if packed[case] else np.full(MOST_SEQUENCES, its["seqlen_q"])
+        sequences = list(zip(its_rows.tolist(), lengths[case].tolist(), strict=True))[: its["batch"]]
+        expected = expected_size(its, sequences, int(groups[case]))
         assert (found[case] == expected).all(), (its, expected, found[case])
 
 
-def expected_size(params, lengths, groups):
-    """The planner's, of what the bands of all sequences touch."""
-    rows, tiles, total = params["seqlen_q"], math.ceil(params["seqlen_q"] * params["queries_per_pair"] / BLOCK_Q), 0
+def expected_size(params, sequences, groups):
+    """The planner's, of what the bands of all (rows, keys) touch."""
+    total = 0
     sides = (None if params[side] == OPEN else params[side] for side in ("left", "right"))
     mask = Mask(*sides, ("top-left", "bottom-right")[params["bottom_right"]])
-    for length in lengths:
-        touched = mask.touched(Span(0, rows), rows, max(0, min(length, params["seqlen_k"])))
+    for rows, keys in sequences:
+        touched = mask.touched(Span(0, rows), rows, max(0, min(keys, params["seqlen_k"]))) if rows else ()
         if len(touched):
+            tiles = math.ceil(rows * params["queries_per_pair"] / BLOCK_Q)
             total += tiles * (math.ceil(touched.stop / BLOCK_K) - touched.start // BLOCK_K)
+    tiles = math.ceil(params["seqlen_q"] * params["queries_per_pair"] / BLOCK_Q)
     pieces = params["batch"] * groups * tiles
     # Sums are capped on their way; however they are put together, what is capped once stays so.
     return live_split_blocks(min(min(total, MOST) * groups, MOST), pieces, params["num_slots"], BLOCK_K)
@@ -121,8 +141,9 @@ def test_all_threads_find_the_planners_size(rng, target):
     [
         ("total = capped(int64(total) + ptx::shuffle(", "total = (total + ptx::shuffle("),
         ("ptx::barrier();\n    total = 0;", "total = 0;"),
+        ("    ptx::barrier();  // the memory is free for the queries", ""),
     ],
-    ids=["a sum that wraps", "nobody waits"],
+    ids=["a sum that wraps", "nobody waits", "nobody waits for the last one"],
 )
 def test_a_fault_in_sizes_is_found(rng, old, new):
     kernel = built(PROBE, "alone::size<0>", "sm_80", planted(SPLITS, old, new))
