@@ -2,6 +2,7 @@
 
     make proof ARGS='--only hopper --target sm_90a --jobs 2'
     python tests/proof.py --nvrtc /somewhere/libnvrtc.so.12      # by another compiler than the installed one
+    python tests/proof.py --same-as /somewhere/libnvrtc.so.12    # by both, whose results have to be the same bits
     python tests/proof.py --choose                               # what of it `make test` runs, see proofs/share.py
 
 `proofs/calls.py` says which kernels and which calls, `tests/ptx` executes them, `proofs/fences.py` looks at what no
@@ -22,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from proofs import planted, running, share
+from proofs import compared, planted, running, share
 from proofs.calls import DEVICES, Kernel, kernels
 
 FAMILIES = ("flash", "splitkv", "hopper", "append")
@@ -42,6 +43,9 @@ def main():
         todo = tasks(options, str(options.folder or folder))
         print(f"{len(todo)} tasks, {options.jobs} at once", flush=True)
         found = list(done(todo, options.jobs, options.json))
+    if options.same_as:
+        print(f"{time.monotonic() - begun:.0f} s")
+        return int(bool(compared.summary(found)))
     wrong = summary([report for report in found if "bug" not in report], options)
     missed = [report["bug"] for report in found if report.get("bug") and not report["how"]]
     if any("bug" in report for report in found):
@@ -62,6 +66,9 @@ def parsed():
     parser.add_argument("--share", type=float, default=1.0, help="of the kernels, drawn at random")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--nvrtc", help="the library of another NVRTC")
+    parser.add_argument(
+        "--same-as", help="the library of another one, whose results are compared; see proofs/compared.py"
+    )
     parser.add_argument("--folder", type=Path, help="where compiled kernels are kept; else nowhere")
     parser.add_argument("--json", type=Path, help="a file for all that was found, a line of JSON each")
     parser.add_argument("--choose", action="store_true", help="write tests/proofs/share.json")
@@ -83,6 +90,16 @@ def tasks(options, folder):
         if kernel.family in only and all(word in str(kernel) for word in words):
             targets.setdefault((kernel.source, kernel.expression), []).append(kernel.target)
     draw = random.Random(0)
+    if options.same_as:
+        given = {"nvrtc": options.nvrtc, "other": options.same_as, "folder": folder}
+        todo = [
+            {"compared": {"target": target, "source": source, "expression": expression, **given}}
+            for (source, expression), x in targets.items()
+            for target in x
+            if draw.random() < options.share
+        ]
+        draw.shuffle(todo)
+        return todo
     todo = [
         {"kernels": {"targets": x, "source": source, "expression": expression, "nvrtc": options.nvrtc,
                      "folder": folder}}
@@ -125,6 +142,10 @@ def reports_of(task, answer):
     if "planted" in task:
         how = answer.get("done")
         return [how or {"bug": task["planted"]["name"], "how": None, "seconds": 0.0, "lost": [answer["raised"]]}]
+    if "compared" in task:
+        given = {name: task["compared"][name] for name in Kernel._fields}
+        lost = {**given, "versions": [], "compared": [], "lost": [answer.get("raised")], "seconds": 0.0}
+        return [answer.get("done") or lost]
     if "done" in answer:
         return answer["done"]
     given = task["kernels"]
@@ -137,6 +158,8 @@ def line_of(report):
         how = " ".join((report["how"] or "NOT CAUGHT").split())[:110]
         return f"{report['bug']:<60}{report['seconds']:>6.1f} s   {how}"
     kernel = Kernel(report["target"], report["source"], report["expression"])
+    if "compared" in report:
+        return compared.line_of(report, kernel)
     if "as" in report:
         return f"{kernel!s:<78}the text of {report['as']}"
     executed = sum(call["instructions"] for call in report["calls"]) / 1e6

@@ -19,6 +19,8 @@ class Watch:
     def __init__(self):
         self.built = []
         """(source, expression, kernel)."""
+        self.written = []
+        """Copies of all that launches could write to, if they are kept."""
         self._visits = {}
 
     def add(self, source, expression, kernel):
@@ -49,15 +51,29 @@ class Watch:
         return any((source, expression) == (x, y) and kernel.launches for x, y, kernel in self.built)
 
 
+class Keeping:
+    """A kernel whose launches leave a copy of what they wrote."""
+
+    def __init__(self, kernel, written):
+        self._kernel, self._written = kernel, written
+
+    def launch(self, record, grid, threads, shared_memory, buffers, *more, **options):
+        self._kernel.launch(record, grid, threads, shared_memory, buffers, *more, **options)
+        self._written += [array.copy() for array, writable in buffers if writable]
+
+
 @contextmanager
-def executed(target, edit=None, nvrtc=None, folder=None):
-    """Until its end `emulator.build` compiles for an architecture by NVRTC; see `ptx.build` for the rest."""
+def executed(target, edit=None, nvrtc=None, folder=None, keeps=False):
+    """Until its end `emulator.build` compiles for an architecture by NVRTC; see `ptx.build` for the rest.
+
+    `keeps`: whether what launches write is kept, see `Watch.written`.
+    """
     watch = Watch()
 
     def build(source, expression, sources=None, flags=()):
         kernel = ptx.build(source, expression, folder, sources, target=target, edit=edit, nvrtc=nvrtc)
         watch.add(source, expression, kernel)
-        return kernel
+        return Keeping(kernel, watch.written) if keeps else kernel
 
     with mock.patch.multiple(
         emulator, build=build, encode_map=ptx.encode_map, require_compiler=ptx.require_compiler,

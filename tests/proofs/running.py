@@ -17,6 +17,7 @@ from pathlib import Path
 import ptx
 from proofs import fences, planted
 from proofs.calls import Kernel, calls_of, schedules_of
+from proofs.compared import compare_kernel
 from proofs.executed import executed
 from ptx.compiled import joined, ptx_of
 
@@ -95,14 +96,16 @@ def run_planted(name, folder=None):
 # ---------------------------------------------------------------------------------------------------
 
 
+RUNS = {"kernels": run_kernels, "planted": run_planted, "compared": compare_kernel}
+
+
 def work(lines, answer):
-    """The loop of a worker: a task is {"kernels": arguments} or {"planted": arguments}."""
+    """The loop of a worker: a task is {"kernels": arguments}, or of another of `RUNS`."""
     for line in lines:
         task = json.loads(line)
-        run = run_kernels if "kernels" in task else run_planted
-        (arguments,) = task.values()
+        ((kind, arguments),) = task.items()
         try:
-            answer({"done": run(**arguments)})
+            answer({"done": RUNS[kind](**arguments)})
         except BaseException as error:
             answer({"raised": "".join(traceback.format_exception(error))[-3000:]})
 

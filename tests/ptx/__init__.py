@@ -11,19 +11,13 @@ this but what a fiber is: an error of both would prove nothing. ``install()`` le
 """
 
 import ctypes
-import fcntl
 import functools
-import getpass
 import hashlib
-import os
 import re
 import shutil
 import struct
-import subprocess
-import tempfile
 import threading
 from collections import Counter
-from contextlib import suppress
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
@@ -32,18 +26,14 @@ import numpy as np
 import pytest
 
 from cupyattn.cuda.making import compiler
+from ptx import library
 from ptx.compiled import joined, ptx_of
+from ptx.library import BuildError
 from ptx.text import Unknown
 from ptx.translation import translate
 
 __all__ = ["BuildError", "ExecutorError", "Kernel", "Unknown", "assemble", "build", "encode_map", "install"]
 
-HERE = Path(__file__).parent
-RUNTIME = HERE / "runtime"
-FLAGS = ("-std=c++17", "-fwrapv", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-w")
-with suppress(OSError):
-    _features = Path("/proc/cpuinfo").read_text().split()
-    FLAGS += tuple(f"-m{name}" for name in ("avx2", "fma", "f16c") if name in _features)
 SCHEDULES = (0, 1, 2)
 MAX_SHARED_MEMORY = 232448
 MAP_MARK = 0x70616D2D78747000
@@ -55,10 +45,6 @@ kernels: dict[str, "Kernel"] = {}
 
 class ExecutorError(Exception):
     """What a kernel did that it must not do."""
-
-
-class BuildError(Exception):
-    """What g++ had to say."""
 
 
 def require_compiler():
@@ -77,7 +63,7 @@ def build(source, expression, folder=None, sources=None, flags=(), target=None, 
     `target` is an architecture, by default the oldest that has all instructions; `edit` a function of the PTX text, to
     plant a bug; `nvrtc` the path of another NVRTC than CuPy's.
     """
-    folder = Path(folder or Path(tempfile.gettempdir()) / f"cupyattn-ptx-{getpass.getuser()}")
+    folder = Path(folder or library.folder_of_user())
     text = joined(source, sources)
     target = target or ("sm_90a" if '#line 1 "instructions/ptx90.cuh"' in text else "sm_80")
     name, ptx = ptx_of(text, expression, target, nvrtc, folder)
@@ -94,11 +80,11 @@ def build(source, expression, folder=None, sources=None, flags=(), target=None, 
 
 def assemble(ptx, folder=None, expression=None):
     """A kernel of PTX text; `expression` is what it is called in reports."""
-    folder = Path(folder or Path(tempfile.gettempdir()) / f"cupyattn-ptx-{getpass.getuser()}")
     name = hashlib.sha256(ptx.encode()).hexdigest()
     if name not in kernels:
         translated = translate(ptx)
-        kernels[name] = Kernel(_library(translated.source, folder), translated, expression)
+        # A kernel has thousands of registers, and is best compiled without optimisation.
+        kernels[name] = Kernel(library.made(translated.source, "-O0", folder), translated, expression)
     return kernels[name]
 
 
@@ -167,29 +153,14 @@ class Kernel:
         """
         record = record if isinstance(record, bytes) else record.tobytes()
         self._check(record, grid, threads, shared_memory, schedule, cluster)
-        table = _buffer_table(buffers)
-        message = ctypes.create_string_buffer(4096)
+        rows = _rows_of(buffers)
         visits = np.zeros(len(self.blocks), np.uint64)
-        request = _Request(
-            record,
-            len(record),
-            (ctypes.c_int32 * 3)(*grid),
-            threads,
-            cluster,
-            shared_memory,
-            table.ctypes.data,
-            len(table),
-            schedule,
-            check_races,
-            seed,
-            ctypes.addressof(message),
-            len(message),
-            visits.ctypes.data,
-        )
         with self._lock:
-            failed = self._library.executor_launch(ctypes.byref(request))
+            message = library.launch(
+                self._library, record, rows, visits, grid, threads, cluster, shared_memory, schedule, seed, check_races
+            )
             self.visits += visits
-        error = self._explained(message.value.decode()) if failed else None
+        error = self._explained(message) if message is not None else None
         executed = sum(int(n) * block.forms.total() for n, block in zip(visits, self.blocks, strict=True))
         self.launches.append(Launch(tuple(grid), threads, cluster, schedule, seed, executed, error))
         if error:
@@ -218,27 +189,6 @@ class Kernel:
         places = self.module.places(line)
         text = f"{message}\n  {self.module.instructions.get(line, '')}"
         return text + (f"\n  of {', in '.join(places)}" if places else "")
-
-
-class _Request(ctypes.Structure):
-    """`Request` of the runtime."""
-
-    _fields_ = (
-        ("parameters", ctypes.c_char_p),
-        ("parameter_bytes", ctypes.c_uint32),
-        ("grid", ctypes.c_int32 * 3),
-        ("threads", ctypes.c_int32),
-        ("cluster", ctypes.c_int32),
-        ("shared_bytes", ctypes.c_int64),
-        ("buffers", ctypes.c_void_p),
-        ("num_buffers", ctypes.c_int64),
-        ("schedule", ctypes.c_int32),
-        ("checks_races", ctypes.c_int32),
-        ("seed", ctypes.c_uint64),
-        ("message", ctypes.c_void_p),
-        ("message_bytes", ctypes.c_int64),
-        ("visits", ctypes.c_void_p),
-    )
 
 
 def encode_map(address, itemsize, dims, strides, box, swizzle):
@@ -274,8 +224,8 @@ def _round_up(number, multiple):
     return -(-number // multiple) * multiple
 
 
-def _buffer_table(buffers):
-    """Address, bytes and writable of each array; rows of uint64."""
+def _rows_of(buffers):
+    """Address, bytes and writable of each array."""
     rows = []
     for index, (array, writable) in enumerate(buffers):
         if writable and not array.flags.writeable:
@@ -285,47 +235,4 @@ def _buffer_table(buffers):
             if (writable or either) and low < start + size and start < high:
                 raise ValueError(f"buffers {other} and {index} overlap, and one is to be written: give their base once")
         rows.append((low, high - low, writable))
-    return np.array(rows, np.uint64).reshape(-1, 3)
-
-
-# ---- g++ -------------------------------------------------------------------------------------------------------------
-
-
-def _library(text, folder):
-    """The text compiled and linked with the runtime: a kernel of thousands of registers, for which -O0 is best."""
-    return _compiled(folder, "so", (*FLAGS, "-O0", "-shared"), text, _runtime(folder))
-
-
-def _runtime(folder):
-    return _compiled(folder, "o", (*FLAGS, "-O2", "-c"), (RUNTIME / "runtime.cpp").read_text())
-
-
-def _compiled(folder, suffix, flags, text, *objects):
-    """What g++ makes of a text, found again by all that it depends on; whole or not at all."""
-    key = repr((text, flags, _headers(), _compiler_version(), list(map(str, objects))))
-    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.{suffix}"
-    if path.exists():
-        return path
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes may want it too, and one compiler is enough
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as here:
-                (Path(here) / "text.cpp").write_text(text)
-                command = ["g++", *flags, f"-I{RUNTIME}", "text.cpp", *map(str, objects), "-o", "made"]
-                done = subprocess.run(command, cwd=here, capture_output=True, text=True)
-                if done.returncode:
-                    raise BuildError(done.stderr)
-                os.replace(Path(here) / "made", path)
-    return path
-
-
-def _headers():
-    """Of the runtime: what a kernel's text and the runtime depend on."""
-    files = [*RUNTIME.glob("*.h"), *RUNTIME.glob("*.cpp"), HERE.parent / "emulator" / "fiber.h"]
-    return sorted((file.name, file.read_text()) for file in files)
-
-
-@functools.cache
-def _compiler_version():
-    return subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    return rows

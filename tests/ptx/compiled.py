@@ -79,6 +79,7 @@ def load(path=None):
     """NVRTC and its version: CuPy's, or the one at that path."""
     if path is None:
         return compiler.load()
+    compiler.version()  # loads CuPy's, for which it would take any NVRTC that the process has already
     library = Library(path)
     return library, ".".join(map(str, library.getVersion()))
 

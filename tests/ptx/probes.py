@@ -10,21 +10,14 @@ of the array that was given there), `array<T>(i)` (the same as a pointer, unchec
 """
 
 import ctypes
-import fcntl
 import functools
-import getpass
-import hashlib
-import os
 import shutil
-import subprocess
-import tempfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-RUNTIME = Path(__file__).parent / "runtime"
-FLAGS = ("-std=c++17", "-O2", "-fwrapv", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-w")
+from ptx import library
+
 MOST_ARGUMENTS = 16
 MAP_BYTES = 128
 PRELUDE = """
@@ -61,15 +54,12 @@ class Probes:
         self.launch(_record(body, arguments, maps), rows, grid, threads, cluster, shared_memory, **options)
 
     def launch(self, record, rows, grid, threads, cluster, shared_memory, schedule=0, seed=0, check_races=True):
-        table = np.array(rows, np.uint64).reshape(-1, 3)
-        message = ctypes.create_string_buffer(4096)
         visits = np.zeros(1, np.uint64)
-        request = _Request(
-            record, len(record), (ctypes.c_int32 * 3)(*grid), threads, cluster, shared_memory, table.ctypes.data,
-            len(table), schedule, check_races, seed, ctypes.addressof(message), len(message), visits.ctypes.data,
-        )  # fmt: skip
-        if self._library.executor_launch(ctypes.byref(request)):
-            raise ProbeError(message.value.decode())
+        message = library.launch(
+            self._library, record, rows, visits, grid, threads, cluster, shared_memory, schedule, seed, check_races
+        )
+        if message is not None:
+            raise ProbeError(message)
 
     @functools.cached_property
     def _library(self):
@@ -86,8 +76,7 @@ class Probes:
         text += "const int kNumBlocks = 1;\n"
         text += "static const Region region = {(u64)kConstant, (u64)(kConstant + 2)};\n"
         text += "const Region* constants(int* count) { *count = 1; return &region; }\n"
-        runtime = _compiled((RUNTIME / "runtime.cpp").read_text(), ".o", "-c")
-        return ctypes.CDLL(str(_compiled(text, ".so", runtime, "-shared")))
+        return ctypes.CDLL(str(library.made(text, "-O2")))
 
 
 def _record(body, arguments, maps):
@@ -95,45 +84,3 @@ def _record(body, arguments, maps):
     assert len(words) < MOST_ARGUMENTS
     words += [0] * (MOST_ARGUMENTS - 1 - len(words)) + [body]
     return np.array(words, np.uint64).tobytes() + b"".join(maps)
-
-
-def _compiled(text, suffix, *more):
-    """What g++ makes of a text, kept under a name made of everything that it depends on."""
-    headers = [*sorted(RUNTIME.iterdir()), RUNTIME.parents[1] / "emulator" / "fiber.h"]
-    compiler = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
-    key = repr((text, FLAGS, compiler, [header.read_text() for header in headers]))
-    folder = Path(tempfile.gettempdir()) / f"cupyattn-ptx-{getpass.getuser()}"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path = folder / f"probes-{hashlib.sha256(key.encode()).hexdigest()[:24]}{suffix}"
-    with path.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes may want it too, and one compiler is enough
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as here:
-                source, made = Path(here) / "text.cpp", Path(here) / "made"
-                source.write_text(text)
-                command = ["g++", *FLAGS, f"-I{RUNTIME}", source, *more, "-o", made]
-                done = subprocess.run(command, capture_output=True, text=True)
-                assert not done.returncode, done.stderr
-                os.replace(made, path)
-    return path
-
-
-class _Request(ctypes.Structure):
-    """`Request` of runtime/machine.h."""
-
-    _fields_ = (
-        ("parameters", ctypes.c_char_p),
-        ("parameter_bytes", ctypes.c_uint32),
-        ("grid", ctypes.c_int32 * 3),
-        ("threads", ctypes.c_int32),
-        ("cluster", ctypes.c_int32),
-        ("shared_bytes", ctypes.c_int64),
-        ("buffers", ctypes.c_void_p),
-        ("num_buffers", ctypes.c_int64),
-        ("schedule", ctypes.c_int32),
-        ("checks_races", ctypes.c_int32),
-        ("seed", ctypes.c_uint64),
-        ("message", ctypes.c_void_p),
-        ("message_bytes", ctypes.c_int64),
-        ("visits", ctypes.c_void_p),
-    )

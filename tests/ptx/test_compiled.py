@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import ptx
-from ptx.compiled import CompilerError, Library, joined, options_for, ptx_of
+from cupyattn.cuda.making import compiler
+from ptx.compiled import CompilerError, Library, joined, load, options_for, ptx_of
 from ptx.text import read
 
 EMPTY = """.version 9.0
@@ -90,6 +91,23 @@ def test_another_nvrtc_is_a_path():
     with pytest.raises(CompilerError, match="no_such_name"):
         ptx_of("no_such_name;", "probe<5>", "sm_80", str(found[0]))
     assert Library(found[0]).getVersion()
+
+
+def test_cupys_nvrtc_is_loaded_before_another(monkeypatch):
+    """It would take the other one, if that were there already."""
+    order = []
+
+    class Other:
+        def __init__(self, path):
+            order.append(path)
+
+        def getVersion(self):
+            return 12, 4
+
+    monkeypatch.setattr("ptx.compiled.Library", Other)
+    monkeypatch.setattr(compiler, "version", lambda: order.append("CuPy's"))
+    assert load.__wrapped__("another")[1] == "12.4"
+    assert order == ["CuPy's", "another"]
 
 
 def test_sources_take_the_place_of_files_by_their_path():

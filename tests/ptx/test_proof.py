@@ -1,12 +1,15 @@
 """A share of `make proof`: calls that cover every instruction form and every template argument, and a dozen bugs."""
 
 import functools
+import re
 
+import numpy as np
 import proof
 import pytest
-from proofs import calls, fences, running, share
+from proofs import calls, compared, fences, running, share
 
 import ptx
+from ptx import alone
 from ptx.text import read
 
 PAIRS, FORMS = share.load()
@@ -149,3 +152,79 @@ def test_what_is_lost_is_told_and_fails(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["proof.py", "--only", "append", "--share", "0.01"])
     assert proof.main() == 1
     assert "1 kernels lost" in capsys.readouterr().out
+
+
+# ---- Two compilers ---------------------------------------------------------------------------------------------------
+
+SUMS = f"""
+template <int>
+__global__ void sums(int count, const float2* given, float* found) {{
+    {alone.BEGIN}
+    found[i] = given[i].x * given[i].x + given[i].y;
+}}
+"""
+
+
+def _sums(rng, edit=None):
+    """What a kernel writes, and its arithmetic."""
+    kernel = ptx.build("alone.cu", "sums<0>", sources={"alone.cu": SUMS}, target="sm_80", edit=edit)
+    given, before = rng.standard_normal((1000, 2)).astype(np.float32), kernel.visited_forms
+    found = alone.run(kernel, [given], np.zeros(1000, np.float32))
+    return [found], compared.arithmetic_of(kernel.visited_forms - before)
+
+
+def _judged(edit, seed=3):
+    (one, ones), (other, others) = (_sums(np.random.default_rng(seed), each) for each in (None, edit))
+    return compared.judged(one, other, ones, others)
+
+
+def test_a_text_has_the_bits_of_itself():
+    assert _judged(None) == {"numbers": 1000, "same": True, "ulps": 0, "arithmetic": {}, "lost": None}
+
+
+def test_a_product_and_a_sum_for_an_fma_are_told_and_may_have_other_bits():
+    apart = r"mul.ftz.f32 \1, \2, \3;\n add.ftz.f32 \1, \1, \4;"
+    found = _judged(lambda text: re.sub(r"fma\.rn\.ftz\.f32 *\s(\S+), (\S+), (\S+), (\S+);", apart, text))
+    assert found["lost"] is None
+    assert found["ulps"] > 0
+    assert found["arithmetic"].keys() == {"add.ftz.f32", "fma.rn.ftz.f32", "mul.ftz.f32"}
+
+
+def test_other_bits_by_the_same_arithmetic_are_lost():
+    found = _judged(lambda text: re.sub(r"(fma\.rn\.ftz\.f32 *\s\S+, \S+, )(\S+), (\S+);", r"\1\3, \2;", text))
+    assert found["arithmetic"] == {}
+    assert "same arithmetic" in found["lost"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "one", "other", "ulps"),
+    [
+        (np.float32, 1.0, 1.0 + 2.0**-22, 2),
+        (np.float16, -0.0, 0.0, 0),
+        (np.float16, -(2.0**-24), 2.0**-24, 2),
+        (np.float32, np.nan, -np.nan, 0),
+        (np.float32, np.nan, 1.0, np.inf),
+        (np.float32, np.finfo(np.float32).max, np.inf, 1),
+        (np.int32, -(2**31), 2**31 - 1, 2**32 - 1),
+    ],
+)
+def test_ulps_are_counted(dtype, one, other, ulps):
+    assert compared.ulps_between(np.array([one], dtype), np.array([other], dtype)) == ulps
+
+
+def test_all_that_a_call_writes_is_compared():
+    kernel, name, _ = next(pair for pair in PAIRS if pair.kernel.family == "splitkv")
+    found = compared.compare_call(kernel, _calls_of(kernel)[name], None, None, None)
+    assert found["same"]
+    assert found["lost"] is None
+    assert found["numbers"] > 0
+
+
+def test_a_kernel_that_could_not_be_compared_is_told_and_fails(monkeypatch, capsys):
+    given = {"target": "sm_80", "source": "append.cu", "expression": "cupyattn::append<float>"}
+    task = {"compared": {**given, "nvrtc": None, "other": "libnvrtc.so", "folder": None}}
+    monkeypatch.setattr(proof, "done", lambda *_: iter(proof.reports_of(task, {"raised": "ended with 3"})))
+    monkeypatch.setattr("sys.argv", ["proof.py", "--same-as", "libnvrtc.so", "--only", "append"])
+    assert proof.main() == 1
+    assert "1 kernels" in capsys.readouterr().out
+    assert "ended with 3" in proof.line_of(proof.reports_of(task, {"raised": "ended with 3"})[0])
