@@ -94,7 +94,7 @@ DEVICE Finish finish_row(float row_max, float row_sum, float sink) {
     const float total = row_sum * shrink + of_sink;
     if (total == 0.f) return {0.f, -ptx::infinity()};
     // The lowest number stands for all that are lower as exponents of two, see scores.cuh.
-    const float lse = highest == kLowest ? kLowest : (origin + ptx::log2(total)) * kLn2;
+    const float lse = highest == kLowest && total == total ? kLowest : (origin + ptx::log2(total)) * kLn2;
     return {shrink / total, lse};
 }
 
