@@ -11,7 +11,7 @@ import numpy as np
 from cupyattn import reading
 from cupyattn.arrays import described, enter, untraced
 from cupyattn.corridor import under_our_names
-from cupyattn.plan import Plan, choose
+from cupyattn.plan import Plan, choose, choose_backward
 from cupyattn.problem import FLOAT8, NAMED_DEVICES, Axes, Spec
 from cupyattn.reading import attention_options, read, refusal
 
@@ -42,8 +42,9 @@ def explain(
     compute_dtype: Any = None,
     fixed_split_size: int | None = None,
     return_lse: bool = False,
+    backward: bool = False,
 ) -> Plan:
-    """How `attention` would do a call, and why not otherwise; nothing is computed.
+    """How `attention` would do a call, or its gradients, and why not otherwise; nothing is computed.
 
     Parameters
     ----------
@@ -55,6 +56,8 @@ def explain(
     device : str, optional
         "cpu", or a GPU by name: one of the names in the error that an unknown name gives.  Default: where the
         arrays are; "cpu" where none has values.
+    backward : bool
+        Explain the gradients of q, k and v, and of what else has any, instead of the call itself.
 
     Returns
     -------
@@ -65,7 +68,8 @@ def explain(
     Raises
     ------
     TypeError, ValueError
-        As `attention` would; also for an unknown `device`.
+        As `attention` would; also for an unknown `device`, and for a `fixed_split_size` of gradients, which are
+        not split.
 
     Notes
     -----
@@ -82,6 +86,10 @@ def explain(
     function = "explain"
     reading.dropout_seed(function, dropout_seed)
     size = reading.split_size(function, fixed_split_size)
+    reading.flag(function, "backward", backward)
+    if backward and size is not None:
+        rule = "fixed_split_size is about the call itself: gradients are not split"
+        raise ValueError(refusal(function, rule, ("fixed_split_size", size), ("backward", backward)))
     options = attention_options(
         function, layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, compute_dtype, return_lse,
         takes_float8=True,
@@ -106,10 +114,12 @@ def explain(
     ordered = tuple((name, specs[name]) for name in given if name in specs)
     problem = read(function, ordered, options)
     if device is not None:
-        return choose(problem, _cpu_device() if device == "cpu" else NAMED_DEVICES[device], size)
-    if visit is None:
-        return choose(problem, _cpu_device(), size)
-    plan = choose(problem, visit.device(), size)
+        there = _cpu_device() if device == "cpu" else NAMED_DEVICES[device]
+    else:
+        there = _cpu_device() if visit is None else visit.device()
+    plan = choose_backward(problem, there) if backward else choose(problem, there, size)
+    if device is not None or visit is None:
+        return plan
     return replace(plan, notes=plan.notes + visit.notes(problem, plan))
 
 

@@ -30,7 +30,7 @@ from oracle import assert_matches
 
 from cupyattn.cuda.launching.gradients import as_asked, backward_recipe, with_dtypes
 from cupyattn.cuda.launching.views import view_of_numpy
-from cupyattn.plan import BackwardTiles, choose_backward
+from cupyattn.plan import OF_BIAS, OF_KEYS, OF_QUERIES, OF_VALUES, BackwardTiles, choose_backward
 
 OPERANDS = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
 
@@ -57,7 +57,9 @@ class Result(NamedTuple):
 class Call:
     """Gradients of a call whose memory stays; `sources` are those of `emulator.build`, `passes` replace the plan's."""
 
-    def __init__(self, arrays, options, dropout_seed=0, device=H100, sources=None, flags=FLAGS, passes=None, forward=None):
+    def __init__(
+        self, arrays, options, dropout_seed=0, device=H100, sources=None, flags=FLAGS, passes=None, forward=None
+    ):
         emulator.require_compiler()
         operands = {name: x for name, x in arrays.items() if name not in ("dout", "dlse")}
         self.problem = problem = replace(problem_of(operands, options), needs_lse=True)
@@ -65,7 +67,9 @@ class Call:
         if passes is not None:
             self.plan = replace(self.plan, tile=BackwardTiles(passes))
         out, lse = forward or definition(operands, problem, dropout_seed)
-        everything = dict(arrays, out=np.asarray(out).astype(STORED[problem.dtype]), lse=np.asarray(lse).astype(np.float32))
+        everything = dict(
+            arrays, out=np.asarray(out).astype(STORED[problem.dtype]), lse=np.asarray(lse).astype(np.float32)
+        )
         self.arrays = everything
         for name in ("alibi_slopes", "sinks"):
             if name in everything:
@@ -73,7 +77,12 @@ class Call:
         views = {name: view_of_numpy(x, x.dtype.name) for name, x in everything.items()}
         recipe = backward_recipe(self.plan, problem, views)
         assert not recipe.copies, recipe.copies
-        asked = {n: as_asked(w, everything[n].shape, everything[n].dtype.name) for n, w in recipe.written.items()}
+        wanted = {name for bits, _ in self.plan.tile.passes for name in summed(bits)}
+        asked = {
+            name: as_asked(written, everything[name].shape, everything[name].dtype.name)
+            for name, written in recipe.written.items()
+            if name in wanted
+        }
         self.asked = asked
         recipe = with_dtypes(recipe, {name: x.dtype for name, x in asked.items()})
         ragged = problem.layout.ragged
@@ -86,7 +95,9 @@ class Call:
         self.scratch = {"lse_log2": guarded(recipe.num_rows, np.float32), "delta": guarded(recipe.num_rows, np.float32)}
         names = {"dsinks": "sink_rows", "dalibi_slopes": "slope_parts"}
         homes = {names.get(n, n): x.ctypes.data for n, x in {**self.results, **self.scratch}.items()}
-        given = [(x, False) for x in everything.values()] + [(x, True) for x in (*self.results.values(), *self.scratch.values())]
+        given = [(x, False) for x in everything.values()] + [
+            (x, True) for x in (*self.results.values(), *self.scratch.values())
+        ]
         self.buffers = [(x, writable) for x, writable in given if x.size]
         self.launches = []
         for step in recipe.steps:
@@ -112,6 +123,12 @@ class Call:
         if name == "alibi_slopes":
             return found.sum(axis=(0, 2) if like.ndim == 1 else 2)
         return sum_to(found, like.shape)
+
+
+def summed(bits):
+    """Operands whose gradients a pass comes to; those of sinks come with the rows, before all passes."""
+    of_bit = {OF_QUERIES: ("q", "alibi_slopes"), OF_KEYS: ("k",), OF_VALUES: ("v",), OF_BIAS: ("bias",)}
+    return ("sinks", *(name for bit, names in of_bit.items() if bits & bit for name in names))
 
 
 def sum_to(gradient, shape):
@@ -235,16 +252,19 @@ def check(arrays, options, schedule=0, seed=0, dropout_seed=0, **call):
 
 
 def hold(arrays, found, dropout_seed=0):
+    """Fail unless all gradients are within their bars; returns (largest error, largest share of a bar)."""
     problem = found.problem
     exact = derivative(arrays, problem, dropout_seed)
-    assert set(found.grads) == set(exact)
+    assert set(found.grads) <= set(exact)
     rounding = STORED[problem.dtype]
     own = derivative(arrays, problem, dropout_seed, rounding, (found.out, found.lse))
     finite = [np.nan_to_num(np.asarray(arrays[name], np.float64), posinf=0.0, neginf=0.0) for name in ("dout", "v")]
     sums = np.sqrt(problem.sizes.head_dim_v) * max(1.0, np.prod([np.abs(x).max(initial=0.0) for x in finite]))
-    for name in exact:
+    held = [(0.0, 0.0)]
+    for name in found.grads:
         dtype = arrays[name].dtype.name if name in ("q", "k", "v", "bias") else "float32"
-        assert_within_the_bar(name, found.grads[name], exact[name], own[name], dtype, problem.dtype, sums)
+        held.append(assert_within_the_bar(name, found.grads[name], exact[name], own[name], dtype, problem.dtype, sums))
+    return tuple(max(x) for x in zip(*held, strict=True))
 
 
 def assert_within_the_bar(name, actual, exact, own, dtype, inner, sums):
@@ -252,7 +272,7 @@ def assert_within_the_bar(name, actual, exact, own, dtype, inner, sums):
     assert_matches(actual, exact, atol=np.inf)
     finite = np.isfinite(exact) & np.isfinite(own)
     if not finite.any():
-        return
+        return 0.0, 0.0
     size, own = np.where(finite, exact, 0.0), np.where(finite, own, 0.0)
     if dtype in STORED and dtype != "float64":
         own = own.astype(STORED[dtype]).astype(np.float64)
@@ -262,8 +282,9 @@ def assert_within_the_bar(name, actual, exact, own, dtype, inner, sums):
     ulp = np.ldexp(1.0, np.frexp(np.maximum(np.abs(size), 2.0**lowest))[1] - 1 - bits)
     # Sums of float32 products, in whatever order: 2^-24 of the largest thing that was added, a few times.
     slack = (4e-6 if inner == "float32" else 1e-6) * max(largest, sums / 4.0)
-    worst = (error - 2.0 * off.max() - ulp - slack).max()
+    allowed = 2.0 * off.max() + ulp + slack
+    worst = (error - allowed).max()
     assert worst <= 0.0, f"d{name}: {worst:.3g} beyond the bar; largest error {error.max():.3g}, own {off.max():.3g}"
     if error.size >= ENOUGH and inner != "float32":
         assert error.mean() <= 1.5 * off.mean() + slack, f"d{name}: mean error {error.mean():.3g}, own {off.mean():.3g}"
-
+    return float(error.max()), float((error / allowed).max())

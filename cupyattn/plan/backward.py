@@ -20,15 +20,16 @@ OF_QUERIES, OF_KEYS, OF_VALUES, OF_BIAS = 1, 2, 4, 8
 def choose_backward(problem: Problem, device: Device) -> Plan:
     """The plan for the gradients of a problem on a device; its kernel is "none" if nobody takes it."""
     plan = choose(problem, device)
+    # Of the five products that there are: scores, dweights, dq, dk, dv.
+    flops = problem.flops * 5 // 2
     if device.kind == "cpu":
-        return plan
+        against = (("backward", objections_of_backward(problem, device)),)
+        return replace(plan, flops=flops, bytes=3 * problem.bytes, objections=against)
     reasons = objections_of_backward(problem, device)
     against = tuple((name, why) for name, why in plan.objections if name == "numpy") or (
         ("numpy", (f"works on the CPU, and the arrays are on {device.name}",)),
     )
     bare = replace(plan, num_splits=1, split_size=0, num_slots=0, peers=(), instead=None, objections=against)
-    # Of the five products that there are: scores, dweights, dq, dk, dv.
-    flops = problem.flops * 5 // 2
     if reasons:
         return replace(
             bare, kernel="none", tile=None, num_workers=1, flops=flops, reason="every implementation objects",
@@ -95,7 +96,9 @@ def backward_tile(head_dim: int, dtype: str, shared_memory: int, wanted: int) ->
         candidates = candidates[2:]  # sums of 16 rows and 256 columns take half of a thread's registers
     if wanted == OF_BIAS:
         candidates = tuple(tile for tile in candidates if tile.stays <= 64)
-    return next(tile for tile in candidates if shared_memory_of(head_dim, head_dim, dtype, tile, wanted) <= shared_memory)
+    return next(
+        tile for tile in candidates if shared_memory_of(head_dim, head_dim, dtype, tile, wanted) <= shared_memory
+    )
 
 
 def shared_memory_of(columns: int, columns_v: int, dtype: str, tile: BackwardTile, wanted: int) -> int:

@@ -40,11 +40,20 @@ class BackwardTile(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def __str__(self) -> str:
+        return f"{self.stays} rows stay, {self.moves} move, {self.num_warps} warps, {self.num_stages} stages"
+
 
 class BackwardTiles(NamedTuple):
     """Of the kernels of one backward pass, each with what it sums: bits of OF_QUERIES, OF_KEYS, ..."""
 
     passes: tuple[tuple[int, BackwardTile], ...]
+
+    def __str__(self) -> str:
+        return "; ".join(f"{_SUMS[wanted]}: {tile}" for wanted, tile in self.passes)
+
+
+_SUMS = {1: "dq", 2: "dk", 4: "dv", 6: "dk and dv", 8: "dbias"}
 
 
 @dataclass(frozen=True)
@@ -98,5 +107,5 @@ class Plan:
         ]
         lines += [f"  {name} would make {splits} splits" for name, splits in self.peers]
         lines += [f"  {note}" for note in self.notes]
-        lines += [f"  not {name:<8}{reason}" for name, reasons in self.objections for reason in reasons]
+        lines += [f"  not {name:<9}{reason}" for name, reasons in self.objections for reason in reasons]
         return "\n".join(lines)

@@ -1,6 +1,7 @@
 """What the tests of the compile side share: a throw-away kernel, folders of their own, and NVRTC if it is there."""
 
 import pytest
+from driven import driver, torch  # noqa: F401
 
 from cupyattn.cuda.making import cache, compiler
 

@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import emulated
+import emulated_backward
 import numpy as np
 from emulated import operands, options_of, paged, ragged_operands, ragged_options
 
 from cupyattn import plan
+from cupyattn.cuda.launching.gradients import backward_recipe
 from cupyattn.cuda.launching.launch import recipe_of
 from cupyattn.cuda.launching.views import View, contiguous_strides
 from cupyattn.cuda.making import catalogue
-from cupyattn.plan import HEAD_DIMS, HopperTile, Tile
+from cupyattn.plan import HEAD_DIMS, BackwardTile, HopperTile, Tile
 from cupyattn.plan.hopper import Switches
 from cupyattn.problem import FLOAT8, NAMED_DEVICES, Spec
 from cupyattn.reading import Options, read
@@ -43,6 +45,9 @@ TRAITS = {
     "hopper.cu": ("element", "head_dim", "head_dim_v", "block_q", "block_k", "num_stages", "cluster", "reach", "paged",
                   "packed", "stores_boxes", "edits", *Switches._fields),
     "append.cu": ("element",),
+    "backward.cu": ("element", "head_dim", "head_dim_v", "stays", "moves", "num_warps", "num_stages", "wanted", "aligned",
+                    "edits"),
+    "backward_rows.cu": ("element",),
 }  # fmt: skip
 """What the template arguments of a kernel are called."""
 DTYPES = {element: dtype for dtype, element in catalogue.ELEMENT.items()}
@@ -63,7 +68,7 @@ class Kernel(NamedTuple):
     def traits(self):
         """Its template arguments by name."""
         values = re.findall(r"[\w:.]+", self.expression.replace("cupyattn::HopperSwitches", ""))
-        skipped = 1 if self.source == "append.cu" else 2  # the function, and the struct of its traits
+        skipped = 1 if len(TRAITS[self.source]) == 1 else 2  # the function, and the struct of its traits
         return dict(zip(TRAITS[self.source], map(_value, values[skipped:]), strict=True))
 
     @property
@@ -77,12 +82,11 @@ class Kernel(NamedTuple):
     def __str__(self):
         x = self.traits
         words = [self.target, self.family, self.dtype]
-        if self.source != "append.cu":
-            words.append(
-                "x".join(str(x[name]) for name in ("head_dim", "head_dim_v", "block_q", "block_k") if name in x)
-            )
-            words += [f"reach {x['reach']}", f"cluster {x['cluster']}"] if "reach" in x else []
-            words += [name for name in ("paged", "packed", "stores_boxes") if x.get(name)]
+        sizes = ("head_dim", "head_dim_v", "block_q", "block_k", "stays", "moves")
+        words += ["x".join(str(x[name]) for name in sizes if name in x)] if "head_dim" in x else []
+        words += [f"of {OF[x['wanted']]}"] if "wanted" in x else []
+        words += [f"reach {x['reach']}", f"cluster {x['cluster']}"] if "reach" in x else []
+        words += [name for name in ("paged", "packed", "stores_boxes") if x.get(name)]
         return " ".join(words)
 
 
@@ -107,7 +111,19 @@ def kernels(target, prebuilt=False):
             wanted = recipe_of(each, problem, views).specialisation if each.kernel != "none" else None
             if wanted is not None:
                 found.append(Kernel(target, wanted.source, wanted.expression))
+        found += _of_gradients(target, problem, views)
     return tuple(dict.fromkeys(found))
+
+
+def _of_gradients(target, problem, views):
+    """The kernels for the gradients of a problem, if there are any."""
+    chosen = plan.choose_backward(problem, DEVICES[target])
+    if chosen.kernel != "backward":
+        return []
+    known = {"dout": problem.out_shape, "out": problem.out_shape, "lse": problem.lse_shape}
+    views = views | {name: _view(shape, problem.dtype) for name, shape in known.items()}
+    steps = backward_recipe(chosen, problem, views).steps
+    return [Kernel(target, x.specialisation.source, x.specialisation.expression) for x in steps]
 
 
 WIDTHS = (*((x, x) for x in HEAD_DIMS), (192, 128))
@@ -181,6 +197,8 @@ class Held(NamedTuple):
 
 def calls_of(kernel):
     """Names, and functions of (schedule, seed, sources) that raise, or return what they held to the definition."""
+    if kernel.family.startswith("backward"):
+        return _of_backward(kernel)
     if kernel.source == "append.cu":
         return _of_append(kernel)
     paged, dims, element = kernel.traits.get("paged"), kernel.dims, kernel.dtype
@@ -212,6 +230,42 @@ def calls_of(kernel):
         "strays": _call(kernel, _dense_arrays(element, (GROUP, 1, 1), (rows, keys), dims, CAUSAL, strays=True)),
         "ragged": _call(kernel, _ragged(element, (GROUP, 1, 1), lengths_q, lengths_k, dims, None, CAUSAL)),
         "cache": _cached(kernel, (GROUP, 1, 1)),
+    }
+
+
+OF = {1: "queries", 2: "keys", 4: "values", 6: "keys and values", 8: "a bias"}
+"""Which gradients a kernel sums."""
+
+
+def _of_backward(kernel):
+    x = kernel.traits
+    dtype, dims = kernel.dtype, kernel.dims if "head_dim" in x else (64, 64)
+    tile = BackwardTile(*(x[name] for name in BackwardTile._fields)) if "wanted" in x else None
+    stays, moves = (tile.stays, tile.moves) if tile else (1, 1)
+    rows, keys = 2 * moves + 22, stays + 37
+    if x.get("wanted") == plan.OF_QUERIES:
+        rows, keys = stays + 37, 2 * moves + 22
+
+    def call_of(make):
+        def call(schedule=0, seed=0, sources=None):
+            arrays, options = make(np.random.default_rng(SEED))
+            arrays = emulated_backward.with_dout(np.random.default_rng(SEED + 1), arrays, options, dlse=True)
+            passes = ((x["wanted"], tile),) if tile else ()
+            device = DEVICES[kernel.target]
+            found = emulated_backward.run(
+                arrays, options, schedule, seed, device=device, sources=sources, passes=passes
+            )
+            return Held(*emulated_backward.hold(arrays, found), 0.0)
+
+        return call
+
+    heads = (2 * GROUP, GROUP, 1)
+    return {
+        "dense": call_of(_dense_arrays(dtype, heads, (rows, keys), dims)),
+        "causal, heads first": call_of(_dense_arrays(dtype, (GROUP, 1, 1), (rows, keys), dims, CAUSAL, "bhsd", 2)),
+        "window": call_of(_dense_arrays(dtype, (1, 1, 1), (rows, keys), dims, {"window_size": (20, 9), **BOTTOM})),
+        "strays": call_of(_dense_arrays(dtype, (GROUP, 1, 1), (rows, keys), dims, CAUSAL, strays=True)),
+        "ragged": call_of(_ragged(dtype, (GROUP, 1, 1), (rows, 1, 0), (keys, 33, 5), dims, None, CAUSAL)),
     }
 
 

@@ -66,9 +66,7 @@ class BackwardRecipe:
     copies: tuple[str, ...] = ()
     """Operands that no kernel can read as they are; if there are any, the rest is empty."""
 
-    def record_of(
-        self, step: Step, operands: Mapping[str, View], results: Mapping[str, int], seed: int = 0
-    ) -> np.void:
+    def record_of(self, step: Step, operands: Mapping[str, View], results: Mapping[str, int], seed: int = 0) -> np.void:
         """A step's one parameter; `results` has addresses by the names of `params.GRADIENT_POINTERS`."""
         pointers = {name: view.pointer for name, view in operands.items()}
         pointers["dropout_seed"] = seed

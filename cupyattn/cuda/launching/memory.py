@@ -311,7 +311,9 @@ def copied(memory: CuPyMemory, name: str, array: Any, batch_shape: Shape) -> Any
     """An operand that kernels cannot read as it is, as they can; see `views.has_to_be_copied`."""
     if name in ("alibi_slopes", "sinks"):
         return memory.as_float32(array)
-    if name in ("q", "k", "v", "mask", "bias", "dout", "out") and not has_one_batch_axis(tuple(array.shape), batch_shape):
+    if name in ("q", "k", "v", "mask", "bias", "dout", "out") and not has_one_batch_axis(
+        tuple(array.shape), batch_shape
+    ):
         array = one_batch_axis(memory, name, array, batch_shape)
     return array if name in ("mask", "bias") else memory.contiguous(array)
 

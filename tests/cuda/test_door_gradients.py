@@ -1,0 +1,199 @@
+"""Gradients on the whole way through the GPU's door: see `driven`."""
+
+import numpy as np
+import pytest
+
+import cupyattn
+
+SEED = 11
+
+
+def operands(torch, dtype="float32", seqlens=(40, 50), heads=(4, 2, 2), batch=2, width=32):
+    generator = torch.Generator().manual_seed(SEED)
+    shapes = [(batch, seqlens[i > 0], heads[i], width) for i in range(3)]
+    return [torch.randn(shape, generator=generator).to(getattr(torch, dtype)) for shape in shapes]
+
+
+def exact(dout, *arrays, **options):
+    """Gradients by the CPU in float64."""
+    given = {name: as_numpy(x) if hasattr(x, "detach") and x.is_floating_point() else x for name, x in options.items()}
+    return cupyattn.attention_backward(as_numpy(dout), *map(as_numpy, arrays), **given)
+
+
+def as_numpy(tensor):
+    return tensor.detach().double().numpy()
+
+
+def assert_close(found, expected, tolerance=2e-5):
+    found, expected = as_numpy(found), np.asarray(expected)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=tolerance * max(1.0, np.abs(expected).max()))
+
+
+def differentiated(torch, call, inputs):
+    """(gradients of the inputs, the gradient of the output that was sent in)."""
+    for x in inputs:
+        x.requires_grad_()
+    out = call()
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(SEED + 1)).to(out.dtype)
+    return torch.autograd.grad(out, inputs, dout), dout
+
+
+def test_torch_differentiates_a_call(torch, driver):
+    q, k, v = operands(torch)
+    found, dout = differentiated(torch, lambda: cupyattn.attention(q, k, v), (q, k, v))
+    for gradient, expected in zip(found, exact(dout, q, k, v), strict=False):
+        assert_close(gradient, expected)
+    names = [what.source for what, _ in driver.launches]
+    assert names[1:] == ["backward_rows.cu", "backward.cu", "backward.cu"]
+
+
+def test_every_operand_has_its_gradient(torch, driver):
+    q, k, v = operands(torch)
+    more = {
+        "bias": torch.randn(4, 1, 50),
+        "sinks": torch.randn(4),
+        "alibi_slopes": torch.rand(2, 4),
+    }
+    options = {"causal": True, "alignment": "bottom-right", "softcap": 4.0}
+    inputs = (q, k, v, *more.values())
+    found, dout = differentiated(torch, lambda: cupyattn.attention(q, k, v, **more, **options), inputs)
+    expected = exact(dout, q, k, v, **more, **options)
+    for gradient, name in zip(found, ("dq", "dk", "dv", "dbias", "dsinks", "dalibi_slopes"), strict=True):
+        assert_close(gradient, getattr(expected, name))
+
+
+def test_lse_is_differentiated_too(torch, driver):
+    q, k, v = operands(torch)
+    for x in (q, k, v):
+        x.requires_grad_()
+    _, lse = cupyattn.attention(q, k, v, return_lse=True)
+    dlse = torch.randn(lse.shape)
+    found = torch.autograd.grad(lse, (q, k, v), dlse, allow_unused=True)
+    zero = np.zeros(q.shape)
+    expected = cupyattn.attention_backward(zero, *map(as_numpy, (q, k, v)), dlse=as_numpy(dlse))
+    for gradient, name in zip(found, ("dq", "dk", "dv"), strict=True):
+        assert_close(gradient, getattr(expected, name))
+
+
+def test_dropout_has_the_weights_of_the_forward(torch, driver):
+    q, k, v = operands(torch)
+    options = {"dropout_p": 0.3, "dropout_seed": 5}
+    found, dout = differentiated(torch, lambda: cupyattn.attention(q, k, v, **options), (q, k, v))
+    for gradient, expected in zip(found, exact(dout, q, k, v, **options), strict=False):
+        assert_close(gradient, expected)
+
+
+def test_a_shared_batch_is_summed(torch, driver):
+    q, k, v = operands(torch)
+    k, v = k[:1].detach(), v[1:].detach()
+    found, dout = differentiated(torch, lambda: cupyattn.attention(q, k, v), (q, k, v))
+    for gradient, expected in zip(found, exact(dout, q, k, v), strict=False):
+        assert_close(gradient, expected)
+
+
+def test_several_batch_axes(torch, driver):
+    q, k, v = (x.transpose(1, 2) for x in operands(torch, batch=6, heads=(2, 2, 2)))
+    q, k, v = q.reshape(2, 3, 2, 40, 32), k[None, :3].clone(), v[::3, None].clone()
+    bias = torch.randn(2, 1, 1, 40, 1)
+    inputs = (q, k, v, bias)
+    found, dout = differentiated(torch, lambda: cupyattn.scaled_dot_product_attention(q, k, v, bias), inputs)
+    whole = [x.expand(2, 3, *x.shape[2:]).reshape(6, *x.shape[2:]) for x in inputs]
+    expected = exact(dout.reshape(6, 2, 40, 32), *whole[:3], bias=whole[3], layout="bhsd")
+    for gradient, name in zip(found, ("dq", "dk", "dv", "dbias"), strict=True):
+        its = getattr(expected, name)
+        its = its.reshape(2, 3, *its.shape[1:])
+        axes = tuple(i for i, size in enumerate(gradient.shape) if size == 1)
+        assert_close(gradient, its.sum(axis=axes, keepdims=True))
+
+
+def test_what_no_kernel_can_read_is_copied(torch, driver):
+    q, k, v = (x.repeat_interleave(2, dim=-1)[..., ::2] for x in operands(torch))
+    found, _ = differentiated(torch, lambda: cupyattn.attention(q, k, v), (q, k, v))
+    ones = torch.ones(()).expand(2, 40, 4, 32)
+    again = torch.autograd.grad(cupyattn.attention(q, k, v), (q, k, v), ones)
+    for gradient, expected in zip(again, exact(ones, q, k, v), strict=False):
+        assert_close(gradient, expected)
+    assert all(x.shape == y.shape for x, y in zip(found, (q, k, v), strict=True))
+
+
+def test_sequences_end_to_end(torch, driver):
+    q, k, v = (x[0] for x in operands(torch, seqlens=(40, 40)))
+    starts = torch.tensor([0, 15, 15, 33], dtype=torch.int32)
+    call = lambda: cupyattn.flash_attn_varlen_func(q, k, v, starts, starts, 18, 18, causal=True)  # noqa: E731
+    found, dout = differentiated(torch, call, (q, k, v))
+    for gradient, whole in zip(found, (q, k, v), strict=True):
+        assert not gradient[33:].any()
+        assert gradient.shape == whole.shape
+    for first, last in ((0, 15), (15, 33)):
+        part = slice(first, last)
+        expected = exact(dout[None, part], *(x[None, part] for x in (q, k, v)), causal=True)
+        for gradient, its in zip(found, expected, strict=False):
+            assert_close(gradient[None, part], its)
+
+
+def test_our_own_gradients(torch, driver):
+    q, k, v = operands(torch, seqlens=(40, 40))
+    dout = torch.randn_like(q)
+    expected = exact(dout, q, k, v, causal=True)
+    out, lse = cupyattn.attention(q, k, v, causal=True, return_lse=True)
+    for known in ({}, {"out": out, "lse": lse}):
+        found = cupyattn.attention_backward(dout, q, k, v, causal=True, **known)
+        for gradient, its in zip(found[:3], expected[:3], strict=True):
+            assert_close(gradient, its)
+        assert found.dbias is None
+
+
+def test_gradients_of_nothing_are_zero(torch, driver):
+    q, k, v = operands(torch, seqlens=(0, 50))
+    found, _ = differentiated(torch, lambda: cupyattn.attention(q, k, v), (q, k, v))
+    assert [x.abs().sum().item() for x in found] == [0.0, 0.0, 0.0]
+
+
+def test_gradients_come_in_their_own_dtypes(torch, driver):
+    q, k, v = operands(torch, "bfloat16")
+    bias = torch.randn(4, 40, 50, dtype=torch.float64)
+    sinks = torch.randn(4, dtype=torch.bfloat16)
+    inputs = (q, k, v, bias, sinks)
+    found, _ = differentiated(torch, lambda: cupyattn.attention(q, k, v, bias=bias, sinks=sinks), inputs)
+    assert [x.dtype for x in found] == [x.dtype for x in inputs]
+
+
+def test_under_torch_func(torch, driver):
+    q, k, v = operands(torch)
+    dout = torch.randn_like(q)
+    found = torch.func.grad(lambda q: (cupyattn.attention(q, k, v) * dout).sum())(q)
+    assert_close(found, exact(dout, q, k, v).dq)
+
+
+def test_a_checkpointed_call(torch, driver):
+    q, k, v = operands(torch)
+    from torch.utils.checkpoint import checkpoint
+
+    call = lambda: checkpoint(cupyattn.attention, q, k, v, use_reentrant=False)  # noqa: E731
+    found, dout = differentiated(torch, call, (q, k, v))
+    for gradient, expected in zip(found, exact(dout, q, k, v), strict=False):
+        assert_close(gradient, expected)
+
+
+def test_a_second_derivative_is_refused_in_words(torch, driver):
+    q, k, v = operands(torch)
+    q.requires_grad_()
+    (first,) = torch.autograd.grad(cupyattn.attention(q, k, v).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="attention: has first derivatives only"):
+        first.sum().backward()
+
+
+def test_what_has_no_gradients_says_so_at_the_door(torch, driver):
+    q = torch.zeros(1, 20, 2, 64, dtype=torch.float64).requires_grad_()
+    with pytest.raises(NotImplementedError, match="has no float64 arithmetic"):
+        cupyattn.attention(q, q, q)
+    assert driver.launches == []
+
+
+def test_without_grad_nothing_is_kept(torch, driver):
+    q, k, v = operands(torch)
+    q.requires_grad_()
+    with torch.no_grad():
+        out = cupyattn.attention(q, k, v)
+    assert out.grad_fn is None

@@ -1,0 +1,124 @@
+"""The GPU's door on the CPU: torch's and CuPy's arrays in host memory, real launches under the emulator, and what
+stands for the driver in between."""
+
+import ctypes
+import functools
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import emulator
+import numpy as np
+import pytest
+from emulated import encode
+
+from cupyattn import cuda
+from cupyattn.cuda import backward
+from cupyattn.cuda.launching import maps, memory
+from cupyattn.problem import NAMED_DEVICES
+
+H100 = NAMED_DEVICES["H100"]
+
+
+class Driver:
+    """What stands for the driver: kernels run under the emulator, on all memory that was ever looked at."""
+
+    def __init__(self):
+        self.launches, self.storages = [], {}
+        self.counters, self.standing = [], []
+        self.stream, self.nodes = 0, None
+
+    def kernel(self, specialisation, index):
+        emulator.require_compiler()
+        built = emulator.build(specialisation.source, specialisation.expression, flags=("-O1",))
+
+        def launch(grid, block, arguments, shared_memory, stream):
+            (record,) = arguments
+            self.launches.append((specialisation, grid))
+            self.queue(lambda: built.launch(record, grid, block[0], shared_memory, self.buffers()))
+
+        return launch
+
+    def queue(self, work):
+        """Done at once, or at every replay of the graph that is being captured."""
+        if self.nodes is None:
+            work()
+        else:
+            self.nodes.append(work)
+
+    @contextmanager
+    def capture(self):
+        """The graph of what is queued, as a function; memory that anybody looked at lives as long as the driver."""
+        nodes = self.nodes = []
+        yield lambda: [work() for work in nodes]
+        self.nodes = None
+
+    def look_at(self, storage):
+        self.storages[storage.data_ptr()] = storage
+
+    def look_at_numpy(self, array):
+        self.storages[array.ctypes.data] = SimpleNamespace(nbytes=lambda: array.nbytes, array=array)
+
+    def scratch(self, real):
+        def scratch(memory, workspace, *more):
+            addresses, kept = real(memory, workspace, *more)
+            if workspace.counters:
+                numbers = (ctypes.c_int32 * workspace.counters).from_address(addresses["counters"])
+                self.counters.append(np.ctypeslib.as_array(numbers))
+            return addresses, kept
+
+        return scratch
+
+    def clear(self, address, count, stream):
+        self.queue(lambda: ctypes.memset(address, 0, 4 * count))
+
+    def standing_memory(self, count):
+        array = np.full(count, -1, np.int32)
+        self.look_at_numpy(array)
+        self.standing.append((self.stream, array))
+        return SimpleNamespace(ptr=array.ctypes.data)
+
+    def buffers(self):
+        """(bytes, writable) of each storage, as the emulator wants to know."""
+        return [
+            (np.ctypeslib.as_array((ctypes.c_uint8 * storage.nbytes()).from_address(pointer)), True)
+            for pointer, storage in self.storages.items()
+            if storage.nbytes()
+        ]
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    found = Driver()
+    for module in (cuda, backward):
+        monkeypatch.setattr(module, "kernel", found.kernel)
+    monkeypatch.setattr(cuda, "device_of", lambda function, title, array: H100)
+    monkeypatch.setattr(cuda, "_device", lambda index: H100)
+    monkeypatch.setattr(maps, "encode", encode)
+    monkeypatch.setattr(cuda, "_current", lambda index: cuda.NOTHING)
+    for kind in (memory.CuPyMemory, memory.TorchMemory):
+        monkeypatch.setattr(kind, "stream", lambda self, index: memory.Stream(found.stream))
+        monkeypatch.setattr(kind, "is_capturing", lambda self, stream: found.nodes is not None)
+    monkeypatch.setattr(memory.CuPyMemory, "scratch", found.scratch(memory.CuPyMemory.scratch))
+    monkeypatch.setattr(memory.CuPyMemory, "standing", lambda self, count: found.standing_memory(count))
+    monkeypatch.setattr(memory.CuPyMemory, "clear", lambda self, *given: found.clear(*given))
+    # Every test has counters of its own, and its calls share them.
+    monkeypatch.setattr(cuda, "_memory", functools.cache(cuda._memory.__wrapped__))
+    return found
+
+
+@pytest.fixture
+def torch(driver, monkeypatch):
+    """torch, whose CPU tensors say that they are on a GPU."""
+    found = pytest.importorskip("torch")
+    from cupyattn.arrays.torch import Torch
+
+    monkeypatch.setattr(Torch, "place", lambda self, array: ("cuda", "cuda:0"))
+    for name in ("view", "pointer"):
+        real = getattr(memory.TorchMemory, name)
+
+        def looking(self, array, *more, real=real):
+            driver.look_at(array.untyped_storage())
+            return real(self, array, *more)
+
+        monkeypatch.setattr(memory.TorchMemory, name, looking)
+    return found
