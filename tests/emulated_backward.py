@@ -118,7 +118,7 @@ class Call:
             return found.reshape(like.shape)
         found = found.astype(np.float64)
         if name == "sinks":
-            axes = tuple(range(found.ndim - 2)) + (found.ndim - 1,)
+            axes = (*range(found.ndim - 2), found.ndim - 1)
             return found.sum(axis=axes if not self.problem.layout.ragged else 1)
         if name == "alibi_slopes":
             return found.sum(axis=(0, 2) if like.ndim == 1 else 2)

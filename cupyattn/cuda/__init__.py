@@ -111,7 +111,7 @@ def run(
     """
     memory = _memory(title)
     if memory.gradients_wanted(arrays):
-        rule = "has no gradients on the GPU yet; call it under torch.no_grad(), or on the CPU"
+        rule = "has no gradients on the GPU; call it under torch.no_grad(), or on the CPU"
         raise NotImplementedError(refusal(function, rule))
     _check_float8(function, memory, problem)
     index = index_of(arrays["q"])

@@ -61,7 +61,7 @@ class Plan:
     """What will run, and why nothing else."""
 
     kernel: str
-    """ "numpy", "hopper", "flash" or "splitkv", of gradients "numpy" or "backward"; "none" if every implementation objects."""
+    """ "numpy", "hopper", "flash" or "splitkv", of gradients "numpy" or "backward"; "none" if all object."""
     device: str
     compute_dtype: str
     tile: CpuTile | Tile | HopperTile | BackwardTiles | None

@@ -45,8 +45,7 @@ TRAITS = {
     "hopper.cu": ("element", "head_dim", "head_dim_v", "block_q", "block_k", "num_stages", "cluster", "reach", "paged",
                   "packed", "stores_boxes", "edits", *Switches._fields),
     "append.cu": ("element",),
-    "backward.cu": ("element", "head_dim", "head_dim_v", "stays", "moves", "num_warps", "num_stages", "wanted", "aligned",
-                    "edits"),
+    "backward.cu": ("element", "head_dim", "head_dim_v", *BackwardTile._fields, "wanted", "aligned", "edits"),
     "backward_rows.cu": ("element",),
 }  # fmt: skip
 """What the template arguments of a kernel are called."""
