@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from cupyattn import reading
-from cupyattn.arrays import described, enter, untraced
+from cupyattn.arrays import Visit, described, enter, untraced
 from cupyattn.corridor import under_our_names
 from cupyattn.plan import Plan, choose, choose_backward
-from cupyattn.problem import FLOAT8, NAMED_DEVICES, Axes, Spec
+from cupyattn.problem import FLOAT8, NAMED_DEVICES, Axes, Device, Spec
 from cupyattn.reading import attention_options, read, refusal
 
 
@@ -86,10 +86,7 @@ def explain(
     function = "explain"
     reading.dropout_seed(function, dropout_seed)
     size = reading.split_size(function, fixed_split_size)
-    reading.flag(function, "backward", backward)
-    if backward and size is not None:
-        rule = "fixed_split_size is about the call itself: gradients are not split"
-        raise ValueError(refusal(function, rule, ("fixed_split_size", size), ("backward", backward)))
+    _check_backward(function, backward, size)
     options = attention_options(
         function, layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, compute_dtype, return_lse,
         takes_float8=True,
@@ -113,14 +110,23 @@ def explain(
     specs |= _specs_of_shapes(function, shapes, specs, dtype, device)
     ordered = tuple((name, specs[name]) for name in given if name in specs)
     problem = read(function, ordered, options)
-    if device is not None:
-        there = _cpu_device() if device == "cpu" else NAMED_DEVICES[device]
-    else:
-        there = _cpu_device() if visit is None else visit.device()
+    there = _device_meant(device, visit)
     plan = choose_backward(problem, there) if backward else choose(problem, there, size)
     if device is not None or visit is None:
         return plan
     return replace(plan, notes=plan.notes + visit.notes(problem, plan))
+
+
+def _device_meant(device: str | None, visit: Visit | None) -> Device:
+    if device is not None:
+        return _cpu_device() if device == "cpu" else NAMED_DEVICES[device]
+    return _cpu_device() if visit is None else visit.device()
+
+
+def _check_backward(function: str, backward: Any, size: int | None) -> None:
+    if reading.flag(function, "backward", backward) and size is not None:
+        rule = "fixed_split_size is about the call itself: gradients are not split"
+        raise ValueError(refusal(function, rule, ("fixed_split_size", size), ("backward", backward)))
 
 
 def _specs_of_shapes(
@@ -155,5 +161,5 @@ def _unsaid_dtype(name: str, own: str) -> str:
     return "float32" if own == FLOAT8 or name in reading.DESCALES else own
 
 
-def _cpu_device() -> Any:
+def _cpu_device() -> Device:
     return enter("explain", {"q": ("q", np.empty(0))}).device()

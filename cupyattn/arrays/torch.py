@@ -296,7 +296,7 @@ def _backwards() -> Any:
                 )
                 raise NotImplementedError(refusal(job.function, rule))
             assert job.backward is not None
-            handed = (lambda x: x) if job.at_home else TORCH.to_numpy
+            handed: Any = (lambda x: x) if job.at_home else TORCH.to_numpy
             known = {name: handed(x) for name, x in zip(job.kept, tensors[len(operands) :], strict=False)} | {
                 f"d{name}": None if x is None else handed(x) for name, x in gradients.items()
             }

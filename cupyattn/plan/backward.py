@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from cupyattn.plan.choosing import choose
 from cupyattn.plan.gpu import bytes_in_a_tile, padded
-from cupyattn.plan.objections import objections_of_flash
+from cupyattn.plan.objections import objections_of_flash, objections_of_numpy
 from cupyattn.plan.values import BackwardTile, BackwardTiles, Plan
 from cupyattn.problem import Device, Problem
 
@@ -23,17 +23,15 @@ def choose_backward(problem: Problem, device: Device) -> Plan:
     # Of the five products that there are: scores, dweights, dq, dk, dv.
     flops = problem.flops * 5 // 2
     if device.kind == "cpu":
-        against = (("backward", objections_of_backward(problem, device)),)
-        return replace(plan, flops=flops, bytes=3 * problem.bytes, objections=against)
+        of_kernels = ("backward", objections_of_backward(problem, device))
+        return replace(plan, flops=flops, bytes=3 * problem.bytes, objections=(of_kernels,))
     reasons = objections_of_backward(problem, device)
-    against = tuple((name, why) for name, why in plan.objections if name == "numpy") or (
-        ("numpy", (f"works on the CPU, and the arrays are on {device.name}",)),
-    )
-    bare = replace(plan, num_splits=1, split_size=0, num_slots=0, peers=(), instead=None, objections=against)
+    of_numpy = ("numpy", objections_of_numpy(problem, device))
+    bare = replace(plan, num_splits=1, split_size=0, num_slots=0, peers=(), instead=None, objections=(of_numpy,))
     if reasons:
         return replace(
             bare, kernel="none", tile=None, num_workers=1, flops=flops, reason="every implementation objects",
-            objections=(*against, ("backward", reasons)), notes=(),
+            objections=(of_numpy, ("backward", reasons)), notes=(),
         )  # fmt: skip
     tiles = backward_tiles(problem, device)
     sizes = problem.sizes
@@ -72,7 +70,7 @@ def backward_tiles(problem: Problem, device: Device) -> BackwardTiles:
     return BackwardTiles(tuple((what, backward_tile(head_dim, dtype, room, what)) for what in wanted))
 
 
-_SIXTEEN_BITS = (
+_SIXTEEN_BITS: tuple[BackwardTile, ...] = (
     BackwardTile(128, 64, 8, 2),
     BackwardTile(128, 32, 8, 2),
     BackwardTile(64, 32, 4, 2),
@@ -80,7 +78,7 @@ _SIXTEEN_BITS = (
     BackwardTile(64, 16, 4, 1),
     BackwardTile(32, 16, 2, 1),
 )
-_FLOAT32 = (
+_FLOAT32: tuple[BackwardTile, ...] = (
     BackwardTile(64, 32, 4, 1),
     BackwardTile(64, 16, 4, 1),
     BackwardTile(32, 16, 2, 1),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -189,21 +189,14 @@ def _tail(problem: Problem, arrays: FactsOfArrays, written: Mapping[str, Written
         of_operand("k"),
         of_operand("v"),
         score_strides(contiguous_strides(bias)) if "bias" in written else params.ScoreStrides(),
-        *bias,
-        heads_per_owner=1,
-        dq_dtype=0,
-        dk_dtype=0,
-        dv_dtype=0,
-        dbias_dtype=0,
+        bias,
     )
 
 
 def with_dtypes(recipe: BackwardRecipe, dtypes: Mapping[str, str]) -> BackwardRecipe:
     """The recipe whose kernels write these dtypes, by operand."""
-    codes = {f"d{name}_dtype": params.BIAS_DTYPES.index(dtypes[name]) for name in dtypes if name in _TYPED}
-    grads = recipe.gradients._replace(**codes)
-    return BackwardRecipe(recipe.steps, recipe.tail, grads, recipe.written, recipe.num_rows)
+    codes = tuple(params.BIAS_DTYPES.index(dtypes[name]) if name in dtypes else 0 for name in ("q", "k", "v", "bias"))
+    return replace(recipe, gradients=recipe.gradients._replace(dtypes=codes))
 
 
-_TYPED = ("q", "k", "v", "bias")
-_NOTHING = params.GradientTail(*(params.Strides(),) * 4, params.ScoreStrides(), *(0,) * 9)
+_NOTHING = params.GradientTail(*(params.Strides(),) * 4, params.ScoreStrides())

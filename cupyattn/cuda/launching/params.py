@@ -119,15 +119,11 @@ class GradientTail(NamedTuple):
     of_dk: Strides
     of_dv: Strides
     of_dbias: ScoreStrides
-    bias_batch: int
-    bias_heads: int
-    bias_rows: int
-    bias_keys: int
-    heads_per_owner: int
-    dq_dtype: int
-    dk_dtype: int
-    dv_dtype: int
-    dbias_dtype: int
+    bias_sizes: tuple[int, ...] = (0,) * 4
+    """Batch, heads, rows and keys of the bias."""
+    heads_per_owner: int = 1
+    dtypes: tuple[int, ...] = (0,) * 4
+    """In which dq, dk, dv and dbias are written: places in `BIAS_DTYPES`."""
 
     def pack(self, pointers: Mapping[str, int]) -> bytes:
         addresses = [pointers.get(name, 0) for name in GRADIENT_POINTERS]
