@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import emulator
 import ml_dtypes
 import numpy as np
+import pytest
 from oracle import assert_matches
 
 from cupyattn import numpy_ref, plan
@@ -39,6 +40,12 @@ FLAGS = ("-Og",)
 """Takes half as long to compile as -O2, and most kernels here run for some milliseconds only."""
 ENOUGH = 4096
 """Results from which a mean error says something."""
+
+
+def marks_of(dims):
+    """`covered` where the compiled kernels of these head dimensions are executed by `make proof`, 64 aside."""
+    return (pytest.mark.covered,) if tuple(dims) in ((96, 96), (128, 128), (192, 192), (256, 256), (192, 128)) else ()
+
 
 # ---------------------------------------------------------------------------------------------------
 # Calls

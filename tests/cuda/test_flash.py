@@ -3,7 +3,18 @@
 import numpy as np
 import pytest
 from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call, turns
-from emulated import Call, check, operands, options_of, paged, ragged_operands, ragged_options, run, without_pages
+from emulated import (
+    Call,
+    check,
+    marks_of,
+    operands,
+    options_of,
+    paged,
+    ragged_operands,
+    ragged_options,
+    run,
+    without_pages,
+)
 from oracle import assert_same_bits
 
 from cupyattn import numpy_ref
@@ -53,7 +64,13 @@ TILES = [
 @pytest.mark.parametrize(
     ("size", "shape", "schedule"),
     [
-        pytest.param(size, shape, (i + j) % 3, id=f"{'-'.join(map(str, size))}-{shape[0][0]}x{shape[0][1]}")
+        pytest.param(
+            size,
+            shape,
+            (i + j) % 3,
+            marks=marks_of(size[1:]),
+            id=f"{'-'.join(map(str, size))}-{shape[0][0]}x{shape[0][1]}",
+        )
         for i, size in enumerate(SIZES)
         for j, shape in enumerate(SHAPES)
     ],

@@ -8,6 +8,7 @@ from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, turns
 from emulated import (
     Call,
     check,
+    marks_of,
     operands,
     options_of,
     paged,
@@ -78,7 +79,7 @@ def left(arrays, options, schedule=0, seed=0, **edits):
 
 @pytest.mark.parametrize("schedule", range(3))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0][0]}x{shape[0][1]}")
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("size", [pytest.param(size, marks=marks_of(size[1:]), id=str(size)) for size in SIZES])
 def test_every_head_dim_meets_the_bar(rng, size, shape, schedule):
     dtype, *dims = size
     seqlens, options = shape

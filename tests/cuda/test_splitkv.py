@@ -4,7 +4,18 @@ float8."""
 import numpy as np
 import pytest
 from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call, turns
-from emulated import Call, check, operands, options_of, paged, ragged_operands, ragged_options, run, without_pages
+from emulated import (
+    Call,
+    check,
+    marks_of,
+    operands,
+    options_of,
+    paged,
+    ragged_operands,
+    ragged_options,
+    run,
+    without_pages,
+)
 from oracle import assert_matches, assert_same_bits
 
 from cupyattn import numpy_ref
@@ -48,7 +59,13 @@ SMALL = Tile(16, 32, 2, 2)
 @pytest.mark.parametrize(
     ("size", "lengths", "schedule"),
     [
-        pytest.param(size, lengths, (i + j) % 3, id=f"{'-'.join(map(str, size))}-{lengths[0]}x{lengths[1]}")
+        pytest.param(
+            size,
+            lengths,
+            (i + j) % 3,
+            marks=marks_of(size[1:]),
+            id=f"{'-'.join(map(str, size))}-{lengths[0]}x{lengths[1]}",
+        )
         for i, size in enumerate(SIZES)
         for j, lengths in enumerate([(1, 1), (1, 700), (5, 83)])
     ],
