@@ -17,10 +17,10 @@ from emulated import (
     BITS,
     ENOUGH,
     FLAGS,
-    H100,
     LOWEST,
     STORED,
     definition,
+    encode,
     guarded,
     heads_first,
     parts_of,
@@ -31,7 +31,10 @@ from oracle import assert_matches
 from cupyattn.cuda.launching.gradients import as_asked, backward_recipe, with_dtypes
 from cupyattn.cuda.launching.views import view_of_numpy
 from cupyattn.plan import OF_BIAS, OF_KEYS, OF_QUERIES, OF_VALUES, BackwardTiles, choose_backward
+from cupyattn.problem import NAMED_DEVICES
 
+A100 = NAMED_DEVICES["A100"]
+"""Whose kernels take everything; those of Hopper are asked for by `device`."""
 OPERANDS = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
 
 
@@ -58,7 +61,7 @@ class Call:
     """Gradients of a call whose memory stays; `sources` are those of `emulator.build`, `passes` replace the plan's."""
 
     def __init__(
-        self, arrays, options, dropout_seed=0, device=H100, sources=None, flags=FLAGS, passes=None, forward=None
+        self, arrays, options, dropout_seed=0, device=A100, sources=None, flags=FLAGS, passes=None, forward=None
     ):
         emulator.require_compiler()
         operands = {name: x for name, x in arrays.items() if name not in ("dout", "dlse")}
@@ -93,6 +96,8 @@ class Call:
         if "dalibi_slopes" in self.results:
             self.results["dalibi_slopes"][...] = 0
         self.scratch = {"lse_log2": guarded(recipe.num_rows, np.float32), "delta": guarded(recipe.num_rows, np.float32)}
+        if recipe.num_flags:
+            self.scratch["flags"] = np.zeros(recipe.num_flags, np.int32)
         names = {"dsinks": "sink_rows", "dalibi_slopes": "slope_parts"}
         homes = {names.get(n, n): x.ctypes.data for n, x in {**self.results, **self.scratch}.items()}
         given = [(x, False) for x in everything.values()] + [
@@ -103,7 +108,7 @@ class Call:
         for step in recipe.steps:
             what = step.specialisation
             kernel = emulator.build(what.source, what.expression, sources=sources, flags=flags)
-            self.launches.append((kernel, recipe.record_of(step, views, homes, dropout_seed), step))
+            self.launches.append((kernel, recipe.record_of(step, views, homes, dropout_seed, encode), step))
 
     def run(self, schedule=0, seed=0):
         for kernel, record, step in self.launches:

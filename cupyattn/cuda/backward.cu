@@ -118,6 +118,10 @@ __global__ void __launch_bounds__(Traits::kThreads) backward(const __grid_consta
     const int tile = Traits::kTurned || params.right == kOpen ? place : tiles - 1 - place;
     const int first = tile * Traits::kStays;
     if (first >= (Traits::kTurned ? sequence.band.seqlen_k : sequence.band.seqlen_q)) return;
+    if (params.grad.flags) {  // only tiles in which hopper_backward.cu met what is not finite
+        const int64 flagged = (static_cast<int64>(sequence.index) * owners + owner) * larger(1, ceil_div(longest, 128));
+        if (!ptx::load_global(params.grad.flags + flagged + first / 128)) return;
+    }
     const Span heads{owner * shared, (owner + 1) * shared};
     BackwardPass<Traits, false> block(params, sequence);
     if (block.run(heads, first)) backward_with_care<Traits>(params, sequence, heads, first);

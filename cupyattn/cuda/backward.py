@@ -60,6 +60,9 @@ def queue(
             if problem.layout.ragged or name == "alibi_slopes":
                 memory.zero(array)
         rows = {name: memory.empty((recipe.num_rows,), "float32", like) for name in ("lse_log2", "delta")}
+        if recipe.num_flags:
+            rows["flags"] = memory.empty((recipe.num_flags,), "int32", like)
+            memory.zero(rows["flags"])
         addresses = {name: memory.pointer(array) for name, array in rows.items()}
         for name, array in places.items():
             addresses[POINTERS.get(f"d{name}", f"d{name}")] = memory.pointer(array)

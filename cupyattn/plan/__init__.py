@@ -21,6 +21,8 @@ from cupyattn.plan.backward import (
     OF_VALUES,
     backward_tile,
     choose_backward,
+    hopper_backward_tile,
+    hopper_shared_memory_of,
     shared_memory_of,
 )
 from cupyattn.plan.choosing import choose, for_live_keys, with_num_splits
@@ -71,6 +73,8 @@ __all__ = [
     "flash_tile",
     "for_live_keys",
     "gpu_tile",
+    "hopper_backward_tile",
+    "hopper_shared_memory_of",
     "hopper_tile",
     "objections_of_hopper",
     "padded_dims",

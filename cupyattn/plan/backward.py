@@ -8,7 +8,8 @@ from functools import lru_cache
 
 from cupyattn.plan.choosing import choose
 from cupyattn.plan.gpu import bytes_in_a_tile, padded
-from cupyattn.plan.objections import objections_of_flash, objections_of_numpy
+from cupyattn.plan.hopper import padded_dims
+from cupyattn.plan.objections import objections_of_flash, objections_of_hopper, objections_of_numpy
 from cupyattn.plan.values import BackwardTile, BackwardTiles, Plan
 from cupyattn.problem import Device, Problem
 
@@ -17,7 +18,7 @@ OF_QUERIES, OF_KEYS, OF_VALUES, OF_BIAS = 1, 2, 4, 8
 
 
 @lru_cache(maxsize=4096)
-def choose_backward(problem: Problem, device: Device) -> Plan:
+def choose_backward(problem: Problem, device: Device, without_hopper: bool = False) -> Plan:
     """The plan for the gradients of a problem on a device; its kernel is "none" if nobody takes it."""
     plan = choose(problem, device)
     # Of the five products that there are: scores, dweights, dq, dk, dv.
@@ -33,9 +34,16 @@ def choose_backward(problem: Problem, device: Device) -> Plan:
             bare, kernel="none", tile=None, num_workers=1, flops=flops, reason="every implementation objects",
             objections=(of_numpy, ("backward", reasons)), notes=(),
         )  # fmt: skip
+    on_hopper = objections_of_hopper_backward(problem, device)
+    if not on_hopper and not without_hopper:
+        instead = choose_backward(problem, device, True)
+        tiles = hopper_backward_tiles(problem)
+        return replace(instead, kernel="hopper_backward", tile=tiles, instead=instead, reason=_reason(problem, tiles))
+    if on_hopper:
+        bare = replace(bare, objections=(of_numpy, ("hopper_backward", on_hopper)))
     tiles = backward_tiles(problem, device)
     sizes = problem.sizes
-    (_, of_queries), *_, (_, of_keys) = tiles.passes[:2]
+    (_, of_queries) = tiles.passes[0]
     blocks = sizes.batch * sizes.num_heads * math.ceil(sizes.seqlen_q / of_queries.stays)
     rows = 2 * sizes.num_heads * (sizes.total_q if problem.layout.ragged else sizes.batch * sizes.seqlen_q)
     return replace(
@@ -46,12 +54,33 @@ def choose_backward(problem: Problem, device: Device) -> Plan:
         num_workers=blocks,
         flops=flops,
         bytes=3 * problem.bytes,
-        reason=f"{blocks} tiles of {of_queries.stays} queries, then tiles of {of_keys.stays} keys",
+        reason=_reason(problem, tiles),
         notes=(
             "deterministic: each number is the sum of one thread block, in one order",
             f"{4 * rows} bytes of memory besides the results, a delta and an lse for each row",
         ),
     )
+
+
+def _reason(problem: Problem, tiles: BackwardTiles) -> str:
+    sizes = problem.sizes
+    (_, of_queries), (_, of_keys) = tiles.passes[:2]
+    blocks = sizes.batch * sizes.num_heads * math.ceil(sizes.seqlen_q / of_queries.stays)
+    return f"{blocks} tiles of {of_queries.stays} queries, then tiles of {of_keys.stays} keys"
+
+
+def objections_of_hopper_backward(problem: Problem, device: Device) -> tuple[str, ...]:
+    """What the Hopper kernel has against it, besides."""
+    reasons = list(objections_of_hopper(problem, device))
+    edits = problem.edits
+    for wanted, what in (
+        (edits.softcap != 0.0, "softcap"),
+        (edits.alibi_slopes is not None, "ALiBi slopes"),
+        (edits.softmax_scale < 2.0**-126, "scale of zero or below"),
+    ):
+        if wanted:
+            reasons.append(f"knows no {what}")
+    return tuple(reasons)
 
 
 def objections_of_backward(problem: Problem, device: Device) -> tuple[str, ...]:
@@ -68,6 +97,39 @@ def backward_tiles(problem: Problem, device: Device) -> BackwardTiles:
     together = (OF_KEYS | OF_VALUES,) if head_dim <= 128 else (OF_KEYS, OF_VALUES)
     wanted = (OF_QUERIES, *together, *((OF_BIAS,) if problem.edits.bias is not None else ()))
     return BackwardTiles(tuple((what, backward_tile(head_dim, dtype, room, what)) for what in wanted))
+
+
+def hopper_backward_tiles(problem: Problem) -> BackwardTiles:
+    """Those of the Hopper kernel: 128 rows stay, for two warpgroups."""
+    wide, wide_v = padded_dims(problem.sizes, problem.dtype)
+    together = (OF_KEYS | OF_VALUES,) if max(wide, wide_v) <= 128 else (OF_KEYS, OF_VALUES)
+    passes = (OF_QUERIES, *together)
+    return BackwardTiles(tuple((wanted, hopper_backward_tile(wide, wide_v, wanted)) for wanted in passes))
+
+
+def hopper_backward_tile(wide: int, wide_v: int, wanted: int) -> BackwardTile:
+    """Of padded head_dims: as many rows move at once as registers allow, in as many stages as there is memory for."""
+    widest = max(wide, wide_v)
+    if wanted == OF_QUERIES:
+        moves = 128 if widest <= 128 else 64 if widest <= 192 else 32
+    elif widest <= 128:
+        moves = 128 if widest <= 64 else 64
+    else:
+        moves = 32 if widest > 192 and wanted == OF_KEYS else 64
+    tiles = (BackwardTile(128, moves, 12, stages) for stages in (4, 3, 2))
+    return next(tile for tile in tiles if hopper_shared_memory_of(wide, wide_v, tile, wanted) <= HOPPER_MEMORY)
+
+
+HOPPER_MEMORY = 227 * 1024
+"""Bytes of shared memory that a block may use there."""
+
+
+def hopper_shared_memory_of(columns: int, columns_v: int, tile: BackwardTile, wanted: int) -> int:
+    """Bytes of a block's shared memory, ``kSharedBytes`` of ``HopperBackwardTraits``."""
+    staying = 2 * tile.stays * (columns + (columns_v if wanted != OF_VALUES else 0))
+    moving = 2 * tile.moves * (columns + columns_v)
+    facts = 8 * tile.moves if wanted & (OF_KEYS | OF_VALUES) else 0
+    return staying + tile.num_stages * (moving + facts + 16) + 16
 
 
 _SIXTEEN_BITS: tuple[BackwardTile, ...] = (

@@ -79,6 +79,7 @@ struct Gradients {
     float *lse_log2, *delta;   // of each row, see backward_rows.cu
     float* sink_rows;          // what each row adds to the gradient of its head's sink
     float* slope_parts;        // [batch, num_heads, parts of a head]: what a warp adds to that of an ALiBi slope
+    int* flags;                // of tiles of 128 rows, see hopper_backward.cu; null: all tiles are to be made
     void *dq, *dk, *dv, *dbias;
     Strides of_dout, of_dq, of_dk, of_dv;
     ScoreStrides of_dbias;

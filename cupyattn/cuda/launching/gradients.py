@@ -6,15 +6,16 @@ As `launch`, whose record this one goes on from: nothing here touches a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from cupyattn.cuda.launching import params
-from cupyattn.cuda.launching.launch import FactsOfArrays, arrays_of, tail_of
+from cupyattn.cuda.launching import maps, params
+from cupyattn.cuda.launching.launch import FactsOfArrays, arrays_of, map_of, tail_of
+from cupyattn.cuda.launching.maps import BoxMap
 from cupyattn.cuda.launching.views import (
     Fact,
     View,
@@ -26,7 +27,7 @@ from cupyattn.cuda.launching.views import (
 )
 from cupyattn.cuda.making import catalogue
 from cupyattn.cuda.making.module import Specialisation
-from cupyattn.plan import OF_BIAS, OF_KEYS, OF_VALUES, BackwardTile, BackwardTiles, Plan
+from cupyattn.plan import OF_BIAS, OF_KEYS, OF_VALUES, BackwardTile, BackwardTiles, Plan, padded_dims
 from cupyattn.problem import Problem, Shape
 
 NAMES = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
@@ -50,6 +51,10 @@ class Step(NamedTuple):
     specialisation: Specialisation
     grid: int
     heads_per_owner: int = 1
+    maps: tuple[BoxMap, ...] = ()
+    """Of q, k, v and dout, in front of the record, if the kernel goes by tensor maps."""
+    flags: int | None = None
+    """Where, among the flags of all passes, those of this one begin, if it raises them or looks at them."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +68,34 @@ class BackwardRecipe:
     """By operand; those of sinks are there for every row, and those of slopes for every warp."""
     num_rows: int
     """Of all heads together: numbers of an lse."""
+    num_flags: int = 0
+    """int32, zero before the first launch."""
     copies: tuple[str, ...] = ()
     """Operands that no kernel can read as they are; if there are any, the rest is empty."""
 
-    def record_of(self, step: Step, operands: Mapping[str, View], results: Mapping[str, int], seed: int = 0) -> np.void:
-        """A step's one parameter; `results` has addresses by the names of `params.GRADIENT_POINTERS`."""
+    def record_of(
+        self,
+        step: Step,
+        operands: Mapping[str, View],
+        results: Mapping[str, int],
+        seed: int = 0,
+        encode: Callable[[BoxMap, int], bytes] | None = None,
+    ) -> np.void:
+        """A step's one parameter; `results` has addresses by the names of `params.GRADIENT_POINTERS`.
+
+        `encode` makes tensor maps, instead of the driver.
+        """
         pointers = {name: view.pointer for name, view in operands.items()}
         pointers["dropout_seed"] = seed
+        flags = 0 if step.flags is None else results["flags"] + 4 * step.flags
         grads = self.gradients._replace(heads_per_owner=step.heads_per_owner)
-        return params.record(pointers, self.tail + grads.pack({**pointers, **results}))
+        behind = grads.pack({**pointers, **results, "flags": flags})
+        if not step.maps:
+            return params.record(pointers, self.tail + behind)
+        encode = encode or maps.encode
+        head = b"".join(encode(x, pointers[n] or pointers["q"]) for n, x in zip(_MAPPED, step.maps, strict=True))
+        fill = bytes(-(params.SIZE + len(behind)) % maps.ALIGNMENT)
+        return params.record(pointers, self.tail + behind + fill, head)
 
 
 def backward_recipe(plan: Plan, problem: Problem, operands: Mapping[str, View]) -> BackwardRecipe:
@@ -96,13 +120,19 @@ def to_be_copied(name: str, view: View | Fact, problem: Problem) -> bool:
 def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool) -> BackwardRecipe:
     copies = tuple(fact[0] for fact in facts if to_be_copied(fact[0], fact, problem))
     if copies:
-        return BackwardRecipe((), b"", _NOTHING, {}, 0, copies)
+        return BackwardRecipe((), b"", _NOTHING, {}, 0, copies=copies)
     arrays = arrays_of(problem, facts, aligned)
     rows_are_aligned = arrays.rows_are_aligned and steps_are_aligned(arrays.strides["dout"], problem.dtype)
     written = {name: written_of(name, problem, arrays.shapes) for name in NAMES if name in arrays.shapes}
+    if plan.kernel == "hopper_backward" and _objections_to_maps(problem, arrays, aligned):
+        assert plan.instead is not None
+        plan = plan.instead
     assert isinstance(plan.tile, BackwardTiles)
-    steps = [_rows(problem)]
-    for wanted, tile in plan.tile.passes:
+    steps, num_flags = [_rows(problem)], 0
+    if plan.kernel == "hopper_backward":
+        more, num_flags = _on_hopper(plan, problem, rows_are_aligned, arrays)
+        steps += more
+    for wanted, tile in plan.tile.passes if plan.kernel == "backward" else ():
         steps.append(_step(problem, tile, wanted, rows_are_aligned, arrays))
         if wanted & ~(OF_KEYS | OF_VALUES | OF_BIAS) and "alibi_slopes" in written:
             written["alibi_slopes"] = Written((*_slopes_shape(problem, tile),), "float32", False)
@@ -112,7 +142,46 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
         _tail(problem, arrays, written),
         written,
         math.prod(problem.lse_shape),
+        num_flags,
     )
+
+
+def _on_hopper(plan: Plan, problem: Problem, aligned: bool, arrays: FactsOfArrays) -> tuple[list[Step], int]:
+    """Each pass, and behind it the same by the other kernel, for those of its tiles that were flagged."""
+    assert isinstance(plan.tile, BackwardTiles)
+    assert plan.instead is not None
+    assert isinstance(plan.instead.tile, BackwardTiles)
+    steps, num_flags = [], 0
+    for (wanted, tile), (_, other) in zip(plan.tile.passes, plan.instead.tile.passes, strict=True):
+        again = _step(problem, other, wanted, aligned, arrays)
+        grid = _step(problem, tile, wanted, aligned, arrays).grid
+        what = catalogue.hopper_backward(problem.dtype, *padded_dims(problem.sizes, problem.dtype), tile, wanted)
+        box_maps = _maps(problem, arrays, tile, wanted)
+        steps.append(Step(what, grid, again.heads_per_owner, box_maps, num_flags))
+        steps.append(again._replace(flags=num_flags))
+        num_flags += grid
+    return steps, num_flags
+
+
+_MAPPED = ("q", "k", "v", "dout")
+
+
+def _maps(problem: Problem, arrays: FactsOfArrays, tile: BackwardTile, wanted: int) -> tuple[BoxMap, ...]:
+    wide, wide_v = padded_dims(problem.sizes, problem.dtype)
+    keys, rows = (tile.stays, tile.moves) if wanted & (OF_KEYS | OF_VALUES) else (tile.moves, tile.stays)
+    shapes, strides = arrays.shapes, arrays.strides
+    return (
+        map_of("q", problem, shapes, strides["q"], wide, rows),
+        map_of("k", problem, shapes, strides["k"], wide, keys),
+        map_of("v", problem, shapes, strides["v"], wide_v, keys),
+        map_of("out", problem, shapes, strides["dout"], wide_v, rows),
+    )
+
+
+def _objections_to_maps(problem: Problem, arrays: FactsOfArrays, aligned: bool) -> list[str]:
+    found = _maps(problem, arrays, BackwardTile(1, 1, 1, 1), OF_KEYS)
+    reasons = (maps.objection(name, x, aligned) for name, x in zip(_MAPPED, found, strict=True))
+    return [reason for reason in reasons if reason]
 
 
 def _rows(problem: Problem) -> Step:

@@ -96,7 +96,7 @@ def record_of(
         encode(wanted, pointers[name] or pointers["q"])
         for name, wanted in zip(("q", "k", "v", "out"), recipe.maps, strict=False)
     )
-    fill = bytes(-(params.SIZE + len(descales) + len(recipe.behind)) % _ALIGNMENT)
+    fill = bytes(-(params.SIZE + len(descales) + len(recipe.behind)) % maps.ALIGNMENT)
     return params.record(pointers, tail + fill, head.ljust(4 * maps.SIZE, b"\0"))
 
 
@@ -262,10 +262,9 @@ _DESCALED = struct.Struct("<6i")
 """What ``DescaledParams`` has behind the record: addresses and numbers."""
 _HOPPER = struct.Struct("<6i")
 """And ``HopperParams`` behind those."""
-_ALIGNMENT = 64
 
 
-def _map(
+def map_of(
     name: str, problem: Problem, shapes: Mapping[str, Shape], strides: Strides, columns: int, rows: int, group: int = 1
 ) -> BoxMap:
     """The tensor map of q, k, v or out."""
@@ -292,14 +291,14 @@ def _maps(
     group, page_size = tile.heads_per_unit, problem.layout.page_size
     rows = tile.block_k // tile.cluster if page_size is None else rows_per_box(tile, page_size)
     found = (
-        _map("q", problem, shapes, strides["q"], wide, tile.tokens, group),
-        _map("k", problem, shapes, strides["k"], wide, rows),
-        _map("v", problem, shapes, strides["v"], wide_v, rows),
+        map_of("q", problem, shapes, strides["q"], wide, tile.tokens, group),
+        map_of("k", problem, shapes, strides["k"], wide, rows),
+        map_of("v", problem, shapes, strides["v"], wide_v, rows),
     )
     if problem.layout.ragged or 16 % group:
         return found
     parts = ITEMSIZE[problem.out_dtype] // ITEMSIZE[problem.dtype]  # ``kOutParts``
-    return (*found, _map("out", problem, shapes, strides["out"], wide_v // parts, 16 // group, group))
+    return (*found, map_of("out", problem, shapes, strides["out"], wide_v // parts, 16 // group, group))
 
 
 def objections_to_maps(
@@ -308,7 +307,7 @@ def objections_to_maps(
     """Why TMA cannot read these arrays, if so."""
     wide, wide_v = padded_dims(problem.sizes, problem.dtype)
     found = (
-        maps.objection(name, _map(name, problem, shapes, strides[name], wide_v if name == "v" else wide, 1), aligned)
+        maps.objection(name, map_of(name, problem, shapes, strides[name], wide_v if name == "v" else wide, 1), aligned)
         for name in ("q", "k", "v")
     )
     # Behind padding a box would begin anywhere in a page, and end in the next one.

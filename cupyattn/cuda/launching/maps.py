@@ -15,6 +15,8 @@ from cupyattn.problem import ITEMSIZE
 
 SIZE = 128
 """Bytes of an encoded map."""
+ALIGNMENT = 64
+"""Of a record with maps in it."""
 LARGEST_STRIDE = 2**40
 
 

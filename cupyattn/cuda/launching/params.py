@@ -107,8 +107,20 @@ class Tail(NamedTuple):
         return _TAIL.pack(*_flat(self))
 
 
-GRADIENT_POINTERS = ("dout", "dlse", "lse_log2", "delta", "sink_rows", "slope_parts", "dq", "dk", "dv", "dbias")
-_GRADIENTS = struct.Struct("<10Q12q4q9i4x")
+GRADIENT_POINTERS = (
+    "dout",
+    "dlse",
+    "lse_log2",
+    "delta",
+    "sink_rows",
+    "slope_parts",
+    "flags",
+    "dq",
+    "dk",
+    "dv",
+    "dbias",
+)
+_GRADIENTS = struct.Struct("<11Q12q4q9i4x")
 
 
 class GradientTail(NamedTuple):

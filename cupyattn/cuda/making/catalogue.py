@@ -12,6 +12,7 @@ from cupyattn.plan import (
     base_cluster,
     base_tile,
     flash_tile,
+    hopper_shared_memory_of,
     shared_memory_of,
     split_tile,
 )
@@ -154,6 +155,17 @@ def backward(
         f"cupyattn::{name}<cupyattn::BackwardTraits<{', '.join(map(_literal, arguments))}>>",
         32 * tile.num_warps,
         shared_memory_of(columns, columns_v, dtype, tile, wanted),
+    )
+
+
+def hopper_backward(dtype: str, head_dim: int, head_dim_v: int, tile: BackwardTile, wanted: int) -> Specialisation:
+    """The same on Hopper, of padded head_dims, ``hopper_backward.cu``."""
+    arguments = (ELEMENT[dtype], head_dim, head_dim_v, *tile, wanted)
+    return Specialisation(
+        "hopper_backward.cu",
+        f"cupyattn::hopper_backward<cupyattn::HopperBackwardTraits<{', '.join(map(_literal, arguments))}>>",
+        32 * tile.num_warps,
+        hopper_shared_memory_of(head_dim, head_dim_v, tile, wanted),
     )
 
 
