@@ -57,6 +57,12 @@ class Result(NamedTuple):
     lse: Any
 
 
+def _of_these(passes, tiles):
+    """The tiles of the passes that sum the same."""
+    wanted = [bits for bits, _ in passes]
+    return BackwardTiles(tuple(x for x in tiles.passes if x[0] in wanted))
+
+
 class Call:
     """Gradients of a call whose memory stays; `sources` are those of `emulator.build`, `passes` replace the plan's."""
 
@@ -68,7 +74,8 @@ class Call:
         self.problem = problem = replace(problem_of(operands, options), needs_lse=True)
         self.plan = choose_backward(problem, device)
         if passes is not None:
-            self.plan = replace(self.plan, tile=BackwardTiles(passes))
+            instead = self.plan.instead and replace(self.plan.instead, tile=_of_these(passes, self.plan.instead.tile))
+            self.plan = replace(self.plan, tile=BackwardTiles(passes), instead=instead)
         out, lse = forward or definition(operands, problem, dropout_seed)
         everything = dict(
             arrays, out=np.asarray(out).astype(STORED[problem.dtype]), lse=np.asarray(lse).astype(np.float32)

@@ -13,6 +13,7 @@ import importlib.util
 import itertools
 import re
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -46,6 +47,7 @@ TRAITS = {
                   "packed", "stores_boxes", "edits", *Switches._fields),
     "append.cu": ("element",),
     "backward.cu": ("element", "head_dim", "head_dim_v", *BackwardTile._fields, "wanted", "aligned", "edits"),
+    "hopper_backward.cu": ("element", "head_dim", "head_dim_v", *BackwardTile._fields, "wanted"),
     "backward_rows.cu": ("element",),
 }  # fmt: skip
 """What the template arguments of a kernel are called."""
@@ -117,7 +119,7 @@ def kernels(target, prebuilt=False):
 def _of_gradients(target, problem, views):
     """The kernels for the gradients of a problem, if there are any."""
     chosen = plan.choose_backward(problem, DEVICES[target])
-    if chosen.kernel != "backward":
+    if chosen.kernel == "none":
         return []
     known = {"dout": problem.out_shape, "out": problem.out_shape, "lse": problem.lse_shape}
     views = views | {name: _view(shape, problem.dtype) for name, shape in known.items()}
@@ -196,7 +198,7 @@ class Held(NamedTuple):
 
 def calls_of(kernel):
     """Names, and functions of (schedule, seed, sources) that raise, or return what they held to the definition."""
-    if kernel.family.startswith("backward"):
+    if "backward" in kernel.family:
         return _of_backward(kernel)
     if kernel.source == "append.cu":
         return _of_append(kernel)
@@ -251,6 +253,8 @@ def _of_backward(kernel):
             arrays = emulated_backward.with_dout(np.random.default_rng(SEED + 1), arrays, options, dlse=True)
             passes = ((x["wanted"], tile),) if tile else ()
             device = DEVICES[kernel.target]
+            if kernel.family != "hopper_backward":
+                device = replace(device, tensor_maps=False)
             found = emulated_backward.run(
                 arrays, options, schedule, seed, device=device, sources=sources, passes=passes
             )
