@@ -125,6 +125,15 @@ class Keys:
         return tidy
 
 
+def tidied(array: Array, scratch: Scratch, name: str) -> Array:
+    """The same numbers, laid out so that the BLAS takes them without a detour: in memory of this `name`, if need be."""
+    if _is_tidy(array):
+        return array
+    tidy = scratch.array(name, array.shape, array.dtype.name)
+    np.copyto(tidy, array)
+    return tidy
+
+
 def _is_tidy(array: Array) -> bool:
     """The BLAS takes its last two axes as they are."""
     row_stride, stride = array.strides[-2:]

@@ -26,9 +26,6 @@ def tile_of(part: Part, where: TileIndex, scratch: Scratch, backward: bool = Fal
     heads = where.num_heads // pairs
     q = scaled_queries(part, where, pairs, scratch)
     bounded = None if backward else bounded_rows(part, where, q, heads, scratch)
-    suspicious = backward and not (
-        part.facts.is_finite("v", where, scratch) and part.facts.is_finite("k", where, scratch) and np.isfinite(q.sum())
-    )
     slopes = sinks = None
     if part.slopes is not None:
         slopes = slopes_of(part.slopes, where, (pairs, heads))
@@ -42,8 +39,7 @@ def tile_of(part: Part, where: TileIndex, scratch: Scratch, backward: bool = Fal
         slopes,
         sinks,
         bounded,
-        suspicious,
-        scratch,
+        scratch=scratch,
     )
 
 

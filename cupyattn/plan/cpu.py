@@ -10,6 +10,10 @@ from cupyattn.problem import Sizes
 BLOCK_Q, BLOCK_K = 1024, 384
 """Rows and keys of a block of scores, the best of those tried: taller blocks make better matrix products and
 wider ones fewer steps of Python, until they leave a core's second-level cache too far behind."""
+GRADIENTS_Q, GRADIENTS_K = 512, 256
+"""The same for gradients, which hold two blocks of scores at once and make five products of them."""
+STACKED_Q = 512
+"""Rows of a block that takes them from several heads, where a band hides some keys."""
 SCORES_SIDE_BY_SIDE = 2**18
 """Scores a tile may hold when it takes several small heads or many keys at once, 2 MB of float64; twice as many where
 only one thread works."""
@@ -21,7 +25,15 @@ FEWEST_ROWS = 128
 
 
 @lru_cache(maxsize=4096)
-def cpu_tile(sizes: Sizes, batch: int, seqlen_q: int, seqlen_k: int, num_workers: int) -> CpuTile:
+def cpu_tile(
+    sizes: Sizes,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    num_workers: int,
+    has_band: bool = False,
+    gradients: bool = False,
+) -> CpuTile:
     """How to cut a part: tall blocks of scores, and several heads or batches side by side if they are small.
 
     Several workers get three tiles each, as far as there are rows to share out, and heads are stacked or set
@@ -31,13 +43,20 @@ def cpu_tile(sizes: Sizes, batch: int, seqlen_q: int, seqlen_k: int, num_workers
     num_pairs = max(1, sizes.num_heads // group)
     enough = 3 * num_workers if num_workers > 1 else 1
     room_for_scores = SCORES_SIDE_BY_SIDE * (1 if num_workers > 1 else 2)
-    block_q = max(1, min(seqlen_q, BLOCK_Q))
+    most_q, most_k = BLOCK_Q, BLOCK_K
+    if gradients:
+        most_q, most_k, room_for_scores = GRADIENTS_Q, GRADIENTS_K, room_for_scores // 2
+    block_q = max(1, min(seqlen_q, most_q))
+    if group > 1 and (has_band or gradients):  # a few rows of each head: the band's edge cuts off more of their keys
+        most_q = STACKED_Q
+        spread = min(most_q // 2, seqlen_q // 4) if has_band else most_q // 2
+        block_q = min(block_q, max(FEWEST_ROWS, spread))
     while block_q >= 2 * FEWEST_ROWS and batch * sizes.num_heads * -(-seqlen_q // block_q) < enough:
         block_q = -(-block_q // 2)
     tiles = batch * sizes.num_heads * -(-seqlen_q // block_q)
-    heads = max(1, min(group, BLOCK_Q // block_q, tiles // num_workers))
+    heads = max(1, min(group, most_q // block_q, tiles // num_workers))
     rows = block_q * heads
-    block_k = max(1, min(seqlen_k, MOST_KEYS, max(BLOCK_K, room_for_scores // rows)))
+    block_k = max(1, min(seqlen_k, MOST_KEYS, max(most_k, room_for_scores // rows)))
     pairs = batches = 1
     each_has_its_keys = sizes.num_heads_k == sizes.num_heads_v == num_pairs
     if heads == group and each_has_its_keys and block_k == seqlen_k:
