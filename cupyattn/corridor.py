@@ -125,8 +125,7 @@ def _run(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays:
         from cupyattn import cuda
 
         return cuda.run(visit.function, visit.library.title, visit.arrays, specs, plan, problem, seed)
-    kept = ("out", "lse") if problem.needs_lse and _uses_results(plan, problem) else ()
-    return visit.run(forward, backward, problem.results, kept)
+    return visit.run(forward, backward, problem.results, problem.state if _uses_results(plan, problem) else {})
 
 
 def gradients(plan: Plan, problem: Problem, operands: Arrays, known: Arrays, seed: int) -> Arrays:
