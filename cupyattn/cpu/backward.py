@@ -17,7 +17,7 @@ from cupyattn.cpu.edits import piece_index
 from cupyattn.cpu.flash import KeyBlock
 from cupyattn.cpu.forward import attend
 from cupyattn.cpu.part import Part
-from cupyattn.cpu.places import Index, Keys, end_to_end, heads_first, tidied
+from cupyattn.cpu.places import Index, Keys, end_to_end, heads_first
 from cupyattn.cpu.scratch import Scratch
 from cupyattn.cpu.tasks import Addition, Costly, run_in_order
 from cupyattn.cpu.tiles import TileIndex
@@ -153,8 +153,8 @@ class _BackwardJob:
         """One of them, whose keys' gradients go to `totals`."""
         state = self.state(part, where, scratch)  # first: what is computed again is in memory that the tile overwrites
         tile = tile_of(part, where, scratch, backward=True)
-        dout = tidied(self.rows_like_out(part, where, "dout"), scratch, "dout")
-        dlse = self.rows_like_lse(part, where, "dlse")
+        dout = self.rows_like_out(part, where, "dout", scratch)
+        dlse = self.rows_like_lse(part, where, "dlse", scratch)
         dk_total, dv_total = totals.of("k", part.k, where), totals.of("v", part.v, where)
         common: list[Addition] = []
 
@@ -184,25 +184,25 @@ class _BackwardJob:
                 common.append(partial(_add, slopes, dslopes, (part.batch_ids[where.batches], where.heads)))
         return common
 
-    def rows_like_out(self, part: Part, where: TileIndex, name: str) -> Array:
+    def rows_like_out(self, part: Part, where: TileIndex, name: str, scratch: Scratch) -> Array:
         array = self.grads.get(name)
         if array is None:
             array = np.broadcast_to(np.zeros((), part.compute_dtype), self.problem.out_shape)
-        return stacked(part, part.of(array), where)
+        return stacked(part, part.of(array), where, scratch, name)
 
-    def rows_like_lse(self, part: Part, where: TileIndex, name: str) -> Array | None:
+    def rows_like_lse(self, part: Part, where: TileIndex, name: str, scratch: Scratch) -> Array | None:
         array = self.grads.get(name)
         if array is None:
             return None
-        return stacked(part, part.lse_of(array), where)
+        return stacked(part, part.lse_of(array), where, scratch, name)
 
     def state(self, part: Part, where: TileIndex, scratch: Scratch) -> State:
         """The forward's result: the caller's, or computed again where it was not kept."""
         if self.forward["out"] is None:
             return attend(part, where, scratch)
-        lse = self.rows_like_lse(part, where, "lse")
+        lse = self.rows_like_lse(part, where, "lse", scratch)
         assert lse is not None
-        return State(self.rows_like_out(part, where, "out"), lse)
+        return State(self.rows_like_out(part, where, "out", scratch), lse)
 
     def each_has_its_bias(self) -> bool:
         """Sequences and heads have none in common."""

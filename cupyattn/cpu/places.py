@@ -101,7 +101,7 @@ class Keys:
         return slice(head, head + 1)
 
     def __post_init__(self) -> None:
-        self._direct = self.places is None and self.array.dtype == self.compute_dtype and _is_tidy(self.array)
+        self._direct = self.places is None and self.array.dtype == self.compute_dtype and is_tidy(self.array)
 
     def block(self, batches: slice, pairs: slice, keys: slice, scratch: Scratch, name: str) -> Array:
         """(batch, pairs, keys, dim), laid out so that the BLAS takes it without a detour.
@@ -125,16 +125,7 @@ class Keys:
         return tidy
 
 
-def tidied(array: Array, scratch: Scratch, name: str) -> Array:
-    """The same numbers, laid out so that the BLAS takes them without a detour: in memory of this `name`, if need be."""
-    if _is_tidy(array):
-        return array
-    tidy = scratch.array(name, array.shape, array.dtype.name)
-    np.copyto(tidy, array)
-    return tidy
-
-
-def _is_tidy(array: Array) -> bool:
+def is_tidy(array: Array) -> bool:
     """The BLAS takes its last two axes as they are."""
     row_stride, stride = array.strides[-2:]
     item = array.itemsize

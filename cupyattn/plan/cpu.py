@@ -47,10 +47,9 @@ def cpu_tile(
     if gradients:
         most_q, most_k, room_for_scores = GRADIENTS_Q, GRADIENTS_K, room_for_scores // 2
     block_q = max(1, min(seqlen_q, most_q))
-    if group > 1 and (has_band or gradients):  # a few rows of each head: the band's edge cuts off more of their keys
+    if group > 1 and has_band:  # a few rows of each head: the band's edge cuts off more of their keys
         most_q = STACKED_Q
-        spread = min(most_q // 2, seqlen_q // 4) if has_band else most_q // 2
-        block_q = min(block_q, max(FEWEST_ROWS, spread))
+        block_q = min(block_q, max(FEWEST_ROWS, min(most_q // 2, seqlen_q // 4)))
     while block_q >= 2 * FEWEST_ROWS and batch * sizes.num_heads * -(-seqlen_q // block_q) < enough:
         block_q = -(-block_q // 2)
     tiles = batch * sizes.num_heads * -(-seqlen_q // block_q)
