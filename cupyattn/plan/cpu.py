@@ -7,13 +7,9 @@ from functools import lru_cache
 from cupyattn.plan.values import CpuTile
 from cupyattn.problem import Sizes
 
-BLOCK_Q, BLOCK_K = 1024, 384
+BLOCK_Q, BLOCK_K = 512, 384
 """Rows and keys of a block of scores, the best of those tried: taller blocks make better matrix products and
 wider ones fewer steps of Python, until they leave a core's second-level cache too far behind."""
-GRADIENTS_Q, GRADIENTS_K = 512, 256
-"""The same for gradients, which hold two blocks of scores at once and make five products of them."""
-STACKED_Q = 512
-"""Rows of a block that takes them from several heads, where a band hides some keys."""
 SCORES_SIDE_BY_SIDE = 2**18
 """Scores a tile may hold when it takes several small heads or many keys at once, 2 MB of float64; twice as many where
 only one thread works."""
@@ -43,19 +39,17 @@ def cpu_tile(
     num_pairs = max(1, sizes.num_heads // group)
     enough = 3 * num_workers if num_workers > 1 else 1
     room_for_scores = SCORES_SIDE_BY_SIDE * (1 if num_workers > 1 else 2)
-    most_q, most_k = BLOCK_Q, BLOCK_K
-    if gradients:
-        most_q, most_k, room_for_scores = GRADIENTS_Q, GRADIENTS_K, room_for_scores // 2
-    block_q = max(1, min(seqlen_q, most_q))
+    if gradients:  # which hold two blocks of scores at once
+        room_for_scores //= 2
+    block_q = max(1, min(seqlen_q, BLOCK_Q))
     if group > 1 and has_band:  # a few rows of each head: the band's edge cuts off more of their keys
-        most_q = STACKED_Q
-        block_q = min(block_q, max(FEWEST_ROWS, min(most_q // 2, seqlen_q // 4)))
+        block_q = min(block_q, max(FEWEST_ROWS, min(BLOCK_Q // 2, seqlen_q // 4)))
     while block_q >= 2 * FEWEST_ROWS and batch * sizes.num_heads * -(-seqlen_q // block_q) < enough:
         block_q = -(-block_q // 2)
     tiles = batch * sizes.num_heads * -(-seqlen_q // block_q)
-    heads = max(1, min(group, most_q // block_q, tiles // num_workers))
+    heads = max(1, min(group, BLOCK_Q // block_q, tiles // num_workers))
     rows = block_q * heads
-    block_k = max(1, min(seqlen_k, MOST_KEYS, max(most_k, room_for_scores // rows)))
+    block_k = max(1, min(seqlen_k, MOST_KEYS, max(BLOCK_K, room_for_scores // rows)))
     pairs = batches = 1
     each_has_its_keys = sizes.num_heads_k == sizes.num_heads_v == num_pairs
     if heads == group and each_has_its_keys and block_k == seqlen_k:
