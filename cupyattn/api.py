@@ -134,6 +134,8 @@ def attention(
     Under torch.autocast q, k, v and `bias` are cast as torch's own function casts them: to its dtype, unless they are
     float64 (or float8).  Gradients come back in the dtypes of the arguments.
 
+    torch's autograd keeps lse and a copy of out, or out itself if lse is asked for, where neither has been rounded.
+
     Under torch.func.vmap(randomness="different") each call has a dropout of its own, unless there is a `dropout_seed`.
 
     float8_e4m3fn has no gradients.  On the CPU its numbers are taken as they are: nothing is rounded to 8 bits.
