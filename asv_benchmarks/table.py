@@ -24,6 +24,7 @@ from cupyattn.cpu import num_cores
 
 WANTED = (
     attention.AgainstTorch.track_time,
+    attention.TrainingAgainstTorch.track_time,
     attention.AgainstNaive.track_time,
     decode.DecodeAgainstTorch.track_time,
     memory.Memory.track_peak,

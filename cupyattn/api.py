@@ -9,7 +9,7 @@ import numpy as np
 
 from cupyattn import numpy_ref, reading
 from cupyattn.arrays import Arrays, Visit, enter, untraced
-from cupyattn.corridor import Named, answer, gradients, gradients_on_gpu, plan_for_gradients, under_our_names
+from cupyattn.corridor import Named, answer, answer_with_gradients, under_our_names
 from cupyattn.problem import FLOATS, Array, Axes, Spec
 from cupyattn.reading import attention_options, read, refusal
 from cupyattn.rounding import narrow, widen
@@ -133,6 +133,8 @@ def attention(
 
     Under torch.autocast q, k, v and `bias` are cast as torch's own function casts them: to its dtype, unless they are
     float64 (or float8).  Gradients come back in the dtypes of the arguments.
+
+    torch's autograd keeps lse and a copy of out, or out itself if lse is asked for, where neither has been rounded.
 
     Under torch.func.vmap(randomness="different") each call has a dropout of its own, unless there is a `dropout_seed`.
 
@@ -274,19 +276,8 @@ def attention_backward(
     ):
         if name in specs:
             _expect(function, specs[name], shape, dtype)
-    plan = plan_for_gradients(function, problem, visit.device())
-
-    def backward(everything: Arrays) -> Arrays:
-        known_here = {name: everything[name] for name in known if name in everything}
-        inputs = {name: everything[name] for name in operands if name in everything}
-        if visit.kind == "cuda":
-            return gradients_on_gpu(visit, problem, inputs, known_here, seed or 0)
-        return gradients(plan, problem, inputs, known_here, seed or 0)
-
-    wanted = [name for name in ("q", "k", "v", "bias", "sinks", "alibi_slopes") if name in specs]
-    run = visit.run_at_home if visit.kind == "cuda" else visit.run
-    found = visit.as_given(run(backward, None, {name: specs[name] for name in wanted}))
-    return Gradients(**{f"d{name}": found[name] for name in wanted})
+    found = answer_with_gradients(visit, problem, tuple(known), seed or 0)
+    return Gradients(**{f"d{name}": gradient for name, gradient in found.items()})
 
 
 def _expect(function: str, spec: Spec, shape: tuple[int, ...], dtype: str) -> None:

@@ -132,8 +132,7 @@ def _run(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays:
 
     if visit.kind == "cuda":
         return _run_on_gpu(visit, problem, plan, seed)
-    kept = ("out", "lse") if problem.needs_lse and _uses_results(plan, problem) else ()
-    return visit.run(forward, backward, problem.results, kept)
+    return visit.run(forward, backward, problem.results, problem.state if _uses_results(plan, problem) else {})
 
 
 def _run_on_gpu(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays:
@@ -157,7 +156,7 @@ def _run_on_gpu(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays
         own, its_seed = _without_seed(operands, seed)
         return gradients_on_gpu(visit, whole, own, known, its_seed)
 
-    found = visit.run_at_home(forward, backward, whole.results, ("out", "lse"))
+    found = visit.run_at_home(forward, backward, whole.results, whole.state)
     return {name: found[name] for name in problem.results}
 
 
@@ -184,6 +183,23 @@ def gradients_on_gpu(visit: Visit, problem: Problem, operands: Arrays, known: Ar
     results = problem.results
     of_known = {"dout": results["out"], "out": results["out"], "lse": results["lse"], "dlse": results["lse"]}
     return cuda.run_backward(visit.function, title, {**operands, **given}, specs | of_known, plan, problem, seed)
+
+
+def answer_with_gradients(visit: Visit, problem: Problem, known: tuple[str, ...], seed: int) -> Arrays:
+    """Gradients of a visit's floating operands, by name; those of its arrays that are `known` are none."""
+    specs = dict(visit.specs)
+    plan = plan_for_gradients(visit.function, problem, visit.device())
+
+    def backward(everything: Arrays) -> Arrays:
+        known_here = {name: everything[name] for name in known if name in everything}
+        operands = {name: array for name, array in everything.items() if name not in known}
+        if visit.kind == "cuda":
+            return gradients_on_gpu(visit, problem, operands, known_here, seed)
+        return gradients(plan, problem, operands, known_here, seed)
+
+    wanted = {name: specs[name] for name in ("q", "k", "v", "bias", "sinks", "alibi_slopes") if name in specs}
+    run = visit.run_at_home if visit.kind == "cuda" else visit.run
+    return visit.as_given(run(backward, None, wanted))
 
 
 def gradients(plan: Plan, problem: Problem, operands: Arrays, known: Arrays, seed: int) -> Arrays:

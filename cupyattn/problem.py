@@ -270,11 +270,17 @@ class Problem:
         return (*s.batch_shape, s.num_heads, s.seqlen_q)
 
     @cached_property
+    def state(self) -> dict[str, Spec]:
+        """Shape and dtype of out and lse, which together are what gradients can be computed from."""
+        return {
+            "out": Spec("out", self.out_shape, self.out_dtype),
+            "lse": Spec("lse", self.lse_shape, self.lse_dtype),
+        }
+
+    @cached_property
     def results(self) -> dict[str, Spec]:
         """Shape and dtype of each result, by name."""
-        results = {"out": Spec("out", self.out_shape, self.out_dtype)}
-        if self.needs_lse:
-            results["lse"] = Spec("lse", self.lse_shape, self.lse_dtype)
+        results = {name: spec for name, spec in self.state.items() if name == "out" or self.needs_lse}
         if self.needs_dropout_mask:
             sizes = self.sizes
             shape = (sizes.batch, sizes.num_heads, sizes.seqlen_q, sizes.seqlen_k)

@@ -6,7 +6,21 @@ asv's one-sided step detection sees what gets worse.
 
 import numpy as np
 
-from .common import CAUSAL, CONTENDERS, Benchmark, draw, fastest, tracked, with_cupyattn, with_naive, with_torch
+import cupyattn
+from cupyattn.cpu import num_cores
+
+from .common import (
+    CAUSAL,
+    CONTENDERS,
+    HEAD_DIM,
+    Benchmark,
+    draw,
+    fastest,
+    tracked,
+    with_cupyattn,
+    with_naive,
+    with_torch,
+)
 
 
 class Forward(Benchmark):
@@ -43,6 +57,44 @@ class AgainstTorch(Benchmark):
     def track_time(self, seqlen, causal, arrays):
         ours = with_cupyattn(*self.arrays, causal, self.dtype)
         mine, theirs = fastest(ours, self.peer, turns=min(self.turns, 3) if seqlen > 4096 else self.turns)
+        return mine / theirs
+
+
+class TrainingAgainstTorch(Benchmark):
+    """Time of forward and backward over torch's, both through torch's autograd and in the dtype of the tensors.
+
+    A batch of two, eight query heads over two key heads; lse is not asked for.
+    """
+
+    params = ([512, 2048], CAUSAL, ["float32", "float64"])
+    param_names = ("seqlen", "causal", "dtype")
+
+    def setup(self, seqlen, causal, dtype):
+        try:
+            import torch
+        except ImportError:
+            raise NotImplementedError("torch is not installed") from None
+        torch.set_num_threads(num_cores())
+        rng = np.random.default_rng(seqlen)
+        q, dout, k, v = (
+            torch.from_numpy(rng.standard_normal((2, heads, seqlen, HEAD_DIM), dtype)) for heads in (8, 8, 2, 2)
+        )
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        is_causal = causal == "causal"
+
+        def ours():
+            out = cupyattn.attention(*leaves, layout="bhsd", causal=is_causal, compute_dtype=dtype)
+            torch.autograd.grad(out, leaves, dout)
+
+        def theirs():
+            sdpa = torch.nn.functional.scaled_dot_product_attention
+            torch.autograd.grad(sdpa(*leaves, is_causal=is_causal, enable_gqa=True), leaves, dout)
+
+        self.calls = ours, theirs
+
+    @tracked("time / torch", 1.2)
+    def track_time(self, seqlen, causal, dtype):
+        mine, theirs = fastest(*self.calls, turns=self.turns)
         return mine / theirs
 
 

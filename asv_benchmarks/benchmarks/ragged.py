@@ -56,7 +56,7 @@ def forwards(function, arrays):
 
 
 def backwards(function, arrays):
-    """Gradients of q, k and v from the operands alone: out and lse are kept only where lse is asked for."""
+    """Gradients of q, k and v, with out and lse kept where the arithmetic is in the arrays' dtype."""
     try:
         import torch
     except ImportError:

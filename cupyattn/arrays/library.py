@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -35,10 +35,20 @@ class Job:
     forward: Forward
     backward: Backward | None
     results: Mapping[str, Spec]
-    kept: tuple[str, ...] = ()
-    """Results that `backward` has a use for: a library may then refuse to have them overwritten."""
+    kept: Mapping[str, Spec] = field(default_factory=dict)
+    """Results that `backward` has a use for.  Where the caller gets all of them, a library may refuse to have them
+    overwritten; where he does not, `backward` has its own, of which he knows nothing."""
     at_home: bool = False
     """Both passes take the library's own arrays, and give back such, instead of NumPy's."""
+
+    @property
+    def all_results(self) -> dict[str, Spec]:
+        """Those of the caller's, and those of `backward`'s alone."""
+        return {**self.results, **self.kept}
+
+    @property
+    def keeps_its_own(self) -> bool:
+        return any(name not in self.results for name in self.kept)
 
 
 class Library:

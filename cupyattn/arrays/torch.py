@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -177,8 +178,7 @@ class Torch(Library):
 
     def run(self, job: Job, arrays: Arrays) -> Arrays:
         if self.is_transformed() or (job.backward is not None and self._records(arrays)):
-            values = _forwards().apply(job, *arrays.values())
-            return dict(zip(job.results, values, strict=True))
+            return dict(zip(job.results, _forwards().apply(job, *arrays.values()), strict=False))
         return super().run(job, arrays)
 
     def is_transformed(self) -> bool:
@@ -289,7 +289,8 @@ def _backwards() -> Any:
         @staticmethod
         def forward(job: Job, *tensors: Any) -> Any:
             operands = dict(zip(job.names, tensors, strict=False))
-            gradients = dict(zip(job.results, tensors[-len(job.results) :], strict=True))
+            results = job.all_results
+            gradients = dict(zip(results, tensors[-len(results) :], strict=True))
             if any(x is not None and torch._C._functorch.is_legacy_batchedtensor(x) for x in gradients.values()):
                 rule = (
                     "takes one gradient at a time, not is_grads_batched=True or vectorize=True; torch.func.vmap works"
@@ -329,16 +330,20 @@ def _forwards() -> Any:
     class Forwards(step):  # type: ignore[misc]
         @staticmethod
         def forward(job: Job, *tensors: Any) -> Any:
-            found = Library.run(TORCH, job, dict(zip(job.names, tensors, strict=True)))
-            return tuple(found[name] for name in job.results)
+            whole = replace(job, results=job.all_results)
+            found = Library.run(TORCH, whole, dict(zip(job.names, tensors, strict=True)))
+            return tuple(found[name] for name in whole.results)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             ctx.job, *tensors = inputs
-            results = dict(zip(ctx.job.results, output, strict=True))
-            ctx.save_for_backward(*tensors, *(results[name] for name in ctx.job.kept))
+            job, results = ctx.job, dict(zip(ctx.job.all_results, output, strict=True))
+            ours = {name for name in job.kept if job.keeps_its_own and name in job.results}
+            kept = [results[name].clone() if name in ours else results[name] for name in job.kept]
+            ctx.save_for_backward(*tensors, *kept)
             ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*(x for name, x in results.items() if name == "dropout_mask"))
+            smooth = set(job.results) - {"dropout_mask"}
+            ctx.mark_non_differentiable(*(x for name, x in results.items() if name not in smooth))
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:

@@ -47,20 +47,29 @@ class Visit:
         return cuda.notes(self.library.title, self.arrays, dict(self.specs), problem, plan)
 
     def run(
-        self, forward: Forward, backward: Backward | None, results: Mapping[str, Spec], kept: tuple[str, ...] = ()
+        self,
+        forward: Forward,
+        backward: Backward | None,
+        results: Mapping[str, Spec],
+        kept: Mapping[str, Spec] | None = None,
     ) -> Arrays:
         """Hand the arrays to `forward` as NumPy arrays and bring its results home; `backward` may use those `kept`."""
         if self.kind == "cuda":
             rule = "has no CUDA kernel; bring the arrays to the CPU"
             raise NotImplementedError(refusal(self.function, rule, *((x.name, x.shape) for _, x in self.specs)))
         check_results(self.function, dict(self.specs), results)
-        return self.library.run(Job(self.function, tuple(self.arrays), forward, backward, results, kept), self.arrays)
+        job = Job(self.function, tuple(self.arrays), forward, backward, results, kept or {})
+        return self.library.run(job, self.arrays)
 
     def run_at_home(
-        self, forward: Forward, backward: Backward | None, results: Mapping[str, Spec], kept: tuple[str, ...] = ()
+        self,
+        forward: Forward,
+        backward: Backward | None,
+        results: Mapping[str, Spec],
+        kept: Mapping[str, Spec] | None = None,
     ) -> Arrays:
         """The same on a GPU, where both passes take the library's own arrays and give back such."""
-        job = Job(self.function, tuple(self.arrays), forward, backward, results, kept, at_home=True)
+        job = Job(self.function, tuple(self.arrays), forward, backward, results, kept or {}, at_home=True)
         return self.library.run(job, self.arrays)
 
     def as_given(self, gradients: Arrays) -> Arrays:

@@ -1,4 +1,7 @@
-"""The backward pass: a task for all tiles that share a key or a value head, so that one alone adds to its gradient."""
+"""The backward pass: a task for all tiles that share a key or a value head, so that one alone adds to its gradient.
+
+Where these are too few for the workers, tasks share a head, and add to its gradient in turn.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from cupyattn.cpu.edits import piece_index
 from cupyattn.cpu.flash import KeyBlock
 from cupyattn.cpu.forward import attend
 from cupyattn.cpu.part import Part
-from cupyattn.cpu.places import Keys, end_to_end, heads_first
+from cupyattn.cpu.places import Index, Keys, end_to_end, heads_first
 from cupyattn.cpu.scratch import Scratch
 from cupyattn.cpu.tasks import Addition, Costly, run_in_order
 from cupyattn.cpu.tiles import TileIndex
@@ -23,6 +26,9 @@ from cupyattn.numpy_ref import Array, State
 from cupyattn.plan import Plan
 from cupyattn.problem import Problem
 from cupyattn.rounding import narrow
+
+PIECES = 3
+"""Tasks for each of several workers, at least: they end at about the same time."""
 
 
 def run_backward(
@@ -43,11 +49,14 @@ def run_backward(
             collected[name] = np.zeros(operands[name].shape, compute)
     job = _BackwardJob(problem, collected, grads, forward)
     tasks: list[Costly] = []
-    for part in cut_into_parts(plan, problem, operands, seed):
+    for part in cut_into_parts(plan, problem, operands, seed, gradients=True):
         if part.out_size == 0 or (part.seqlen_k == 0 and not problem.edits.sinks) or part.num_heads == 0:
             continue
         owners = _owners(part, sizes.num_heads_k, sizes.num_heads_v)
-        tasks.extend((part, tiles, partial(job.run, part, tiles)) for tiles in owners)
+        pieces = -(-PIECES * part.num_workers // len(owners)) if part.num_workers > 1 else 1
+        for owned in owners:
+            for tiles in filter(None, (owned[first::pieces] for first in range(pieces))):
+                tasks.append((part, tiles, partial(job.run, part, tiles, len(tiles) == len(owned))))
     run_in_order(tasks, plan.num_workers)
     with np.errstate(all="ignore"):
         return {
@@ -118,14 +127,21 @@ class _BackwardJob:
     grads: Mapping[str, Array | None]
     forward: dict[str, Array | None]
 
-    def run(self, part: Part, tiles: list[TileIndex], scratch: Scratch) -> Addition:
-        """The tiles of some sequences that share keys, one after the other; what others add to as well is returned."""
+    def run(self, part: Part, tiles: list[TileIndex], alone: bool, scratch: Scratch) -> Addition:
+        """Tiles of some sequences that share keys, one after the other; what others add to as well is returned.
+
+        They are `alone` if no other task adds to the gradients of their keys.
+        """
         common: list[Addition] = []
         totals = _KeyTotals(part)
         for where in tiles:
             common += self.run_tile(part, where, totals, scratch)
         for name, heads, total in totals:
-            common += self.add_keys(name, part, tiles[0].batches, heads, total)
+            addition = self.addition_of_keys(name, part, tiles[0].batches, heads, total)
+            if alone and (part.k if name == "k" else part.v).places is None:
+                addition()
+            else:
+                common.append(addition)
 
         def add_all() -> None:
             for addition in common:
@@ -135,19 +151,18 @@ class _BackwardJob:
 
     def run_tile(self, part: Part, where: TileIndex, totals: _KeyTotals, scratch: Scratch) -> list[Addition]:
         """One of them, whose keys' gradients go to `totals`."""
+        state = self.state(part, where, scratch)  # first: what is computed again is in memory that the tile overwrites
         tile = tile_of(part, where, scratch, backward=True)
-        dout = self.rows_like_out(part, where, "dout")
-        dlse = self.rows_like_lse(part, where, "dlse")
-        tile.suspicious = tile.suspicious or not bool(np.isfinite(dout.sum()))
-        state = self.state(part, where, scratch)
+        dout = self.rows_like_out(part, where, "dout", scratch)
+        dlse = self.rows_like_lse(part, where, "dlse", scratch)
         dk_total, dv_total = totals.of("k", part.k, where), totals.of("v", part.v, where)
         common: list[Addition] = []
 
-        def add(block: KeyBlock, dk: Array, dv: Array, dbias: Array | None) -> None:
-            dk_total[:, :, block.keys] += dk
-            dv_total[:, :, block.keys] += dv
-            if dbias is not None:
-                by_head = dbias.reshape(where.batch_size, where.num_heads, *dbias.shape[-2:])
+        def add(block: KeyBlock, found: flash.BlockGradients) -> None:
+            dk_total[:, :, block.keys] += found.dk
+            dv_total[:, :, block.keys] += found.dv
+            if found.dbias is not None:
+                by_head = found.dbias.reshape(where.batch_size, where.num_heads, *found.dbias.shape[-2:])
                 target = self.bias_of(part, where, block.keys)
                 addition = partial(_add, target, _sum_to(by_head, target.shape))
                 if self.each_has_its_bias():
@@ -166,28 +181,28 @@ class _BackwardJob:
             if slopes.ndim == 1:
                 common.append(partial(_add, slopes[where.heads], dslopes.sum(axis=0)))
             else:
-                slopes[part.batch_ids[where.batches], where.heads] += dslopes
+                common.append(partial(_add, slopes, dslopes, (part.batch_ids[where.batches], where.heads)))
         return common
 
-    def rows_like_out(self, part: Part, where: TileIndex, name: str) -> Array:
+    def rows_like_out(self, part: Part, where: TileIndex, name: str, scratch: Scratch) -> Array:
         array = self.grads.get(name)
         if array is None:
             array = np.broadcast_to(np.zeros((), part.compute_dtype), self.problem.out_shape)
-        return stacked(part, part.of(array), where)
+        return stacked(part, part.of(array), where, scratch, name)
 
-    def rows_like_lse(self, part: Part, where: TileIndex, name: str) -> Array | None:
+    def rows_like_lse(self, part: Part, where: TileIndex, name: str, scratch: Scratch) -> Array | None:
         array = self.grads.get(name)
         if array is None:
             return None
-        return stacked(part, part.lse_of(array), where)
+        return stacked(part, part.lse_of(array), where, scratch, name)
 
     def state(self, part: Part, where: TileIndex, scratch: Scratch) -> State:
         """The forward's result: the caller's, or computed again where it was not kept."""
         if self.forward["out"] is None:
-            return attend(part, where, Scratch())
-        lse = self.rows_like_lse(part, where, "lse")
+            return attend(part, where, scratch)
+        lse = self.rows_like_lse(part, where, "lse", scratch)
         assert lse is not None
-        return State(self.rows_like_out(part, where, "out"), lse)
+        return State(self.rows_like_out(part, where, "out", scratch), lse)
 
     def each_has_its_bias(self) -> bool:
         """Sequences and heads have none in common."""
@@ -201,19 +216,18 @@ class _BackwardJob:
         total = total.reshape((1,) * (rank - total.ndim) + total.shape)
         return total[piece_index(total, part.outer, where, keys)]
 
-    def add_keys(self, name: str, part: Part, batches: slice, heads: slice, total: Array) -> list[Addition]:
-        """Sum the gradients of all keys of some sequences and heads, (batch, heads, keys, dim)."""
+    def addition_of_keys(self, name: str, part: Part, batches: slice, heads: slice, total: Array) -> Addition:
+        """Sums up the gradients of all keys of some sequences and heads, (batch, heads, keys, dim)."""
         source, gradient = part.k if name == "k" else part.v, self.collected[name]
         if source.places is not None:
             index = source.places.index(batches, slice(0, part.seqlen_k), heads)
-            return [partial(np.add.at, gradient, index, total.swapaxes(1, 2))]  # sequences may share pages
+            return partial(np.add.at, gradient, index, total.swapaxes(1, 2))  # sequences may share pages
         if part.stretch_k is not None:
             view = end_to_end(gradient, part.stretch_k, part.batch, part.seqlen_k)
         else:
             view = heads_first(gradient, self.problem)[part.outer]
-        view[batches, heads] += total
-        return []
+        return partial(_add, view[batches, heads], total)
 
 
-def _add(target: Array, values: Array) -> None:
-    target += values
+def _add(target: Array, values: Array, index: Index = (...,)) -> None:
+    target[index] += values

@@ -49,7 +49,9 @@ def _descales(problem: Problem, operands: Mapping[str, Array], compute: str) -> 
     return Descales(by_head, whole("k_descale", sizes.num_heads_k), whole("v_descale", sizes.num_heads_v))
 
 
-def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int) -> Iterator[Part]:
+def cut_into_parts(
+    plan: Plan, problem: Problem, operands: Mapping[str, Array], seed: int, gradients: bool = False
+) -> Iterator[Part]:
     """The parts of a problem, each with views of the operands."""
     sizes, compute = problem.sizes, plan.compute_dtype
     slopes, sinks = operands.get("alibi_slopes"), operands.get("sinks")
@@ -60,7 +62,7 @@ def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], 
         sinks = widen(sinks, compute)
     descales = _descales(problem, operands, compute)
     if problem.layout.lengths_are_data:
-        everything = _Sequences(plan, problem, operands, seed, slopes, sinks, descales)
+        everything = _Sequences(plan, problem, operands, seed, slopes, sinks, descales, gradients)
         yield from map(everything.part, everything.groups())
         return
     pairs = sizes.num_heads // sizes.queries_per_pair
@@ -98,6 +100,8 @@ def cut_into_parts(plan: Plan, problem: Problem, operands: Mapping[str, Array], 
             slopes_here,
             sinks,
             factors.q,
+            num_workers=plan.num_workers,
+            gradients=gradients,
         )
 
 
@@ -118,6 +122,7 @@ class _Sequences:
     slopes: Array | None
     sinks: Array | None
     descales: Descales
+    gradients: bool
 
     def __post_init__(self) -> None:
         sizes, operands = self.problem.sizes, self.operands
@@ -188,6 +193,7 @@ class _Sequences:
             stretch_q=index_q,
             stretch_k=index_k,
             num_workers=workers if SHARE * workers * work >= self.work else 1,
+            gradients=self.gradients,
         )
 
 

@@ -1,7 +1,7 @@
 """What is found out about the keys and values of a part, by reading them once more.
 
-Whether they are finite, how large the keys are, which columns of the values are all zeros: each of it once, for all
-tiles that share these heads.
+How large the keys are, which columns of the values are all zeros: each of it once, for all tiles that share these
+heads.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from cupyattn.cpu.places import Keys
 from cupyattn.cpu.scratch import Scratch
 from cupyattn.cpu.tiles import TileIndex
 from cupyattn.numpy_ref import Array
-from cupyattn.rounding import are_bits
 
 STRETCH = 512
 """Keys that are looked at together."""
@@ -37,18 +36,6 @@ class KeyFacts:
         for start in range(0, self.seqlen_k, STRETCH):
             stretch = slice(start, min(self.seqlen_k, start + STRETCH))
             yield source.block(where.batches, where.pairs, stretch, scratch, "k")
-
-    def is_finite(self, name: str, where: TileIndex, scratch: Scratch) -> bool:
-        """No nan or inf in k or v of a tile's heads."""
-        known = (name, where.batches.start, where.pairs.start)
-        if known not in self._known:
-            source = self.k if name == "k" else self.v
-            if source.places is None and not are_bits(source.array):
-                whole = source.array[where.batches, source.head_slice(where.pairs)]
-                self._known[known] = np.isfinite(whole.sum(dtype=source.compute_dtype))
-            else:
-                self._known[known] = all(np.isfinite(part.sum()) for part in self.stretches(source, where, scratch))
-        return bool(self._known[known])
 
     def columns(self, where: TileIndex, scratch: Scratch) -> Array:
         """Which columns of the values of a tile's heads are not all zeros: (batch, pairs, 1, head_dim_v)."""

@@ -13,6 +13,7 @@ Online normalizer calculation for softmax, 2018 (arXiv 1805.02867).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -277,11 +278,29 @@ def _join(state: State, sinks: Array) -> None:
 
 @dataclass
 class TileGradients:
-    """What a tile adds to the gradients; `dk`, `dv` and `dbias` are handed over block by block."""
+    """What a tile adds to the gradients; those of keys, values and bias are handed over block by block."""
 
     dq: Array
+    """Scratch memory of the tile: use it before the next tile does."""
     dsinks: Array | None
     dslopes: Array | None
+
+
+@dataclass
+class BlockGradients:
+    """What one block adds to the gradients; `dq` and `dslopes` are shares of the tile's."""
+
+    dq: Array
+    dk: Array
+    dv: Array
+    """These three are scratch memory of the tile: use them before the next block does."""
+    dbias: Array | None
+    dslopes: Array | None
+
+    def are_finite(self) -> bool:
+        """Whatever was nan or inf on the way would be in these sums, each of which it enters."""
+        shares = (self.dq, self.dk, self.dv, self.dbias, self.dslopes)
+        return math.isfinite(sum(float(np.add.reduce(share, axis=None)) for share in shares if share is not None))
 
 
 def flash_backward(
@@ -290,44 +309,30 @@ def flash_backward(
     dout: Array,
     dlse: Array | None,
     scale: float,
-    add: Callable[[KeyBlock, Array, Array, Array | None], None],
+    add: Callable[[KeyBlock, BlockGradients], None],
 ) -> TileGradients:
-    """Gradients of one tile; ``add(block, dk, dv, dbias)`` receives each block's share.
+    """Gradients of one tile; ``add(block, gradients)`` receives each block's share.
 
     With P the weights, ``delta = sum(dout * out) - dlse`` and ``dS = P * (dout @ v.T - delta)``:
     FlashAttention-2, algorithm 2, with the gradient of the log-sum-exp folded into delta.
     """
     delta = np.einsum("...d,...d->...", dout, state.out)
     if dlse is not None:
-        delta = delta - dlse
-    origin = np.where(np.isneginf(state.lse), np.zeros_like(state.lse), state.lse)
+        delta -= dlse
     empty = np.isneginf(state.lse)
-    delta = np.where(empty, np.zeros_like(delta), delta)
-    dq = np.zeros(tile.q.shape, tile.q.dtype)
+    origin = np.where(empty, state.lse.dtype.type(0.0), state.lse)
+    delta[empty] = 0.0
+    dq = tile.scratch.array("dq", tile.q.shape, tile.q.dtype)
+    dq.fill(0.0)
     dslopes = None if tile.slopes is None else np.zeros(tile.per_head(dq).shape[:-2], tile.q.dtype)
     for block in tile.blocks():
-        rows, q = block.rows, tile.q[..., block.rows, :]
-        slope = np.empty((*q.shape[:-1], block.k.shape[-2]), q.dtype) if tile.softcap else None
-        scores = tile.scores(block, slope)
-        unseen = np.isneginf(scores)
-        weights = np.exp(scores - origin[..., rows, None])
-        np.copyto(weights, 0.0, where=unseen)  # of a row whose lse is nan, too
-        kept = weights if block.keep is None else _times_per_head(tile, weights, block.keep)
-        flipped = unseen.swapaxes(-1, -2) if tile.suspicious else None
-        dv = weighted_sum(kept.swapaxes(-1, -2), dout[..., rows, :], flipped)
-        dweights = dout[..., rows, :] @ block.v.swapaxes(-1, -2)
-        if block.keep is not None:
-            dweights = _times_per_head(tile, dweights, block.keep)
-        dscores = weights * (dweights - delta[..., rows, None])
-        np.copyto(dscores, 0.0, where=unseen)
-        dbias = None if block.bias is None else tile.per_head(dscores).copy()
-        if dslopes is not None and block.distance is not None:
-            dslopes += (tile.per_head(dscores) * block.distance).sum(axis=(-2, -1))
-        if slope is not None:
-            dscores *= np.where(unseen, 0.0, slope)
-        dk = weighted_sum(dscores.swapaxes(-1, -2), q, flipped)
-        dq[..., rows, :] += weighted_sum(dscores, block.k, unseen if tile.suspicious else None)
-        add(block, dk, dv, dbias)
+        found = block_gradients(tile, block, dout, origin, delta)
+        if not found.are_finite():  # maybe 0 * nan of what nobody may look at: once more, with care
+            found = block_gradients(tile, block, dout, origin, delta, with_care=True)
+        dq[..., block.rows, :] += found.dq
+        if dslopes is not None and found.dslopes is not None:
+            dslopes += found.dslopes
+        add(block, found)
     dq *= scale
     dsinks = None
     if tile.sinks is not None:
@@ -337,5 +342,45 @@ def flash_backward(
     return TileGradients(dq, dsinks, dslopes)
 
 
-def _times_per_head(tile: Tile, scores: Array, factor: Array) -> Array:
-    return np.asarray((tile.per_head(scores) * factor).reshape(scores.shape))
+def block_gradients(
+    tile: Tile, block: KeyBlock, dout: Array, origin: Array, delta: Array, with_care: bool = False
+) -> BlockGradients:
+    """One block's share of the gradients, `origin` being the rows' log-sum-exp.
+
+    A pair that is not seen has a weight of 0, and what it adds is 0 times something.  Only `with_care` that is 0
+    whatever is multiplied, and whatever the row's log-sum-exp is.
+    """
+    rows, scratch = block.rows, tile.scratch
+    q, dout, k, v = tile.q[..., rows, :], dout[..., rows, :], block.k, block.v
+    shape, dtype = (*q.shape[:-1], k.shape[-2]), q.dtype
+    slope = scratch.array("slope", shape, dtype) if tile.softcap else None
+    scores = tile.scores(block, slope)
+    unseen = np.isneginf(scores) if with_care else None
+    weights = np.subtract(scores, origin[..., rows, None], out=scores)
+    np.exp(weights, out=weights)
+    if unseen is not None:
+        weights[unseen] = 0.0
+    kept = weights
+    dscores = tile.matmul("dscores", dout, v.swapaxes(-1, -2))  # of the weights, yet
+    if block.keep is not None:
+        kept = scratch.array("kept", shape, dtype)
+        np.multiply(tile.per_head(weights), block.keep, out=tile.per_head(kept))
+        tile.per_head(dscores)[...] *= block.keep
+    dscores -= delta[..., rows, None]
+    dscores *= weights
+    if unseen is not None:
+        dscores[unseen] = 0.0
+    dbias = None if block.bias is None else tile.per_head(dscores).copy()
+    dslopes = None
+    if tile.slopes is not None and block.distance is not None:
+        dslopes = (tile.per_head(dscores) * block.distance).sum(axis=(-2, -1))
+    if slope is not None:
+        dscores *= slope if unseen is None else np.where(unseen, 0.0, slope)
+    if unseen is None:
+        dv = tile.matmul("dv", kept.swapaxes(-1, -2), dout)
+        dk = tile.matmul("dk", dscores.swapaxes(-1, -2), q)
+        return BlockGradients(tile.matmul("dq of block", dscores, k), dk, dv, dbias, dslopes)
+    flipped = unseen.swapaxes(-1, -2)
+    dv = weighted_sum(kept.swapaxes(-1, -2), dout, flipped)
+    dk = weighted_sum(dscores.swapaxes(-1, -2), q, flipped)
+    return BlockGradients(weighted_sum(dscores, k, unseen), dk, dv, dbias, dslopes)

@@ -51,6 +51,8 @@ class Part:
     stretch_k: Index | None = None
     num_workers: int = 1
     """That there should be tiles for."""
+    gradients: bool = False
+    """The part is cut for the backward pass."""
     facts: KeyFacts = field(init=False)
 
     def __post_init__(self) -> None:
@@ -97,9 +99,11 @@ class Part:
     @property
     def cut(self) -> CpuTile:
         """How the part is cut into tiles: as planned, or by its own lengths if it is one of many."""
-        if isinstance(self.plan.tile, CpuTile) and not self.problem.layout.lengths_are_data:
-            return self.plan.tile
-        return cpu_tile(self.problem.sizes, self.batch, self.seqlen_q, self.seqlen_k, self.num_workers)
+        problem, planned = self.problem, self.plan.tile
+        if isinstance(planned, CpuTile) and not (problem.layout.lengths_are_data or self.gradients):
+            return planned
+        lengths = self.batch, self.seqlen_q, self.seqlen_k
+        return cpu_tile(problem.sizes, *lengths, self.num_workers, problem.mask.has_band, self.gradients)
 
     def cost(self, where: TileIndex) -> int:
         """Of a tile, roughly, in floating-point operations; a number that is read or written counts as some."""

@@ -101,7 +101,7 @@ class Keys:
         return slice(head, head + 1)
 
     def __post_init__(self) -> None:
-        self._direct = self.places is None and self.array.dtype == self.compute_dtype and _is_tidy(self.array)
+        self._direct = self.places is None and self.array.dtype == self.compute_dtype and is_tidy(self.array)
 
     def block(self, batches: slice, pairs: slice, keys: slice, scratch: Scratch, name: str) -> Array:
         """(batch, pairs, keys, dim), laid out so that the BLAS takes it without a detour.
@@ -125,7 +125,7 @@ class Keys:
         return tidy
 
 
-def _is_tidy(array: Array) -> bool:
+def is_tidy(array: Array) -> bool:
     """The BLAS takes its last two axes as they are."""
     row_stride, stride = array.strides[-2:]
     item = array.itemsize

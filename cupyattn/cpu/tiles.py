@@ -65,7 +65,7 @@ def cut_into_tiles(problem: Problem, cut: CpuTile, batch: int, seqlen_q: int, se
     return tuple(sorted(tiles, key=lambda tile: -tile.work))
 
 
-EDGE = 256
+EDGE = 128
 """Keys per block where the band ends inside a tile: small, so that few hidden scores are computed there."""
 
 

@@ -12,7 +12,7 @@ from cupyattn.cpu.bounded import bounded_rows
 from cupyattn.cpu.edits import distances, dropout_factors, piece_of, slopes_of
 from cupyattn.cpu.flash import KeyBlock
 from cupyattn.cpu.part import Part
-from cupyattn.cpu.places import Rows
+from cupyattn.cpu.places import Rows, is_tidy
 from cupyattn.cpu.scratch import Scratch
 from cupyattn.cpu.tiles import EDGE, MOST_REMEMBERED, TileIndex, band_cuts, remembered_cuts
 from cupyattn.numpy_ref import Array
@@ -26,9 +26,6 @@ def tile_of(part: Part, where: TileIndex, scratch: Scratch, backward: bool = Fal
     heads = where.num_heads // pairs
     q = scaled_queries(part, where, pairs, scratch)
     bounded = None if backward else bounded_rows(part, where, q, heads, scratch)
-    suspicious = backward and not (
-        part.facts.is_finite("v", where, scratch) and part.facts.is_finite("k", where, scratch) and np.isfinite(q.sum())
-    )
     slopes = sinks = None
     if part.slopes is not None:
         slopes = slopes_of(part.slopes, where, (pairs, heads))
@@ -42,8 +39,7 @@ def tile_of(part: Part, where: TileIndex, scratch: Scratch, backward: bool = Fal
         slopes,
         sinks,
         bounded,
-        suspicious,
-        scratch,
+        scratch=scratch,
     )
 
 
@@ -59,10 +55,18 @@ def scaled_queries(part: Part, where: TileIndex, pairs: int, scratch: Scratch) -
     return q.reshape(piece.shape[0], pairs, where.num_heads // pairs * len(where.rows), piece.shape[-1])
 
 
-def stacked(part: Part, rows: Rows, where: TileIndex) -> Array:
-    """The tile's rows of an array of the caller's, (batch, pairs, heads * rows, ...)."""
-    piece = widen(rows.of(where), part.compute_dtype)
-    pairs = where.pairs.stop - where.pairs.start
+def stacked(part: Part, rows: Rows, where: TileIndex, scratch: Scratch, name: str) -> Array:
+    """The tile's rows of an array of the caller's, (batch, pairs, heads * rows, ...), as the BLAS likes them.
+
+    Scratch memory of this `name`, where the array's own does not do.
+    """
+    piece, pairs = rows.of(where), where.pairs.stop - where.pairs.start
+    if are_bits(piece):
+        piece = widen(piece, part.compute_dtype)
+    if piece.dtype != part.compute_dtype or where.num_heads > pairs or not is_tidy(piece):
+        copy = scratch.array(name, piece.shape, part.compute_dtype)
+        np.copyto(copy, piece, casting="same_kind")
+        piece = copy
     return piece.reshape(piece.shape[0], pairs, where.num_heads // pairs * len(where.rows), *piece.shape[3:])
 
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from cupyattn.plan.values import CpuTile
 from cupyattn.problem import Sizes
 
-BLOCK_Q, BLOCK_K = 1024, 384
+BLOCK_Q, BLOCK_K = 512, 384
 """Rows and keys of a block of scores, the best of those tried: taller blocks make better matrix products and
 wider ones fewer steps of Python, until they leave a core's second-level cache too far behind."""
 SCORES_SIDE_BY_SIDE = 2**18
@@ -21,7 +21,15 @@ FEWEST_ROWS = 128
 
 
 @lru_cache(maxsize=4096)
-def cpu_tile(sizes: Sizes, batch: int, seqlen_q: int, seqlen_k: int, num_workers: int) -> CpuTile:
+def cpu_tile(
+    sizes: Sizes,
+    batch: int,
+    seqlen_q: int,
+    seqlen_k: int,
+    num_workers: int,
+    has_band: bool = False,
+    gradients: bool = False,
+) -> CpuTile:
     """How to cut a part: tall blocks of scores, and several heads or batches side by side if they are small.
 
     Several workers get three tiles each, as far as there are rows to share out, and heads are stacked or set
@@ -31,7 +39,11 @@ def cpu_tile(sizes: Sizes, batch: int, seqlen_q: int, seqlen_k: int, num_workers
     num_pairs = max(1, sizes.num_heads // group)
     enough = 3 * num_workers if num_workers > 1 else 1
     room_for_scores = SCORES_SIDE_BY_SIDE * (1 if num_workers > 1 else 2)
+    if gradients:  # which hold two blocks of scores at once
+        room_for_scores //= 2
     block_q = max(1, min(seqlen_q, BLOCK_Q))
+    if group > 1 and has_band:  # a few rows of each head: the band's edge cuts off more of their keys
+        block_q = min(block_q, max(FEWEST_ROWS, min(BLOCK_Q // 2, seqlen_q // 4)))
     while block_q >= 2 * FEWEST_ROWS and batch * sizes.num_heads * -(-seqlen_q // block_q) < enough:
         block_q = -(-block_q // 2)
     tiles = batch * sizes.num_heads * -(-seqlen_q // block_q)

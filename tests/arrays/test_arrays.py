@@ -836,7 +836,7 @@ def test_what_vmap_cannot_do_is_refused_in_words():
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @smooth_calls
 def test_results_may_be_overwritten_where_their_gradient_does_not_need_them(call, dtype):
-    """Results are kept for the backward pass only where it uses them: where lse was asked for, and none was rounded."""
+    """The caller's results are kept for the backward pass only where lse was asked for, and none was rounded."""
     torch = needs("torch")
     operands = operands_of(call, dtype)
     tensors = as_tensors(operands)

@@ -56,6 +56,7 @@ def gradients(torch, rng, name):
         "alibi_slopes": rng.standard_normal(4),
         "sinks": rng.standard_normal(4),
         "pages": rng.standard_normal((3, 16, 4, 8)),
+        "a head of keys": rng.standard_normal((1, 300, 1, 8)),
     }[name]
     shared = torch.from_numpy(shared).requires_grad_()
     dout = torch.from_numpy(rng.standard_normal((6, 40, 4, 8)))
@@ -73,6 +74,8 @@ def gradients(torch, rng, name):
                 *(q.reshape(240, 4, 8), v.new_ones(shared.shape), shared, lengths, lengths, 40, 40),
                 causal=True, block_table=table,
             )  # fmt: skip
+        elif name == "a head of keys":
+            out = cupyattn.attention(q.reshape(1, 960, 1, 8), shared, shared)
         else:
             out = cupyattn.attention(q, k, v, causal=True, **{name: shared})
         (out * dout.reshape(out.shape)).sum().backward()
@@ -81,7 +84,7 @@ def gradients(torch, rng, name):
     return once
 
 
-@pytest.mark.parametrize("name", ["bias", "alibi_slopes", "sinks", "pages"])
+@pytest.mark.parametrize("name", ["bias", "alibi_slopes", "sinks", "pages", "a head of keys"])
 def test_gradients_of_what_tasks_share_have_the_same_bits_whichever_task_ends_first(
     name, three_workers, out_of_order, rng
 ):

@@ -436,13 +436,13 @@ def cut_problems(draw):
     lengths = st.one_of(st.integers(0, 40), st.integers(0, 10_000), st.sampled_from([2**17, 2**31 - 1]))
     batch, seqlen_q, seqlen_k = draw(st.integers(0, 300)), draw(lengths), draw(lengths)
     sizes = Sizes((batch,), num_heads, *shared, seqlen_q, seqlen_k, 64, 64)
-    return sizes, batch, seqlen_q, seqlen_k, draw(st.integers(1, 64))
+    return sizes, batch, seqlen_q, seqlen_k, draw(st.integers(1, 64)), draw(st.booleans()), draw(st.booleans())
 
 
 @settings(derandomize=True, deadline=None, max_examples=500)
 @given(cut_problems())
 def test_the_tile_of_a_cpu_is_never_empty_and_never_larger_than_the_problem(cut):
-    sizes, batch, seqlen_q, seqlen_k, _ = cut
+    sizes, batch, seqlen_q, seqlen_k, *_ = cut
     tile = cpu_tile(*cut)
     assert min(tile) >= 1
     assert tile.block_q <= max(1, seqlen_q)
@@ -471,7 +471,7 @@ def test_the_tile_of_a_cpu_holds_a_bounded_number_of_queries_and_keys_where_it_t
 @settings(derandomize=True, deadline=None, max_examples=500)
 @given(cut_problems())
 def test_heads_and_batches_lie_side_by_side_only_where_they_are_whole(cut):
-    sizes, _, _, seqlen_k, _ = cut
+    sizes, _, _, seqlen_k, *_ = cut
     tile = cpu_tile(*cut)
     if tile.pairs > 1 or tile.batch > 1:
         assert tile.heads == sizes.queries_per_pair
@@ -479,6 +479,15 @@ def test_heads_and_batches_lie_side_by_side_only_where_they_are_whole(cut):
         assert sizes.num_heads_k == sizes.num_heads_v == sizes.num_heads // sizes.queries_per_pair
     if tile.batch > 1:
         assert tile.pairs == sizes.num_heads_k
+
+
+def test_where_a_band_hides_keys_a_tile_has_few_rows_of_each_head_of_a_group():
+    sizes = Sizes((2,), 8, 2, 2, 512, 512, 64, 64)
+    full, banded = (cpu_tile(sizes, 2, 512, 512, 2, has_band) for has_band in (False, True))
+    assert (full.block_q, full.heads) == (512, 1)
+    assert (banded.block_q, banded.heads) == (128, 4)
+    alone = Sizes((2,), 8, 8, 8, 512, 512, 64, 64)
+    assert cpu_tile(alone, 2, 512, 512, 2, True).block_q == 512
 
 
 # ---------------------------------------------------------------------------------------------------
