@@ -7,13 +7,16 @@ TORCH ?= torch==2.13.0
 JAX ?= jax
 TRANSFORMERS ?= transformers>=5
 
-.PHONY: demo generate test lint bench sweep attack proof gpu clean
+.PHONY: demo generate train test lint bench sweep attack proof gpu clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/embed.py $(ARGS)
 
 generate: $(VENV)/test
 	$(BIN)/python examples/generate.py $(ARGS)
+
+train: $(VENV)/test
+	$(BIN)/python examples/train.py $(ARGS)
 
 test: $(VENV)/test
 	$(BIN)/ruff check .

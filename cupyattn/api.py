@@ -145,7 +145,7 @@ def attention(
     the point: scores, and a result's share of each block of keys.  float32 operands enter the products as exact sums
     of three bfloat16 numbers, of whose nine products the three smallest are left out: results are within 2e-6 of the
     largest value, by the emulator.
-    There are no gradients there yet: tensors that require grad are refused.
+    Gradients are float32 sums there, the same bits in every run.
 
     ``4 * batch * num_heads * seqlen_q * seqlen_k * head_dim`` floating-point operations, about half of it
     if causal; memory grows with seqlen_q + seqlen_k.

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from cupyattn import cpu
 from cupyattn.arrays import Arrays, Visit, enter
 from cupyattn.plan import Plan, choose, choose_backward, for_live_keys
-from cupyattn.problem import FLOAT8, Device, Problem
+from cupyattn.problem import FLOAT8, Device, Problem, Spec
 from cupyattn.reading import Options, check_sequences, read, refusal
 
 Named = Mapping[str, tuple[str, Any]]
@@ -197,7 +197,8 @@ def answer_with_gradients(visit: Visit, problem: Problem, known: tuple[str, ...]
             return gradients_on_gpu(visit, problem, operands, known_here, seed)
         return gradients(plan, problem, operands, known_here, seed)
 
-    wanted = {name: specs[name] for name in ("q", "k", "v", "bias", "sinks", "alibi_slopes") if name in specs}
+    names = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
+    wanted: dict[str, Spec] = {name: specs[name] for name in names if name in specs}
     run = visit.run_at_home if visit.kind == "cuda" else visit.run
     return visit.as_given(run(backward, None, wanted))
 

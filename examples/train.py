@@ -188,7 +188,7 @@ def run(steps: int, output: Path, sizes: Sizes = Sizes()) -> int:  # noqa: B008 
 
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--output", type=Path, default=Path("train.png"))
     options = parser.parse_args()
     if options.steps < 10:

@@ -198,3 +198,52 @@ def test_generate_refuses_too_little(decoding, monkeypatch, capsys, wrong):
     with pytest.raises(SystemExit):
         decoding.generate.main()
     assert "has to be at least" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------
+# train.py
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def training(monkeypatch):
+    if not EXAMPLES.is_dir():
+        pytest.skip("examples/ is not here (it is not in the sdist)")
+    for name in ("torch", "matplotlib"):
+        pytest.importorskip(name)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import train
+
+    yield train
+    del sys.modules["train"]
+
+
+def test_a_decoder_learns_as_with_torch(training, tmp_path):
+    sizes = training.Sizes(1, hidden_size=16, num_heads=2, num_heads_kv=1, seqlen=12, batch=2, dropout_p=0.0)
+    first, second = (
+        training.train(sizes, attend, 12, "cpu", 0)
+        for attend in (training.attend_by_cupyattn, training.attend_by_torch)
+    )
+    assert first[-1] < first[0]
+    assert training.apart(first, second) < 0.01
+
+
+@pytest.mark.parametrize("off", [0.0, 0.5])
+def test_train_tells_of_curves_that_differ(training, tmp_path, capsys, monkeypatch, off):
+    def curve(sizes, attend, steps, device, seed):
+        wrong = off if attend is training.attend_by_cupyattn else 0.0
+        return [5.0 / (1 + i) + 0.01 * seed + wrong for i in range(steps)]
+
+    monkeypatch.setattr(training, "train", curve)
+    output = tmp_path / "picture.png"
+    assert training.run(20, output) == int(off > 0)
+    assert ("FAILED" in capsys.readouterr().out) == (off > 0)
+    assert output.read_bytes().startswith(b"\x89PNG")
+
+
+def test_git_ignores_the_picture_of_train(training, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    ignored = EXAMPLES.parent / ".gitignore"
+    if not ignored.exists():
+        pytest.skip(".gitignore is not here")
+    assert str(training.parse_options().output) in ignored.read_text().splitlines()
