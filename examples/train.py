@@ -3,10 +3,10 @@
     python examples/train.py                    # on the CPU, or on a GPU if torch has one
     python examples/train.py --steps 500
 
-The model has query heads that share keys, its batches are padded, weights are dropped, and all of it runs under bfloat16
-autocast.  Both begin with the same weights and see the same bytes; only what dropout drops differs.  How far two
-trainings may be apart is measured, not guessed: torch's own is done twice, with other random numbers.  Prints the losses,
-saves a picture of them, and ends with status 1 if cupyattn's is further from torch's than that.
+The model has query heads that share keys, its batches are padded, weights are dropped, and all of it runs under
+bfloat16 autocast.  Both begin with the same weights and see the same bytes; only what dropout drops differs.  How far
+two trainings may be apart is measured, not guessed: torch's own is done twice, with other random numbers.  Prints the
+losses, saves a picture of them, and ends with status 1 if cupyattn's is further from torch's than that.
 """
 
 from __future__ import annotations

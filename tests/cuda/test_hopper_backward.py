@@ -1,0 +1,128 @@
+"""Hopper's kernel for gradients under the emulator; what it has in common with the other is in `test_backward.py`."""
+
+import numpy as np
+import pytest
+from emulated import marks_of, operands, options_of, ragged_operands, ragged_options
+from emulated_backward import Call, hold, with_dout
+
+from cupyattn.problem import NAMED_DEVICES
+
+H100 = NAMED_DEVICES["H100"]
+BOTTOM = {"alignment": "bottom-right"}
+CAUSAL = {"causal": True, **BOTTOM}
+SIZES = [
+    ("bfloat16", 64, 64),
+    ("float16", 24, 40),
+    ("float16", 96, 96),
+    ("bfloat16", 128, 128),
+    ("bfloat16", 192, 128),
+    ("float16", 192, 192),
+    ("bfloat16", 256, 256),
+]
+SHAPES = [
+    ((150, 170), {}),
+    ((300, 290), CAUSAL),
+    ((190, 290), {"window_size": (40, 9), **BOTTOM}),
+]
+
+
+def made(
+    rng, dtype="bfloat16", heads=(2, 1, 1), seqlens=(150, 170), dims=(64, 64), layout="bshd", more=None, **options
+):
+    options = options_of(layout=layout, **options)
+    arrays = operands(rng, dtype, layout, 2, heads, seqlens, dims) | (more or {})
+    return with_dout(rng, arrays, options, dlse=True), options
+
+
+def check(arrays, options, schedule=0):
+    """Runs it and holds it; the call."""
+    call = Call(arrays, options, device=H100)
+    assert call.plan.kernel == "hopper_backward"
+    hold(arrays, call.run(schedule, 3))
+    return call
+
+
+@pytest.mark.parametrize("schedule", range(3))
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0][0]}x{shape[0][1]}")
+@pytest.mark.parametrize("size", [pytest.param(size, marks=marks_of(size[1:]), id=str(size)) for size in SIZES])
+def test_every_head_dim_meets_the_bar(rng, size, shape, schedule):
+    dtype, *dims = size
+    seqlens, options = shape
+    call = check(*made(rng, dtype, seqlens=seqlens, dims=dims, **options), schedule)
+    assert not call.scratch["flags"].any()
+
+
+@pytest.mark.parametrize("heads", [(8, 1, 1), (4, 4, 4), (6, 3, 2), (4, 1, 2), (4, 2, 1)], ids=str)
+def test_heads_that_share_keys_or_values(rng, heads):
+    check(*made(rng, heads=heads, seqlens=(70, 150), **CAUSAL), 1)
+
+
+@pytest.mark.parametrize("seqlens", [(1, 1), (1, 200), (200, 1), (190, 30), (128, 128), (256, 384)], ids=str)
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_lengths_meet_the_bar(rng, seqlens, layout):
+    check(*made(rng, seqlens=seqlens, layout=layout, **CAUSAL), 2)
+
+
+def test_sinks_join_the_weights(rng):
+    sinks = np.array([0.5, -np.inf, np.inf, 2.0], np.float32)
+    check(*made(rng, heads=(4, 2, 2), seqlens=(190, 70), more={"sinks": sinks}, **CAUSAL), 1)
+
+
+RAGGED = (170, 1, 0, 33), (20, 140, 5, 90)
+
+
+def ragged(rng, value=None, **options):
+    """Sequences end to end, and behind them rows and keys of none."""
+    arrays = ragged_operands(rng, "bfloat16", *RAGGED, (4, 2, 2), behind=(3, 5))
+    options = ragged_options(arrays, **options)
+    arrays = with_dout(rng, arrays, options, dlse=True)
+    if value is not None:
+        for name, rows in (("q", 3), ("dout", 3), ("k", 5), ("v", 5)):
+            arrays[name][-rows:] = value
+    return arrays, options
+
+
+@pytest.mark.parametrize("schedule", range(3))
+def test_sequences_end_to_end_meet_the_bar(rng, schedule):
+    check(*ragged(rng, **CAUSAL), schedule)
+
+
+def test_rows_of_no_sequence_that_are_nan_are_met_and_left_out(rng):
+    call = check(*ragged(rng, np.nan, **CAUSAL), 1)
+    assert call.scratch["flags"].any()
+
+
+@pytest.mark.parametrize("schedule", range(3))
+def test_what_is_hidden_or_not_finite_shows_where_it_is_seen(rng, schedule):
+    arrays, options = made(rng, seqlens=(140, 170), **CAUSAL)
+    arrays["k"][0, 160], arrays["v"][1, 165] = np.nan, np.inf
+    arrays["dout"][0, 3, 1, 5] = np.inf
+    call = check(arrays, options, schedule)
+    flags = call.scratch["flags"]
+    assert flags.any()
+    assert not flags.all()
+
+
+def test_flags_are_not_needed_where_all_is_finite(rng):
+    """What the other kernel is launched behind it for is done by nobody: its results are these very bits."""
+    arrays, options = made(rng)
+    whole, alone = Call(arrays, options, device=H100), Call(arrays, options, device=H100)
+    alone.launches = [x for x in alone.launches if x[2].specialisation.source != "backward.cu"]
+    for name, gradient in whole.run().grads.items():
+        np.testing.assert_array_equal(gradient.view(np.uint16), alone.run().grads[name].view(np.uint16))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x | {"k": np.broadcast_to(x["k"][:1], x["k"].shape)},
+        lambda x: x | {"dout": x["dout"].repeat(2, axis=1)[:, ::2][:, :, :, :40]} | {n: x[n][..., :40] for n in "qkv"},
+    ],
+    ids=["a shared batch", "rows of 80 bytes"],
+)
+def test_what_no_tensor_map_reads_goes_to_the_other_kernel(rng, change):
+    arrays, options = made(rng, dims=(64, 64))
+    call = Call(change(arrays), options, device=H100)
+    sources = [step.specialisation.source for _, _, step in call.launches]
+    assert ("hopper_backward.cu" in sources) == all(x.strides[0] for x in call.arrays.values() if x.ndim == 4)
+    hold(call.arrays, call.run())
