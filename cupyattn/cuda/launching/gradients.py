@@ -66,9 +66,7 @@ class BackwardRecipe:
     copies: tuple[str, ...] = ()
     """Operands that no kernel can read as they are; if there are any, the rest is empty."""
 
-    def record_of(
-        self, step: Step, operands: Mapping[str, View], results: Mapping[str, int], seed: int = 0
-    ) -> np.void:
+    def record_of(self, step: Step, operands: Mapping[str, View], results: Mapping[str, int], seed: int = 0) -> np.void:
         """A step's one parameter; `results` has addresses by the names of `params.GRADIENT_POINTERS`."""
         pointers = {name: view.pointer for name, view in operands.items()}
         pointers["dropout_seed"] = seed
@@ -89,7 +87,9 @@ def to_be_copied(name: str, view: View | Fact, problem: Problem) -> bool:
     """Whether kernels cannot read an operand as it is."""
     shape, strides, dtype = view[-3:] if isinstance(view, View) else view[1]
     if name in ("lse", "dlse"):
-        return strides != contiguous_strides(shape) and math.prod(shape) > 1
+        # No library copies an array for the stride of an axis of one.
+        steps = zip(shape, strides, contiguous_strides(shape), strict=True)
+        return 0 not in shape and any(size > 1 and found != step for size, found, step in steps)
     word = "q" if name in ("dout", "out") else name
     return has_to_be_copied(word, shape, strides, dtype, problem.sizes.batch_shape)
 
