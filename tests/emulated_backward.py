@@ -30,9 +30,11 @@ from oracle import assert_matches
 
 from cupyattn.cuda.launching.gradients import as_asked, backward_recipe, with_dtypes
 from cupyattn.cuda.launching.views import view_of_numpy
-from cupyattn.plan import BackwardTiles, choose_backward
+from cupyattn.plan import OF_BIAS, OF_KEYS, OF_QUERIES, OF_VALUES, BackwardTiles, choose_backward
 
 OPERANDS = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
+SUMMED = {OF_QUERIES: ("q", "alibi_slopes"), OF_KEYS: ("k",), OF_VALUES: ("v",), OF_BIAS: ("bias",)}
+"""Whose gradients a pass leaves; those of sinks come with the rows."""
 
 
 def with_dout(rng, arrays, options, dlse=False):
@@ -55,9 +57,14 @@ class Result(NamedTuple):
 
 
 class Call:
-    """Gradients of a call whose memory stays; `sources` are those of `emulator.build`, `passes` replace the plan's."""
+    """Gradients of a call whose memory stays; `sources` are those of `emulator.build`.
 
-    def __init__(self, arrays, options, dropout_seed=0, device=H100, sources=None, flags=FLAGS, passes=None, forward=None):
+    `passes` replace the plan's; of fewer of them there are fewer gradients.
+    """
+
+    def __init__(
+        self, arrays, options, dropout_seed=0, device=H100, sources=None, flags=FLAGS, passes=None, forward=None
+    ):
         emulator.require_compiler()
         operands = {name: x for name, x in arrays.items() if name not in ("dout", "dlse")}
         self.problem = problem = replace(problem_of(operands, options), needs_lse=True)
@@ -65,7 +72,9 @@ class Call:
         if passes is not None:
             self.plan = replace(self.plan, tile=BackwardTiles(passes))
         out, lse = forward or definition(operands, problem, dropout_seed)
-        everything = dict(arrays, out=np.asarray(out).astype(STORED[problem.dtype]), lse=np.asarray(lse).astype(np.float32))
+        everything = dict(
+            arrays, out=np.asarray(out).astype(STORED[problem.dtype]), lse=np.asarray(lse).astype(np.float32)
+        )
         self.arrays = everything
         for name in ("alibi_slopes", "sinks"):
             if name in everything:
@@ -74,7 +83,10 @@ class Call:
         recipe = backward_recipe(self.plan, problem, views)
         assert not recipe.copies, recipe.copies
         asked = {n: as_asked(w, everything[n].shape, everything[n].dtype.name) for n, w in recipe.written.items()}
-        self.asked = asked
+        summed = {"sinks"}.union(
+            *(SUMMED[bit] for wanted, _ in self.plan.tile.passes for bit in SUMMED if wanted & bit)
+        )
+        self.asked = {name: x for name, x in asked.items() if name in summed}
         recipe = with_dtypes(recipe, {name: x.dtype for name, x in asked.items()})
         ragged = problem.layout.ragged
         self.results = {f"d{name}": guarded(x.shape, STORED.get(x.dtype, x.dtype)) for name, x in asked.items()}
@@ -86,7 +98,9 @@ class Call:
         self.scratch = {"lse_log2": guarded(recipe.num_rows, np.float32), "delta": guarded(recipe.num_rows, np.float32)}
         names = {"dsinks": "sink_rows", "dalibi_slopes": "slope_parts"}
         homes = {names.get(n, n): x.ctypes.data for n, x in {**self.results, **self.scratch}.items()}
-        given = [(x, False) for x in everything.values()] + [(x, True) for x in (*self.results.values(), *self.scratch.values())]
+        given = [(x, False) for x in everything.values()] + [
+            (x, True) for x in (*self.results.values(), *self.scratch.values())
+        ]
         self.buffers = [(x, writable) for x, writable in given if x.size]
         self.launches = []
         for step in recipe.steps:
@@ -107,7 +121,7 @@ class Call:
             return found.reshape(like.shape)
         found = found.astype(np.float64)
         if name == "sinks":
-            axes = tuple(range(found.ndim - 2)) + (found.ndim - 1,)
+            axes = (*range(found.ndim - 2), found.ndim - 1)
             return found.sum(axis=axes if not self.problem.layout.ragged else 1)
         if name == "alibi_slopes":
             return found.sum(axis=(0, 2) if like.ndim == 1 else 2)
@@ -117,9 +131,10 @@ class Call:
 def sum_to(gradient, shape):
     """Over the axes that `shape` repeats."""
     extra = gradient.ndim - len(shape)
-    gradient = gradient.sum(axis=tuple(range(extra)))
-    made = tuple(axis for axis, size in enumerate(shape) if size == 1 and gradient.shape[axis] != 1)
-    return gradient.sum(axis=made, keepdims=True)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        gradient = gradient.sum(axis=tuple(range(extra)))
+        made = tuple(axis for axis, size in enumerate(shape) if size == 1 and gradient.shape[axis] != 1)
+        return gradient.sum(axis=made, keepdims=True)
 
 
 def run(arrays, options, schedule=0, seed=0, **call):
@@ -170,7 +185,8 @@ def _add(grads, found, part, index, arrays, problem):
     sizes = problem.sizes
     for name, heads in (("q", sizes.num_heads), ("k", sizes.num_heads_k), ("v", sizes.num_heads_v)):
         x = found[name]
-        x = x.reshape(heads, len(x) // heads, *x.shape[1:]).sum(axis=1)
+        with np.errstate(invalid="ignore"):  # inf - inf
+            x = x.reshape(heads, len(x) // heads, *x.shape[1:]).sum(axis=1)
         if problem.layout.ragged:
             starts = arrays["cu_seqlens_q" if name == "q" else "cu_seqlens_k"]
             grads[name][starts[index] : starts[index + 1]] += x.swapaxes(0, 1)
@@ -237,18 +253,22 @@ def check(arrays, options, schedule=0, seed=0, dropout_seed=0, **call):
 def hold(arrays, found, dropout_seed=0):
     problem = found.problem
     exact = derivative(arrays, problem, dropout_seed)
-    assert set(found.grads) == set(exact)
+    passes = choose_backward(problem, H100).tile.passes
+    assert set(found.grads) <= set(exact)
+    assert set(found.grads) == set(exact) or found.plan.tile.passes != passes
     rounding = STORED[problem.dtype]
     own = derivative(arrays, problem, dropout_seed, rounding, (found.out, found.lse))
     finite = [np.nan_to_num(np.asarray(arrays[name], np.float64), posinf=0.0, neginf=0.0) for name in ("dout", "v")]
     sums = np.sqrt(problem.sizes.head_dim_v) * max(1.0, np.prod([np.abs(x).max(initial=0.0) for x in finite]))
-    for name in exact:
+    for name in found.grads:
         dtype = arrays[name].dtype.name if name in ("q", "k", "v", "bias") else "float32"
         assert_within_the_bar(name, found.grads[name], exact[name], own[name], dtype, problem.dtype, sums)
 
 
 def assert_within_the_bar(name, actual, exact, own, dtype, inner, sums):
     """`sums` is how large the products get of which a small difference is taken."""
+    if inner == "float32" and name in ("q", "k"):  # an infinity times a plane of 0 is nan
+        actual, exact, own = (np.where(np.isinf(x), np.nan, x) for x in (actual, exact, own))
     assert_matches(actual, exact, atol=np.inf)
     finite = np.isfinite(exact) & np.isfinite(own)
     if not finite.any():
@@ -266,4 +286,3 @@ def assert_within_the_bar(name, actual, exact, own, dtype, inner, sums):
     assert worst <= 0.0, f"d{name}: {worst:.3g} beyond the bar; largest error {error.max():.3g}, own {off.max():.3g}"
     if error.size >= ENOUGH and inner != "float32":
         assert error.mean() <= 1.5 * off.mean() + slack, f"d{name}: mean error {error.mean():.3g}, own {off.mean():.3g}"
-
