@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, additive, call, slopes, turns
+from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, additive, call, slopes, strays, turns
 from emulated import H100, definition, operands, options_of, problem_of, ragged_operands, ragged_options
 from emulated_backward import Call, check, hold, run, with_dout
 from oracle import assert_same_bits
@@ -230,6 +230,18 @@ def test_a_gradient_that_is_not_finite_shows_where_its_row_sees(rng, dtype, foun
     for row, column, what in found:
         arrays["dout"][0, row, 1, column] = what
     check(arrays, options, schedule)
+
+
+@pytest.mark.parametrize("name", ["q", "k"])
+@pytest.mark.parametrize("what", [np.inf, -np.inf, np.nan])
+def test_a_score_of_infinity_under_a_softcap_shows_as_nan_where_it_is_seen(rng, name, what):
+    """The score is finite then, and does not change with the product: 0 * inf."""
+    make = strays((name, 30, 5, what), softcap=2.0, window_size=(20, 9), **BOTTOM)
+    arrays, options, _ = make(rng, "float16")
+    found = check(with_dout(rng, arrays, options), options, 1)
+    other = found.grads["qk"["kq".index(name)]].astype(float)
+    assert np.isnan(other).any()
+    assert np.isnan(other[..., 5]).sum() == np.isnan(other).sum() or np.isnan(what)
 
 
 def test_slopes_are_counted_once_where_strays_are(rng):
