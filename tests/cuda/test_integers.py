@@ -27,6 +27,11 @@ __global__ void band(const __grid_constant__ Band band, int first, int last, int
     for (int i = 0; i < 3; ++i) found[2 * i] = spans[i].start, found[2 * i + 1] = spans[i].stop;
 }
 template <int>
+__global__ void turned(const __grid_constant__ Band band, int first, int last, int* found) {
+    const Span spans[3] = {band.seeing_rows(first), band.touching(first, last), band.seeing_all(first, last)};
+    for (int i = 0; i < 3; ++i) found[2 * i] = spans[i].start, found[2 * i + 1] = spans[i].stop;
+}
+template <int>
 __global__ void sequence(const __grid_constant__ Params params, int index, int64* found) {
     const Sequence at = sequence_at(index, params);
     found[0] = at.first_row, found[1] = at.first_key;
@@ -80,12 +85,46 @@ def test_bands_of_any_lengths_and_windows_do_not_wrap(rng, tmp_path):
     hold_bands(rng, probe(tmp_path, "band"))
 
 
+def seeing(mask, key, seqlen_q, seqlen_k):
+    """The queries that see a key, in numbers that never wrap."""
+    diagonal = key - mask.offset(seqlen_q, seqlen_k)
+    start = 0 if mask.right is None else max(0, diagonal - mask.right)
+    return start, seqlen_q if mask.left is None else min(seqlen_q, diagonal + mask.left + 1)
+
+
+def test_queries_that_see_a_key_are_those_that_see_it(rng):
+    for case in range(50):
+        seqlen_q, seqlen_k, left, right = (int(x) for x in rng.integers(1, 9, 4))
+        left, right = (None if rng.random() < 0.3 else side for side in (left, right))
+        mask = Mask(left, right, ("top-left", "bottom-right")[case % 2])
+        for key in range(seqlen_k):
+            spans = (mask.visible_keys(row, seqlen_q, seqlen_k) for row in range(seqlen_q))
+            rows = [row for row, span in enumerate(spans) if span.start <= key < span.stop]
+            assert rows == list(range(*seeing(mask, key, seqlen_q, seqlen_k)))
+
+
+def test_queries_of_any_keys_do_not_wrap(rng, tmp_path):
+    kernel, found = probe(tmp_path, "turned"), np.zeros(6, np.int32)
+    for case in range(300):
+        seqlen_q, seqlen_k, left, right = extremes(rng, LONGEST, 4)
+        left, right = (None if rng.random() < 0.3 else side for side in (left, right))
+        mask = Mask(left, right, ("top-left", "bottom-right")[case % 2])
+        seqlen_k = max(1, seqlen_k)
+        first, last = sorted(extremes(rng, seqlen_k - 1, 2))
+        sides = [params.OPEN if side is None else side for side in (left, right)]
+        band = struct.pack("<5i", seqlen_q, seqlen_k, *sides, mask.offset(seqlen_q, seqlen_k))
+        kernel.run((band, first, last, found), [found])
+        of_first, of_last = (seeing(mask, key, seqlen_q, seqlen_k) for key in (first, last))
+        expected = [*of_first, of_first[0], of_last[1], of_last[0], of_first[1]]
+        assert found.tolist() == expected, (mask, seqlen_q, seqlen_k, first, last)
+
+
 def test_a_guarded_difference_wraps_as_compiled(rng, tmp_path):
     """What mask.cuh had: right in every test of the emulator, and zeros for whole tiles on a GPU."""
     text, largest = (FOLDER / "algorithm/mask.cuh").read_text(), 2**31 - 1
     for new, old in (
         ("larger(diagonal - left, 0)", "diagonal > left ? diagonal - left : 0"),
-        ("right == kOpen", "right == kLargest"),
+        ("right == kOpen ? seqlen_k", "right == kLargest ? seqlen_k"),
     ):
         assert text.count(new) == 1, "the text to replace has to be there once"
         text = text.replace(new, old)
