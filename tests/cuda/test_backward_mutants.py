@@ -1,6 +1,7 @@
 """Planted bugs in the kernels for gradients: each has to be noticed in the group of calls named for it.
 
-As in test_mutants.py; a group is of one pass and one tile, so that a mutant is one kernel to compile.
+As in test_mutants.py; a group is of one pass and one tile, so that a mutant is one kernel to compile.  Every second of
+them is `long`: after a change of the kernels, `make test ARGS='-m long tests/cuda/test_backward_mutants.py'`.
 
 What cannot be noticed, since nothing but time comes of it or nothing at all: a short tile that stays and is taken for a
 whole one, whose rows that do not exist are not stored; a tile behind a sequence's last, the same; the last row that
@@ -465,6 +466,9 @@ def test_the_sources_as_they_are_pass(group):
     GROUPS[group](None)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize(
+    "mutant",
+    [pytest.param(x, id=x.name, marks=pytest.mark.long if i % 2 else ()) for i, x in enumerate(MUTANTS)],
+)
 def test_a_planted_bug_is_caught(mutant):
     assert_caught(mutant, GROUPS)
