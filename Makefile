@@ -22,7 +22,7 @@ test: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m 'not covered' -n auto --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m 'not covered and not long' -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/test
 	$(BIN)/ruff check --fix .
@@ -42,7 +42,7 @@ attack: $(VENV)/test
 
 # The PTX of every kernel that plans choose by default, executed on the CPU; ARGS='--only hopper --target sm_90a' for some.
 proof: $(VENV)/test
-	$(if $(ARGS),,$(BIN)/python -m pytest -m covered -n auto --dist worksteal tests/cuda)
+	$(if $(ARGS),,$(BIN)/python -m pytest -m 'covered or long' -n auto --dist worksteal tests/cuda)
 	$(BIN)/python tests/proof.py $(ARGS)
 
 # On a machine with a GPU, by its own Python with CuPy, torch and pytest, and without a network. On another one

@@ -64,7 +64,10 @@ def _of_these(passes, tiles):
 
 
 class Call:
-    """Gradients of a call whose memory stays; `sources` are those of `emulator.build`, `passes` replace the plan's."""
+    """Gradients of a call whose memory stays; `sources` are those of `emulator.build`.
+
+    `passes` replace the plan's; of fewer of them there are fewer gradients.
+    """
 
     def __init__(
         self, arrays, options, dropout_seed=0, device=A100, sources=None, flags=FLAGS, passes=None, forward=None
@@ -146,9 +149,10 @@ def summed(bits):
 def sum_to(gradient, shape):
     """Over the axes that `shape` repeats."""
     extra = gradient.ndim - len(shape)
-    gradient = gradient.sum(axis=tuple(range(extra)))
-    made = tuple(axis for axis, size in enumerate(shape) if size == 1 and gradient.shape[axis] != 1)
-    return gradient.sum(axis=made, keepdims=True)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        gradient = gradient.sum(axis=tuple(range(extra)))
+        made = tuple(axis for axis, size in enumerate(shape) if size == 1 and gradient.shape[axis] != 1)
+        return gradient.sum(axis=made, keepdims=True)
 
 
 def run(arrays, options, schedule=0, seed=0, **call):
@@ -199,7 +203,8 @@ def _add(grads, found, part, index, arrays, problem):
     sizes = problem.sizes
     for name, heads in (("q", sizes.num_heads), ("k", sizes.num_heads_k), ("v", sizes.num_heads_v)):
         x = found[name]
-        x = x.reshape(heads, len(x) // heads, *x.shape[1:]).sum(axis=1)
+        with np.errstate(invalid="ignore"):  # inf - inf
+            x = x.reshape(heads, len(x) // heads, *x.shape[1:]).sum(axis=1)
         if problem.layout.ragged:
             starts = arrays["cu_seqlens_q" if name == "q" else "cu_seqlens_k"]
             grads[name][starts[index] : starts[index + 1]] += x.swapaxes(0, 1)
@@ -281,6 +286,8 @@ def hold(arrays, found, dropout_seed=0):
 
 def assert_within_the_bar(name, actual, exact, own, dtype, inner, sums):
     """`sums` is how large the products get of which a small difference is taken."""
+    if inner == "float32" and name in ("q", "k"):  # an infinity times a plane of 0 is nan
+        actual, exact, own = (np.where(np.isinf(x), np.nan, x) for x in (actual, exact, own))
     assert_matches(actual, exact, atol=np.inf)
     finite = np.isfinite(exact) & np.isfinite(own)
     if not finite.any():

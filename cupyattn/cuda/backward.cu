@@ -35,7 +35,7 @@ struct BackwardPass : BackwardBlock<Traits, kCare> {
             this->head = head;
             const bool new_keys = head % params.queries_per_k == 0 || head % params.queries_per_v == 0;
             if (!Traits::kTurned || head == heads.start || new_keys) this->load_staying();
-            if constexpr (kCare && Traits::kSumsB) {
+            if constexpr (Block::kCountsA || Block::kCountsB) {
                 this->counting = true;
                 this->walk({0, kOpen});
                 this->counting = false;

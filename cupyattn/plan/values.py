@@ -107,5 +107,6 @@ class Plan:
         ]
         lines += [f"  {name} would make {splits} splits" for name, splits in self.peers]
         lines += [f"  {note}" for note in self.notes]
-        lines += [f"  not {name:<9}{reason}" for name, reasons in self.objections for reason in reasons]
+        width = max((len(name) for name, _ in self.objections), default=0) + 1
+        lines += [f"  not {name:<{width}}{reason}" for name, reasons in self.objections for reason in reasons]
         return "\n".join(lines)

@@ -82,12 +82,13 @@ MUTANTS = [
            "split, pages"),
     # ---- Edits
     Mutant("softcap before the scale", "scores.cuh",
-           "x *= softmax_scale;\n"
-           "                    if constexpr (bool(kEdits & kSoftcap)) x = params.softcap *",
-           "if constexpr (bool(kEdits & kSoftcap)) x = softmax_scale * params.softcap *", "flash, edits"),
+           "x *= softmax_scale;\n    if constexpr (bool(kEdits & kSoftcap)) {\n"
+           "        const float share = tanh(ptx::divide(x, params.softcap));",
+           "if constexpr (!(kEdits & kSoftcap)) x *= softmax_scale;\n    if constexpr (bool(kEdits & kSoftcap)) {\n"
+           "        const float share = softmax_scale * tanh(ptx::divide(x, params.softcap));", "flash, edits"),
     Mutant("tanh of large numbers for all", "scores.cuh", "if (square < 0.55f * 0.55f)", "if (square < 0.f)",
            "flash, float32 edits"),
-    Mutant("alibi the other way", "scores.cuh", "x -= slope", "x += slope", "flash, edits"),
+    Mutant("alibi the other way", "scores.cuh", "x -= alibi_slope", "x += alibi_slope", "flash, edits"),
     Mutant("alibi from the first key", "scores.cuh", "token + sequence.band.offset - key", "token - key",
            "split, edits"),
     Mutant("alibi of the first batch", "scores.cuh", " + sequence.index * params.alibi_slopes_batch", "",

@@ -18,7 +18,8 @@ namespace cupyattn {
 // with P = exp(scores - lse), dP = dout v^T and dS = P (dP - delta).  Side a is q and k, side b is dout and v.
 //
 // With kCare the walk that keeps apart what is not finite, see strays.cuh: of q and k nothing is lost by zeros, since
-// where a pair is seen its dS is nan already; of dout the strays are counted.
+// where a pair is seen its dS is nan already; of dout the strays are counted.  A softcap makes a score of infinity
+// finite, and its dS 0: there strays of q and k are counted, too, and each is nan, as 0 * infinity is.
 template <typename Traits, bool kCare>
 struct BackwardBlock {
     using Element = typename Traits::Element;
@@ -26,6 +27,7 @@ struct BackwardBlock {
     static constexpr int kWanted = Traits::kWanted, kEdits = Traits::kEdits;
     static constexpr int kRowTiles = Traits::kRowTiles, kMoves = Traits::kMoves, kThreads = Traits::kThreads;
     static constexpr bool kSumsA = Traits::kSumsA, kSumsB = Traits::kSumsB, kNeedsChanges = Traits::kNeedsChanges;
+    static constexpr bool kCountsA = kCare && kSumsA && bool(kEdits & kSoftcap), kCountsB = kCare && kSumsB;
 
     const BackwardParams& params;
     Sequence sequence;
@@ -205,14 +207,27 @@ struct BackwardBlock {
         }
         if constexpr (kCare && (kSumsA || kSumsB)) {
             ptx::barrier();  // everybody has the products with what is not finite
-            if constexpr (kSumsA) take_strays<kThreads, Element>(tile_a, ptx::thread(), false);
+            if constexpr (kSumsA) take_strays<kThreads, Element>(tile_a, ptx::thread(), counting);
             if constexpr (kSumsB) take_strays<kThreads, Element>(tile_b, ptx::thread(), counting);
             ptx::barrier();
         }
         if constexpr (kSumsB) add_to_b(weights, right_operand_by_columns(tile_b));
-        if constexpr (kSumsA)
-            if (!(kCare && counting))
-                multiply_values<typename Traits::MovingA>(sums_a, dweights, right_operand_by_columns(tile_a));
+        if constexpr (kSumsA) add_to_a(dweights, right_operand_by_columns(tile_a));
+    }
+
+    DEVICE_METHOD void add_to_a(const Fragment<Element, kMoves> (&dweights)[kRowTiles], uint32 tile) {
+        if (!(kCare && counting)) return multiply_values<typename Traits::MovingA>(sums_a, dweights, tile);
+        if constexpr (kCountsA) {
+            Accumulator<Traits::kHeadDim> counts[kRowTiles];
+#pragma unroll
+            for (int m = 0; m < kRowTiles; ++m) counts[m].clear();
+            multiply_values<typename Traits::MovingA>(counts, dweights, tile);
+#pragma unroll
+            for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+                for (int i = 0; i < Traits::kHeadDim / 2; ++i)
+                    if (counts[m].value[i / 4][i % 4] != 0.f) sums_a[m].value[i / 4][i % 4] = ptx::nan();
+        }
     }
 
     DEVICE_METHOD void add_to_b(const Fragment<Element, kMoves> (&weights)[kRowTiles], uint32 tile) {
@@ -275,9 +290,11 @@ struct BackwardBlock {
                         if constexpr (kWanted == kOfBias) changes[m].value[block][i] += change;
                         if constexpr (kWanted == kOfQueries && bool(kEdits & kAlibi)) {
                             const int distance = token + sequence.band.offset - key;
-                            slope_part -= change * static_cast<float>(distance < 0 ? -distance : distance);
+                            if (!(kCare && counting))
+                                slope_part -= change * static_cast<float>(distance < 0 ? -distance : distance);
                         }
-                        dscores.value[block][i] = kEdits & kSoftcap && !hidden ? change * slope : change;
+                        const float through = kCountsA && counting ? 1.f : change * slope;
+                        dscores.value[block][i] = kEdits & kSoftcap && !hidden ? through : change;
                     }
                 }
             }

@@ -111,7 +111,9 @@ def to_be_copied(name: str, view: View | Fact, problem: Problem) -> bool:
     """Whether kernels cannot read an operand as it is."""
     shape, strides, dtype = view[-3:] if isinstance(view, View) else view[1]
     if name in ("lse", "dlse"):
-        return strides != contiguous_strides(shape) and math.prod(shape) > 1
+        # No library copies an array for the stride of an axis of one.
+        steps = zip(shape, strides, contiguous_strides(shape), strict=True)
+        return 0 not in shape and any(size > 1 and found != step for size, found, step in steps)
     word = "q" if name in ("dout", "out") else name
     return has_to_be_copied(word, shape, strides, dtype, problem.sizes.batch_shape)
 
@@ -251,21 +253,30 @@ def _tail(problem: Problem, arrays: FactsOfArrays, written: Mapping[str, Written
         steps = contiguous_strides((sizes.batch, *shape[lead:]) if lead else shape)
         return operand_strides(name, problem, steps, False)
 
-    bias = _four(arrays.shapes["bias"]) if "bias" in written else (0,) * 4
-    return params.GradientTail(
+    tail = params.GradientTail(
         operand_strides("out", problem, strides["dout"], False),
         of_operand("q"),
         of_operand("k"),
         of_operand("v"),
-        score_strides(contiguous_strides(bias)) if "bias" in written else params.ScoreStrides(),
-        bias,
+        params.ScoreStrides(),
+    )
+    if "bias" not in written:
+        return tail
+    batch, heads, rows, keys = shape = _four(arrays.shapes["bias"])
+    return tail._replace(
+        of_dbias=score_strides(contiguous_strides(shape)),
+        bias_batch=batch,
+        bias_heads=heads,
+        bias_rows=rows,
+        bias_keys=keys,
     )
 
 
 def with_dtypes(recipe: BackwardRecipe, dtypes: Mapping[str, str]) -> BackwardRecipe:
     """The recipe whose kernels write these dtypes, by operand."""
-    codes = tuple(params.BIAS_DTYPES.index(dtypes[name]) if name in dtypes else 0 for name in ("q", "k", "v", "bias"))
-    return replace(recipe, gradients=recipe.gradients._replace(dtypes=codes))
+    q, k, v, bias = (params.BIAS_DTYPES.index(dtypes[x]) if x in dtypes else 0 for x in ("q", "k", "v", "bias"))
+    grads = recipe.gradients._replace(dq_dtype=q, dk_dtype=k, dv_dtype=v, dbias_dtype=bias)
+    return replace(recipe, gradients=grads)
 
 
 _NOTHING = params.GradientTail(*(params.Strides(),) * 4, params.ScoreStrides())

@@ -131,11 +131,16 @@ class GradientTail(NamedTuple):
     of_dk: Strides
     of_dv: Strides
     of_dbias: ScoreStrides
-    bias_sizes: tuple[int, ...] = (0,) * 4
-    """Batch, heads, rows and keys of the bias."""
+    bias_batch: int = 0
+    bias_heads: int = 0
+    bias_rows: int = 0
+    bias_keys: int = 0
     heads_per_owner: int = 1
-    dtypes: tuple[int, ...] = (0,) * 4
-    """In which dq, dk, dv and dbias are written: places in `BIAS_DTYPES`."""
+    dq_dtype: int = 0
+    """In which it is written: a place in `BIAS_DTYPES`."""
+    dk_dtype: int = 0
+    dv_dtype: int = 0
+    dbias_dtype: int = 0
 
     def pack(self, pointers: Mapping[str, int]) -> bytes:
         addresses = [pointers.get(name, 0) for name in GRADIENT_POINTERS]

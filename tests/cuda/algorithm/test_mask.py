@@ -24,6 +24,14 @@ __global__ void band(int count, const Band* bands, const int2* rows, int* found)
     for (int at = 0; at < 3; ++at) found[6 * i + 2 * at] = spans[at].start, found[6 * i + 2 * at + 1] = spans[at].stop;
 }}
 template <int>
+__global__ void turned(int count, const Band* bands, const int2* keys, int* found) {{
+    {BEGIN}
+    const Band band = bands[i];
+    const int first = keys[i].x, last = keys[i].y;
+    const Span spans[3] = {{band.seeing_rows(first), band.touching(first, last), band.seeing_all(first, last)}};
+    for (int at = 0; at < 3; ++at) found[6 * i + 2 * at] = spans[at].start, found[6 * i + 2 * at + 1] = spans[at].stop;
+}}
+template <int>
 __global__ void sequence(int count, const Params* params, const int* indices, int64* found) {{
     {BEGIN}
     const Sequence at = sequence_at(indices[i], params[i]);
@@ -74,10 +82,65 @@ def test_bands_of_any_lengths_and_windows_do_not_wrap(rng, target):
 def test_a_guarded_difference_wraps_as_compiled(rng):
     """What mask.cuh had: right in every test of the emulator, and zeros for whole tiles on a GPU."""
     sources = planted(MASK, "larger(diagonal - left, 0)", "diagonal > left ? diagonal - left : 0")
-    assert sources[MASK].count("right == kOpen") == 1
-    sources = {MASK: sources[MASK].replace("right == kOpen", "right == kLargest")}
+    assert sources[MASK].count("right == kOpen ? seqlen_k") == 1
+    sources = {MASK: sources[MASK].replace("right == kOpen ? seqlen_k", "right == kLargest ? seqlen_k")}
     with pytest.raises(AssertionError, match="Mask"):
         hold_bands(rng, built(PROBE, "alone::band<0>", "sm_80", sources), open_=LARGEST)
+
+
+def seeing(mask, key, seqlen_q, seqlen_k):
+    """The queries that see a key, in numbers that never wrap."""
+    diagonal = key - mask.offset(seqlen_q, seqlen_k)
+    start = 0 if mask.right is None else max(0, diagonal - mask.right)
+    return start, seqlen_q if mask.left is None else min(seqlen_q, diagonal + mask.left + 1)
+
+
+def test_queries_that_see_a_key_are_those_that_see_it(rng):
+    for case in range(50):
+        seqlen_q, seqlen_k, left, right = (int(x) for x in rng.integers(1, 9, 4))
+        left, right = (None if rng.random() < 0.3 else side for side in (left, right))
+        mask = Mask(left, right, ("top-left", "bottom-right")[case % 2])
+        for key in range(seqlen_k):
+            spans = (mask.visible_keys(row, seqlen_q, seqlen_k) for row in range(seqlen_q))
+            rows = [row for row, span in enumerate(spans) if span.start <= key < span.stop]
+            assert rows == list(range(*seeing(mask, key, seqlen_q, seqlen_k)))
+
+
+def hold_turned_bands(rng, kernel):
+    """Spans of the queries that see keys of all kinds."""
+    seqlens = np.maximum(numbers(rng, (2, BANDS), 0, OPEN), 1)
+    close = rng.random(BANDS) < 0.3
+    seqlens[1, close] = np.clip(seqlens[0, close] + rng.integers(-2, 3, close.sum()), 1, OPEN)
+    sides, hides = numbers(rng, (2, BANDS), 0, OPEN), rng.random((2, BANDS)) < 0.7
+    bottom_right = rng.random(BANDS) < 0.5
+    keys = np.minimum(numbers(rng, (2, BANDS), 0, OPEN), seqlens[1] - 1)
+    keys = np.ascontiguousarray(np.sort(keys, axis=0).T, np.int32)
+    offset = np.where(bottom_right, seqlens[1] - seqlens[0], 0)
+    bands = np.stack([*seqlens, *np.where(hides, sides, OPEN), offset], axis=1).astype(np.int32)
+    found = run(kernel, [bands, keys], np.zeros((BANDS, 6), np.int32)).tolist()
+    for case, (seqlen_q, seqlen_k) in enumerate(seqlens.T.tolist()):
+        left, right = (x if used else None for x, used in zip(sides.T[case].tolist(), hides.T[case], strict=True))
+        mask = Mask(left, right, ("top-left", "bottom-right")[int(bottom_right[case])])
+        of_first, of_last = (seeing(mask, key, seqlen_q, seqlen_k) for key in keys[case].tolist())
+        expected = [*of_first, of_first[0], of_last[1], of_last[0], of_first[1]]
+        assert found[case] == expected, (mask, seqlen_q, seqlen_k, keys[case])
+
+
+@target
+def test_queries_of_any_keys_do_not_wrap(rng, target):
+    hold_turned_bands(rng, built(PROBE, "alone::turned<0>", target))
+
+
+WRONG = [
+    ("larger(diagonal - right, 0)", "larger(diagonal - right + 1, 0)"),
+    ("left == kOpen ? seqlen_q", "left == kOpen ? seqlen_q - 1"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), WRONG)
+def test_a_wrong_span_of_queries_is_noticed(rng, old, new):
+    with pytest.raises(AssertionError, match="Mask"):
+        hold_turned_bands(rng, built(PROBE, "alone::turned<0>", "sm_80", planted(MASK, old, new)))
 
 
 # ---- Sequences -------------------------------------------------------------------------------------------------------

@@ -77,6 +77,36 @@ def test_both_have_the_same_size(probe):
     assert probe.parameter_bytes - 8 == params.SIZE
 
 
+GRADIENTS = [f"grad.{name}" for name in params.GRADIENT_POINTERS]
+"""C++ names of ``Gradients``, in the order in which Python packs them."""
+GRADIENT_TAIL = {name: getattr(kind, "_fields", None) for name, kind in get_type_hints(params.GradientTail).items()}
+for name, parts in GRADIENT_TAIL.items():
+    GRADIENTS += [f"grad.{name}.{part}" for part in parts] if parts else [f"grad.{name}"]
+
+
+@pytest.fixture(scope="module")
+def probe_of_gradients():
+    return probe_of("BackwardParams", [*FIELDS, *GRADIENTS])
+
+
+def numbered_gradients():
+    numbers = iter(range(len(FIELDS) + 1, len(FIELDS) + len(GRADIENTS) + 1))
+    pointers = {name: next(numbers) for name in params.GRADIENT_POINTERS}
+    tail = {n: tuple(next(numbers) for _ in parts) if parts else next(numbers) for n, parts in GRADIENT_TAIL.items()}
+    return params.GradientTail(**tail).pack(pointers)
+
+
+def test_every_field_of_gradients_is_where_the_kernels_read_it(probe_of_gradients):
+    out = np.zeros(len(FIELDS) + len(GRADIENTS))
+    record = numbered().tobytes() + numbered_gradients() + struct.pack("<Q", out.ctypes.data)
+    probe_of_gradients.launch(record, (1, 1, 1), 32, 0, [(out, True)])
+    np.testing.assert_array_equal(out, np.arange(1, len(out) + 1))
+
+
+def test_the_record_of_gradients_has_the_size_of_the_struct(probe_of_gradients):
+    assert probe_of_gradients.parameter_bytes - 8 == params.SIZE + len(numbered_gradients())
+
+
 def test_an_open_side_of_a_band_is_what_the_kernel_takes_for_it():
     text = (emulator.CUDA / "algorithm/params.cuh").read_text()
     assert eval(re.search(r"kOpen = (.+?);", text)[1]) == params.OPEN

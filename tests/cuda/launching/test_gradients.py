@@ -1,0 +1,173 @@
+"""Launches of the gradients, as values: what has to be copied, who sums what, one record."""
+
+import numpy as np
+import pytest
+from emulated import STORED, operands, options_of, problem_of, ragged_operands, ragged_options
+from emulated_backward import A100
+
+from cupyattn.cuda.launching import params
+from cupyattn.cuda.launching.gradients import as_asked, backward_recipe, to_be_copied, with_dtypes
+from cupyattn.cuda.launching.views import View, contiguous_strides, view_of_numpy
+from cupyattn.plan import OF_KEYS, OF_QUERIES, OF_VALUES, choose_backward
+
+
+def recipe_of(arrays, options, **known):
+    """(recipe, problem) of operands; `known` take the place of a contiguous dout, out and lse."""
+    problem = problem_of(arrays, options)
+    made = {name: np.zeros(problem.out_shape, STORED[problem.dtype]) for name in ("dout", "out")}
+    made["lse"] = np.zeros(problem.lse_shape, np.float32)
+    views = {name: view_of_numpy(x, x.dtype.name) for name, x in {**arrays, **made, **known}.items()}
+    return backward_recipe(choose_backward(problem, A100), problem, views), problem
+
+
+def dense(rng, dtype="float16", heads=(4, 2, 2), seqlens=(70, 90), dims=(64, 64), batch=2, **arrays):
+    return {**operands(rng, dtype, "bshd", batch, heads, seqlens, dims), **arrays}, options_of()
+
+
+def batches(arrays, options, *shape):
+    """The same with several batch axes."""
+    asked = options._replace(any_rank=True)
+    return {name: x.reshape(*shape, *x.shape[1:]) for name, x in arrays.items()}, asked
+
+
+# ---- What has to be copied --------------------------------------------------------------------------
+
+
+def test_nothing_is_copied_that_kernels_can_read(rng):
+    arrays, options = dense(rng)
+    arrays = {name: np.repeat(x, 2, axis=1)[:, ::-2] for name, x in arrays.items()}
+    wide = np.zeros((2, 70, 4, 128), np.float16)
+    recipe, _ = recipe_of(arrays, options, dout=wide[..., 64:], out=wide[..., :64])
+    assert recipe.copies == ()
+    assert recipe.steps
+
+
+@pytest.mark.parametrize("name", ["q", "dout", "out"])
+def test_rows_that_are_not_contiguous_are_copied(rng, name):
+    arrays, options = dense(rng)
+    recipe, _ = recipe_of(arrays, options, **{name: np.zeros((2, 70, 4, 128), np.float16)[..., ::2]})
+    assert recipe.copies == (name,)
+    assert recipe.steps == ()
+
+
+def test_a_gradient_that_is_one_number_repeated_is_copied(rng):
+    arrays, options = dense(rng)
+    recipe, _ = recipe_of(arrays, options, dout=np.broadcast_to(np.float16(1.0), (2, 70, 4, 64)))
+    assert recipe.copies == ("dout",)
+
+
+@pytest.mark.parametrize("name", ["lse", "dlse"])
+def test_numbers_of_rows_are_copied_unless_they_lie_side_by_side(rng, name):
+    arrays, options = dense(rng)
+    recipe, _ = recipe_of(arrays, options, **{name: np.zeros((2, 4, 140), np.float32)[..., ::2]})
+    assert recipe.copies == (name,)
+
+
+def test_an_axis_of_one_may_have_any_stride(rng):
+    """To copy it would not help: torch and CuPy call it contiguous, and leave it as it is."""
+    arrays, options = dense(rng, heads=(1, 1, 1), batch=1)
+    problem = problem_of(arrays, options)
+    odd = View(16, (1, 1, 70), (999, 7, 1), "float32")
+    assert not to_be_copied("lse", odd, problem)
+    assert not to_be_copied("dlse", odd, problem)
+    assert not to_be_copied("lse", View(16, (1, 1, 1), (5, 5, 5), "float32"), problem)
+    assert to_be_copied("lse", View(16, (1, 2, 70), (999, 80, 1), "float32"), problem)
+
+
+def test_numbers_of_another_dtype_are_copied(rng):
+    arrays, options = dense(rng, seqlens=(70, 70), sinks=np.zeros(4, np.float16), alibi_slopes=np.zeros(4))
+    assert recipe_of(arrays, options)[0].copies == ("sinks", "alibi_slopes")
+
+
+def test_several_batch_axes_are_made_one(rng):
+    arrays, options = batches(*dense(rng, batch=6), 2, 3)
+    assert set(recipe_of(arrays, options)[0].copies) == {"q", "k", "v", "dout", "out"}
+
+
+def test_of_several_batch_axes_gradients_have_the_callers_shape(rng):
+    arrays, options = batches(*dense(rng, batch=6), 2, 3)
+    problem = problem_of(arrays, options)
+    one = {name: x.reshape(6, *x.shape[2:]) for name, x in arrays.items()}
+    one |= {name: np.zeros((6, 70, 4, 64), np.float16) for name in ("dout", "out")}
+    one["lse"] = np.zeros((2, 3, 4, 70), np.float32)
+    views = {name: view_of_numpy(x, x.dtype.name) for name, x in one.items()}
+    recipe = backward_recipe(choose_backward(problem, A100), problem, views)
+    assert recipe.copies == ()
+    assert {name: x.shape for name, x in recipe.written.items()} == {name: arrays[name].shape for name in "qkv"}
+    assert recipe.gradients.of_dq == params.Strides(70 * 4 * 64, 4 * 64, 64)
+
+
+# ---- Who sums what ----------------------------------------------------------------------------------
+
+
+def test_what_repeats_an_operand_is_summed_in_float32(rng):
+    arrays, options = dense(rng)
+    arrays["k"] = arrays["k"][:1]
+    recipe, _ = recipe_of(arrays, options)
+    asked = {name: as_asked(x, arrays[name].shape, "float16") for name, x in recipe.written.items()}
+    assert (asked["k"].shape, asked["k"].dtype, asked["k"].is_whole) == ((2, 90, 2, 64), "float32", False)
+    assert (asked["v"].shape, asked["v"].dtype, asked["v"].is_whole) == ((2, 90, 2, 64), "float16", True)
+    tail = with_dtypes(recipe, {name: x.dtype for name, x in asked.items()}).gradients
+    assert (tail.dq_dtype, tail.dk_dtype, tail.dv_dtype) == (0, 2, 0)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 70, 90), (1, 4, 1, 90), (4, 70, 1), (1,), ()], ids=str)
+def test_a_bias_is_summed_by_its_kernel(rng, shape):
+    arrays, options = dense(rng, bias=np.zeros(shape, np.float32))
+    recipe, _ = recipe_of(arrays, options)
+    four = (1,) * (4 - len(shape)) + shape
+    assert recipe.written["bias"].shape == four
+    assert as_asked(recipe.written["bias"], shape, "float32").is_whole
+    tile = choose_backward(problem_of(arrays, options), A100).tile.passes[-1][1]
+    tiles = -(-four[2] // tile.stays) * -(-four[3] // tile.moves)
+    assert recipe.steps[-1].grid == four[0] * four[1] * tiles
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared"), [((4, 4, 4), 1), ((4, 2, 2), 2), ((12, 2, 3), 12), ((12, 6, 4), 6), ((4, 4, 1), 4)]
+)
+def test_one_block_sums_all_heads_that_share_keys_or_values(rng, heads, shared):
+    arrays, options = dense(rng, heads=heads)
+    recipe, _ = recipe_of(arrays, options)
+    rows, of_queries, of_keys = recipe.steps
+    assert rows.grid == -(-2 * heads[0] * 70 // 8)
+    assert (of_queries.grid, of_queries.heads_per_owner) == (2 * heads[0], 1)
+    assert (of_keys.grid, of_keys.heads_per_owner) == (2 * heads[0] // shared, shared)
+
+
+def test_wide_heads_have_owners_of_their_own_for_keys_and_values(rng):
+    arrays, options = dense(rng, heads=(12, 2, 3), dims=(192, 128))
+    recipe, problem = recipe_of(arrays, options)
+    assert [wanted for wanted, _ in choose_backward(problem, A100).tile.passes] == [OF_QUERIES, OF_KEYS, OF_VALUES]
+    assert [step.heads_per_owner for step in recipe.steps] == [1, 1, 6, 4]
+
+
+def test_what_is_empty_is_not_launched(rng):
+    arrays = ragged_operands(rng, "float16", (), (), behind=(5, 5))
+    recipe, _ = recipe_of(arrays, ragged_options(arrays))
+    assert [step.specialisation.source for step in recipe.steps] == ["backward_rows.cu"]
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
+def test_an_odd_address_of_any_operand_is_known(rng, name):
+    arrays, options = dense(rng)
+    memory = np.zeros(2 * 90 * 4 * 64 + 1, np.float16)
+    shape = (2, 90, 2, 64) if name in "kv" else (2, 70, 4, 64)
+    odd = memory[1 : 1 + np.prod(shape)].reshape(shape)
+    even, _ = recipe_of(arrays, options)
+    found, _ = recipe_of(arrays, options, **{name: odd})
+    assert all("true" in step.specialisation.expression for step in even.steps[1:])
+    assert not any("true" in step.specialisation.expression for step in found.steps[1:])
+
+
+def test_rows_of_dout_that_are_not_aligned_are_known(rng):
+    arrays, options = dense(rng)
+    found, _ = recipe_of(arrays, options, dout=np.zeros((2, 70, 4, 67), np.float16)[..., :64])
+    assert not any("true" in step.specialisation.expression for step in found.steps[1:])
+
+
+def test_results_lie_contiguously_in_the_callers_layout(rng):
+    arrays = operands(rng, "float16", "bhsd", 2, (4, 2, 2), (70, 90), (64, 32))
+    recipe, _ = recipe_of(arrays, options_of(layout="bhsd"))
+    batch, head, row, _ = contiguous_strides((2, 2, 90, 32))
+    assert recipe.gradients.of_dv == params.Strides(batch, row, head)
