@@ -6,7 +6,9 @@ python tests/resources.py --update    # and write the table anew
 
 import importlib.util
 import json
+import re
 import shutil
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +47,26 @@ def disassembler():
     places = package.submodule_search_locations if package and package.submodule_search_locations else []
     others = [path for place in places for path in Path(place).glob("*/bin/nvdisasm")]
     return found or (str(others[0]) if others else None)
+
+
+def instructions(cubin, tmp_path):
+    """(the instructions of a kernel, the spans of its loops)."""
+    import pytest
+
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("needs nvdisasm (nvidia-cuda-nvdisasm)")
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(cubin.image)
+    text = subprocess.run([tool, "-c", str(path)], capture_output=True, text=True, check=True).stdout
+    found, labels = [], {}
+    for line in text.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(found)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            found.append(instruction[1].strip())
+    jumps = ((index, re.search(r"BRA.*`\((\.L_x_\d+)\)", text)) for index, text in enumerate(found))
+    return found, [(labels[jump[1]], index) for index, jump in jumps if jump and labels[jump[1]] <= index]
 
 
 def main(update):

@@ -37,7 +37,6 @@ struct HopperGradients {
     float row_lse[2], row_delta[2];                                // of staying queries
     Accumulator<Traits::kSumsA ? Traits::kHeadDim : 16> sums_a;    // dq or dk
     Accumulator<Traits::kSumsB ? Traits::kHeadDimV : 16> sums_b;   // dv
-    Accumulator<kMoves> scores, dscores;
     Fragment<Element, kMoves> weights, dweights;
 
     DEVICE_METHOD HopperGradients(const BackwardParams& params_, const GradientMemory<Traits>& memory_,
@@ -88,42 +87,44 @@ struct HopperGradients {
 
     // ---- The walk ----
 
+    // ptxas has products wait for each other, one by one, wherever it cannot see that nobody else touches what is under
+    // way: so of a step only its sums are left to the next one, the way around the loop ends as the one through it, no
+    // branch has a product in it, and registers are asked for twice nowhere (tests/cuda/test_hopper_backward_sass.py).
     DEVICE_METHOD void walk() {
-        int block = tile.blocks.start;
-        if (block >= tile.blocks.stop) return;
-        begin_scores(use);
 #pragma unroll 1
-        for (; block < tile.blocks.stop; ++block) {
-            if (tile.whole.has(block))
-                step<false>(block);
-            else
-                step<true>(block);
-        }
+        for (int block = tile.blocks.start; block < tile.blocks.stop; ++block) step(block);
         ptx::wgmma_wait<0>();
         hold_sums();
-        leave(use - 1);
+        if (!tile.blocks.empty()) leave(use - 1);
     }
 
-    // A tile whose scores are under way, and the scores of the next one.
-    template <bool kBand>
     DEVICE_METHOD void step(int block) {
-        if constexpr (Traits::kNeedsChanges) multiply_b();
-        ptx::wgmma_wait<Traits::kNeedsChanges ? 1 : 0>();  // of the tile before there is nothing under way, too
-        ptx::hold(scores.value);
+        Accumulator<kMoves> scores, dscores;
+        const bool whole = tile.whole.has(block);
+        memory.moving_ring().wait_full(use);
+        multiply(scores, memory.stays_a(), memory.moves_a(use));
+        ptx::wgmma_wait<1>();  // the sums of the tile before: dscores need the registers of their weights
+        hold_sums();
         if (block > tile.blocks.start) leave(use - 1);
-        weigh<kBand>(block);
+        if constexpr (Traits::kNeedsChanges) multiply(dscores, memory.stays_b(), memory.moves_b(use));
+        ptx::wgmma_wait<Traits::kNeedsChanges ? 1 : 0>();
+        ptx::hold(scores.value);
+        if (whole)
+            weigh<false>(scores, block);
+        else
+            weigh<true>(scores, block);
         if constexpr (Traits::kNeedsChanges) {
             ptx::wgmma_wait<0>();
             ptx::hold(dscores.value);
-            if constexpr (Traits::kSumsB) weights.round_from(scores);
-            change<kBand>();
+            if (whole)
+                change<false>(scores, dscores);
+            else
+                change<true>(scores, dscores);
             dweights.round_from(dscores);
-        } else {
-            weights.round_from(scores);
         }
+        if constexpr (Traits::kSumsB) weights.round_from(scores);
         add_up();
         ++use;
-        if (block + 1 < tile.blocks.stop) begin_scores(use);
     }
 
     DEVICE_METHOD void leave(int its_use) const {
@@ -133,21 +134,13 @@ struct HopperGradients {
 
     template <typename Left, typename Right>
     DEVICE_METHOD void multiply(Accumulator<kMoves>& products, const Left& left_tile, const Right& right_tile) const {
+        ptx::hold(products.value);
         const uint64 left = left_tile.by_rows(64 * consumer), right = right_tile.by_rows(0);
         ptx::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Left::kCols / 16; ++step)
             ptx::wgmma<Element, false>(products.value, left + Left::along(step), right + Right::along(step), step);
         ptx::wgmma_commit();
-    }
-    DEVICE_METHOD void begin_scores(int its_use) {
-        memory.moving_ring().wait_full(its_use);
-        ptx::hold(scores.value);
-        multiply(scores, memory.stays_a(), memory.moves_a(its_use));
-    }
-    DEVICE_METHOD void multiply_b() {
-        ptx::hold(dscores.value);
-        multiply(dscores, memory.stays_b(), memory.moves_b(use));
     }
 
     // Both sums of a tile, in one group.
@@ -181,7 +174,7 @@ struct HopperGradients {
 
     // Products q k^T become weights; 0 where a pair is not seen.
     template <bool kBand>
-    DEVICE_METHOD void weigh(int block) {
+    DEVICE_METHOD void weigh(Accumulator<kMoves>& scores, int block) const {
         const float scale_log2 = params.softmax_scale * kLog2e;
         const int first_column = block * kMoves + Accumulator<kMoves>::first_column();
         int start[2] = {0, 0}, stop[2] = {kMoves, kMoves};
@@ -210,7 +203,7 @@ struct HopperGradients {
     }
     // Products dout v^T become what a change of a product q k^T comes to, the scale aside.
     template <bool kBand>
-    DEVICE_METHOD void change() {
+    DEVICE_METHOD void change(const Accumulator<kMoves>& scores, Accumulator<kMoves>& dscores) const {
 #pragma unroll
         for (int eight = 0; eight < kMoves / 8; ++eight) {
             uint32 facts[4];

@@ -112,8 +112,6 @@ def hopper_backward_tile(wide: int, wide_v: int, wanted: int) -> BackwardTile:
     widest = max(wide, wide_v)
     if wanted == OF_QUERIES:
         moves = 128 if widest <= 128 else 64 if widest <= 192 else 32
-    elif widest <= 128:
-        moves = 128 if widest <= 64 else 64
     else:
         moves = 32 if widest > 192 and wanted == OF_KEYS else 64
     tiles = (BackwardTile(128, moves, 12, stages) for stages in (4, 3, 2))

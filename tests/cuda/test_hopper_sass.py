@@ -1,10 +1,9 @@
 """What ptxas makes of the Hopper kernel: its instructions, its registers, and whether its overlap survived."""
 
 import re
-import subprocess
 
 import pytest
-from resources import disassembler
+from resources import instructions
 
 from cupyattn.cuda.making import catalogue, compiler, source
 from cupyattn.plan.hopper import ALL_KEYS, BOTH_EDGES, RIGHT_EDGE, Switches, base_tile
@@ -35,24 +34,6 @@ def compiled(dtype, head_dim, head_dim_v, reach, cluster=1, **edits):
 def kernel(request):
     """(dtype, cubin) of a default kernel."""
     return KERNELS[request.param][0], compiled(*KERNELS[request.param])
-
-
-def instructions(cubin, tmp_path):
-    """(the instructions of a kernel, the spans of its loops)."""
-    tool = disassembler()
-    if tool is None:
-        pytest.skip("needs nvdisasm (nvidia-cuda-nvdisasm)")
-    path = tmp_path / "kernel.cubin"
-    path.write_bytes(cubin.image)
-    text = subprocess.run([tool, "-c", str(path)], capture_output=True, text=True, check=True).stdout
-    found, labels = [], {}
-    for line in text.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line.strip()):
-            labels[label[1]] = len(found)
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            found.append(instruction[1].strip())
-    jumps = ((index, re.search(r"BRA.*`\((\.L_x_\d+)\)", text)) for index, text in enumerate(found))
-    return found, [(labels[jump[1]], index) for index, jump in jumps if jump and labels[jump[1]] <= index]
 
 
 def walks(found, loops):

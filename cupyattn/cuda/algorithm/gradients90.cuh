@@ -17,8 +17,9 @@ struct HopperBackwardTraits {
     static constexpr int kNumStages = kNumStages_;
     static constexpr int kWanted = kWanted_;
     static constexpr int kConsumers = kStays / 64, kThreads = 128 * (1 + kConsumers);
-    // Of 168 for each of 384 threads: what the fetching warpgroup gives back, the others take.
-    static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+    // Of 168 for each of 384 threads: what the fetching warpgroup gives back, the others take.  It could not do with
+    // 24, for facts have addresses.
+    static constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;
     static constexpr bool kTurned = kWanted & (kOfKeys | kOfValues);  // keys stay, queries move
     static constexpr bool kSumsA = kWanted & (kOfQueries | kOfKeys), kSumsB = kWanted & kOfValues;
     static constexpr bool kNeedsChanges = kWanted != kOfValues;  // dS
