@@ -6,7 +6,7 @@ from gpu_tools import microseconds
 
 import cupyattn
 from cupyattn.cuda.making import catalogue
-from cupyattn.plan import OF_BIAS, OF_KEYS, OF_QUERIES, OF_VALUES, backward_tile
+from cupyattn.plan import OF_BIAS, OF_KEYS, OF_QUERIES, OF_VALUES, backward_tile, hopper_backward_tile
 from cupyattn.problem import NAMED_DEVICES
 
 SHAPES = [
@@ -82,4 +82,7 @@ def kernels():
             edits = catalogue.BIAS if wanted == OF_BIAS else 0
             tile = backward_tile(head_dim, "bfloat16", room, wanted)
             found.append(catalogue.backward("bfloat16", head_dim, head_dim, tile, wanted, True, edits))
+            if wanted != OF_BIAS:
+                tile = hopper_backward_tile(head_dim, head_dim, wanted)
+                found.append(catalogue.hopper_backward("bfloat16", head_dim, head_dim, tile, wanted))
     return found
