@@ -242,7 +242,7 @@ def _of_backward(kernel):
     x = kernel.traits
     dtype, dims = kernel.dtype, kernel.dims if "head_dim" in x else (64, 64)
     tile = BackwardTile(*(x[name] for name in BackwardTile._fields)) if "wanted" in x else None
-    stays, moves = (tile.stays, tile.moves) if tile else (1, 1)
+    stays, moves = (tile.stays, tile.moves) if tile else (64, 16)
     rows, keys = 2 * moves + 22, stays + 37
     if x.get("wanted") == plan.OF_QUERIES:
         rows, keys = stays + 37, 2 * moves + 22
