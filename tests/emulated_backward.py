@@ -90,7 +90,7 @@ class Call:
         views = {name: view_of_numpy(x, x.dtype.name) for name, x in everything.items()}
         recipe = backward_recipe(self.plan, problem, views)
         assert not recipe.copies, recipe.copies
-        wanted = {name for bits, _ in self.plan.tile.passes for name in summed(bits)}
+        wanted = {"sinks", *(name for bits, _ in self.plan.tile.passes for name in summed(bits))}
         asked = {
             name: as_asked(written, everything[name].shape, everything[name].dtype.name)
             for name, written in recipe.written.items()
