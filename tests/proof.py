@@ -200,16 +200,16 @@ def summary(reports, options):
 def chosen(reports):
     """Writes the share that is run by `make test`; returns what is wrong."""
     measured, forms = [], set()
-    for report in reports:
-        if "bug" in report or "as" in report:
-            continue
-        kernel = Kernel(report["target"], report["source"], report["expression"])
-        forms |= set(report["forms"])
-        for call in report["calls"]:
-            pair = share.Pair(kernel, call["call"], call["schedule"])
+    of_kernels = [report for report in reports if "bug" not in report]
+    by_kernel = {(x["target"], x["source"], x["expression"]): x for x in of_kernels}
+    for (target, source, expression), report in by_kernel.items():
+        run = by_kernel[report["as"], source, expression] if "as" in report else report  # the same text
+        forms |= set(run["forms"])
+        for call in run["calls"]:
+            pair = share.Pair(Kernel(target, source, expression), call["call"], call["schedule"])
             if call["lost"] is None:
                 executed = frozenset(call["forms"])
-                measured.append(share.Measured(pair, executed, call["seconds"], report["seconds"]))
+                measured.append(share.Measured(pair, executed, call["seconds"], run["seconds"]))
     found = share.choose(measured)
     compiled = {each.pair.kernel: each.to_compile for each in found}
     seconds = sum(each.seconds for each in found) + sum(compiled.values())
