@@ -127,6 +127,7 @@ class Call:
         grads = {name: self._home(name) for name in self.asked}
         return Result(grads, self.problem, self.plan, self.arrays["out"], self.arrays["lse"])
 
+    @np.errstate(all="ignore")
     def _home(self, name):
         found, like = self.results[f"d{name}"], self.arrays[name]
         if self.asked[name].is_whole:
@@ -164,6 +165,7 @@ def run(arrays, options, schedule=0, seed=0, **call):
 # ---------------------------------------------------------------------------------------------------
 
 
+@np.errstate(all="ignore")
 def derivative(arrays, problem, dropout_seed=0, rounding=None, forward=None):
     """Gradients by operand in float64; with `rounding`, as an algorithm that rounds to that dtype has them.
 

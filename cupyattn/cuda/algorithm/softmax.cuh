@@ -93,8 +93,8 @@ DEVICE Finish finish_row(float row_max, float row_sum, float sink) {
     const float of_sink = sink == ptx::infinity() ? 1.f : ptx::exp2(sink - origin);  // infinity - infinity is nan
     const float total = row_sum * shrink + of_sink;
     if (total == 0.f) return {0.f, -ptx::infinity()};
-    // The lowest number stands for all that are lower as exponents of two, see scores.cuh.
-    const float lse = highest == kLowest && total == total ? kLowest : (origin + ptx::log2(total)) * kLn2;
+    // The lowest number stands for all that are lower as exponents of two, see scores.cuh; a sum of nan is nan still.
+    const float lse = highest == kLowest ? ptx::fma(total, 0.f, kLowest) : (origin + ptx::log2(total)) * kLn2;
     return {shrink / total, lse};
 }
 

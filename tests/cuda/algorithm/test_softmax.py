@@ -108,7 +108,7 @@ def test_nan_beside_the_lowest_number_is_nan(rng):
     [
         ("if (total == 0.f) return {0.f, -ptx::infinity()};", ""),
         ("sink == ptx::infinity() ? 1.f : ", ""),
-        ("highest == kLowest && total == total ? kLowest : ", ""),
+        ("highest == kLowest ? ptx::fma(total, 0.f, kLowest) : ", ""),
         ("highest == -ptx::infinity() ? 0.f : highest;", "highest;"),
     ],
     ids=["nothing divided by nothing", "infinity less infinity", "the lowest is no mark", "-inf less -inf"],
