@@ -117,17 +117,17 @@ def _agreed(function: str, problem: Problem, plan: Plan) -> Plan:
 
 def _run(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays:
     """The results; the seed is one of the operands where each of many calls at once has its own."""
-    specs = dict(visit.specs)
+    function, specs = visit.function, dict(visit.specs)  # a graph that keeps what is below keeps no arrays
 
     def forward(operands: Arrays) -> Arrays:
         if problem.layout.ragged:
-            check_sequences(visit.function, specs, problem.sizes, operands)
+            check_sequences(function, specs, problem.sizes, operands)
         return cpu.run(plan, problem, operands, int(operands.get("seed", seed)))
 
     def backward(operands: Arrays, known: Arrays) -> Arrays:
         if problem.dtype == FLOAT8:
             rule = f"has no gradients of {FLOAT8}, nor of what comes with it, and one was asked for"
-            raise NotImplementedError(refusal(visit.function, rule))
+            raise NotImplementedError(refusal(function, rule))
         return gradients(plan, problem, operands, known, int(operands.get("seed", seed)))
 
     if visit.kind == "cuda":
@@ -146,15 +146,16 @@ def _run_on_gpu(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays
     if problem.dtype == FLOAT8:
         rule = f"has no gradients of {FLOAT8}, nor of what comes with it; call it under torch.no_grad()"
         raise NotImplementedError(refusal(visit.function, rule))
-    plan_for_gradients(visit.function, whole, visit.device())  # refused now, not when it is too late
+    device, bare = visit.device(), replace(visit, arrays={}, given={})  # a graph that keeps it keeps no arrays
+    plan_for_gradients(visit.function, whole, device)  # refused now, not when it is too late
 
     def forward(operands: Arrays) -> Arrays:
         own, its_seed = _without_seed(operands, seed)
-        return cuda.run(visit.function, visit.library.title, own, specs, plan, whole, its_seed)
+        return cuda.run(bare.function, bare.library.title, own, specs, plan, whole, its_seed)
 
     def backward(operands: Arrays, known: Arrays) -> Arrays:
         own, its_seed = _without_seed(operands, seed)
-        return gradients_on_gpu(visit, whole, own, known, its_seed)
+        return gradients_on_gpu(bare, device, whole, own, known, its_seed)
 
     found = visit.run_at_home(forward, backward, whole.results, whole.state)
     return {name: found[name] for name in problem.results}
@@ -165,14 +166,16 @@ def _without_seed(operands: Arrays, seed: int) -> tuple[Arrays, int]:
     return own, int(operands.get("seed", seed))
 
 
-def gradients_on_gpu(visit: Visit, problem: Problem, operands: Arrays, known: Arrays, seed: int) -> Arrays:
+def gradients_on_gpu(
+    visit: Visit, device: Device, problem: Problem, operands: Arrays, known: Arrays, seed: int
+) -> Arrays:
     """Gradients of all floating operands, where they are; the forward's `known` out and lse are made if they are not.
 
     `known` has, or has not or as None, ``dout``, ``out``, ``lse`` and ``dlse``.
     """
     from cupyattn import cuda
 
-    specs, title, device = dict(visit.specs), visit.library.title, visit.device()
+    specs, title = dict(visit.specs), visit.library.title
     plan = plan_for_gradients(visit.function, problem, device)
     given = {name: array for name, array in known.items() if array is not None}
     if "out" not in given or "lse" not in given:
@@ -194,7 +197,7 @@ def answer_with_gradients(visit: Visit, problem: Problem, known: tuple[str, ...]
         known_here = {name: everything[name] for name in known if name in everything}
         operands = {name: array for name, array in everything.items() if name not in known}
         if visit.kind == "cuda":
-            return gradients_on_gpu(visit, problem, operands, known_here, seed)
+            return gradients_on_gpu(visit, visit.device(), problem, operands, known_here, seed)
         return gradients(plan, problem, operands, known_here, seed)
 
     names = ("q", "k", "v", "bias", "sinks", "alibi_slopes")

@@ -1,5 +1,8 @@
 """Gradients on the whole way through the GPU's door: see `driven`."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -197,3 +200,16 @@ def test_without_grad_nothing_is_kept(torch, driver):
     with torch.no_grad():
         out = cupyattn.attention(q, k, v)
     assert out.grad_fn is None
+
+
+def test_a_graph_keeps_operands_where_torch_can_let_them_go(torch, driver):
+    """As checkpointing does: by hooks on what is saved, and nowhere else."""
+    q, k, v = (x.requires_grad_() for x in operands(torch))
+    inner = k * 1.0
+    kept = weakref.ref(inner)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x):
+        out = cupyattn.attention(q, inner, v)
+    del inner
+    gc.collect()
+    assert kept() is None
+    assert out.requires_grad
