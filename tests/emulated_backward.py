@@ -30,11 +30,12 @@ from oracle import assert_matches
 
 from cupyattn.cuda.launching.gradients import as_asked, backward_recipe, with_dtypes
 from cupyattn.cuda.launching.views import view_of_numpy
-from cupyattn.plan import OF_BIAS, OF_KEYS, OF_QUERIES, OF_VALUES, BackwardTiles, choose_backward
+from cupyattn.plan import OF_BIAS, OF_KEYS, OF_QUERIES, OF_VALUES, BackwardTiles, choose_backward, heads_per_block
 from cupyattn.problem import NAMED_DEVICES
 
-A100 = NAMED_DEVICES["A100"]
-"""Whose kernels take everything; those of Hopper are asked for by `device`."""
+A100 = replace(NAMED_DEVICES["A100"], num_units=1)
+"""Whose kernels take everything; those of Hopper are asked for by `device`. It is full with one block: heads that share
+keys are summed by one."""
 OPERANDS = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
 
 
@@ -60,7 +61,8 @@ class Result(NamedTuple):
 def _of_these(passes, tiles):
     """The tiles of the passes that sum the same."""
     wanted = [bits for bits, _ in passes]
-    return BackwardTiles(tuple(x for x in tiles.passes if x[0] in wanted))
+    these = [(x, heads) for x, heads in zip(tiles.passes, tiles.heads, strict=True) if x[0] in wanted]
+    return BackwardTiles(tuple(x for x, _ in these), tuple(heads for _, heads in these))
 
 
 class Call:
@@ -78,7 +80,8 @@ class Call:
         self.plan = choose_backward(problem, device)
         if passes is not None:
             instead = self.plan.instead and replace(self.plan.instead, tile=_of_these(passes, self.plan.instead.tile))
-            self.plan = replace(self.plan, tile=BackwardTiles(passes), instead=instead)
+            heads = tuple(heads_per_block(problem, device, *each) for each in passes)
+            self.plan = replace(self.plan, tile=BackwardTiles(passes, heads), instead=instead)
         out, lse = forward or definition(operands, problem, dropout_seed)
         everything = dict(
             arrays, out=np.asarray(out).astype(STORED[problem.dtype]), lse=np.asarray(lse).astype(np.float32)
@@ -136,6 +139,8 @@ class Call:
         if name == "sinks":
             axes = (*range(found.ndim - 2), found.ndim - 1)
             return found.sum(axis=axes if not self.problem.layout.ragged else 1)
+        if self.asked[name].parts > 1:
+            found = found.sum(axis=-self.asked[name].axis_of_parts)
         if name == "alibi_slopes":
             return found.sum(axis=(0, 2) if like.ndim == 1 else 2)
         return sum_to(found, like.shape)

@@ -27,7 +27,7 @@ struct BackwardPass : BackwardBlock<Traits, kCare> {
     // Heads [heads.start, heads.stop) of the tile from row `first` on, which share keys if those stay; whether anything
     // that came out is not finite.
     DEVICE_METHOD bool run(const Span& heads, int first) {
-        const Params& params = this->params;
+        const BackwardParams& params = this->params;
         this->first = first;
         bool suspicious = false;
 #pragma unroll 1
@@ -42,13 +42,13 @@ struct BackwardPass : BackwardBlock<Traits, kCare> {
             }
             this->walk({0, kOpen});
             if constexpr (Traits::kSumsA)
-                if (!Traits::kTurned || (head + 1) % params.queries_per_k == 0) {
+                if (!Traits::kTurned || (head + 1) % params.grad.queries_per_dk == 0) {
                     suspicious |= this->is_suspicious(this->sums_a);
                     store_a();
                     this->clear_a();
                 }
             if constexpr (Traits::kSumsB)
-                if ((head + 1) % params.queries_per_v == 0) {
+                if ((head + 1) % params.grad.queries_per_dv == 0) {
                     suspicious |= this->is_suspicious(this->sums_b);
                     store_b();
                     this->clear_b();
@@ -63,7 +63,7 @@ struct BackwardPass : BackwardBlock<Traits, kCare> {
         const Gradients& grad = params.grad;
         const Sequence& sequence = this->sequence;
         if constexpr (Traits::kTurned) {
-            const int head = this->head / params.queries_per_k;
+            const int head = this->head / grad.queries_per_dk;
             const int64 start =
                 sequence.index * grad.of_dk.batch + sequence.first_key * grad.of_dk.row + head * grad.of_dk.head;
             this->store(this->sums_a, grad.dk, grad.dk_dtype, start, grad.of_dk.row, params.head_dim, params.softmax_scale);
@@ -71,7 +71,8 @@ struct BackwardPass : BackwardBlock<Traits, kCare> {
             const int64 start =
                 sequence.index * grad.of_dq.batch + sequence.first_row * grad.of_dq.row + this->head * grad.of_dq.head;
             this->store(this->sums_a, grad.dq, grad.dq_dtype, start, grad.of_dq.row, params.head_dim, params.softmax_scale);
-            if constexpr (bool(Traits::kEdits & kAlibi)) store_slope_part();
+            if constexpr (bool(Traits::kEdits & kAlibi))
+                store_slope_part(this->slope_part, this->head, this->first + Block::warp_row(0), sequence, params);
         }
     }
     DEVICE_METHOD void store_b() {
@@ -81,22 +82,10 @@ struct BackwardPass : BackwardBlock<Traits, kCare> {
         if constexpr (kCare)
 #pragma unroll
             for (int m = 0; m < Traits::kRowTiles; ++m) this->strays[m].add_to(this->sums_b[m]);
-        const int head = this->head / params.queries_per_v;
+        const int head = this->head / grad.queries_per_dv;
         const int64 start =
             sequence.index * grad.of_dv.batch + sequence.first_key * grad.of_dv.row + head * grad.of_dv.head;
         this->store(this->sums_b, grad.dv, grad.dv_dtype, start, grad.of_dv.row, params.head_dim_v, 1.f);
-    }
-    // What this warp's rows add to the gradient of the head's slope.
-    DEVICE_METHOD void store_slope_part() {
-        const BackwardParams& params = this->params;
-        if (!params.grad.slope_parts) return;
-        float part = this->slope_part;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) part += ptx::shuffle_xor(part, step);
-        const int64 tiles = larger(1, ceil_div(params.seqlen_q, Traits::kStays));
-        const int64 head = static_cast<int64>(this->sequence.index) * params.num_heads + this->head;
-        const int64 tile = head * tiles + this->first / Traits::kStays;
-        if (ptx::lane() == 0) ptx::store_global(params.grad.slope_parts + tile * Traits::kNumWarps + ptx::warp(), part);
     }
 };
 
@@ -111,7 +100,7 @@ template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads) backward(const __grid_constant__ BackwardParams params) {
     const int longest = Traits::kTurned ? params.seqlen_k : params.seqlen_q;
     const int tiles = larger(1, ceil_div(longest, Traits::kStays));
-    const int shared = Traits::kTurned ? params.grad.heads_per_owner : 1, owners = params.num_heads / shared;
+    const int shared = Traits::kTurned ? params.grad.heads_per_block : 1, owners = params.num_heads / shared;
     const int place = ptx::block_x() % tiles, owner = ptx::block_x() / tiles % owners;
     const Sequence sequence = sequence_at(ptx::block_x() / tiles / owners, params);
     // Under a causal mask the last queries see the most keys, and the first keys are seen by the most queries.

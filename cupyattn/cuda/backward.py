@@ -84,6 +84,10 @@ def axes_of(name: str, written: Written, shape: Shape, problem: Problem) -> tupl
         return tuple(axis for axis in range(rank) if axis != rank - 2)
     if name == "alibi_slopes":
         return (2,) if len(shape) == 2 and shape[0] == problem.sizes.batch else (0, 2)
+    if written.parts > 1:  # an axis more
+        place = rank - written.axis_of_parts
+        found = written._replace(shape=written.shape[:place] + written.shape[place + 1 :], parts=1)
+        return tuple(sorted({place, *(axis + (axis >= place) for axis in axes_of(name, found, shape, problem))}))
     padded = (1,) * (rank - len(shape)) + tuple(shape)
     if len(padded) > rank:  # several batch axes of one
         padded = padded[-rank:]

@@ -28,6 +28,8 @@ struct HopperGradients {
     using Element = typename Traits::Element;
     static constexpr int kMoves = Traits::kMoves, kSteps = kMoves / 16;
     static constexpr bool kTurned = Traits::kTurned;
+    static constexpr int kEdits = Traits::kEdits;
+    static constexpr bool kCapped = kEdits & kSoftcap, kSumsSlope = Traits::kWanted == kOfQueries && bool(kEdits & kAlibi);
 
     const BackwardParams& params;
     const GradientMemory<Traits> memory;
@@ -35,13 +37,14 @@ struct HopperGradients {
     GradientTile tile;
     int head, use;  // how often the ring was used
     float row_lse[2], row_delta[2];                                // of staying queries
+    float slope_part;                                              // of the gradient of the head's ALiBi slope
     Accumulator<Traits::kSumsA ? Traits::kHeadDim : 16> sums_a;    // dq or dk
     Accumulator<Traits::kSumsB ? Traits::kHeadDimV : 16> sums_b;   // dv
     Fragment<Element, kMoves> weights, dweights;
 
     DEVICE_METHOD HopperGradients(const BackwardParams& params_, const GradientMemory<Traits>& memory_,
                                   const GradientTile& tile_, int consumer_)
-        : params(params_), memory(memory_), consumer(consumer_), tile(tile_), use(0) {
+        : params(params_), memory(memory_), consumer(consumer_), tile(tile_), use(0), slope_part(0.f) {
         sums_a.clear(), sums_b.clear();
     }
 
@@ -64,9 +67,9 @@ struct HopperGradients {
             if (head + 1 < tile.heads.stop && has_new_keys(head + 1, params))
                 memory.staying_ring().leave(staying_use++, ptx::thread() % 128);
             if constexpr (Traits::kSumsA)
-                if (!kTurned || (head + 1) % params.queries_per_k == 0) suspicious |= store_a();
+                if (!kTurned || (head + 1) % params.grad.queries_per_dk == 0) suspicious |= store_a();
             if constexpr (Traits::kSumsB)
-                if ((head + 1) % params.queries_per_v == 0) suspicious |= store_b();
+                if ((head + 1) % params.grad.queries_per_dv == 0) suspicious |= store_b();
         }
         if (ptx::any(suspicious) && ptx::lane() == 0) {
             const int tiles = larger(1, ceil_div(kTurned ? params.seqlen_k : params.seqlen_q, Traits::kStays));
@@ -117,12 +120,12 @@ struct HopperGradients {
             ptx::wgmma_wait<0>();
             ptx::hold(dscores.value);
             if (whole)
-                change<false>(scores, dscores);
+                change<false>(scores, dscores, block);
             else
-                change<true>(scores, dscores);
+                change<true>(scores, dscores, block);
             dweights.round_from(dscores);
         }
-        if constexpr (Traits::kSumsB) weights.round_from(scores);
+        if constexpr (Traits::kSumsB && !kCapped) weights.round_from(scores);
         add_up();
         ++use;
     }
@@ -172,10 +175,12 @@ struct HopperGradients {
         }
     }
 
-    // Products q k^T become weights; 0 where a pair is not seen.
+    // Products q k^T become weights, times what the softcap lets through of a change; -0 where a pair is not seen, which
+    // no other weight is.
     template <bool kBand>
-    DEVICE_METHOD void weigh(Accumulator<kMoves>& scores, int block) const {
-        const float scale_log2 = params.softmax_scale * kLog2e;
+    DEVICE_METHOD void weigh(Accumulator<kMoves>& scores, int block) {
+        const float scale_log2 = scale_log2_of<kEdits>(params);
+        const float alibi_slope = alibi_slope_of<kEdits>(head, tile.sequence, params);
         const int first_column = block * kMoves + Accumulator<kMoves>::first_column();
         int start[2] = {0, 0}, stop[2] = {kMoves, kMoves};
         if constexpr (kBand) {
@@ -190,20 +195,38 @@ struct HopperGradients {
         for (int eight = 0; eight < kMoves / 8; ++eight) {
             uint32 facts[4];
             if constexpr (kTurned) ptx::load_shared(facts, memory.facts(use) + 64 * eight + ptx::lane() % 4 * 16);
+            float through[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int half = i / 2, column = Accumulator<kMoves>::column(eight, i);
                 const float lse = kTurned ? ptx::from_bits(facts[i % 2]) : row_lse[half];
                 float& x = scores.value[eight][i];
-                const bool hidden = kBand && (column < start[half] || column >= stop[half] || x == -ptx::infinity());
+                bool hidden = kBand && (column < start[half] || column >= stop[half]);
+                if constexpr (bool(kEdits)) {
+                    const int token = kTurned ? first_column + column : row(half);
+                    const int key = kTurned ? row(half) : first_column + column;
+                    x = edited<kEdits>(x, token, head, key, alibi_slope, tile.sequence, params, params.softmax_scale, hidden,
+                                       through[i]);
+                }
+                if (kBand) hidden = hidden || x == -ptx::infinity();
                 x = ptx::exp2(ptx::fma(x, scale_log2, -lse));
-                if (hidden) x = 0.f;
+                if (hidden) x = -0.f;
+            }
+            if constexpr (kCapped && Traits::kSumsB) weights.round_eight(scores.value[eight], eight);
+            if constexpr (kCapped && Traits::kSumsA) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) scores.value[eight][i] *= is_hidden<kBand>(scores.value[eight][i]) ? 1.f : through[i];
             }
         }
     }
+    template <bool kBand>
+    DEVICE_METHOD static bool is_hidden(float weight) {
+        return kBand && ptx::bits(weight) == ptx::bits(-0.f);
+    }
     // Products dout v^T become what a change of a product q k^T comes to, the scale aside.
     template <bool kBand>
-    DEVICE_METHOD void change(const Accumulator<kMoves>& scores, Accumulator<kMoves>& dscores) const {
+    DEVICE_METHOD void change(const Accumulator<kMoves>& scores, Accumulator<kMoves>& dscores, int block) {
+        const int first_column = block * kMoves + Accumulator<kMoves>::first_column();
 #pragma unroll
         for (int eight = 0; eight < kMoves / 8; ++eight) {
             uint32 facts[4];
@@ -213,7 +236,12 @@ struct HopperGradients {
                 const float delta = kTurned ? ptx::from_bits(facts[2 + i % 2]) : row_delta[i / 2];
                 const float weight = scores.value[eight][i];
                 float& x = dscores.value[eight][i];
-                x = kBand && weight == 0.f ? 0.f : weight * (x - delta);  // where a pair is not seen x may be nan
+                x = is_hidden<kBand>(weight) ? 0.f : weight * (x - delta);  // where a pair is not seen x may be nan
+                if constexpr (kSumsSlope) {
+                    const int column = Accumulator<kMoves>::column(eight, i);
+                    const int distance = row(i / 2) + tile.sequence.band.offset - first_column - column;
+                    slope_part -= x * static_cast<float>(distance < 0 ? -distance : distance);
+                }
             }
         }
     }
@@ -225,18 +253,19 @@ struct HopperGradients {
         const Gradients& grad = params.grad;
         const bool suspicious = sums_a.times_zero() != 0.f;
         if constexpr (kTurned)
-            store(sums_a, grad.dk, grad.dk_dtype, grad.of_dk, tile.sequence.first_key, head / params.queries_per_k,
+            store(sums_a, grad.dk, grad.dk_dtype, grad.of_dk, tile.sequence.first_key, head / grad.queries_per_dk,
                   params.head_dim, params.softmax_scale);
         else
             store(sums_a, grad.dq, grad.dq_dtype, grad.of_dq, tile.sequence.first_row, head, params.head_dim,
                   params.softmax_scale);
+        if constexpr (kSumsSlope) store_slope_part(slope_part, head, row(0) - ptx::lane() / 4, tile.sequence, params);
         sums_a.clear();
         return suspicious;
     }
     DEVICE_METHOD bool store_b() {
         const Gradients& grad = params.grad;
         const bool suspicious = sums_b.times_zero() != 0.f;
-        store(sums_b, grad.dv, grad.dv_dtype, grad.of_dv, tile.sequence.first_key, head / params.queries_per_v,
+        store(sums_b, grad.dv, grad.dv_dtype, grad.of_dv, tile.sequence.first_key, head / grad.queries_per_dv,
               params.head_dim_v, 1.f);
         sums_b.clear();
         return suspicious;

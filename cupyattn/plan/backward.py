@@ -37,15 +37,15 @@ def choose_backward(problem: Problem, device: Device, without_hopper: bool = Fal
     on_hopper = objections_of_hopper_backward(problem, device)
     if not on_hopper and not without_hopper:
         instead = choose_backward(problem, device, True)
-        tiles = hopper_backward_tiles(problem)
-        return replace(instead, kernel="hopper_backward", tile=tiles, instead=instead, reason=_reason(problem, tiles))
+        tiles = hopper_backward_tiles(problem, device)
+        notes, reason = _notes(problem, tiles), _reason(problem, tiles)
+        return replace(instead, kernel="hopper_backward", tile=tiles, instead=instead, reason=reason, notes=notes)
     if on_hopper:
         bare = replace(bare, objections=(of_numpy, ("hopper_backward", on_hopper)))
     tiles = backward_tiles(problem, device)
     sizes = problem.sizes
     (_, of_queries) = tiles.passes[0]
     blocks = sizes.batch * sizes.num_heads * math.ceil(sizes.seqlen_q / of_queries.stays)
-    rows = 2 * sizes.num_heads * (sizes.total_q if problem.layout.ragged else sizes.batch * sizes.seqlen_q)
     return replace(
         bare,
         kernel="backward",
@@ -55,11 +55,27 @@ def choose_backward(problem: Problem, device: Device, without_hopper: bool = Fal
         flops=flops,
         bytes=3 * problem.bytes,
         reason=_reason(problem, tiles),
-        notes=(
-            "deterministic: each number is the sum of one thread block, in one order",
-            f"{4 * rows} bytes of memory besides the results, a delta and an lse for each row",
-        ),
+        notes=_notes(problem, tiles),
     )
+
+
+def _notes(problem: Problem, tiles: BackwardTiles) -> tuple[str, ...]:
+    sizes = problem.sizes
+    rows = 2 * sizes.num_heads * (sizes.total_q if problem.layout.ragged else sizes.batch * sizes.seqlen_q)
+    found = [
+        "deterministic: each number is the sum of one thread block, in one order",
+        f"{4 * rows} bytes of memory besides the results, a delta and an lse for each row",
+    ]
+    for bit, name, heads, columns in (
+        (OF_KEYS, "dk", sizes.num_heads_k, sizes.head_dim),
+        (OF_VALUES, "dv", sizes.num_heads_v, sizes.head_dim_v),
+    ):
+        shared = sizes.num_heads // heads
+        parts = shared // math.gcd(shared, tiles.heads_of(bit))
+        if parts > 1:
+            size = 4 * parts * heads * sizes.batch * sizes.seqlen_k * columns
+            found.append(f"{name} in {parts} parts, so that the GPU is full: {size} bytes, or less")
+    return tuple(found)
 
 
 def _reason(problem: Problem, tiles: BackwardTiles) -> str:
@@ -74,8 +90,7 @@ def objections_of_hopper_backward(problem: Problem, device: Device) -> tuple[str
     reasons = list(objections_of_hopper(problem, device))
     edits = problem.edits
     for wanted, what in (
-        (edits.softcap != 0.0, "softcap"),
-        (edits.alibi_slopes is not None, "ALiBi slopes"),
+        (edits.softcap != 0.0 and edits.alibi_slopes is not None, "softcap together with ALiBi slopes"),
         (edits.softmax_scale < 2.0**-126, "scale of zero or below"),
     ):
         if wanted:
@@ -96,22 +111,45 @@ def backward_tiles(problem: Problem, device: Device) -> BackwardTiles:
     head_dim, dtype, room = padded(problem.sizes), problem.dtype, device.shared_memory
     together = (OF_KEYS | OF_VALUES,) if head_dim <= 128 else (OF_KEYS, OF_VALUES)
     wanted = (OF_QUERIES, *together, *((OF_BIAS,) if problem.edits.bias is not None else ()))
-    return BackwardTiles(tuple((what, backward_tile(head_dim, dtype, room, what)) for what in wanted))
+    passes = tuple((what, backward_tile(head_dim, dtype, room, what)) for what in wanted)
+    return BackwardTiles(passes, tuple(heads_per_block(problem, device, *each) for each in passes))
 
 
-def hopper_backward_tiles(problem: Problem) -> BackwardTiles:
+def heads_per_block(problem: Problem, device: Device, wanted: int, tile: BackwardTile) -> int:
+    """Of tiles of keys: all query heads that share them, or a share of them where that fills the GPU.
+
+    Shares are summed in float32 in memory, in one order, too.
+    """
+    sizes, shared = problem.sizes, 1
+    for bit, heads in ((OF_KEYS, sizes.num_heads_k), (OF_VALUES, sizes.num_heads_v)):
+        if wanted & bit:
+            shared = math.lcm(shared, sizes.num_heads // heads)
+    blocks = sizes.batch * sizes.num_heads // shared * math.ceil(sizes.seqlen_k / tile.stays)
+    units = max(1, device.num_units)
+    several = [x for x in range(1, shared + 1) if shared % x == 0 and (x == 1 or blocks * x <= 4 * units)]
+    time = {x: math.ceil(blocks * x / units) / x for x in several}
+    return shared // next(x for x in several if time[x] <= 1.1 * min(time.values()))
+
+
+def hopper_backward_tiles(problem: Problem, device: Device) -> BackwardTiles:
     """Those of the Hopper kernel: 128 rows stay, for two warpgroups."""
     wide, wide_v = padded_dims(problem.sizes, problem.dtype)
     together = (OF_KEYS | OF_VALUES,) if max(wide, wide_v) <= 128 else (OF_KEYS, OF_VALUES)
-    passes = (OF_QUERIES, *together)
-    return BackwardTiles(tuple((wanted, hopper_backward_tile(wide, wide_v, wanted)) for wanted in passes))
+    passes, capped = (OF_QUERIES, *together), problem.edits.softcap != 0.0
+    tiles = tuple((wanted, hopper_backward_tile(wide, wide_v, wanted, capped)) for wanted in passes)
+    return BackwardTiles(tiles, tuple(heads_per_block(problem, device, *each) for each in tiles))
 
 
-def hopper_backward_tile(wide: int, wide_v: int, wanted: int) -> BackwardTile:
-    """Of padded head_dims: as many rows move at once as registers allow, in as many stages as there is memory for."""
+def hopper_backward_tile(wide: int, wide_v: int, wanted: int, capped: bool = False) -> BackwardTile:
+    """Of padded head_dims: as many rows move at once as registers allow, in as many stages as there is memory for.
+
+    With a softcap weights are kept for dv beside what it lets through of them.
+    """
     widest = max(wide, wide_v)
     if wanted == OF_QUERIES:
         moves = 128 if widest <= 128 else 64 if widest <= 192 else 32
+    elif wanted == OF_KEYS | OF_VALUES:
+        moves = 48 if capped and wide == wide_v == 128 else 64
     else:
         moves = 32 if widest > 192 and wanted == OF_KEYS else 64
     tiles = (BackwardTile(128, moves, 12, stages) for stages in (4, 3, 2))

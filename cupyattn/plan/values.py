@@ -48,6 +48,12 @@ class BackwardTiles(NamedTuple):
     """Of the kernels of one backward pass, each with what it sums: bits of OF_QUERIES, OF_KEYS, ..."""
 
     passes: tuple[tuple[int, BackwardTile], ...]
+    heads: tuple[int, ...]
+    """Query heads that a thread block of each pass takes one after the other, which share keys or values."""
+
+    def heads_of(self, bit: int) -> int:
+        """Of the pass that sums it; 1 if there is none."""
+        return next((x for (wanted, _), x in zip(self.passes, self.heads, strict=True) if wanted & bit), 1)
 
     def __str__(self) -> str:
         return "; ".join(f"{_SUMS[wanted]}: {tile}" for wanted, tile in self.passes)

@@ -8,6 +8,7 @@ from emulated_backward import A100, Call, check, hold, run, with_dout
 from oracle import assert_same_bits
 
 from cupyattn.plan import OF_BIAS, OF_KEYS, OF_QUERIES, OF_VALUES, BackwardTile, choose_backward
+from cupyattn.problem import NAMED_DEVICES
 
 BOTTOM = {"alignment": "bottom-right"}
 CAUSAL = {"causal": True, **BOTTOM}
@@ -242,6 +243,24 @@ def test_a_score_of_infinity_under_a_softcap_shows_as_nan_where_it_is_seen(rng, 
     other = found.grads["qk"["kq".index(name)]].astype(float)
     assert np.isnan(other).any()
     assert np.isnan(other[..., 5]).sum() == np.isnan(other).sum() or np.isnan(what)
+
+
+@pytest.mark.parametrize("heads", [(4, 1, 1), (4, 2, 1), (12, 2, 3)], ids=str)
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_blocks_that_share_the_heads_of_a_key_come_to_the_same(rng, layout, heads):
+    arrays = operands(rng, "bfloat16", layout, 2, heads, (40, 70), (64, 64))
+    options = options_of(layout=layout, causal=True, alignment="bottom-right")
+    call = Call(with_dout(rng, arrays, options, dlse=True), options, device=NAMED_DEVICES["A100"])
+    assert call.asked["k"].parts == heads[0] // heads[1]
+    hold(call.arrays, call.run(1))
+
+
+def test_shares_of_heads_write_sequences_end_to_end(rng):
+    arrays = ragged_operands(rng, "bfloat16", (40, 1, 20), (30, 9, 80), (4, 1, 1), behind=(3, 5))
+    options = ragged_options(arrays)
+    call = Call(with_dout(rng, arrays, options), options, device=NAMED_DEVICES["A100"])
+    assert call.asked["k"].parts == 4
+    hold(call.arrays, call.run(1))
 
 
 def test_slopes_are_counted_once_where_strays_are(rng):

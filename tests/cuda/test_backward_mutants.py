@@ -9,11 +9,13 @@ stays, a few further on; rows of fragments dealt to warps in another order; delt
 since all its pairs are hidden; stages that are not swapped where there is one.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from cases import additive, slopes
 from emulated import definition, operands, options_of, problem_of, ragged_operands, ragged_options
-from emulated_backward import Call, check, with_dout
+from emulated_backward import A100, Call, check, with_dout
 from mutants import Mutant, assert_caught
 
 from cupyattn.plan import OF_BIAS, OF_KEYS, OF_QUERIES, OF_VALUES, BackwardTile
@@ -146,13 +148,12 @@ MUTANTS = [
            "dq, edits"),
     Mutant("slopes twice where strays are counted", "gradients.cuh",
            "if (!(kCare && counting))\n                                slope_part", "slope_part", "dq, edits"),
-    Mutant("slopes of the last tile", "backward.cu", "head * tiles + this->first / Traits::kStays", "head * tiles",
+    Mutant("slopes of the last tile", "backward.cu", "this->first + Block::warp_row(0)", "Block::warp_row(0)",
            "dq, edits"),
-    Mutant("slopes of half a warp", "backward.cu", "step < 32", "step < 16", "dq, edits"),
-    Mutant("slopes of one warp", "backward.cu", "Traits::kNumWarps + ptx::warp()", "Traits::kNumWarps", "dq, edits"),
-    Mutant("slopes of one sequence", "backward.cu",
-           "static_cast<int64>(this->sequence.index) * params.num_heads + this->head", "static_cast<int64>(this->head)",
-           "dq, edits"),
+    Mutant("slopes of half a warp", "scores.cuh", "step < 32", "step < 16", "dq, edits"),
+    Mutant("slopes of one warp", "backward.cu", "this->first + Block::warp_row(0)", "this->first", "dq, edits"),
+    Mutant("slopes of one sequence", "scores.cuh",
+           "(static_cast<int64>(sequence.index) * params.num_heads + head) * parts", "head * parts", "dq, edits"),
     Mutant("dP of what was dropped", "gradients.cuh", "weight * ptx::fma(factor,", "weight * ptx::fma(1.f,",
            "dq, edits"),
     Mutant("weights that were dropped", "gradients.cuh", ": weight * factor;", ": weight;", "dk and dv, edits"),
@@ -204,13 +205,20 @@ MUTANTS = [
            "sums_a);\n                    store_a();", "dk and dv"),
     Mutant("dv of all heads before", "backward.cu", "store_b();\n                    this->clear_b();", "store_b();",
            "dk and dv"),
-    Mutant("dk of each query head", "backward.cu", "(head + 1) % params.queries_per_k == 0", "true", "dk alone"),
-    Mutant("dv where k's head ends", "backward.cu", "(head + 1) % params.queries_per_v == 0",
-           "(head + 1) % params.queries_per_k == 0", "dk and dv"),
-    Mutant("dk's head by remainder", "backward.cu", "this->head / params.queries_per_k;",
-           "this->head % params.queries_per_k;", "dk alone"),
-    Mutant("dv's head is dk's", "backward.cu", "this->head / params.queries_per_v;",
-           "this->head / params.queries_per_k;", "dk and dv"),
+    Mutant("dk of each query head", "backward.cu", "(head + 1) % params.grad.queries_per_dk == 0", "true",
+           "dk alone"),
+    Mutant("dv where k's head ends", "backward.cu", "(head + 1) % params.grad.queries_per_dv == 0",
+           "(head + 1) % params.grad.queries_per_dk == 0", "dk and dv"),
+    Mutant("dk's head by remainder", "backward.cu", "this->head / grad.queries_per_dk;",
+           "this->head % grad.queries_per_dk;", "dk alone"),
+    Mutant("dv's head is dk's", "backward.cu", "this->head / grad.queries_per_dv;",
+           "this->head / grad.queries_per_dk;", "dk and dv"),
+    Mutant("a share of dk in the whole's place", "backward.cu", "this->head / grad.queries_per_dk;",
+           "this->head / params.queries_per_k;", "shares"),
+    Mutant("a share of dk ends with the whole", "backward.cu", "(head + 1) % params.grad.queries_per_dk == 0",
+           "(head + 1) % params.queries_per_k == 0", "shares"),
+    Mutant("a share of dv ends with the whole", "backward.cu", "(head + 1) % params.grad.queries_per_dv == 0",
+           "(head + 1) % params.queries_per_v == 0", "shares"),
     Mutant("dk without the scale", "backward.cu", "grad.of_dk.row, params.head_dim, params.softmax_scale",
            "grad.of_dk.row, params.head_dim, 1.f", "dk alone"),
     Mutant("dq without the scale", "backward.cu", "grad.of_dq.row, params.head_dim, params.softmax_scale",
@@ -291,14 +299,14 @@ SMALL, TALL = BackwardTile(32, 16, 2, 1), BackwardTile(64, 32, 2, 2)
 
 
 def dense(sources, passes, schedule=1, heads=(4, 2, 2), seqlens=(40, 70), dims=(24, 8), options=None, change=None,
-          batch=2, **more):  # fmt: skip
+          batch=2, device=A100, **more):  # fmt: skip
     rng = np.random.default_rng(SEED)
     arrays = {**operands(rng, "float16", "bshd", batch, heads, seqlens, dims), **more}
     asked = options_of(**(options or {}))
     arrays = with_dout(rng, arrays, asked, dlse=True)
     if change:
         change(arrays)
-    check(arrays, asked, schedule, dropout_seed=77, sources=sources, passes=passes)
+    check(arrays, asked, schedule, dropout_seed=77, sources=sources, passes=passes, device=device)
 
 
 def ragged(sources, passes, schedule=1, **options):
@@ -426,6 +434,12 @@ def of_keys_and_values_in_tall_tiles(sources):
         dense(sources, passes, schedule, seqlens=(128, 20))
 
 
+def of_shares(sources):
+    """On a GPU that is filled by three blocks of each sequence: 4 of the 12 heads that share keys or values."""
+    device = replace(A100, num_units=6)
+    dense(sources, ((OF_KEYS | OF_VALUES, SMALL),), 1, (12, 2, 1), (40, 30), options=CAUSAL, device=device)
+
+
 def of_keys(sources):
     dense(sources, ((OF_KEYS, SMALL),), 1, heads=(6, 2, 3), options=CAUSAL)
 
@@ -457,6 +471,7 @@ GROUPS = {
     "dk and dv, tall": of_keys_and_values_in_tall_tiles,
     "dk and dv, edits": of_edited_keys_and_values,
     "dk alone": of_keys,
+    "shares": of_shares,
     "dbias": of_a_bias,
 }
 

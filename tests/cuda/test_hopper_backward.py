@@ -1,13 +1,16 @@
 """Hopper's kernel for gradients under the emulator; what it has in common with the other is in `test_backward.py`."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from cases import slopes
 from emulated import marks_of, operands, options_of, ragged_operands, ragged_options
 from emulated_backward import Call, hold, with_dout
 
 from cupyattn.problem import NAMED_DEVICES
 
-H100 = NAMED_DEVICES["H100"]
+H100 = replace(NAMED_DEVICES["H100"], num_units=1)  # full with one block
 BOTTOM = {"alignment": "bottom-right"}
 CAUSAL = {"causal": True, **BOTTOM}
 SIZES = [
@@ -57,10 +60,60 @@ def test_heads_that_share_keys_or_values(rng, heads):
     check(*made(rng, heads=heads, seqlens=(70, 150), **CAUSAL), 1)
 
 
+def test_blocks_that_share_the_heads_of_a_key_come_to_the_same(rng):
+    arrays, options = made(rng, heads=(4, 2, 1), seqlens=(70, 150), **CAUSAL)
+    arrays["v"][0, 140] = np.inf
+    call = Call(arrays, options, device=NAMED_DEVICES["H100"])
+    assert (call.plan.kernel, call.asked["k"].parts, call.asked["v"].parts) == ("hopper_backward", 2, 4)
+    hold(arrays, call.run(1, 3))
+    assert call.scratch["flags"].any()
+
+
 @pytest.mark.parametrize("seqlens", [(1, 1), (1, 200), (200, 1), (190, 30), (128, 128), (256, 384)], ids=str)
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 def test_lengths_meet_the_bar(rng, seqlens, layout):
     check(*made(rng, seqlens=seqlens, layout=layout, **CAUSAL), 2)
+
+
+CAPPED = {"softcap": 1.5}
+EDITED_SIZES = [size for size in SIZES if size[1:] not in ((24, 40), (192, 192))]
+
+
+@pytest.mark.parametrize("schedule", range(3), ids=lambda x: f"{SHAPES[x][0]}, schedule {x}")
+@pytest.mark.parametrize("size", [pytest.param(size, marks=marks_of(size[1:]), id=str(size)) for size in EDITED_SIZES])
+@pytest.mark.parametrize("edit", ["softcap", "slopes"])
+def test_edits_of_scores_meet_the_bar(rng, edit, size, schedule):
+    dtype, *dims = size
+    seqlens, options = SHAPES[schedule]
+    more = {"alibi_slopes": slopes(2, 4)} if edit == "slopes" else {}
+    options = BOTTOM | options | (CAPPED if edit == "softcap" else {})
+    call = check(*made(rng, dtype, (4, 2, 2), seqlens, dims, more=more, **options), schedule)
+    assert not call.scratch["flags"].any()
+
+
+def test_slopes_of_sequences_end_to_end_meet_the_bar(rng):
+    check(*ragged(rng, more={"alibi_slopes": slopes(4)}, **CAUSAL), 1)
+
+
+def test_slopes_of_a_tile_that_is_made_again_are_written_once(rng):
+    arrays, options = made(rng, seqlens=(140, 170), more={"alibi_slopes": slopes(2)}, **CAUSAL)
+    arrays["k"][0, 160], arrays["v"][1, 165] = np.nan, np.inf
+    assert check(arrays, options, 1).scratch["flags"].any()
+
+
+@pytest.mark.parametrize("seqlens", [(64, 64), (140, 170)], ids=str)
+def test_an_infinite_score_under_a_softcap_shows_as_nan(rng, seqlens):
+    arrays, options = made(rng, seqlens=seqlens, dims=(128, 128), **CAPPED, **CAUSAL)
+    arrays["k"][0, 20, 0, 3] = np.inf
+    assert check(arrays, options, 2).scratch["flags"].any()
+
+
+def test_a_weight_that_underflows_beside_a_row_of_nan_is_not_taken_for_a_hidden_one(rng):
+    """0 * nan is nan in dk of the key, too."""
+    arrays, options = made(rng, seqlens=(140, 170), **CAUSAL)
+    arrays["q"][0, 100, 0], arrays["k"][0, 30, 0] = 40.0, -40.0
+    arrays["v"][0, 50, 0, 7] = np.nan
+    check(arrays, options, 1)
 
 
 def test_sinks_join_the_weights(rng):
@@ -71,9 +124,9 @@ def test_sinks_join_the_weights(rng):
 RAGGED = (170, 1, 0, 33), (20, 140, 5, 90)
 
 
-def ragged(rng, value=None, **options):
+def ragged(rng, value=None, more=None, **options):
     """Sequences end to end, and behind them rows and keys of none."""
-    arrays = ragged_operands(rng, "bfloat16", *RAGGED, (4, 2, 2), behind=(3, 5))
+    arrays = ragged_operands(rng, "bfloat16", *RAGGED, (4, 2, 2), behind=(3, 5)) | (more or {})
     options = ragged_options(arrays, **options)
     arrays = with_dout(rng, arrays, options, dlse=True)
     if value is not None:

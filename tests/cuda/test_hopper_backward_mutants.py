@@ -3,6 +3,8 @@
 Not noticed: a walk without tiles that leaves the tile before its first, whose barrier nobody waits for any more.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from emulated import operands, options_of, ragged_operands, ragged_options
@@ -14,7 +16,7 @@ from cupyattn.cuda.launching import gradients
 from cupyattn.plan import OF_KEYS, OF_QUERIES, OF_VALUES, BackwardTile
 from cupyattn.problem import NAMED_DEVICES
 
-H100 = NAMED_DEVICES["H100"]
+H100 = replace(NAMED_DEVICES["H100"], num_units=1)  # full with one block
 SEED = 7
 CAUSAL = {"causal": True, "alignment": "bottom-right"}
 TOGETHER = OF_KEYS | OF_VALUES
@@ -99,21 +101,37 @@ MUTANTS = [
     # ---- Numbers
     Mutant("the neighbour's lse", COMPUTE, "ptx::from_bits(facts[i % 2])", "ptx::from_bits(facts[0])", "keys"),
     Mutant("the neighbour's delta", COMPUTE, "ptx::from_bits(facts[2 + i % 2])", "ptx::from_bits(facts[2])", "keys"),
-    Mutant("hidden pairs have weights", COMPUTE, "if (hidden) x = 0.f;", "", "queries"),
+    Mutant("hidden pairs have weights", COMPUTE, "if (hidden) x = -0.f;", "", "queries"),
+    Mutant("hidden weights like any other of 0", COMPUTE, "if (hidden) x = -0.f;", "if (hidden) x = 0.f;",
+           "unseen_values"),
     Mutant("dq without the scale", COMPUTE, "head, params.head_dim,\n                  params.softmax_scale);",
            "head, params.head_dim, 1.f);", "queries"),
     Mutant("dk goes on with the next head", COMPUTE, "sums_a.clear();\n        return", "return", "keys"),
-    Mutant("dk of one query head", COMPUTE, "if (!kTurned || (head + 1) % params.queries_per_k == 0) suspicious",
+    Mutant("dk of one query head", COMPUTE, "if (!kTurned || (head + 1) % params.grad.queries_per_dk == 0) suspicious",
            "suspicious", "keys"),
     Mutant("rows that are none are stored", COMPUTE, "if (!exists(half)) continue;", "", "queries"),
+    # ---- Edits
+    Mutant("a softcap without a slope", COMPUTE, "? 1.f : through[i];", "? 1.f : 1.f;", "capped"),
+    Mutant("a softcap's slope in the weights, too", COMPUTE, "kCapped && Traits::kSumsB) weights.round_eight("
+           "scores.value[eight], eight);", "false) {}", "capped"),
+    Mutant("softcap's weights before the softcap", COMPUTE, "Traits::kSumsB && !kCapped)", "Traits::kSumsB)", "capped"),
+    Mutant("the scale twice", COMPUTE, "scale_log2_of<kEdits>(params)", "params.softmax_scale * kLog2e", "sloped"),
+    Mutant("queries and keys of slopes swapped", COMPUTE, "edited<kEdits>(x, token, head, key,",
+           "edited<kEdits>(x, key, head, token,", "sloped"),
+    Mutant("slopes of another head", COMPUTE, "alibi_slope_of<kEdits>(head,", "alibi_slope_of<kEdits>(0,", "sloped"),
+    Mutant("a slope's change the other way", COMPUTE, "slope_part -= x", "slope_part += x", "sloped"),
+    Mutant("a slope's change of the first row", COMPUTE, "row(i / 2) + tile", "row(0) + tile", "sloped"),
+    Mutant("a slope's change of the first keys", COMPUTE, "band.offset - first_column - column",
+           "band.offset - Accumulator<kMoves>::first_column() - column", "sloped"),
+    Mutant("parts of slopes of one warp", COMPUTE, "row(0) - ptx::lane() / 4, tile", "tile.first, tile", "sloped"),
     # ---- Tiles that are not finite
     Mutant("nobody raises a flag", COMPUTE, "if (ptx::any(suspicious) && ptx::lane() == 0)", "if (false)", "strays"),
     Mutant("one lane raises the flag", COMPUTE, "if (ptx::any(suspicious) && ptx::lane() == 0)",
            "if (suspicious && ptx::lane() == 0)", "strays"),
     Mutant("the first tile's flag", COMPUTE, "+ tile.first / Traits::kStays, 1);", ", 1);", "strays"),
     Mutant("the first head's flag", COMPUTE, "* owners + tile.owner) * tiles", "* owners) * tiles", "strays"),
-    Mutant("dq may be anything", COMPUTE, "queries_per_k == 0) suspicious |= store_a();",
-           "queries_per_k == 0) store_a();", "strays"),
+    Mutant("dq may be anything", COMPUTE, "queries_per_dk == 0) suspicious |= store_a();",
+           "queries_per_dk == 0) store_a();", "strays"),
     Mutant("the first tile's flag is looked at", "backward.cu", "flagged + first / 128", "flagged", "strays"),
 ]  # fmt: skip
 BEFORE_A_COMMIT = (
@@ -184,7 +202,28 @@ def strays(sources):
     held(sources, OF_QUERIES, arrays, options_of(causal=True, alignment="top-left"), (1,), mended=True)
 
 
-GROUPS = {group.__name__: group for group in (queries, keys, values, unseen, ragged, strays)}
+def capped(sources):
+    arrays, options = dense((2, 2, 1), (150, 100)), options_of(softcap=0.7, **CAUSAL)
+    for wanted in (OF_QUERIES, TOGETHER):
+        held(sources, wanted, arrays, options, (1,))
+
+
+def sloped(sources):
+    arrays = dense((2, 2, 1), (150, 100)) | {"alibi_slopes": np.array([0.25, -0.0625], np.float32)}
+    for wanted in (OF_QUERIES, TOGETHER):
+        held(sources, wanted, arrays, options_of(**CAUSAL), (1,))
+
+
+def unseen_values(sources):
+    """Values that nobody sees and that are nan, in a tile with others: dq is right at once."""
+    arrays = dense((2, 1, 1), (100, 190))
+    arrays["v"][0, 120:] = np.nan
+    held(sources, OF_QUERIES, arrays, options_of(causal=True, alignment="top-left"), (1,))
+
+
+GROUPS = {
+    group.__name__: group for group in (queries, keys, values, unseen, ragged, strays, capped, sloped, unseen_values)
+}
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -11,14 +11,21 @@ from cupyattn.plan import OF_KEYS, OF_QUERIES, OF_VALUES, hopper_backward_tile
 
 TOGETHER = OF_KEYS | OF_VALUES
 KERNELS = {
-    "64, dq": (64, 64, OF_QUERIES),
-    "64, dk and dv": (64, 64, TOGETHER),
-    "96, dk and dv": (96, 96, TOGETHER),
-    "128, dq": (128, 128, OF_QUERIES),
-    "128, dk and dv": (128, 128, TOGETHER),
-    "192, dv": (192, 192, OF_VALUES),
-    "256, dq": (256, 256, OF_QUERIES),
-    "256, dk": (256, 256, OF_KEYS),
+    "64, dq": (64, 64, OF_QUERIES, 0),
+    "64, dk and dv": (64, 64, TOGETHER, 0),
+    "96, dk and dv": (96, 96, TOGETHER, 0),
+    "128, dq": (128, 128, OF_QUERIES, 0),
+    "128, dk and dv": (128, 128, TOGETHER, 0),
+    "192, dv": (192, 192, OF_VALUES, 0),
+    "256, dq": (256, 256, OF_QUERIES, 0),
+    "256, dk": (256, 256, OF_KEYS, 0),
+    "128, dq, softcap": (128, 128, OF_QUERIES, catalogue.SOFTCAP),
+    "128, dk and dv, softcap": (128, 128, TOGETHER, catalogue.SOFTCAP),
+    "192, dk, softcap": (192, 192, OF_KEYS, catalogue.SOFTCAP),
+    "256, dk, softcap": (256, 256, OF_KEYS, catalogue.SOFTCAP),
+    "128, dq, ALiBi": (128, 128, OF_QUERIES, catalogue.ALIBI),
+    "128, dk and dv, ALiBi": (128, 128, TOGETHER, catalogue.ALIBI),
+    "256, dk, ALiBi": (256, 256, OF_KEYS, catalogue.ALIBI),
 }
 
 pytestmark = pytest.mark.usefixtures("nvrtc")
@@ -28,6 +35,7 @@ class Kernel(NamedTuple):
     head_dim: int
     head_dim_v: int
     wanted: int
+    edits: int
     tile: object
     cubin: object
     found: list
@@ -38,13 +46,13 @@ class Kernel(NamedTuple):
 
 @pytest.fixture(scope="module", params=KERNELS)
 def kernel(request, tmp_path_factory):
-    head_dim, head_dim_v, wanted = KERNELS[request.param]
-    tile = hopper_backward_tile(head_dim, head_dim_v, wanted)
-    what = catalogue.hopper_backward("bfloat16", head_dim, head_dim_v, tile, wanted)
+    head_dim, head_dim_v, wanted, edits = KERNELS[request.param]
+    tile = hopper_backward_tile(head_dim, head_dim_v, wanted, edits == catalogue.SOFTCAP)
+    what = catalogue.hopper_backward("bfloat16", head_dim, head_dim_v, tile, wanted, edits)
     cubin = compiler.compile_cubin(source.join(what.source), what.expression, "sm_90a")
     found, loops = instructions(cubin, tmp_path_factory.mktemp("sass"))
     bodies = [found[start : stop + 1] for start, stop in loops if places(found[start : stop + 1], "HGMMA")]
-    return Kernel(head_dim, head_dim_v, wanted, tile, cubin, found, min(bodies, key=len))
+    return Kernel(head_dim, head_dim_v, wanted, edits, tile, cubin, found, min(bodies, key=len))
 
 
 def places(body, word):
@@ -77,7 +85,8 @@ def test_every_exponential_runs_beside_the_second_product(kernel):
     body = kernel.walk
     _, scores_are_there, changes_are_there = places(body, "WARPGROUP.DEPBAR")
     exponentials = places(body, "MUFU.EX2")
-    assert len(exponentials) == 2 * kernel.tile.moves // 2, "once for whole tiles, and once for those of an edge"
+    of_a_score = 2 if kernel.edits == catalogue.SOFTCAP else 1  # which is a tanh first
+    assert len(exponentials) == 2 * of_a_score * kernel.tile.moves // 2, "for whole tiles, and for those of an edge"
     assert scores_are_there < exponentials[0] < exponentials[-1] < changes_are_there
     last_of_changes = max(index for index in places(body, "HGMMA") if index < scores_are_there)
     assert last_of_changes > places(body, "WARPGROUP.DEPBAR")[0], "under way when the scores have come"

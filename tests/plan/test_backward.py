@@ -1,6 +1,7 @@
 """The plan of gradients: who takes them, which tiles, and that these fit everywhere."""
 
 import itertools
+import math
 import pickle
 from dataclasses import replace
 
@@ -113,8 +114,7 @@ HOPPER = NAMED_DEVICES["H100"]
     ("changes", "word"),
     [
         ({"dtype": "float32"}, "has no float32 arithmetic"),
-        ({"edits": ScoreEdits(0.125, softcap=3.0)}, "knows no softcap"),
-        ({"edits": ScoreEdits(0.125, alibi_slopes=(4,))}, "knows no ALiBi slopes"),
+        ({"edits": ScoreEdits(0.125, softcap=3.0, alibi_slopes=(4,))}, "knows no softcap together with ALiBi slopes"),
         ({"edits": ScoreEdits(-0.125)}, "knows no scale of zero or below"),
         ({"edits": ScoreEdits(0.125, bias=(1, 1, 1, 2048))}, "knows no bias"),
         ({"dropout_p": 0.5}, "knows no dropout"),
@@ -126,12 +126,26 @@ def test_what_hopper_objects_to_the_other_kernel_takes(changes, word):
     assert word in " / ".join(dict(chosen.objections)["hopper_backward"])
 
 
+@pytest.mark.parametrize("edits", [{"softcap": 3.0}, {"alibi_slopes": (4,)}], ids=str)
+def test_hopper_takes_a_softcap_or_slopes(edits):
+    assert choose_backward(asked(edits=ScoreEdits(0.125, **edits)), HOPPER).kernel == "hopper_backward"
+
+
+def test_under_a_softcap_fewer_queries_move_where_registers_are_short():
+    plain, capped = (
+        dict(choose_backward(asked(edits=ScoreEdits(0.125, softcap=x)), HOPPER).tile.passes) for x in (0.0, 3.0)
+    )
+    assert capped[OF_QUERIES] == plain[OF_QUERIES]
+    assert (plain[TOGETHER].moves, capped[TOGETHER].moves) == (64, 48)
+
+
+@pytest.mark.parametrize("capped", [False, True])
 @pytest.mark.parametrize("wide_v", HEAD_DIMS)
 @pytest.mark.parametrize("wide", HEAD_DIMS)
-def test_hoppers_tiles_fit_and_have_two_stages(wide, wide_v):
+def test_hoppers_tiles_fit_and_have_two_stages(wide, wide_v, capped):
     passes = (OF_QUERIES, OF_KEYS | OF_VALUES) if max(wide, wide_v) <= 128 else (OF_QUERIES, OF_KEYS, OF_VALUES)
     for wanted in passes:
-        tile = hopper_backward_tile(wide, wide_v, wanted)
+        tile = hopper_backward_tile(wide, wide_v, wanted, capped)
         assert hopper_shared_memory_of(wide, wide_v, tile, wanted) <= HOPPER.shared_memory
         assert tile.num_stages >= 2
 
@@ -143,6 +157,32 @@ def test_keys_and_values_are_summed_together_as_far_as_registers_reach():
     assert wanted_of(asked(head_dims=(128, 64))) == [OF_QUERIES, TOGETHER]
     for head_dims in ((136, 64), (64, 136), (256, 256)):
         assert wanted_of(asked(head_dims=head_dims)) == [OF_QUERIES, OF_KEYS, OF_VALUES]
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "keys", "found"),
+    [
+        (1, (32, 1, 1), 4096, 4),  # 32 tiles of keys, eight blocks each, in three turns
+        (1, (32, 8, 8), 4096, 4),  # 256 of them
+        (1, (32, 8, 8), 1024, 1),
+        (1, (32, 8, 8), 128, 1),
+        (8, (32, 32, 32), 64, 1),
+        (1, (12, 2, 3), 1024, 1),
+        (64, (32, 1, 1), 4096, 32),
+    ],
+)
+def test_few_tiles_of_keys_have_several_blocks_each(batch, heads, keys, found):
+    problem = asked(batch_shape=(batch,), heads=heads, seqlens=(4096, keys))
+    tiles = choose_backward(problem, A100).tile
+    assert tiles.heads == (1, found)
+    shared = math.lcm(heads[0] // heads[1], heads[0] // heads[2])
+    told = [note for note in choose_backward(problem, A100).notes if "in parts" in note or " parts, so that" in note]
+    assert len(told) == (0 if found == shared else 2)
+
+
+def test_memory_of_parts_is_told():
+    text = str(choose_backward(asked(heads=(32, 1, 1), seqlens=(4096, 4096)), A100))
+    assert f"dk in 8 parts, so that the GPU is full: {4 * 8 * 4096 * 128} bytes, or less" in text
 
 
 def test_a_bias_has_a_pass_of_its_own():

@@ -47,7 +47,7 @@ TRAITS = {
                   "packed", "stores_boxes", "edits", *Switches._fields),
     "append.cu": ("element",),
     "backward.cu": ("element", "head_dim", "head_dim_v", *BackwardTile._fields, "wanted", "aligned", "edits"),
-    "hopper_backward.cu": ("element", "head_dim", "head_dim_v", *BackwardTile._fields, "wanted"),
+    "hopper_backward.cu": ("element", "head_dim", "head_dim_v", *BackwardTile._fields, "wanted", "edits"),
     "backward_rows.cu": ("element",),
 }  # fmt: skip
 """What the template arguments of a kernel are called."""
@@ -252,7 +252,7 @@ def _of_backward(kernel):
             arrays, options = make(np.random.default_rng(SEED))
             arrays = emulated_backward.with_dout(np.random.default_rng(SEED + 1), arrays, options, dlse=True)
             passes = ((x["wanted"], tile),) if tile else ()
-            device = DEVICES[kernel.target]
+            device = replace(DEVICES[kernel.target], num_units=1)  # full with a block that sums all heads
             if kernel.family != "hopper_backward":
                 device = replace(device, tensor_maps=False)
             found = emulated_backward.run(

@@ -1,21 +1,21 @@
 // hopper_backward.cu's traits, parameters and shared memory, and the warps that fetch.
 #pragma once
 
-#include "algorithm/mask.cuh"
+#include "algorithm/scores.cuh"
 #include "algorithm/traits.cuh"
-#include "tiles/fragments.cuh"
 #include "tiles/tile90.cuh"
 
 namespace cupyattn {
 
 template <typename Element_, int kHeadDim_, int kHeadDimV_, int kStays_, int kMoves_, int kNumWarps_, int kNumStages_,
-          int kWanted_>
+          int kWanted_, int kEdits_>
 struct HopperBackwardTraits {
     using Element = Element_;
     static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // as padded in the tiles
     static constexpr int kStays = kStays_, kMoves = kMoves_;
     static constexpr int kNumStages = kNumStages_;
     static constexpr int kWanted = kWanted_;
+    static constexpr int kEdits = kEdits_;
     static constexpr int kConsumers = kStays / 64, kThreads = 128 * (1 + kConsumers);
     // Of 168 for each of 384 threads: what the fetching warpgroup gives back, the others take.  It could not do with
     // 24, for facts have addresses.
@@ -36,6 +36,7 @@ struct HopperBackwardTraits {
     static constexpr int kBarriers = kFacts + kNumStages * kFactBytes;
     static constexpr int kSharedBytes = kBarriers + Ring<kNumStages>::kBytes + Ring<1>::kBytes;
 
+    static_assert(!(kEdits & kSoftcap) || !(kEdits & kAlibi), "a slope's share is of the change before the softcap");
     static_assert(kStays == 128 && kNumWarps_ == 12, "two warpgroups of 64 rows, and one that fetches");
     static_assert(kMoves % 16 == 0 && kMoves <= 256, "the sizes of a wgmma");
     static_assert(kStayingBytes % 1024 == 0 && kMovingBytes % 1024 == 0 && MovingA::kBytes % 1024 == 0,
@@ -61,7 +62,7 @@ DEVICE GradientTile gradient_tile(const BackwardParams& params) {
     constexpr bool kTurned = Traits::kTurned;
     constexpr int kMoves = Traits::kMoves;
     const int tiles = larger(1, ceil_div(kTurned ? params.seqlen_k : params.seqlen_q, Traits::kStays));
-    const int shared = kTurned ? params.grad.heads_per_owner : 1, owners = params.num_heads / shared;
+    const int shared = kTurned ? params.grad.heads_per_block : 1, owners = params.num_heads / shared;
     const int place = ptx::block_x() % tiles, owner = ptx::block_x() / tiles % owners;
     // Under a causal mask the last queries see the most keys, and the first keys are seen by the most queries.
     const int index = kTurned || params.right == kOpen ? place : tiles - 1 - place;

@@ -78,13 +78,14 @@ struct Gradients {
     const float* dlse;         // as lse lies, like all that follow up to sink_rows
     float *lse_log2, *delta;   // of each row, see backward_rows.cu
     float* sink_rows;          // what each row adds to the gradient of its head's sink
-    float* slope_parts;        // [batch, num_heads, parts of a head]: what a warp adds to that of an ALiBi slope
+    float* slope_parts;        // [batch, num_heads, 16 rows]: what these add to that of an ALiBi slope; of whole 128
     int* flags;                // of tiles of 128 rows, see hopper_backward.cu; null: all tiles are to be made
     void *dq, *dk, *dv, *dbias;
     Strides of_dout, of_dq, of_dk, of_dv;
     ScoreStrides of_dbias;
     int bias_batch, bias_heads, bias_rows, bias_keys;  // how many of each the bias has; 1: it is repeated
-    int heads_per_owner;                               // query heads whose keys or values one block sums
+    int heads_per_block;                               // query heads that share keys or values and have one block
+    int queries_per_dk, queries_per_dv;                // query heads that are summed: a share of queries_per_k, or all
     int dq_dtype, dk_dtype, dv_dtype, dbias_dtype;     // see number_at
 };
 

@@ -69,6 +69,17 @@ DEVICE float alibi_slope_of(int head, const Sequence& sequence, const Params& pa
     return 0.f;
 }
 
+// What 16 rows of a head, of which a warp's lanes have parts, add to the gradient of its slope: their place is the same
+// whatever tile they are in.
+DEVICE void store_slope_part(float part, int head, int first_row, const Sequence& sequence, const BackwardParams& params) {
+    if (!params.grad.slope_parts) return;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) part += ptx::shuffle_xor(part, step);
+    const int64 parts = 8 * larger(1, ceil_div(params.seqlen_q, 128));
+    const int64 start = (static_cast<int64>(sequence.index) * params.num_heads + head) * parts;
+    if (ptx::lane() == 0) ptx::store_global(params.grad.slope_parts + start + first_row / 16, part);
+}
+
 // Edits the scores of keys [first_key, first_key + kCols) in place; minus infinity where a key is not seen.
 // The results are exponents of two if anything but the band is edited, and products q k^T as they were if not.
 // kBand: some row may see less than all these keys.  `softmax_scale` is that of params, or another in its place.

@@ -43,6 +43,10 @@ class Written(NamedTuple):
     dtype: str
     is_whole: bool
     """It is the operand's own; if not, it is to be summed over what repeats the operand."""
+    parts: int = 1
+    """Of each head of keys or values, by several blocks, to be summed."""
+    axis_of_parts: int = 0
+    """From the end."""
 
 
 class Step(NamedTuple):
@@ -50,7 +54,7 @@ class Step(NamedTuple):
 
     specialisation: Specialisation
     grid: int
-    heads_per_owner: int = 1
+    heads_per_block: int = 1
     maps: tuple[BoxMap, ...] = ()
     """Of q, k, v and dout, in front of the record, if the kernel goes by tensor maps."""
     flags: int | None = None
@@ -65,7 +69,7 @@ class BackwardRecipe:
     tail: bytes
     gradients: params.GradientTail
     written: Mapping[str, Written]
-    """By operand; those of sinks are there for every row, and those of slopes for every warp."""
+    """By operand; those of sinks are there for every row, and those of slopes for every 16 rows."""
     num_rows: int
     """Of all heads together: numbers of an lse."""
     num_flags: int = 0
@@ -88,7 +92,10 @@ class BackwardRecipe:
         pointers = {name: view.pointer for name, view in operands.items()}
         pointers["dropout_seed"] = seed
         flags = 0 if step.flags is None else results["flags"] + 4 * step.flags
-        grads = self.gradients._replace(heads_per_owner=step.heads_per_owner)
+        shared, per_k, per_v = step.heads_per_block, self.gradients.queries_per_dk, self.gradients.queries_per_dv
+        grads = self.gradients._replace(
+            heads_per_block=shared, queries_per_dk=math.gcd(shared, per_k), queries_per_dv=math.gcd(shared, per_v)
+        )
         behind = grads.pack({**pointers, **results, "flags": flags})
         if not step.maps:
             return params.record(pointers, self.tail + behind)
@@ -125,19 +132,18 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
         return BackwardRecipe((), b"", _NOTHING, {}, 0, copies=copies)
     arrays = arrays_of(problem, facts, aligned)
     rows_are_aligned = arrays.rows_are_aligned and steps_are_aligned(arrays.strides["dout"], problem.dtype)
-    written = {name: written_of(name, problem, arrays.shapes) for name in NAMES if name in arrays.shapes}
     if plan.kernel == "hopper_backward" and _objections_to_maps(problem, arrays, aligned):
         assert plan.instead is not None
         plan = plan.instead
     assert isinstance(plan.tile, BackwardTiles)
+    written = {name: written_of(name, problem, arrays.shapes, plan.tile) for name in NAMES if name in arrays.shapes}
     steps, num_flags = [_rows(problem)], 0
     if plan.kernel == "hopper_backward":
         more, num_flags = _on_hopper(plan, problem, rows_are_aligned, arrays)
         steps += more
-    for wanted, tile in plan.tile.passes if plan.kernel == "backward" else ():
-        steps.append(_step(problem, tile, wanted, rows_are_aligned, arrays))
-        if wanted & ~(OF_KEYS | OF_VALUES | OF_BIAS) and "alibi_slopes" in written:
-            written["alibi_slopes"] = Written((*_slopes_shape(problem, tile),), "float32", False)
+    if plan.kernel == "backward":
+        for (wanted, tile), heads in zip(plan.tile.passes, plan.tile.heads, strict=True):
+            steps.append(_step(problem, tile, wanted, heads, rows_are_aligned, arrays))
     return BackwardRecipe(
         tuple(step for step in steps if step.grid),
         tail_of(plan, problem, arrays).pack(),
@@ -154,12 +160,14 @@ def _on_hopper(plan: Plan, problem: Problem, aligned: bool, arrays: FactsOfArray
     assert plan.instead is not None
     assert isinstance(plan.instead.tile, BackwardTiles)
     steps, num_flags = [], 0
-    for (wanted, tile), (_, other) in zip(plan.tile.passes, plan.instead.tile.passes, strict=True):
-        again = _step(problem, other, wanted, aligned, arrays)
-        grid = _step(problem, tile, wanted, aligned, arrays).grid
-        what = catalogue.hopper_backward(problem.dtype, *padded_dims(problem.sizes, problem.dtype), tile, wanted)
+    passes = zip(plan.tile.passes, plan.tile.heads, plan.instead.tile.passes, strict=True)
+    for (wanted, tile), heads, (_, other) in passes:
+        again = _step(problem, other, wanted, heads, aligned, arrays)
+        grid = _step(problem, tile, wanted, heads, aligned, arrays).grid
+        dims, edits = padded_dims(problem.sizes, problem.dtype), catalogue.edits_of(problem)
+        what = catalogue.hopper_backward(problem.dtype, *dims, tile, wanted, edits)
         box_maps = _maps(problem, arrays, tile, wanted)
-        steps.append(Step(what, grid, again.heads_per_owner, box_maps, num_flags))
+        steps.append(Step(what, grid, again.heads_per_block, box_maps, num_flags))
         steps.append(again._replace(flags=num_flags))
         num_flags += grid
     return steps, num_flags
@@ -190,29 +198,22 @@ def _rows(problem: Problem) -> Step:
     return Step(catalogue.backward_rows(problem.dtype), -(-math.prod(problem.lse_shape) // ROWS_OF_A_BLOCK))
 
 
-def _step(problem: Problem, tile: BackwardTile, wanted: int, aligned: bool, arrays: FactsOfArrays) -> Step:
+def _step(
+    problem: Problem, tile: BackwardTile, wanted: int, heads_per_block: int, aligned: bool, arrays: FactsOfArrays
+) -> Step:
     sizes = problem.sizes
     edits = catalogue.edits_of(problem)
     what = catalogue.backward(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, wanted, aligned, edits)
     if wanted == OF_BIAS:
         batch, heads, rows, keys = _four(arrays.shapes["bias"])
         return Step(what, batch * heads * -(-rows // tile.stays) * -(-keys // tile.moves))
-    if not wanted & (OF_KEYS | OF_VALUES):
-        return Step(what, sizes.batch * sizes.num_heads * _tiles(sizes.seqlen_q, tile))
-    shared = 1
-    for bit, heads in ((OF_KEYS, sizes.num_heads_k), (OF_VALUES, sizes.num_heads_v)):
-        if wanted & bit:
-            shared = math.lcm(shared, sizes.num_heads // heads)
-    return Step(what, sizes.batch * (sizes.num_heads // shared) * _tiles(sizes.seqlen_k, tile), shared)
+    seqlen = sizes.seqlen_k if wanted & (OF_KEYS | OF_VALUES) else sizes.seqlen_q
+    owners = sizes.num_heads // heads_per_block
+    return Step(what, sizes.batch * owners * _tiles(seqlen, tile), heads_per_block)
 
 
 def _tiles(seqlen: int, tile: BackwardTile) -> int:
     return max(1, -(-seqlen // tile.stays))
-
-
-def _slopes_shape(problem: Problem, tile: BackwardTile) -> Shape:
-    sizes = problem.sizes
-    return (sizes.batch, sizes.num_heads, _tiles(sizes.seqlen_q, tile) * tile.num_warps)
 
 
 def _four(shape: Shape) -> Shape:
@@ -220,35 +221,50 @@ def _four(shape: Shape) -> Shape:
     return (1,) * (4 - len(shape)) + shape
 
 
-def written_of(name: str, problem: Problem, shapes: Mapping[str, Shape]) -> Written:
+def written_of(name: str, problem: Problem, shapes: Mapping[str, Shape], tiles: BackwardTiles) -> Written:
     """Of an operand whose batch axes are one by now."""
     sizes, shape = problem.sizes, shapes[name]
     if name == "sinks":
         return Written(problem.lse_shape, "float32", False)
     if name == "alibi_slopes":
-        return Written((0,), "float32", False)
+        parts = 8 * max(1, -(-sizes.seqlen_q // 128))
+        return Written((sizes.batch, sizes.num_heads, parts), "float32", False)
     batch_shape = sizes.batch_shape
     if name == "bias":
         # As it is read, or as it was repeated for the kernels; of one batch axis or none there is no other.
         inner = _four(shape)[1:]
         lead = batch_shape if len(batch_shape) > 1 and _four(shape)[0] > 1 else (_four(shape)[0],)
         return Written((*lead, *inner), "", True)
-    if problem.layout.ragged:
-        return Written(shape, problem.dtype, True)
-    return Written((*batch_shape, *shape[-3:]), problem.dtype, True)
+    whole = Written(shape if problem.layout.ragged else (*batch_shape, *shape[-3:]), problem.dtype, True)
+    for bit, letter, heads in ((OF_KEYS, "k", sizes.num_heads_k), (OF_VALUES, "v", sizes.num_heads_v)):
+        if name == letter:
+            shared = sizes.num_heads // heads
+            parts = shared // math.gcd(shared, tiles.heads_of(bit))
+            return whole if parts == 1 else _in_parts(whole, parts, problem)
+    return whole
+
+
+def _in_parts(whole: Written, parts: int, problem: Problem) -> Written:
+    axis = 3 if problem.layout.axes == "bhsd" else 2
+    shape = whole.shape[: 1 - axis]
+    return Written((*shape, parts, *whole.shape[1 - axis :]), "float32", False, parts, axis)
 
 
 def as_asked(written: Written, shape: Shape, dtype: str) -> Written:
     """The same for an operand that has this shape in the caller's hands: float32 where there is something to sum."""
     is_whole = written.is_whole and math.prod(written.shape) == math.prod(shape)
-    return Written(written.shape, dtype if is_whole else "float32", is_whole)
+    return written._replace(dtype=dtype if is_whole else "float32", is_whole=is_whole)
 
 
 def _tail(problem: Problem, arrays: FactsOfArrays, written: Mapping[str, Written]) -> params.GradientTail:
     strides, sizes = arrays.strides, problem.sizes
 
     def of_operand(name: str) -> params.Strides:
-        shape = written[name].shape
+        found = written[name]
+        shape = found.shape
+        if found.parts > 1:  # a kernel sees as many heads more
+            place = len(shape) - found.axis_of_parts
+            shape = (*shape[: place - 1], shape[place - 1] * found.parts, *shape[place + 1 :])
         lead = len(sizes.batch_shape) if len(sizes.batch_shape) > 1 else 0
         steps = contiguous_strides((sizes.batch, *shape[lead:]) if lead else shape)
         return operand_strides(name, problem, steps, False)
@@ -259,6 +275,8 @@ def _tail(problem: Problem, arrays: FactsOfArrays, written: Mapping[str, Written
         of_operand("k"),
         of_operand("v"),
         params.ScoreStrides(),
+        queries_per_dk=sizes.num_heads // sizes.num_heads_k,
+        queries_per_dv=sizes.num_heads // sizes.num_heads_v,
     )
     if "bias" not in written:
         return tail

@@ -120,7 +120,7 @@ GRADIENT_POINTERS = (
     "dv",
     "dbias",
 )
-_GRADIENTS = struct.Struct("<11Q12q4q9i4x")
+_GRADIENTS = struct.Struct("<11Q12q4q11i4x")
 
 
 class GradientTail(NamedTuple):
@@ -135,7 +135,9 @@ class GradientTail(NamedTuple):
     bias_heads: int = 0
     bias_rows: int = 0
     bias_keys: int = 0
-    heads_per_owner: int = 1
+    heads_per_block: int = 1
+    queries_per_dk: int = 1
+    queries_per_dv: int = 1
     dq_dtype: int = 0
     """In which it is written: a place in `BIAS_DTYPES`."""
     dk_dtype: int = 0

@@ -158,9 +158,11 @@ def backward(
     )
 
 
-def hopper_backward(dtype: str, head_dim: int, head_dim_v: int, tile: BackwardTile, wanted: int) -> Specialisation:
+def hopper_backward(
+    dtype: str, head_dim: int, head_dim_v: int, tile: BackwardTile, wanted: int, edits: int = 0
+) -> Specialisation:
     """The same on Hopper, of padded head_dims, ``hopper_backward.cu``."""
-    arguments = (ELEMENT[dtype], head_dim, head_dim_v, *tile, wanted)
+    arguments = (ELEMENT[dtype], head_dim, head_dim_v, *tile, wanted, edits)
     return Specialisation(
         "hopper_backward.cu",
         f"cupyattn::hopper_backward<cupyattn::HopperBackwardTraits<{', '.join(map(_literal, arguments))}>>",

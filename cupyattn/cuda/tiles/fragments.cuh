@@ -57,21 +57,24 @@ struct Fragment {
     // The sums of one product are the operand of the next, as they lie: no lane has to ask another.
     DEVICE_METHOD void round_from(const Accumulator<kCols>& from) {
 #pragma unroll
-        for (int step = 0; step < kCols / 16; ++step)
+        for (int block = 0; block < kCols / 8; ++block) round_eight(from.value[block], block);
+    }
+    // Those of eight columns.
+    DEVICE_METHOD void round_eight(const float (&sums)[4], int block) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float(&pair)[4] = from.value[2 * step + i / 2];
-                const float low = pair[2 * (i % 2)], high = pair[2 * (i % 2) + 1];
-                if constexpr (Same<Element, float>::value) {
-                    float a[3], b[3];
-                    split(low, a[0], a[1], a[2]);
-                    split(high, b[0], b[1], b[2]);
+        for (int half = 0; half < 2; ++half) {
+            const float low = sums[2 * half], high = sums[2 * half + 1];
+            const int i = block % 2 * 2 + half;
+            if constexpr (Same<Element, float>::value) {
+                float a[3], b[3];
+                split(low, a[0], a[1], a[2]);
+                split(high, b[0], b[1], b[2]);
 #pragma unroll
-                    for (int plane = 0; plane < 3; ++plane) value[step][plane][i] = pack_exact(a[plane], b[plane]);
-                } else {
-                    value[step][0][i] = ptx::pack<Element>(low, high);
-                }
+                for (int plane = 0; plane < 3; ++plane) value[block / 2][plane][i] = pack_exact(a[plane], b[plane]);
+            } else {
+                value[block / 2][0][i] = ptx::pack<Element>(low, high);
             }
+        }
     }
 };
 

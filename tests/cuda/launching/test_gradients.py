@@ -1,23 +1,27 @@
 """Launches of the gradients, as values: what has to be copied, who sums what, one record."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from emulated import STORED, operands, options_of, problem_of, ragged_operands, ragged_options
 from emulated_backward import A100
 
+from cupyattn.cuda.backward import axes_of
 from cupyattn.cuda.launching import params
 from cupyattn.cuda.launching.gradients import as_asked, backward_recipe, to_be_copied, with_dtypes
 from cupyattn.cuda.launching.views import View, contiguous_strides, view_of_numpy
 from cupyattn.plan import OF_KEYS, OF_QUERIES, OF_VALUES, choose_backward
+from cupyattn.problem import NAMED_DEVICES
 
 
-def recipe_of(arrays, options, **known):
+def recipe_of(arrays, options, device=A100, **known):
     """(recipe, problem) of operands; `known` take the place of a contiguous dout, out and lse."""
     problem = problem_of(arrays, options)
     made = {name: np.zeros(problem.out_shape, STORED[problem.dtype]) for name in ("dout", "out")}
     made["lse"] = np.zeros(problem.lse_shape, np.float32)
     views = {name: view_of_numpy(x, x.dtype.name) for name, x in {**arrays, **made, **known}.items()}
-    return backward_recipe(choose_backward(problem, A100), problem, views), problem
+    return backward_recipe(choose_backward(problem, device), problem, views), problem
 
 
 def dense(rng, dtype="float16", heads=(4, 2, 2), seqlens=(70, 90), dims=(64, 64), batch=2, **arrays):
@@ -131,15 +135,41 @@ def test_one_block_sums_all_heads_that_share_keys_or_values(rng, heads, shared):
     recipe, _ = recipe_of(arrays, options)
     rows, of_queries, of_keys = recipe.steps
     assert rows.grid == -(-2 * heads[0] * 70 // 8)
-    assert (of_queries.grid, of_queries.heads_per_owner) == (2 * heads[0], 1)
-    assert (of_keys.grid, of_keys.heads_per_owner) == (2 * heads[0] // shared, shared)
+    assert (of_queries.grid, of_queries.heads_per_block) == (2 * heads[0], 1)
+    assert (of_keys.grid, of_keys.heads_per_block) == (2 * heads[0] // shared, shared)
 
 
 def test_wide_heads_have_owners_of_their_own_for_keys_and_values(rng):
     arrays, options = dense(rng, heads=(12, 2, 3), dims=(192, 128))
     recipe, problem = recipe_of(arrays, options)
     assert [wanted for wanted, _ in choose_backward(problem, A100).tile.passes] == [OF_QUERIES, OF_KEYS, OF_VALUES]
-    assert [step.heads_per_owner for step in recipe.steps] == [1, 1, 6, 4]
+    assert [step.heads_per_block for step in recipe.steps] == [1, 1, 6, 4]
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_where_blocks_are_few_they_share_the_heads_of_a_key_and_what_they_write_is_summed(rng, layout):
+    arrays = operands(rng, "float16", layout, 2, (12, 2, 3), (70, 90), (64, 64))
+    recipe, problem = recipe_of(arrays, options_of(layout=layout), NAMED_DEVICES["A100"])
+    step = recipe.steps[-1]
+    assert (step.grid, step.heads_per_block) == (2 * 12, 1)
+    dk, dv = (recipe.written[name] for name in "kv")
+    assert (dk.parts, dv.parts, dk.dtype, dk.is_whole) == (6, 4, "float32", False)
+    assert dk.shape == ((2, 90, 2, 6, 64) if layout == "bshd" else (2, 2, 6, 90, 64))
+    asked = as_asked(dk, arrays["k"].shape, "float16")
+    assert (asked.dtype, asked.parts) == ("float32", 6)
+    assert axes_of("k", asked, arrays["k"].shape, problem) == ((3,) if layout == "bshd" else (2,))
+    once = (1, *arrays["k"].shape[1:])
+    assert axes_of("k", asked, once, problem) == ((0, 3) if layout == "bshd" else (0, 2))
+    seen = contiguous_strides((2, 90, 12, 64) if layout == "bshd" else (2, 12, 90, 64))
+    batch, row, head = seen[0], seen[1 if layout == "bshd" else 2], seen[2 if layout == "bshd" else 1]
+    assert recipe.gradients.of_dk == params.Strides(batch, row, head)
+
+
+def test_parts_of_heads_that_do_not_divide_each_other_are_of_what_divides_both(rng):
+    arrays, options = dense(rng, heads=(12, 2, 3))
+    recipe, _ = recipe_of(arrays, options, replace(A100, num_units=7))
+    assert (recipe.steps[-1].grid, recipe.steps[-1].heads_per_block) == (2 * 3, 4)
+    assert [recipe.written[name].parts for name in "kv"] == [3, 1]
 
 
 def test_what_is_empty_is_not_launched(rng):
