@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ahead.add_argument("--arch", type=_targets, help="sm_80,sm_90a,...; without it, this machine's GPUs")
     ahead.add_argument("--output", type=Path, metavar="FOLDER", help="instead of the user's cache")
     ahead.add_argument("--jobs", type=_positive, metavar="N", help="threads; without it, one per core")
+    ahead.add_argument("--gradients", action="store_true", help="those of training, too")
     ahead.add_argument("--list", action="store_true", help="only say what there is to compile")
     given = parser.parse_args(arguments)
     if given.command == "info":
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     targets = given.arch or _own_targets()
     if not targets:
         ahead.error("there is no GPU here to compile for; name the architectures: --arch sm_80,sm_90a")
-    jobs = prebuild.jobs_for(targets)
+    jobs = prebuild.jobs_for(targets, given.gradients)
     if given.list:
         for wanted, target in jobs:
             shape = f"{wanted.threads} threads, {wanted.shared_memory} bytes shared"

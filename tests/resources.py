@@ -20,7 +20,15 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 def name_of(specialisation):
     """ "flash_forward<Half, 64, ...>": the expression without what all of them share."""
     expression = specialisation.expression.replace("cupyattn::", "")
-    return expression.replace("FlashTraits<", "").replace("SplitTraits<", "")[:-1]
+    return re.sub(r"\b(Flash|Split|Backward|HopperBackward)Traits<", "", expression)[:-1]
+
+
+def kernels_of(target):
+    """All that is prebuilt, and of gradients those of one dtype."""
+    from cupyattn.cuda.making import catalogue
+
+    of_gradients = [x for x in catalogue.of_gradients(target) if "BFloat16" in x.expression]
+    return [*catalogue.specialisations(target), *of_gradients]
 
 
 def committed():
@@ -70,10 +78,10 @@ def instructions(cubin, tmp_path):
 
 
 def main(update):
-    from cupyattn.cuda.making import catalogue, compiler
+    from cupyattn.cuda.making import compiler
     from cupyattn.cuda.making.prebuild import num_workers
 
-    jobs = [(target, wanted) for target in TARGETS for wanted in catalogue.specialisations(target)]
+    jobs = [(target, wanted) for target in TARGETS for wanted in kernels_of(target)]
     with ThreadPoolExecutor(num_workers()) as pool:
         found = list(pool.map(lambda job: measure(job[1], job[0]), jobs))
     table = {target: {} for target in TARGETS}

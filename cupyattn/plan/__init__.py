@@ -24,6 +24,7 @@ from cupyattn.plan.backward import (
     heads_per_block,
     hopper_backward_tile,
     hopper_shared_memory_of,
+    passes_of,
     shared_memory_of,
 )
 from cupyattn.plan.choosing import choose, for_live_keys, with_num_splits
@@ -80,6 +81,7 @@ __all__ = [
     "hopper_tile",
     "objections_of_hopper",
     "padded_dims",
+    "passes_of",
     "rows_per_box",
     "shared_memory_of",
     "split_tile",

@@ -109,10 +109,14 @@ def objections_of_backward(problem: Problem, device: Device) -> tuple[str, ...]:
 def backward_tiles(problem: Problem, device: Device) -> BackwardTiles:
     """The passes and their tiles."""
     head_dim, dtype, room = padded(problem.sizes), problem.dtype, device.shared_memory
-    together = (OF_KEYS | OF_VALUES,) if head_dim <= 128 else (OF_KEYS, OF_VALUES)
-    wanted = (OF_QUERIES, *together, *((OF_BIAS,) if problem.edits.bias is not None else ()))
+    wanted = (*passes_of(head_dim), *((OF_BIAS,) if problem.edits.bias is not None else ()))
     passes = tuple((what, backward_tile(head_dim, dtype, room, what)) for what in wanted)
     return BackwardTiles(passes, tuple(heads_per_block(problem, device, *each) for each in passes))
+
+
+def passes_of(head_dim: int) -> tuple[int, ...]:
+    """What is summed together, as far as registers reach; head_dim is the larger of both."""
+    return (OF_QUERIES, OF_KEYS | OF_VALUES) if head_dim <= 128 else (OF_QUERIES, OF_KEYS, OF_VALUES)
 
 
 def heads_per_block(problem: Problem, device: Device, wanted: int, tile: BackwardTile) -> int:
@@ -134,8 +138,7 @@ def heads_per_block(problem: Problem, device: Device, wanted: int, tile: Backwar
 def hopper_backward_tiles(problem: Problem, device: Device) -> BackwardTiles:
     """Those of the Hopper kernel: 128 rows stay, for two warpgroups."""
     wide, wide_v = padded_dims(problem.sizes, problem.dtype)
-    together = (OF_KEYS | OF_VALUES,) if max(wide, wide_v) <= 128 else (OF_KEYS, OF_VALUES)
-    passes, capped = (OF_QUERIES, *together), problem.edits.softcap != 0.0
+    passes, capped = passes_of(max(wide, wide_v)), problem.edits.softcap != 0.0
     tiles = tuple((wanted, hopper_backward_tile(wide, wide_v, wanted, capped)) for wanted in passes)
     return BackwardTiles(tiles, tuple(heads_per_block(problem, device, *each) for each in tiles))
 
@@ -190,6 +193,8 @@ def backward_tile(head_dim: int, dtype: str, shared_memory: int, wanted: int) ->
     candidates = _FLOAT32 if dtype == "float32" else _SIXTEEN_BITS
     if head_dim > 128 and dtype != "float32":
         candidates = candidates[2:]  # sums of 16 rows and 256 columns take half of a thread's registers
+    if 96 < head_dim <= 128 and dtype != "float32":
+        candidates = (BackwardTile(128, 48, 8, 2), *candidates[1:])  # 64 that move leave loop invariants no registers
     if wanted == OF_BIAS:
         candidates = tuple(tile for tile in candidates if tile.stays <= 64)
     return next(

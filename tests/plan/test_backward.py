@@ -264,7 +264,7 @@ def test_a_block_has_room_for_its_tiles_its_facts_and_a_table_of_a_bias():
 def test_a_plan_prints_its_tiles_and_what_it_promises():
     text = str(choose_backward(asked(heads=(4, 4, 4)), A100))
     assert text.startswith("backward on A100: 64 tiles of 128 queries, then tiles of 128 keys")
-    assert "dq: 128 rows stay, 64 move, 8 warps, 2 stages" in text
+    assert "dq: 128 rows stay, 48 move, 8 warps, 2 stages" in text
     assert "deterministic" in text
     assert f"{4 * 2 * 4 * 2048} bytes of memory besides the results" in text
     assert "arithmetic float32" in text

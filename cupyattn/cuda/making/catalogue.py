@@ -9,10 +9,13 @@ from cupyattn.plan import (
     BackwardTile,
     HopperTile,
     Tile,
+    backward_tile,
     base_cluster,
     base_tile,
     flash_tile,
+    hopper_backward_tile,
     hopper_shared_memory_of,
+    passes_of,
     shared_memory_of,
     split_tile,
 )
@@ -226,6 +229,22 @@ def specialisations(target: str) -> list[Specialisation]:
                     found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0))
     found += [append(dtype) for dtype in ELEMENT]
     return [wanted for wanted in dict.fromkeys(found) if wanted.shared_memory <= limit]
+
+
+def of_gradients(target: str) -> list[Specialisation]:
+    """The kernels that most gradients need on an architecture, beside those of `specialisations`."""
+    limit = _SHARED_MEMORY.get(target.rstrip("af"), 99 * 1024)
+    found = []
+    for dtype in ("float16", "bfloat16", "float32"):
+        found.append(backward_rows(dtype))
+        for head_dim in HEAD_DIMS:
+            for wanted in passes_of(head_dim):
+                tile = backward_tile(head_dim, dtype, limit, wanted)
+                found.append(backward(dtype, head_dim, head_dim, tile, wanted, True, 0))
+                if target == "sm_90a" and dtype != "float32":
+                    tile = hopper_backward_tile(head_dim, head_dim, wanted)
+                    found.append(hopper_backward(dtype, head_dim, head_dim, tile, wanted))
+    return found
 
 
 _SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_87": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 from cupyattn.cuda.making import cache
-from cupyattn.cuda.making.catalogue import specialisations
+from cupyattn.cuda.making.catalogue import of_gradients, specialisations
 from cupyattn.cuda.making.module import Specialisation
 
 Job = tuple[Specialisation, str]
@@ -63,12 +63,12 @@ class Progress:
         self._stream.flush()
 
 
-def jobs_for(targets: Iterable[str]) -> list[Job]:
+def jobs_for(targets: Iterable[str], gradients: bool = False) -> list[Job]:
     """What there is to compile for these architectures; launched in two ways, a kernel is compiled once."""
     jobs = {
         (wanted.source, wanted.expression, target): (wanted, target)
         for target in targets
-        for wanted in specialisations(target)
+        for wanted in (*specialisations(target), *(of_gradients(target) if gradients else ()))
     }
     return list(jobs.values())
 

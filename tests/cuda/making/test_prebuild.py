@@ -27,6 +27,7 @@ def catalogue(monkeypatch, sources):
     """What there is to compile: three kernels, out of the throw-away source."""
     wanted = [scale(power) for power in (1, 2, 3)]
     monkeypatch.setattr(prebuild, "specialisations", lambda target: list(wanted))
+    monkeypatch.setattr(prebuild, "of_gradients", lambda target: [scale(4)])
     monkeypatch.setattr(cache.source, "join", lambda name, folder: join(name, sources))
     return wanted
 
@@ -167,6 +168,11 @@ def test_list_says_what_there_is_and_compiles_nothing(catalogue, folder, capsys,
     assert lines[0] == "sm_80    scale.cu  test::scale<1>  128 threads, 1024 bytes shared"
     assert compiled == []
     assert not folder.exists()
+
+
+def test_gradients_are_compiled_where_they_are_asked_for(catalogue, capsys):
+    assert main(["prebuild", "--arch", "sm_80", "--gradients", "--list"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[2] == "test::scale<4>"
 
 
 def test_without_arch_it_is_for_the_gpus_that_are_there(catalogue, monkeypatch, capsys):
