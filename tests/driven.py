@@ -29,7 +29,7 @@ class Driver:
 
     def kernel(self, specialisation, index):
         emulator.require_compiler()
-        built = emulator.build(specialisation.source, specialisation.expression, flags=("-O1",))
+        built = emulator.build(specialisation.source, specialisation.expression)
 
         def launch(grid, block, arguments, shared_memory, stream):
             (record,) = arguments

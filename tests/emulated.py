@@ -36,8 +36,8 @@ BITS = {"float16": 10, "bfloat16": 7, "float32": 23}
 LOWEST = {"float16": -14, "bfloat16": -126, "float32": -126}
 H100 = NAMED_DEVICES["H100"]
 LOG2E = np.float64(np.log2(np.e))
-FLAGS = ("-Og",)
-"""Takes half as long to compile as -O2, and most kernels here run for some milliseconds only."""
+FLAGS = ()
+"""Of g++, besides the emulator's own: sanitizers put theirs here."""
 ENOUGH = 4096
 """Results from which a mean error says something."""
 

@@ -33,7 +33,8 @@ import pytest
 
 HERE = Path(__file__).parent
 CUDA = HERE.parents[1] / "cupyattn" / "cuda"
-FLAGS = ("-O2", "-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-fPIC", "-shared", "-fvisibility=hidden")
+FLAGS = ("-O0", "-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-Wno-psabi", "-fPIC", "-fvisibility=hidden")
+# A kernel is compiled more often than it runs, and what all kernels call is compiled once, optimised.
 FLAGS += ("-ffp-contract=off",)  # so that sums do not depend on what the machine can fuse
 with suppress(OSError):
     if " avx2 " in Path("/proc/cpuinfo").read_text():
@@ -76,15 +77,24 @@ def build(source, expression, folder=None, sources=None, flags=()):
     texts["main.cpp"] = main + "EMULATED_KERNEL(kernel)\n"
     flags = (*FLAGS, *flags)
     folder = Path(folder or Path(tempfile.gettempdir()) / f"cupyattn-emulator-{getpass.getuser()}")
-    key = repr((sorted(texts.items()), flags, _compiler_version()))
-    library = folder / f"{Path(source).stem}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with library.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes may want it too, and one compiler is enough
-            if not library.exists():
-                _compile(texts, flags, library)
+    library = folder / f"{Path(source).stem}-{_key(texts, flags)}.so"
+    _once(library, lambda: _compile(texts, flags, library))
     return Kernel(library)
+
+
+def _key(texts, flags):
+    return hashlib.sha256(repr((sorted(texts.items()), flags, _compiler_version())).encode()).hexdigest()[:24]
+
+
+def _once(path, make):
+    """Has it made, unless it is there: other test processes may want it too, and one compiler is enough."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            make()
 
 
 class Kernel:
@@ -214,8 +224,11 @@ def _buffer_table(buffers):
 
 def _texts(source, overrides):
     """Every file that `source` includes, itself among them, by name."""
-    texts = {"prelude.h": (HERE / "prelude.h").read_text()}
-    names = [source, "launch.h"]
+    return _included([source, "launch.h"], overrides, {"prelude.h": (HERE / "prelude.h").read_text()})
+
+
+def _included(names, overrides, texts):
+    """`texts`, and besides them these files and what they include."""
     while names:
         name = names.pop()
         if name in texts:
@@ -231,16 +244,43 @@ def _texts(source, overrides):
 
 def _compile(texts, flags, library):
     """Writes `library`, whole or not at all."""
+    runtime = _runtime(texts, flags, library.parent)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        for name, text in texts.items():
-            path = Path(folder) / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text)
-        command = ["g++", *flags, "-I.", "-include", "prelude.h", "main.cpp", "-o", "kernel.so"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        if done.returncode:
-            raise BuildError(done.stderr)
+        _write({name: text for name, text in texts.items() if not (runtime / name).exists()}, folder)
+        places = ("-I.", f"-I{runtime}", "-include", "whole.h")
+        _run(folder, "g++", *flags, "-shared", *places, "main.cpp", str(runtime / "runtime.o"), "-o", "kernel.so")
         os.replace(Path(folder) / "kernel.so", library)
+
+
+def _runtime(texts, flags, folder):
+    """A folder with what all kernels have in common: its headers, precompiled, and what they declare, compiled."""
+    own = _included(["launch.h"], texts, {"prelude.h": texts["prelude.h"]})
+    path = folder / f"runtime-{_key(own, flags)}"
+    _once(path, lambda: _compile_runtime(own, flags, path))
+    return path
+
+
+def _compile_runtime(texts, flags, path):
+    whole = '#include "prelude.h"\n#include "launch.h"\n'
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        _write({**texts, "whole.h": whole, "runtime.cpp": "#define EMULATOR_RUNTIME\n" + whole}, folder)
+        _run(folder, "g++", *flags, "-O2", "-c", "runtime.cpp", "-o", "runtime.o")
+        _run(folder, "g++", *flags, "-x", "c++-header", "whole.h", "-o", "whole.h.gch")
+        os.rename(folder, path)
+        os.mkdir(folder)  # which its context takes away
+
+
+def _write(texts, folder):
+    for name, text in texts.items():
+        path = Path(folder) / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+
+
+def _run(folder, *command):
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(done.stderr)
 
 
 @functools.cache

@@ -62,7 +62,7 @@ inline Beside beside_threads;
 
 // ---- Mbarriers --------------------------------------------------------------------------------------
 
-inline void init_mbarrier(std::uint32_t address, int arrivals, Site site) {
+EMULATED void init_mbarrier(std::uint32_t address, int arrivals, Site site) {
     constexpr const char* verb = "mbarrier_init";
     shared_at(address, 8, verb, site);
     if (arrivals < 1 || arrivals >= 1 << 20) fail(site, "%s: %d arrivals are not 1 to 2^20 - 1", verb, arrivals);
@@ -83,11 +83,11 @@ inline void init_mbarrier(std::uint32_t address, int arrivals, Site site) {
     beside_threads.mbarriers.push_back(barrier);
 }
 
-inline void fence_initializations() {
+EMULATED void fence_initializations() {
     for (Mbarrier& barrier : beside_threads.mbarriers) barrier.is_fenced |= barrier.initializer == now->index;
 }
 
-inline Mbarrier& mbarrier_at(std::uint32_t address, const char* verb, Site site, int rank = now->block->rank) {
+EMULATED Mbarrier& mbarrier_at(std::uint32_t address, const char* verb, Site site, int rank = now->block->rank) {
     if (rank < 0 || rank >= machine.num_blocks) fail(site, "%s: the cluster has no block of rank %d", verb, rank);
     if (!machine.blocks[rank].threads_left) fail(site, "%s: the cluster's block %d has exited", verb, rank);
     for (Mbarrier& barrier : beside_threads.mbarriers) {
@@ -103,7 +103,7 @@ inline Mbarrier& mbarrier_at(std::uint32_t address, const char* verb, Site site,
     fail(site, "%s: there is no mbarrier at shared address 0x%x", verb, address);
 }
 
-inline void end_phase_if_complete(Mbarrier& barrier) {
+EMULATED void end_phase_if_complete(Mbarrier& barrier) {
     if (barrier.pending || barrier.bytes) return;
     barrier.gathering.add(barrier.agent, machine.stamp++);
     barrier.ended = barrier.gathering.freeze();
@@ -116,7 +116,7 @@ inline void end_phase_if_complete(Mbarrier& barrier) {
     }
 }
 
-inline void arrive_at_mbarrier(std::uint32_t address, int bytes, const char* verb, Site site,
+EMULATED void arrive_at_mbarrier(std::uint32_t address, int bytes, const char* verb, Site site,
                                int rank = now->block->rank) {
     Mbarrier& barrier = mbarrier_at(address, verb, site, rank);
     if (bytes < 0 || barrier.bytes + bytes >= 1 << 20) fail(site, "%s: %d bytes are too many", verb, bytes);
@@ -138,7 +138,7 @@ inline void arrive_at_mbarrier(std::uint32_t address, int bytes, const char* ver
 
 // ---- Boxes: what they are -----------------------------------------------------------------------------
 
-inline Map decode(const void* encoded, const char* verb, Site site) {
+EMULATED Map decode(const void* encoded, const char* verb, Site site) {
     if (reinterpret_cast<std::uintptr_t>(encoded) % 64)
         fail(site, "%s: the map's address is not a multiple of 64", verb);
     std::uint64_t words[16];
@@ -161,11 +161,11 @@ inline Map decode(const void* encoded, const char* verb, Site site) {
 }
 
 // Where a byte of a tile lies whose rows have `width` bytes, if it would lie at `address` in order.
-inline std::uint32_t swizzled(std::uint32_t address, std::uint32_t width) {
+EMULATED std::uint32_t swizzled(std::uint32_t address, std::uint32_t width) {
     return width ? address ^ (address >> 7 & (width / 16 - 1)) << 4 : address;
 }
 
-inline std::uint8_t* shared_range(std::uint32_t address, std::uint32_t bytes, std::uint32_t alignment, const char* verb,
+EMULATED std::uint8_t* shared_range(std::uint32_t address, std::uint32_t bytes, std::uint32_t alignment, const char* verb,
                                   Site site) {
     shared_at(address, alignment, verb, site);
     const std::uint32_t offset = address - kSharedBase;
@@ -201,7 +201,7 @@ inline void visit_rows(const Box& box, Visit visit) {
 }
 
 // After all checks that need no order.
-inline Box make_box(std::uint32_t shared, const void* encoded, const int (&corner)[5], Access access,
+EMULATED Box make_box(std::uint32_t shared, const void* encoded, const int (&corner)[5], Access access,
                     const char* verb, Site site) {
     Box box{decode(encoded, verb, site), shared, now->block->rank, {}, -1};
     std::memcpy(box.corner, corner, sizeof corner);
@@ -213,7 +213,7 @@ inline Box make_box(std::uint32_t shared, const void* encoded, const int (&corne
     return box;
 }
 
-inline void perform(const Box& box) {
+EMULATED void perform(const Box& box) {
     const bool comes = box.mbarrier >= 0;
     const Map& map = box.map;
     visit_rows(box, [&](std::uint32_t shared, std::uint64_t global, int before, int bytes) {
@@ -235,7 +235,7 @@ inline void perform(const Box& box) {
 
 // ---- Boxes that come ----------------------------------------------------------------------------------
 
-inline void finish(const Box& box) {
+EMULATED void finish(const Box& box) {
     perform(box);
     if (machine.check_races) {
         Word* words = words_at(box.shared, box.rank);
@@ -248,21 +248,21 @@ inline void finish(const Box& box) {
     end_phase_if_complete(barrier);
 }
 
-inline void finish_one(std::size_t index) {
+EMULATED void finish_one(std::size_t index) {
     const Box box = beside_threads.coming[index];
     beside_threads.coming.erase(beside_threads.coming.begin() + index);
     finish(box);
 }
 
 // When no thread can run.
-inline bool finish_any() {
+EMULATED bool finish_any() {
     const std::size_t count = beside_threads.coming.size();
     if (count) finish_one(machine.schedule == 2 ? random_number() % count : 0);
     return count;
 }
 
 // A box for one block of the cluster, with its mbarrier at the same address.
-inline void load_box_of(int rank, Box box, std::uint32_t mbarrier, const char* verb, Site site) {
+EMULATED void load_box_of(int rank, Box box, std::uint32_t mbarrier, const char* verb, Site site) {
     Mbarrier& barrier = mbarrier_at(mbarrier, verb, site, rank);
     box.rank = rank;
     box.mbarrier = static_cast<int>(&barrier - beside_threads.mbarriers.data());
@@ -276,7 +276,7 @@ inline void load_box_of(int rank, Box box, std::uint32_t mbarrier, const char* v
     beside_threads.coming.push_back(box);
 }
 
-inline void load_box(std::uint32_t to, const void* encoded, std::uint32_t mbarrier, const int (&corner)[5],
+EMULATED void load_box(std::uint32_t to, const void* encoded, std::uint32_t mbarrier, const int (&corner)[5],
                      Site site) {
     constexpr const char* verb = "load_box";
     const Mbarrier& barrier = mbarrier_at(mbarrier, verb, site);
@@ -288,7 +288,7 @@ inline void load_box(std::uint32_t to, const void* encoded, std::uint32_t mbarri
 }
 
 // The bytes may come before another block's thread expects them.
-inline void load_box_for(std::uint32_t ranks, std::uint32_t to, const void* encoded, std::uint32_t mbarrier,
+EMULATED void load_box_for(std::uint32_t ranks, std::uint32_t to, const void* encoded, std::uint32_t mbarrier,
                          const int (&corner)[5], Site site) {
     constexpr const char* verb = "load_box_for";
     if (!ranks || ranks >> machine.num_blocks)
@@ -298,7 +298,7 @@ inline void load_box_for(std::uint32_t ranks, std::uint32_t to, const void* enco
         load_box_of(__builtin_ctz(left), box, mbarrier, verb, site);
 }
 
-inline void wait_for_mbarrier(std::uint32_t address, int parity, Site site) {
+EMULATED void wait_for_mbarrier(std::uint32_t address, int parity, Site site) {
     Mbarrier& barrier = mbarrier_at(address, "mbarrier_wait", site);
     if (parity & ~1) fail(site, "mbarrier_wait: %d is no parity", parity);
     const int index = static_cast<int>(&barrier - beside_threads.mbarriers.data());
@@ -320,7 +320,7 @@ inline void wait_for_mbarrier(std::uint32_t address, int parity, Site site) {
 
 // ---- Boxes that go ------------------------------------------------------------------------------------
 
-inline void store_box(const void* encoded, std::uint32_t from, const int (&corner)[5], Site site) {
+EMULATED void store_box(const void* encoded, std::uint32_t from, const int (&corner)[5], Site site) {
     constexpr const char* verb = "store_box";
     const Box box = make_box(from, encoded, corner, Access::kStore, verb, site);
     const auto found = beside_threads.stores.find(now->index);
@@ -332,7 +332,7 @@ inline void store_box(const void* encoded, std::uint32_t from, const int (&corne
     mine.boxes.push_back(box);
 }
 
-inline void commit_stores() {
+EMULATED void commit_stores() {
     const auto found = beside_threads.stores.find(now->index);
     if (found == beside_threads.stores.end()) return;
     Stores& mine = found->second;
@@ -341,7 +341,7 @@ inline void commit_stores() {
     mine.groups.push_back({static_cast<std::uint32_t>(mine.boxes.size()) - committed, machine.stamp++});
 }
 
-inline void wait_for_stores(std::size_t pending_groups) {
+EMULATED void wait_for_stores(std::size_t pending_groups) {
     const auto found = beside_threads.stores.find(now->index);
     if (found == beside_threads.stores.end()) return;
     Stores& mine = found->second;
@@ -363,7 +363,7 @@ inline void wait_for_stores(std::size_t pending_groups) {
 // ---- A cluster from its first to its last thread ------------------------------------------------------
 
 // Whoever may still arrive at a block's mbarriers finds no block.
-inline void check_exit(Block& block) {
+EMULATED void check_exit(Block& block) {
     const Thread* mine = machine.threads + first_thread(block);
     for (const Mbarrier& barrier : beside_threads.mbarriers) {
         if (barrier.rank != block.rank) continue;
@@ -377,7 +377,7 @@ inline void check_exit(Block& block) {
     }
 }
 
-inline void begin_boxes() {
+EMULATED void begin_boxes() {
     beside_threads.mbarriers.clear();
     beside_threads.mbarriers.reserve(kUnits * kLanes);  // so that none moves while it is waited for
     beside_threads.coming.clear();
@@ -386,7 +386,7 @@ inline void begin_boxes() {
     machine.exit = check_exit;
 }
 
-inline void end_boxes() {
+EMULATED void end_boxes() {
     for (const Mbarrier& barrier : beside_threads.mbarriers) {
         if (barrier.bytes)
             report("all threads have exited, and the mbarrier at 0x%x still expects %lld bytes", barrier.address,

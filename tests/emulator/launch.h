@@ -25,7 +25,7 @@ struct LaunchRequest {
     std::int64_t message_bytes;
 };
 
-inline void prepare_machine(const LaunchRequest& request) {
+EMULATED void prepare_machine(const LaunchRequest& request) {
     machine.grid_x = request.grid[0], machine.grid_y = request.grid[1], machine.grid_z = request.grid[2];
     machine.num_threads = request.num_threads;
     machine.num_warps = request.num_threads / kLanes;
@@ -40,7 +40,7 @@ inline void prepare_machine(const LaunchRequest& request) {
     machine.message_bytes = request.message_bytes;
 }
 
-inline void prepare_memory(const LaunchRequest& request, std::size_t num_blocks) {
+EMULATED void prepare_memory(const LaunchRequest& request, std::size_t num_blocks) {
     memory.shared_bytes = request.shared_bytes;
     memory.shared_step = (request.shared_bytes + 1023) / 1024 * 1024;  // all blocks' are aligned alike
     memory.storage.resize(machine.num_blocks * memory.shared_step + 1024);
@@ -57,7 +57,7 @@ inline void prepare_memory(const LaunchRequest& request, std::size_t num_blocks)
 }
 
 // Clusters in order in schedule 0, else in random order; one after another, for they share only global memory.
-inline int launch(const LaunchRequest& request, void (*kernel)()) {
+EMULATED int launch(const LaunchRequest& request, void (*kernel)()) {
     prepare_machine(request);
     machine.kernel = kernel;
     const auto num_blocks = static_cast<std::size_t>(machine.grid_x) * machine.grid_y * machine.grid_z;

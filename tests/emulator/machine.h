@@ -190,21 +190,21 @@ struct Machine {
 inline Machine machine;
 
 // Of each thread, as __launch_bounds__(threads, 1) lets the compiler give them: all that warpgroups have to share out.
-inline int entry_registers() {
+EMULATED int entry_registers() {
     const int each = kRegisterFile / machine.num_threads / 8 * 8;
     return each < 248 ? each : 248;
 }
 
 inline Thread* now;  // the running thread
 
-inline int all_threads() { return machine.num_blocks * machine.num_threads; }
-inline int all_warps() { return machine.num_blocks * machine.num_warps; }
-inline int first_thread(const Block& block) { return block.rank * machine.num_threads; }
-inline int first_warp(const Block& block) { return block.rank * machine.num_warps; }
+EMULATED int all_threads() { return machine.num_blocks * machine.num_threads; }
+EMULATED int all_warps() { return machine.num_blocks * machine.num_warps; }
+EMULATED int first_thread(const Block& block) { return block.rank * machine.num_threads; }
+EMULATED int first_warp(const Block& block) { return block.rank * machine.num_warps; }
 
 // ---- Chance ---------------------------------------------------------------------------------------
 
-inline std::uint32_t random_number() {
+EMULATED std::uint32_t random_number() {
     machine.random ^= machine.random << 13;
     machine.random ^= machine.random >> 7;
     machine.random ^= machine.random << 17;
@@ -212,7 +212,7 @@ inline std::uint32_t random_number() {
 }
 
 // A number of a bit that is set, not uniformly so.
-inline int random_bit(std::uint32_t bits) {
+EMULATED int random_bit(std::uint32_t bits) {
     const unsigned turn = random_number() % 32;
     const std::uint32_t turned = bits >> turn | bits << (32 - turn) % 32;
     return (__builtin_ctz(turned) + turn) % 32;
@@ -221,7 +221,7 @@ inline int random_bit(std::uint32_t bits) {
 // ---- Errors ---------------------------------------------------------------------------------------
 
 // Notes the first error of a launch.
-__attribute__((format(printf, 1, 2))) inline void report(const char* format, ...) {
+__attribute__((format(printf, 1, 2))) EMULATED void report(const char* format, ...) {
     if (machine.failed) return;
     machine.failed = true;
     const Block& block = now ? *now->block : machine.blocks[0];
@@ -234,13 +234,13 @@ __attribute__((format(printf, 1, 2))) inline void report(const char* format, ...
 }
 
 // Ends the launch from within a thread, which is abandoned where it stands.
-[[noreturn]] inline void give_up() {
+[[noreturn]] EMULATED void give_up() {
     Fiber::swap(now->fiber, machine.scheduler);
     __builtin_unreachable();
 }
 
 // An error of the running thread at `site`.
-__attribute__((format(printf, 2, 3))) [[noreturn]] inline void fail(Site site, const char* format, ...) {
+__attribute__((format(printf, 2, 3))) [[noreturn]] EMULATED void fail(Site site, const char* format, ...) {
     char text[2048];
     va_list arguments;
     va_start(arguments, format);
@@ -252,14 +252,14 @@ __attribute__((format(printf, 2, 3))) [[noreturn]] inline void fail(Site site, c
 
 // ---- Who runs -------------------------------------------------------------------------------------
 
-inline void wake(Warp& warp, std::uint32_t lanes) {
+EMULATED void wake(Warp& warp, std::uint32_t lanes) {
     if (!lanes) return;
     warp.ready |= lanes;
     machine.ready_warps |= 1u << warp.index;
 }
 
 // Schedule 0 takes threads in order, 1 any warp, and 2 lets one warp run as far as it can before another is drawn.
-inline Thread* next_thread() {
+EMULATED Thread* next_thread() {
     while (!machine.ready_warps)
         if (!machine.idle()) return nullptr;
     int index = __builtin_ctz(machine.ready_warps);
@@ -276,7 +276,7 @@ inline Thread* next_thread() {
 }
 
 // Lets others run until this thread is woken.
-inline void suspend() {
+EMULATED void suspend() {
     Thread* me = now;
     Thread* next = next_thread();
     if (next == me) return;
@@ -285,7 +285,7 @@ inline void suspend() {
     asm volatile("" ::: "memory");
 }
 
-inline void thread_main() {
+EMULATED void thread_main() {
     machine.kernel();
     now->exited = true;
     if (!--now->block->threads_left) machine.exit(*now->block);
@@ -297,7 +297,7 @@ inline void thread_main() {
 // ---- Waiting for each other -------------------------------------------------------------------------
 
 // The running lane joins its warp at `verb`; true if it is the last.
-inline bool arrive(Verb verb, Site site, int number = 0) {
+EMULATED bool arrive(Verb verb, Site site, int number = 0) {
     Warp& warp = *now->warp;
     if (!warp.arrived) {
         warp.verb = verb;
@@ -327,7 +327,7 @@ inline void together(Verb verb, Site site, Perform perform) {
 }
 
 // What each of some threads knows and did, all of them know from now on.
-inline void meet(int first, int count) {
+EMULATED void meet(int first, int count) {
     Gathering all;
     all.start(machine.num_agents);
     Thread* threads = machine.threads + first;
@@ -338,16 +338,16 @@ inline void meet(int first, int count) {
     for (int index = 0; index < count; ++index) threads[index].known = known;
 }
 
-inline void warp_barrier(Site site) {
+EMULATED void warp_barrier(Site site) {
     together(Verb::kWarpBarrier, site, [](Warp& warp) { meet(warp.index * kLanes, kLanes); });
 }
 
-inline void release_warp(Warp& warp) {
+EMULATED void release_warp(Warp& warp) {
     warp.arrived = 0;
     wake(warp, ~0u);
 }
 
-inline void block_barrier(Site site) {
+EMULATED void block_barrier(Site site) {
     Block& block = *now->block;
     if (!arrive(Verb::kBarrier, site)) return suspend();
     if (++block.warps_at_barrier < machine.num_warps) return suspend();
@@ -358,7 +358,7 @@ inline void block_barrier(Site site) {
     suspend();  // the last to come is not always the first to go
 }
 
-inline void cluster_barrier(Site site) {
+EMULATED void cluster_barrier(Site site) {
     if (!arrive(Verb::kClusterBarrier, site)) return suspend();
     if (++machine.warps_at_cluster_barrier < all_warps()) return suspend();
     machine.warps_at_cluster_barrier = 0;
@@ -367,7 +367,7 @@ inline void cluster_barrier(Site site) {
     suspend();
 }
 
-inline bool block_barrier_any(bool condition, Site site) {
+EMULATED bool block_barrier_any(bool condition, Site site) {
     const std::uint32_t epoch = now->block->epoch;
     auto& vote = now->block->votes[epoch % 2];
     if (vote.epoch != epoch) vote = {epoch, false};
@@ -377,7 +377,7 @@ inline bool block_barrier_any(bool condition, Site site) {
 }
 
 // `waits`: for the others, else the warp goes on at once.
-inline void named_barrier(int id, int threads, bool waits, Site site) {
+EMULATED void named_barrier(int id, int threads, bool waits, Site site) {
     const Verb verb = waits ? Verb::kNamedBarrier : Verb::kNamedBarrierArrive;
     const char* name = kVerbNames[static_cast<int>(verb)];
     if (id < 1 || id >= kNamedBarriers) fail(site, "%s: %d is no number from 1 to 15", name, id);
@@ -441,13 +441,13 @@ inline void group_together(Verb verb, Site site, int number, Perform perform) {
 
 // ---- What came before what --------------------------------------------------------------------------
 
-inline Moment this_moment() { return {machine.stamp, static_cast<std::uint16_t>(now->index)}; }
+EMULATED Moment this_moment() { return {machine.stamp, static_cast<std::uint16_t>(now->index)}; }
 
 // Whether what happened at a moment of this cluster is sure to have happened for the running thread.
-inline bool is_before_now(const Moment& moment) { return moment.agent == now->index || now->known->covers(moment); }
+EMULATED bool is_before_now(const Moment& moment) { return moment.agent == now->index || now->known->covers(moment); }
 
 // The running thread learns; threads of a warp usually learn the same one after another.
-inline void learn(Thread& thread, const Known& news) {
+EMULATED void learn(Thread& thread, const Known& news) {
     static Known before, told, after;
     if (thread.known == news) return;
     if (before != thread.known || told != news) {
@@ -462,7 +462,7 @@ inline void learn(Thread& thread, const Known& news) {
 }
 
 // What each of some threads knows.
-inline Known common_knowledge(int first, int count) {
+EMULATED Known common_knowledge(int first, int count) {
     const Known& known = machine.threads[first].known;
     int same = 1;
     while (same < count && machine.threads[first + same].known == known) ++same;
@@ -474,7 +474,7 @@ inline Known common_knowledge(int first, int count) {
 }
 
 // An agent that is no thread: "what number".
-inline int new_agent(const char* what, std::uint32_t number) {
+EMULATED int new_agent(const char* what, std::uint32_t number) {
     const int agent = all_threads() + static_cast<int>(machine.agents.size());
     if (agent == machine.num_agents) {
         report("more mbarriers, warpgroups and storing threads than the emulator is made for");
@@ -502,7 +502,7 @@ struct AgentName {
 
 // Of all threads when none can run: "threads 0-31 wait in barrier at flash.cu:7; threads 32-127 have exited". In a
 // cluster the second block's threads count on from the first's.
-inline void report_deadlock() {
+EMULATED void report_deadlock() {
     char text[2048] = "";
     std::size_t length = 0;
     for (int first = 0; first < all_threads();) {
@@ -540,7 +540,7 @@ inline void report_deadlock() {
 
 // ---- A cluster from its first to its last thread ------------------------------------------------------
 
-inline void run_cluster() {
+EMULATED void run_cluster() {
     for (int rank = 0; rank < machine.num_blocks; ++rank) {
         Block& block = machine.blocks[rank];
         block.rank = rank;

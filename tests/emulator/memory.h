@@ -69,14 +69,14 @@ inline Memory memory;
 // ---- Shared memory: bounds --------------------------------------------------------------------------
 
 // From the start of all shared memory of the cluster: where an address of one block is.
-inline std::uint32_t offset_of(std::uint32_t address, int rank = now->block->rank) {
+EMULATED std::uint32_t offset_of(std::uint32_t address, int rank = now->block->rank) {
     return rank * memory.shared_step + address - kSharedBase;
 }
-inline Word* words_at(std::uint32_t address, int rank = now->block->rank) {
+EMULATED Word* words_at(std::uint32_t address, int rank = now->block->rank) {
     return &memory.words[offset_of(address, rank) / 4];
 }
 
-inline std::uint8_t* shared_at(std::uint32_t address, std::uint32_t bytes, const char* verb, Site site) {
+EMULATED std::uint8_t* shared_at(std::uint32_t address, std::uint32_t bytes, const char* verb, Site site) {
     if (address % bytes) fail(site, "%s: shared address 0x%x is not a multiple of %u", verb, address, bytes);
     const std::uint32_t offset = address - kSharedBase;
     if (offset > memory.shared_bytes || memory.shared_bytes - offset < bytes)
@@ -87,15 +87,15 @@ inline std::uint8_t* shared_at(std::uint32_t address, std::uint32_t bytes, const
 
 // ---- Shared memory: order ---------------------------------------------------------------------------
 
-[[noreturn]] inline void fail_race(Site site, const char* verb, std::uint32_t address, const char* what) {
+[[noreturn]] EMULATED void fail_race(Site site, const char* verb, std::uint32_t address, const char* what) {
     fail(site, "%s: race on shared address 0x%x, which was %s with no barrier since", verb, address, what);
 }
-[[noreturn]] inline void fail_written(Site site, const char* verb, std::uint32_t address, int writer) {
+[[noreturn]] EMULATED void fail_written(Site site, const char* verb, std::uint32_t address, int writer) {
     char what[96];
     std::snprintf(what, sizeof what, "written by %s", AgentName(writer).text);
     fail_race(site, verb, address, what);
 }
-[[noreturn]] inline void fail_busy(Site site, const char* verb, std::uint32_t address, const Word& word) {
+[[noreturn]] EMULATED void fail_busy(Site site, const char* verb, std::uint32_t address, const Word& word) {
     if (word.state == State::kMbarrier) fail(site, "%s: shared address 0x%x is part of an mbarrier", verb, address);
     if (word.state == State::kBox)
         fail(site, "%s: shared address 0x%x is the destination of a box that is under way", verb, address);
@@ -110,20 +110,20 @@ struct Party {
     std::uint32_t unit, lanes;
     bool is_async;  // sees what threads stored only after their fence_async_proxy
 };
-inline Party party_of(const Thread& thread) {
+EMULATED Party party_of(const Thread& thread) {
     return {thread.known.get(), thread.index, static_cast<std::uint32_t>(thread.warp->index), thread.bit(), false};
 }
-inline Party this_thread() { return party_of(*now); }
+EMULATED Party this_thread() { return party_of(*now); }
 // The lanes of a warp that read for each other. `known` is what they all know.
-inline Party this_warp(const Known& known) {
+EMULATED Party this_warp(const Known& known) {
     return {known.get(), -1, static_cast<std::uint32_t>(now->warp->index), ~0u, false};
 }
-inline Party beside(int agent, const Known& known, int self) {
+EMULATED Party beside(int agent, const Known& known, int self) {
     return {known.get(), self, static_cast<std::uint32_t>(agent / kLanes), 1u << agent % kLanes, true};
 }
 
 // Whether the thread that stored a word has fenced it since, before what the party knows of.
-inline bool is_fenced(const Word& word, const Party& party) {
+EMULATED bool is_fenced(const Word& word, const Party& party) {
     const int writer = word.write.agent;
     const std::vector<std::uint32_t>& fences = machine.threads[writer].async_fences;
     const auto fence = std::lower_bound(fences.begin(), fences.end(), word.write.stamp);
@@ -131,7 +131,7 @@ inline bool is_fenced(const Word& word, const Party& party) {
 }
 
 // That the last write to a word came before what a party does with it.
-inline void check_written(const Word& word, const Party& party, const char* verb, std::uint32_t address, Site site) {
+EMULATED void check_written(const Word& word, const Party& party, const char* verb, std::uint32_t address, Site site) {
     if (word.state != State::kPlain) fail_busy(site, verb, address, word);
     if (word.write.agent != party.self && !party.known->covers(word.write))
         fail_written(site, verb, address, word.write.agent);
@@ -140,7 +140,7 @@ inline void check_written(const Word& word, const Party& party, const char* verb
              word.write.agent, address);
 }
 
-inline void add_reading(Word& word, const Party& party) {
+EMULATED void add_reading(Word& word, const Party& party) {
     for (std::uint32_t index = word.readings; index; index = memory.readings[index].next) {
         Reading& reading = memory.readings[index];
         const bool is_later = (reading.lanes & ~party.lanes) == 0;  // of no other agents
@@ -160,7 +160,7 @@ inline void add_reading(Word& word, const Party& party) {
     word.readings = index;
 }
 
-inline void note_read(std::uint32_t address, int bytes, const Party& party, const char* verb, Site site) {
+EMULATED void note_read(std::uint32_t address, int bytes, const Party& party, const char* verb, Site site) {
     if (!machine.check_races) return;
     Word* word = words_at(address);
     for (; bytes > 0; bytes -= 4, address += 4, ++word) {
@@ -171,7 +171,7 @@ inline void note_read(std::uint32_t address, int bytes, const Party& party, cons
 }
 
 // That a reading came before what a party writes.
-inline void check_read(const Reading& reading, const Party& party, const char* verb, std::uint32_t address, Site site) {
+EMULATED void check_read(const Reading& reading, const Party& party, const char* verb, std::uint32_t address, Site site) {
     const bool is_own = party.self >= 0 && reading.unit == static_cast<std::uint32_t>(party.self / kLanes);
     if (party.known->least[reading.unit] >= reading.stamp) return;
     for (std::uint32_t lanes = reading.lanes; lanes; lanes &= lanes - 1) {
@@ -187,7 +187,7 @@ inline void check_read(const Reading& reading, const Party& party, const char* v
 }
 
 // `written` says who will have written, and when; for a thread that stores, this moment.
-inline void note_write(std::uint32_t address, int bytes, const Party& party, const Word& written, const char* verb,
+EMULATED void note_write(std::uint32_t address, int bytes, const Party& party, const Word& written, const char* verb,
                        Site site, int rank = now->block->rank) {
     if (!machine.check_races) return;
     Word* word = words_at(address, rank);
@@ -205,11 +205,11 @@ inline void note_write(std::uint32_t address, int bytes, const Party& party, con
         *word = written;
     }
 }
-inline void note_store_of(int thread, std::uint32_t address, int bytes, const char* verb, Site site) {
+EMULATED void note_store_of(int thread, std::uint32_t address, int bytes, const char* verb, Site site) {
     const Moment moment = {machine.stamp, static_cast<std::uint16_t>(thread)};
     note_write(address, bytes, party_of(machine.threads[thread]), {moment, State::kPlain, true, 0}, verb, site);
 }
-inline void note_store(std::uint32_t address, int bytes, const char* verb, Site site) {
+EMULATED void note_store(std::uint32_t address, int bytes, const char* verb, Site site) {
     note_store_of(now->index, address, bytes, verb, site);
 }
 
@@ -217,7 +217,7 @@ inline void note_store(std::uint32_t address, int bytes, const char* verb, Site 
 
 enum class Access { kLoad, kLoadFresh, kStore, kAtomic };
 
-[[noreturn]] inline void fail_outside(std::uint64_t address, int bytes, const char* verb, Site site) {
+[[noreturn]] EMULATED void fail_outside(std::uint64_t address, int bytes, const char* verb, Site site) {
     int nearest = -1;
     std::uint64_t distance = ~0ull;
     for (int index = 0; index < memory.num_buffers; ++index) {
@@ -235,7 +235,7 @@ enum class Access { kLoad, kLoadFresh, kStore, kAtomic };
          static_cast<long long>(address - buffer.address), nearest, static_cast<unsigned long long>(buffer.bytes));
 }
 
-inline bool holds(const Buffer& buffer, std::uint64_t address, std::uint64_t bytes) {
+EMULATED bool holds(const Buffer& buffer, std::uint64_t address, std::uint64_t bytes) {
     const std::uint64_t offset = address - buffer.address;
     return offset <= buffer.bytes && buffer.bytes - offset >= bytes;
 }
@@ -243,7 +243,7 @@ inline bool holds(const Buffer& buffer, std::uint64_t address, std::uint64_t byt
 // ---- Global memory: order ---------------------------------------------------------------------------
 
 // Whether another block's thread let this store be seen, and the running thread has looked since.
-inline bool was_released(const Trace& trace) {
+EMULATED bool was_released(const Trace& trace) {
     const auto looked = [](const Thread& thread) { return thread.atomic.stamp && is_before_now(thread.atomic); };
     const auto covers = [&trace](const Fence& fence) {
         if (trace.write.agent == fence.moment.agent) return trace.time < fence.time;
@@ -255,7 +255,7 @@ inline bool was_released(const Trace& trace) {
            std::any_of(fences.begin(), fences.end(), covers);
 }
 
-inline void check_order(const Trace& trace, Access access, std::uint64_t offset, int buffer, const char* verb,
+EMULATED void check_order(const Trace& trace, Access access, std::uint64_t offset, int buffer, const char* verb,
                         Site site) {
     const bool is_plain = access == Access::kLoad;
     if (trace.block == now->block->number && (trace.atomic ? !is_plain : is_before_now(trace.write))) return;
@@ -276,7 +276,7 @@ inline void check_order(const Trace& trace, Access access, std::uint64_t offset,
 }
 
 // The bytes at a global address, after every check of this access to them but that of alignment.
-inline std::uint8_t* global_range(std::uint64_t address, int bytes, Access access, const char* verb, Site site) {
+EMULATED std::uint8_t* global_range(std::uint64_t address, int bytes, Access access, const char* verb, Site site) {
     int index = memory.last_buffer;
     if (index >= memory.num_buffers || !holds(memory.buffers[index], address, bytes)) {
         for (index = 0; index < memory.num_buffers; ++index)
@@ -301,7 +301,7 @@ inline std::uint8_t* global_range(std::uint64_t address, int bytes, Access acces
     return reinterpret_cast<std::uint8_t*>(address);
 }
 
-inline std::uint8_t* global_at(const void* pointer, int bytes, Access access, const char* verb, Site site) {
+EMULATED std::uint8_t* global_at(const void* pointer, int bytes, Access access, const char* verb, Site site) {
     const auto address = reinterpret_cast<std::uint64_t>(pointer);
     if (address % bytes)
         fail(site, "%s: global address %#llx is not a multiple of %d", verb, static_cast<unsigned long long>(address),
@@ -309,10 +309,10 @@ inline std::uint8_t* global_at(const void* pointer, int bytes, Access access, co
     return global_range(address, bytes, access, verb, site);
 }
 
-inline void fence() { now->fence = {this_moment(), ++machine.time, now->known}; }
+EMULATED void fence() { now->fence = {this_moment(), ++machine.time, now->known}; }
 
 // An atomic lets others see what its thread fenced, and what other threads fenced before a barrier.
-inline void release_and_acquire() {
+EMULATED void release_and_acquire() {
     if (!now->atomic.stamp) now->atomic = this_moment();
     std::vector<Fence>& released = memory.released[now->block->number];
     for (int index = 0; index < machine.num_threads; ++index) {
@@ -325,7 +325,7 @@ inline void release_and_acquire() {
 
 // ---- Copies -----------------------------------------------------------------------------------------
 
-inline void perform(const Copy& copy) {
+EMULATED void perform(const Copy& copy) {
     std::uint8_t* to = memory.shared + offset_of(copy.to);
     if (copy.from)
         std::memcpy(to, copy.from, 16);
@@ -334,7 +334,7 @@ inline void perform(const Copy& copy) {
 }
 
 // Schedule 0 copies at once; the others when the copy is waited for, and until then there are NaNs.
-inline void issue(Copy copy, Site site) {
+EMULATED void issue(Copy copy, Site site) {
     constexpr const char* verb = "copy_async";
     std::uint8_t* to = shared_at(copy.to, 16, verb, site);
     if (copy.from) global_at(copy.from, 16, Access::kLoadFresh, verb, site);
@@ -346,13 +346,13 @@ inline void issue(Copy copy, Site site) {
     now->copies.push_back(copy);
 }
 
-inline void commit() {
+EMULATED void commit() {
     std::uint32_t committed = 0;
     for (std::uint32_t group : now->groups) committed += group;
     now->groups.push_back(static_cast<std::uint32_t>(now->copies.size()) - committed);
 }
 
-inline void wait_for_copies(std::size_t pending_groups) {
+EMULATED void wait_for_copies(std::size_t pending_groups) {
     std::vector<Copy>& copies = now->copies;
     std::vector<std::uint32_t>& groups = now->groups;
     if (groups.size() <= pending_groups) return;

@@ -14,3 +14,10 @@
 #define __cluster_dims__(...)
 #define __align__(bytes) alignas(bytes)
 #define __restrict__ __restrict
+
+// A function that is compiled once for all kernels: whoever includes it may inline it, and does not compile it.
+#ifdef EMULATOR_RUNTIME
+#define EMULATED
+#else
+#define EMULATED extern inline __attribute__((gnu_inline, noinline))
+#endif

@@ -58,7 +58,7 @@ inline Products products_of[kMaxGroups];
 
 // ---- Operands in shared memory ------------------------------------------------------------------------
 
-inline Descriptor decode(std::uint64_t bits, Site site) {
+EMULATED Descriptor decode(std::uint64_t bits, Site site) {
     constexpr std::uint64_t kUsed = 0xC00E3FFF3FFF3FFF;
     constexpr std::uint32_t kWidths[] = {0, 128, 64, 32};
     const auto field = [bits](int place) { return static_cast<std::uint32_t>(bits >> place & 0x3FFF) << 4; };
@@ -97,10 +97,10 @@ inline void visit_columns(const Descriptor& from, int columns, Visit visit) {
         }
 }
 
-inline const std::uint8_t* chunk_at(std::uint32_t address) { return memory.shared + offset_of(address); }
+EMULATED const std::uint8_t* chunk_at(std::uint32_t address) { return memory.shared + offset_of(address); }
 
 // That the operands may be read, by each warp what it reads.
-inline void note_operands(const Product& product, int agent, Site site) {
+EMULATED void note_operands(const Product& product, int agent, Site site) {
     constexpr const char* verb = "wgmma";
     const int first_thread = now->index / kGroupThreads * kGroupThreads;
     const auto read = [=](const Party& party, std::uint32_t address) {
@@ -155,7 +155,7 @@ inline void multiply_rows(float* sums, const float (*left)[kDepth], const float 
 }
 
 // Sums of 8-bit numbers have 13 bits behind the point on Hopper, and lose the others.
-inline void cut_off(float& sum) {
+EMULATED void cut_off(float& sum) {
     std::uint32_t bits;
     std::memcpy(&bits, &sum, 4);
     if ((bits & 0x7F800000) != 0x7F800000) bits &= ~0x3FFu;
@@ -222,14 +222,14 @@ inline void visit_registers(Sums& sums, Visit visit) {
     }
 }
 
-inline void take(Sums& sums) {
+EMULATED void take(Sums& sums) {
     sums.numbers.resize(kProductRows * 8 * sums.blocks);
     visit_registers(sums, [](float& number, float& at) { number = at; });
     if (machine.schedule)
         visit_registers(sums, [](float&, float& at) { std::memcpy(&at, &kPoison, 4); });
 }
 
-inline void give_back(Sums& sums, Site site) {
+EMULATED void give_back(Sums& sums, Site site) {
     bool touched = false;
     if (machine.schedule)
         visit_registers(sums, [&](float&, float& at) { touched |= std::memcmp(&at, &kPoison, 4) != 0; });
@@ -238,7 +238,7 @@ inline void give_back(Sums& sums, Site site) {
 }
 
 // The accumulators of this product, taken if no product under way has them.
-inline Sums* find_sums(Products& mine, const Warp* warps, int blocks, Site site) {
+EMULATED Sums* find_sums(Products& mine, const Warp* warps, int blocks, Site site) {
     float* first = warps[0].lanes[0].c;
     for (const std::unique_ptr<Sums>& sums : mine.sums) {
         if (sums->registers[0] != first) continue;
@@ -255,7 +255,7 @@ inline Sums* find_sums(Products& mine, const Warp* warps, int blocks, Site site)
     return mine.sums.back().get();
 }
 
-inline void finish(Products& mine, const Product& product) {
+EMULATED void finish(Products& mine, const Product& product) {
     if (product.has_fragments)
         for (int thread = 0; thread < kGroupThreads; ++thread)
             if (std::memcmp(product.fragments[thread], product.held[thread], 16) != 0)
@@ -271,11 +271,11 @@ inline void finish(Products& mine, const Product& product) {
 
 // ---- What a warpgroup does ------------------------------------------------------------------------------
 
-inline void fence_products(Site site) {
+EMULATED void fence_products(Site site) {
     group_together(Verb::kWgmmaFence, site, 0, [](int group) { products_of[group].is_fenced = true; });
 }
 
-inline void multiply(const Instruction& instruction, float* c, const std::uint32_t* a, Site site) {
+EMULATED void multiply(const Instruction& instruction, float* c, const std::uint32_t* a, Site site) {
     Operands& mine = now->warp->lanes[now->lane()];
     mine.c = c;
     mine.a = a;
@@ -306,7 +306,7 @@ inline void multiply(const Instruction& instruction, float* c, const std::uint32
     });
 }
 
-inline void commit_products(Site site) {
+EMULATED void commit_products(Site site) {
     group_together(Verb::kWgmmaCommit, site, 0, [](int group) {
         Products& mine = products_of[group];
         mine.groups.push_back({std::move(mine.open), machine.stamp++});
@@ -314,7 +314,7 @@ inline void commit_products(Site site) {
     });
 }
 
-inline void wait_for_products(std::size_t pending_groups, Site site) {
+EMULATED void wait_for_products(std::size_t pending_groups, Site site) {
     group_together(Verb::kWgmmaWait, site, static_cast<int>(pending_groups), [=](int group) {
         Products& mine = products_of[group];
         mine.is_fenced = false;
@@ -335,7 +335,7 @@ inline void wait_for_products(std::size_t pending_groups, Site site) {
 }
 
 // `count` registers for each thread of the warpgroup: more or fewer than it has.
-inline void change_registers(int count, bool more, Site site) {
+EMULATED void change_registers(int count, bool more, Site site) {
     const Verb verb = more ? Verb::kMoreRegisters : Verb::kFewerRegisters;
     group_together(verb, site, count, [=](int group) {
         int& registers = machine.groups[group].registers;
@@ -347,12 +347,12 @@ inline void change_registers(int count, bool more, Site site) {
 
 // ---- A cluster from its first to its last thread ------------------------------------------------------
 
-inline void begin_beside() {
+EMULATED void begin_beside() {
     begin_boxes();
     for (Products& products : products_of) products = {};
 }
 
-inline void end_beside() {
+EMULATED void end_beside() {
     end_boxes();
     const int groups = machine.num_threads / kGroupThreads, pool = entry_registers() * machine.num_threads;
     for (int rank = 0; rank < machine.num_blocks; ++rank) {
