@@ -289,20 +289,20 @@ def _of_hopper(kernel, paged, dims, dtype):
     rows = x["block_q"] * 2 if x["cluster"] > 1 else x["block_q"] + 37
     keys = 2 * x["block_k"] + 33
     if not x["stores_boxes"]:
-        lengths = (rows, 0, 17), (keys, 5, 40)
         page = PAGE if paged else None
-        return {
-            "pages" if paged else "ragged": _call(kernel, _ragged(dtype, heads, *lengths, dims, page, mask)),
-            "strays": _call(kernel, _ragged(dtype, heads, *lengths, dims, page, mask, strays=True)),
-        }
+        whole = _ragged(dtype, heads, (rows, 0, 17), (keys - keys % PAGE if paged else keys, 5, 48), dims, page, mask)
+        # Strays, and what is unused of a page, are nan, which rows look for one by one: few rows.
+        strays = _ragged(dtype, heads, (40, 0, 17), (keys, 5, 40), dims, page, mask, strays=True)
+        return {"pages" if paged else "ragged": _call(kernel, whole), "strays": _call(kernel, strays)}
     if paged:
         return {"cache in pages": _cached(kernel, heads, rows, page_size=PAGE, **mask)}
     made = _dense_arrays(dtype, heads, (rows, keys), dims, mask, descaled=True)
     turned = _dense_arrays(dtype, heads, (rows, keys), dims, mask, "bhsd")
+    few = _dense_arrays(dtype, heads, (40 if x["cluster"] == 1 else rows, keys), dims, mask, strays=True)
     return {
         "dense": _call(kernel, made, num_workers=2),
         "persistent, heads first": _call(kernel, turned, num_workers=x["cluster"], persistent=True),
-        "strays": _call(kernel, _dense_arrays(dtype, heads, (rows, keys), dims, mask, strays=True), num_workers=2),
+        "strays": _call(kernel, few, num_workers=2),
     }
 
 

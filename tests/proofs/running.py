@@ -5,6 +5,7 @@ the findings and not the end.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from proofs.compared import compare_kernel
 from proofs.executed import executed
 from ptx.compiled import joined, ptx_of
 
+ONE_THREAD = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 SECONDS = 600
 """For one task; longer is a hang."""
 
@@ -120,7 +122,9 @@ class Worker:
     def run(self, task):
         """The answer; {"raised": words} also of a crash and of a hang."""
         if self.process is None:
-            self.process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            # One thread each: others of the BLAS would wait, busily, on the cores of other workers.
+            self.process = subprocess.Popen(self.command, env=os.environ | ONE_THREAD, **pipes)
         timer = threading.Timer(SECONDS, self.process.kill)
         timer.start()
         try:
