@@ -171,7 +171,6 @@ struct FlashBlock {
     DEVICE_METHOD void absorb(int block, int next, int stop, int turn) {
         Accumulator<kBlockK> scores[kRowTiles];
         multiply_queries_by_keys(scores, stage(key_tile, turn));
-        const float scale_log2 = scale_log2_of<Traits::kEdits>(params);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
             edit<Traits::kEdits, kBand>(scores[m], rows(m), block * kBlockK, sequence, params);
@@ -190,7 +189,8 @@ struct FlashBlock {
                 out[m].clear();
             } else {
                 float shrink[2];
-                softmax[m].fold(scores[m], scale_log2, shrink);
+                fold<Traits::kEdits>(softmax[m], scores[m], rows(m), block * kBlockK, sequence, params, params.softmax_scale,
+                                     shrink);
                 out[m].scale_rows(shrink);
                 if constexpr (bool(Traits::kEdits & kDropout))
                     drop(scores[m], rows(m), block * kBlockK, sequence.index, params);
@@ -286,7 +286,7 @@ struct FlashBlock {
             params.at.sinks ? ptx::load_global(params.at.sinks + head) * kLog2e : -ptx::infinity();
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-            softmax[m].finish(scale_log2_of<Traits::kEdits>(params));
+            softmax[m].finish(scale_log2_of<Traits::kEdits>(params.softmax_scale, params));
             float factor[2];
 #pragma unroll
             for (int half = 0; half < 2; ++half) {

@@ -258,8 +258,8 @@ struct HopperRows : HopperResult<Traits> {
     DEVICE_METHOD void absorb(Accumulator<kBlockK>& scores, int block) {
         if constexpr (kEdge || Traits::kEdits)
             edit<Traits::kEdits, kEdge>(scores, rows(), block * kBlockK, tile.sequence, params, scale());
-        softmax.template fold<Switches::kLazy, Exponential<Switches::kPolynomials>, kShift>(
-            scores, scale_log2_of<Traits::kEdits>(scale()), shrink);
+        fold<Traits::kEdits, Switches::kLazy, Exponential<Switches::kPolynomials>, kShift>(
+            softmax, scores, rows(), block * kBlockK, tile.sequence, params, scale(), shrink);
     }
     DEVICE_METHOD void rescale() {
         if (Switches::kLazy && ptx::all(shrink[0] == 1.f && shrink[1] == 1.f)) return;

@@ -179,7 +179,7 @@ struct HopperGradients {
     // no other weight is.
     template <bool kBand>
     DEVICE_METHOD void weigh(Accumulator<kMoves>& scores, int block) {
-        const float scale_log2 = scale_log2_of<kEdits>(params);
+        const float scale_log2 = scale_log2_of_edited<kEdits>(params);
         const float alibi_slope = alibi_slope_of<kEdits>(head, tile.sequence, params);
         const int first_column = block * kMoves + Accumulator<kMoves>::first_column();
         int start[2] = {0, 0}, stop[2] = {kMoves, kMoves};

@@ -215,7 +215,7 @@ struct SplitBlock : SplitStates<Traits> {
                 out[m].clear();
             } else {
                 float shrink[2];
-                softmax[m].fold(scores[m], scale_log2_of<Traits::kEdits>(scale()), shrink);
+                fold<Traits::kEdits>(softmax[m], scores[m], rows[m], key, sequence, params, scale(), shrink);
                 out[m].scale_rows(shrink);
                 if constexpr (bool(Traits::kEdits & kDropout)) drop(scores[m], rows[m], key, sequence.index, params);
             }
@@ -259,7 +259,7 @@ struct SplitBlock : SplitStates<Traits> {
     DEVICE_METHOD void leave_state() {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-            softmax[m].finish(scale_log2_of<Traits::kEdits>(scale()));
+            softmax[m].finish(scale_log2_of<Traits::kEdits>(scale(), params));
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int row = 16 * m + Accumulator<16>::row(half);

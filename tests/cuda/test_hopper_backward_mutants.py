@@ -115,7 +115,8 @@ MUTANTS = [
     Mutant("a softcap's slope in the weights, too", COMPUTE, "kCapped && Traits::kSumsB) weights.round_eight("
            "scores.value[eight], eight);", "false) {}", "capped"),
     Mutant("softcap's weights before the softcap", COMPUTE, "Traits::kSumsB && !kCapped)", "Traits::kSumsB)", "capped"),
-    Mutant("the scale twice", COMPUTE, "scale_log2_of<kEdits>(params)", "params.softmax_scale * kLog2e", "sloped"),
+    Mutant("the scale twice", COMPUTE, "scale_log2_of_edited<kEdits>(params)", "params.softmax_scale * kLog2e",
+           "sloped"),
     Mutant("queries and keys of slopes swapped", COMPUTE, "edited<kEdits>(x, token, head, key,",
            "edited<kEdits>(x, key, head, token,", "sloped"),
     Mutant("slopes of another head", COMPUTE, "alibi_slope_of<kEdits>(head,", "alibi_slope_of<kEdits>(0,", "sloped"),

@@ -24,9 +24,9 @@ KERNELS = {
 pytestmark = pytest.mark.usefixtures("nvrtc")
 
 
-def compiled(dtype, head_dim, head_dim_v, reach, cluster=1, **edits):
+def compiled(dtype, head_dim, head_dim_v, reach, cluster=1, edited=0, **edits):
     tile = base_tile(head_dim, head_dim_v, reach, dtype)._replace(cluster=cluster, **edits)
-    wanted = catalogue.hopper(dtype, head_dim, head_dim_v, tile, True, 0)
+    wanted = catalogue.hopper(dtype, head_dim, head_dim_v, tile, True, edited)
     return compiler.compile_cubin(source.join(wanted.source), wanted.expression, "sm_90a")
 
 
@@ -53,6 +53,24 @@ def test_hoppers_own_units_do_the_work(kernel, tmp_path):
     products = "QGMMA" if dtype == FLOAT8 else "HGMMA"
     assert {products, "UTMALDG", "UTMASTG", "SYNCS", "USETMAXREG", "STSM"} <= names
     assert "HMMA" not in names
+
+
+@pytest.mark.parametrize(
+    ("edited", "most"),
+    [
+        (catalogue.SOFTCAP | catalogue.LOW_CAP, 800),
+        (catalogue.ALIBI | catalogue.CAUSAL_ALIBI, 600),
+        (catalogue.ALIBI, 820),
+    ],
+    ids=["softcap", "slopes under a causal mask", "slopes"],
+)
+def test_edits_take_few_instructions_of_a_block_of_128_keys(edited, most, tmp_path):
+    cubin = compiled(BFLOAT16, 128, 128, RIGHT_EDGE, edited=edited)
+    found, loops = instructions(cubin, tmp_path)
+    bodies = [body for body, *_ in walks(found, loops)]
+    assert len(bodies) == 2, "blocks at an edge, and whole ones"
+    assert min(map(len, bodies)) <= most
+    assert cubin.spills == 0
 
 
 def test_nothing_is_spilled_and_nothing_serialised(kernel):

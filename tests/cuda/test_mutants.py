@@ -82,10 +82,43 @@ MUTANTS = [
            "split, pages"),
     # ---- Edits
     Mutant("softcap before the scale", "scores.cuh",
-           "x *= softmax_scale;\n    if constexpr (bool(kEdits & kSoftcap)) {\n"
-           "        const float share = tanh(ptx::divide(x, params.softcap));",
-           "if constexpr (!(kEdits & kSoftcap)) x *= softmax_scale;\n    if constexpr (bool(kEdits & kSoftcap)) {\n"
-           "        const float share = softmax_scale * tanh(ptx::divide(x, params.softcap));", "flash, edits"),
+           "tanh(x * ptx::divide(softmax_scale, params.softcap))",
+           "softmax_scale * tanh(ptx::divide(x, params.softcap))", "flash, float32 edits"),
+    Mutant("a low cap before the scale", "scores.cuh", "ptx::divide(softmax_scale, params.softcap) * (2.f",
+           "ptx::divide(1.f, params.softcap) * (2.f", "flash, low cap"),
+    Mutant("a low cap of half the slope", "scores.cuh", "params.softcap) * (2.f * kLog2e)", "params.softcap) * kLog2e",
+           "flash, low cap"),
+    Mutant("a low cap the other way", "scores.cuh", "-ptx::exp2(x * inner) - 1.f", "-ptx::exp2(-x * inner) - 1.f",
+           "flash, low cap"),
+    Mutant("a low cap's tanh from zero", "scores.cuh", "offset[2] = {0.5f, 0.5f}", "offset[2] = {0.f, 0.f}",
+           "flash, low cap"),
+    Mutant("half of a low cap", "scores.cuh", "kRestOfTanh) return 2.f * kLog2e * params.softcap;",
+           "kRestOfTanh) return kLog2e * params.softcap;", "flash, low cap"),
+    Mutant("a low cap among others of half its size", "scores.cuh", "ptx::fma(rest, 2.f * params.softcap,",
+           "ptx::fma(rest, params.softcap,", "flash, edits"),
+    Mutant("causal slopes not by the scale", "scores.cuh", "? ptx::divide(alibi_slope, softmax_scale) :",
+           "? alibi_slope :", "flash, causal slopes"),
+    Mutant("causal slopes of every second column", "scores.cuh", "static_cast<float>(column), x)",
+           "static_cast<float>(column / 2 * 2), x)", "flash, causal slopes"),
+    Mutant("causal slopes of the first lane", "scores.cuh",
+           "first_key + Accumulator<kCols>::first_column() - sequence", "first_key - sequence", "flash, causal slopes"),
+    Mutant("causal slopes of the first block", "scores.cuh",
+           "= first_key + Accumulator<kCols>::first_column() - sequence",
+           "= Accumulator<kCols>::first_column() - sequence",
+           "flash, causal slopes"),
+    Mutant("causal slopes of the first row", "scores.cuh", "(first - rows.token[half])", "(first - rows.token[0])",
+           "flash, causal slopes"),
+    Mutant("causal slopes from the first key", "scores.cuh", "::first_column() - sequence.band.offset;",
+           "::first_column();", "flash, causal slopes"),
+    Mutant("causal slopes of the first head", "scores.cuh", "alibi_slope_of<kEdits>(rows.head[half], sequence",
+           "alibi_slope_of<kEdits>(0, sequence", "split, causal slopes"),
+    Mutant("an offset missing in the maximum", "softmax.cuh", "highest[half] + offset[half])", "highest[half])",
+           "flash, causal slopes"),
+    Mutant("an offset missing in the weights", "softmax.cuh", "ptx::fma(-offset[half], scale_log2, origin[half])",
+           "origin[half]", "flash, causal slopes"),
+    Mutant("with an offset no row_max of before", "softmax.cuh",
+           "ptx::max(row_max[half], highest[half] + offset[half])", "highest[half] + offset[half]",
+           "flash, causal slopes"),
     Mutant("tanh of large numbers for all", "scores.cuh", "if (square < 0.55f * 0.55f)", "if (square < 0.f)",
            "flash, float32 edits"),
     Mutant("alibi the other way", "scores.cuh", "x -= alibi_slope", "x += alibi_slope", "flash, edits"),
@@ -100,8 +133,7 @@ MUTANTS = [
     Mutant("mask of other keys", "scores.cuh", "key * params.mask.key", "key", "flash, edits"),
     Mutant("tail rows read bias and mask", "scores.cuh", "if (!rows.exists[half]) visible.stop = 0;", "",
            "flash, edits"),
-    Mutant("edited scores scaled twice", "scores.cuh", "kEdits & ~kDropout ? 1.f",
-           "kEdits & ~kDropout ? softmax_scale", "split, edits"),
+    Mutant("edited scores scaled twice", "scores.cuh", "kNothing ? 1.f", "kNothing ? softmax_scale", "split, edits"),
     Mutant("same dropout in every sixteen", "dropout.cuh", "(first_key / 16 + sixteen) * 4", "(first_key / 16) * 4",
            "flash, edits"),
     Mutant("same dropout in both rows", "dropout.cuh", "rows.token[half]", "rows.token[0]", "split, edits"),
@@ -355,6 +387,26 @@ def flash_of_edits(sources):
     held("flash", everything_broadcast, "float16", 0, sources, **SMALL)
 
 
+def flash_of_a_low_cap(sources):
+    held("flash", EDITS["softcap 2"], "float16", 1, sources, **SMALL)
+
+
+def flash_of_causal_slopes(sources):
+    held("flash", EDITS["slopes by head"], "float16", 1, sources, **SMALL)
+    held("flash", slopes_towards_the_start, "float16", 0, sources, **SMALL)
+
+
+def split_of_causal_slopes(sources):
+    held("splitkv", EDITS["slopes by head"], "float16", 2, sources, num_splits=2, **SPLIT)
+
+
+def slopes_towards_the_start(rng, dtype):
+    """The largest scores are of the first keys, which come last or first."""
+    return call(
+        rng, dtype, seqlens=(70, 131), options={"causal": True, **BOTTOM}, alibi_slopes=np.array([-1, 1, -3, 2], "f4")
+    )
+
+
 def flash_of_float32_edits(sources):
     held("flash", EDITS["softcap 1000"], "float32", 1, sources, **SMALL)
 
@@ -433,6 +485,9 @@ GROUPS = {
     "flash, float32": flash_of_float32,
     "flash, edits": flash_of_edits,
     "flash, float32 edits": flash_of_float32_edits,
+    "flash, low cap": flash_of_a_low_cap,
+    "flash, causal slopes": flash_of_causal_slopes,
+    "split, causal slopes": split_of_causal_slopes,
     "split": split,
     "split, pages": split_of_pages,
     "flash, pages": flash_of_pages,

@@ -247,7 +247,7 @@ struct BackwardBlock {
     // comes to, the scale aside.  A pair that is not seen has 0 of both, whatever is there.
     template <bool kBand>
     DEVICE_METHOD void weigh(Accumulator<kMoves>& scores, Accumulator<kMoves>& dscores, int m, int begin, int turn) {
-        const float scale_log2 = scale_log2_of<kEdits>(params);
+        const float scale_log2 = scale_log2_of_edited<kEdits>(params);
         const float alibi_slope = alibi_slope_of<kEdits>(head, sequence, params);
         const int first_column = begin + Accumulator<kMoves>::first_column();
         int start[2], stop[2];  // of the columns that each row is seen by, or sees

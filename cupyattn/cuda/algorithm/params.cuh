@@ -104,6 +104,8 @@ enum Edit {
     kBias = 8,
     kMaskArray = 16,
     kDropout = 32,
+    kLowCap = 64,         // of softcaps: so low that 1 - 2 / (exp(2 x) + 1) is tanh(x) well enough
+    kCausalAlibi = 128,   // of slopes: no key behind the diagonal is seen, and nothing else of scores is edited
 };
 
 }  // namespace cupyattn

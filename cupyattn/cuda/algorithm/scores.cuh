@@ -1,8 +1,7 @@
 // What happens to scores before the softmax, in this order: scale, softcap, ALiBi, bias; and who may see whom.
 #pragma once
 
-#include "algorithm/mask.cuh"
-#include "tiles/fragments.cuh"
+#include "algorithm/softmax.cuh"
 
 namespace cupyattn {
 
@@ -24,6 +23,13 @@ DEVICE float tanh(float x) {
     return 1.f - ptx::divide(2.f, ptx::exp2(2.f * kLog2e * x) + 1.f);
 }
 
+// -1 / (exp(2 y) + 1) of y = scale * x / softcap: half of what tanh(y) is below 1.  Its error is 2^-24 near zero, too, where
+// the tanh is small, and a low cap times that is little beside the rounding of a weight.
+DEVICE float rest_of_tanh(float x, float softmax_scale, const Params& params) {
+    const float inner = ptx::divide(softmax_scale, params.softcap) * (2.f * kLog2e);
+    return ptx::divide(1.f, -ptx::exp2(x * inner) - 1.f);
+}
+
 // Where the scores of a row begin in a mask or bias.
 DEVICE int64 row_of(const ScoreStrides& array, int batch, int head, int token) {
     return batch * array.batch + head * array.head + token * array.row;
@@ -34,11 +40,16 @@ DEVICE int64 row_of(const ScoreStrides& array, int batch, int head, int token) {
 template <int kEdits>
 DEVICE float edited(float x, int token, int head, int key, float alibi_slope, const Sequence& sequence,
                     const Params& params, float softmax_scale, bool& hidden, float& slope) {
-    x *= softmax_scale;
-    if constexpr (bool(kEdits & kSoftcap)) {
-        const float share = tanh(ptx::divide(x, params.softcap));
+    if constexpr (bool(kEdits & kLowCap)) {
+        const float rest = rest_of_tanh(x, softmax_scale, params);
+        slope = -4.f * ptx::fma(rest, rest, rest);
+        x = ptx::fma(rest, 2.f * params.softcap, params.softcap);
+    } else if constexpr (bool(kEdits & kSoftcap)) {
+        const float share = tanh(x * ptx::divide(softmax_scale, params.softcap));
         slope = 1.f - share * share;
         x = params.softcap * share;
+    } else {
+        x *= softmax_scale;
     }
     if constexpr (bool(kEdits & kAlibi)) {
         const int distance = token + sequence.band.offset - key;
@@ -58,7 +69,7 @@ DEVICE float edited(float x, int token, int head, int key, float alibi_slope, co
         }
     const float exponent = x * kLog2e;
     // A bias of the lowest number hides nothing by itself: a row of nothing else is a mean.
-    return exponent == -ptx::infinity() && x != exponent ? kLowest : exponent;
+    return kEdits & kBias && exponent == -ptx::infinity() && x != exponent ? kLowest : exponent;
 }
 
 // That of a head of this sequence.
@@ -80,8 +91,16 @@ DEVICE void store_slope_part(float part, int head, int first_row, const Sequence
     if (ptx::lane() == 0) ptx::store_global(params.grad.slope_parts + start + first_row / 16, part);
 }
 
+// What `edit` leaves to the softmax, which multiplies and adds anyway: a scale, and an offset of each lane's row.
+template <int kEdits>
+struct Left {
+    static constexpr bool kRestOfTanh = (kEdits & ~kDropout) == (kSoftcap | kLowCap);  // scores are that, less a half
+    static constexpr bool kCausalSlopes = kEdits & kCausalAlibi;  // scores are products, and slopes by the scale added to them
+    static constexpr bool kOffset = kRestOfTanh || kCausalSlopes;
+    static constexpr bool kNothing = bool(kEdits & ~kDropout) && !kOffset;  // scores are exponents of two
+};
+
 // Edits the scores of keys [first_key, first_key + kCols) in place; minus infinity where a key is not seen.
-// The results are exponents of two if anything but the band is edited, and products q k^T as they were if not.
 // kBand: some row may see less than all these keys.  `softmax_scale` is that of params, or another in its place.
 template <int kEdits, bool kBand, int kCols>
 DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key, const Sequence& sequence,
@@ -96,15 +115,21 @@ DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key,
         // Columns are constants, so that they are compared with what is left of the span at the first of them.
         const int start = visible.start - first, stop = visible.stop - first;
         const float alibi_slope = alibi_slope_of<kEdits>(head, sequence, params);
+        const float slope_of_products = Left<kEdits>::kCausalSlopes ? ptx::divide(alibi_slope, softmax_scale) : 0.f;
 #pragma unroll
         for (int block = 0; block < kCols / 8; ++block)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 float& x = scores.value[block][2 * half + i];
                 const int column = Accumulator<kCols>::column(block, i), key = first + column;
-                bool hidden = (kBand || kEdits) && (column < start || column >= stop);
+                // Memory of a bias or a mask is read where rows exist.
+                bool hidden = (kBand || kEdits & (kBias | kMaskArray)) && (column < start || column >= stop);
                 float slope;
-                if constexpr (bool(kEdits & ~kDropout))
+                if constexpr (Left<kEdits>::kCausalSlopes)
+                    x = ptx::fma(slope_of_products, static_cast<float>(column), x);
+                else if constexpr (Left<kEdits>::kRestOfTanh)
+                    x = rest_of_tanh(x, softmax_scale, params);
+                else if constexpr (Left<kEdits>::kNothing)
                     x = edited<kEdits>(x, token, head, key, alibi_slope, sequence, params, softmax_scale, hidden, slope);
                 if (hidden) x = -ptx::infinity();
             }
@@ -128,12 +153,34 @@ DEVICE void mark_seen(Accumulator<kCols>& scores) {
 
 // What the softmax multiplies such scores by, to make them exponents of two.
 template <int kEdits>
-DEVICE float scale_log2_of(float softmax_scale) {
-    return kEdits & ~kDropout ? 1.f : softmax_scale * kLog2e;
+DEVICE float scale_log2_of(float softmax_scale, const Params& params) {
+    if constexpr (Left<kEdits>::kRestOfTanh) return 2.f * kLog2e * params.softcap;
+    return Left<kEdits>::kNothing ? 1.f : softmax_scale * kLog2e;
 }
+
+// Has the softmax fold a lane's scores, as `edit` left them.  So a softcap costs four instructions, and slopes under a
+// causal mask one.
+template <int kEdits, bool kLazy = false, typename Exponential = FastExponential, int kShift = 0, int kCols>
+DEVICE void fold(OnlineSoftmax& softmax, Accumulator<kCols>& scores, const RowPair& rows, int first_key,
+                 const Sequence& sequence, const Params& params, float softmax_scale, float (&shrink)[2]) {
+    const float scale_log2 = scale_log2_of<kEdits>(softmax_scale, params);
+    if constexpr (Left<kEdits>::kOffset) {
+        const int first = first_key + Accumulator<kCols>::first_column() - sequence.band.offset;
+        float offset[2] = {0.5f, 0.5f};
+#pragma unroll
+        for (int half = 0; half < 2 && Left<kEdits>::kCausalSlopes; ++half) {
+            const float slope = ptx::divide(alibi_slope_of<kEdits>(rows.head[half], sequence, params), softmax_scale);
+            offset[half] = slope * static_cast<float>(first - rows.token[half]);
+        }
+        softmax.template fold<kLazy, Exponential, kShift, true>(scores, scale_log2, shrink, offset);
+    } else {
+        softmax.template fold<kLazy, Exponential, kShift>(scores, scale_log2, shrink);
+    }
+}
+// The same of `edited` ones.
 template <int kEdits>
-DEVICE float scale_log2_of(const Params& params) {
-    return scale_log2_of<kEdits>(params.softmax_scale);
+DEVICE float scale_log2_of_edited(const Params& params) {
+    return kEdits & ~kDropout ? 1.f : params.softmax_scale * kLog2e;
 }
 
 }  // namespace cupyattn

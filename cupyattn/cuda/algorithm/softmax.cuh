@@ -36,9 +36,11 @@ struct OnlineSoftmax {
     //
     // kLazy: the old row_max stays, and shrink is exactly 1, as long as no weight of the warp passes 2^8.
     // kShift: weights, and so row_sum, come multiplied by 2^kShift.
-    template <bool kLazy = false, typename Exponential = FastExponential, int kShift = 0, int kCols>
-    DEVICE_METHOD void fold(Accumulator<kCols>& scores, float scale_log2, float (&shrink)[2]) {
+    // kOffset: `offset` is to be added to all scores of a lane's row.
+    template <bool kLazy = false, typename Exponential = FastExponential, int kShift = 0, bool kOffset = false, int kCols>
+    DEVICE_METHOD void fold(Accumulator<kCols>& scores, float scale_log2, float (&shrink)[2], const float (&offset)[2] = {}) {
         float highest[2] = {row_max[0], row_max[1]};
+        if constexpr (kOffset) highest[0] = highest[1] = -ptx::infinity();
 #pragma unroll
         for (int block = 0; block < kCols / 8; ++block)
 #pragma unroll
@@ -46,6 +48,9 @@ struct OnlineSoftmax {
                 const float(&x)[4] = scores.value[block];
                 highest[half] = ptx::max(highest[half], ptx::max(x[2 * half], x[2 * half + 1]));
             }
+        if constexpr (kOffset)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) highest[half] = ptx::max(row_max[half], highest[half] + offset[half]);
         over_row(highest, [](float a, float b) { return ptx::max(a, b); });
         bool stays = kLazy;
         if constexpr (kLazy)
@@ -60,6 +65,7 @@ struct OnlineSoftmax {
             row_max[half] = highest[half];
             row_sum[half] *= shrink[half];
             if constexpr (kShift != 0) origin[half] -= kShift;
+            if constexpr (kOffset) origin[half] = ptx::fma(-offset[half], scale_log2, origin[half]);
         }
 #pragma unroll
         for (int block = 0; block < kCols / 8; ++block)

@@ -44,7 +44,7 @@ struct HopperResult {
     }
 
     DEVICE_METHOD void store() {
-        softmax.finish(scale_log2_of<Traits::kEdits>(scale()));
+        softmax.finish(scale_log2_of<Traits::kEdits>(scale(), params));
         float factor[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

@@ -164,7 +164,7 @@ def _on_hopper(plan: Plan, problem: Problem, aligned: bool, arrays: FactsOfArray
     for (wanted, tile), heads, (_, other) in passes:
         again = _step(problem, other, wanted, heads, aligned, arrays)
         grid = _step(problem, tile, wanted, heads, aligned, arrays).grid
-        dims, edits = padded_dims(problem.sizes, problem.dtype), catalogue.edits_of(problem)
+        dims, edits = padded_dims(problem.sizes, problem.dtype), _edits(problem)
         what = catalogue.hopper_backward(problem.dtype, *dims, tile, wanted, edits)
         box_maps = _maps(problem, arrays, tile, wanted)
         steps.append(Step(what, grid, again.heads_per_block, box_maps, num_flags))
@@ -202,7 +202,7 @@ def _step(
     problem: Problem, tile: BackwardTile, wanted: int, heads_per_block: int, aligned: bool, arrays: FactsOfArrays
 ) -> Step:
     sizes = problem.sizes
-    edits = catalogue.edits_of(problem)
+    edits = _edits(problem)
     what = catalogue.backward(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, wanted, aligned, edits)
     if wanted == OF_BIAS:
         batch, heads, rows, keys = _four(arrays.shapes["bias"])
@@ -210,6 +210,11 @@ def _step(
     seqlen = sizes.seqlen_k if wanted & (OF_KEYS | OF_VALUES) else sizes.seqlen_q
     owners = sizes.num_heads // heads_per_block
     return Step(what, sizes.batch * owners * _tiles(seqlen, tile), heads_per_block)
+
+
+def _edits(problem: Problem) -> int:
+    """Those of scores one by one: what they have in common is no matter of gradients."""
+    return catalogue.edits_of(problem) & ~catalogue.CAUSAL_ALIBI
 
 
 def _tiles(seqlen: int, tile: BackwardTile) -> int:

@@ -27,7 +27,7 @@ ELEMENT = {
     "float32": "float",
     FLOAT8: "cupyattn::Float8",
 }
-SCALE_FIRST, SOFTCAP, ALIBI, BIAS, MASK_ARRAY, DROPOUT = 1, 2, 4, 8, 16, 32
+SCALE_FIRST, SOFTCAP, ALIBI, BIAS, MASK_ARRAY, DROPOUT, LOW_CAP, CAUSAL_ALIBI = 1, 2, 4, 8, 16, 32, 64, 128
 """Bits of ``Edit`` in ``params.cuh``."""
 
 
@@ -38,7 +38,7 @@ def padded(head_dim: int) -> int:
 
 def edits_of(problem: Problem) -> int:
     """What happens to scores, as the bits of a trait."""
-    edits = problem.edits
+    edits, mask = problem.edits, problem.mask
     bits = 0
     for bit, wanted in (
         # 0 in float32, and 0 * -inf inside the exponential would be nan; or negative, and the largest product is not
@@ -47,11 +47,19 @@ def edits_of(problem: Problem) -> int:
         (SOFTCAP, edits.softcap != 0.0),
         (ALIBI, edits.alibi_slopes is not None),
         (BIAS, edits.bias is not None),
-        (MASK_ARRAY, problem.mask.array is not None),
+        (MASK_ARRAY, mask.array is not None),
         (DROPOUT, problem.dropout_p > 0.0),
+        (LOW_CAP, 2.0**-20 <= edits.softcap <= HIGHEST_LOW_CAP[problem.dtype]),
     ):
         bits |= bit if wanted else 0
+    # Slopes are divided by the scale then, and what float8 is a multiple of is data.
+    if bits & ~DROPOUT == ALIBI and mask.right is not None and mask.right <= 0 and edits.softmax_scale >= 2.0**-20:
+        bits |= CAUSAL_ALIBI if problem.dtype != FLOAT8 else 0
     return bits
+
+
+HIGHEST_LOW_CAP = {"float16": 128.0, "bfloat16": 128.0, FLOAT8: 128.0, "float32": 0.0}
+"""Softcaps up to which an error of cap * 2^-22 in a score is little beside the rounding of its weight."""
 
 
 def flash(

@@ -1,0 +1,105 @@
+"""What bounds a Hopper kernel, counted: a model, not a measurement; needs NVRTC and nvdisasm, and no GPU.
+
+    python asv_benchmarks/clocks.py [--json FILE]
+
+Of the loop over blocks that all rows see wholly, as ptxas leaves it, clocks of a multiprocessor for one block of keys:
+those of the tensor cores, N / 2 for a product of 64 x N x 16 numbers of 16 bits and half of that for 8 bits; of
+exponentials, reciprocals and the like, 8 for a warp's; of the issue of instructions, 1 for a warp's. Two or three
+warpgroups share all of them. What is largest binds, and the tensor cores' share of it is their utilisation, at best:
+latencies, barriers and what is around the loop are not counted.
+"""
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from resources import instructions
+
+from cupyattn.cuda.making import catalogue, compiler, source
+from cupyattn.plan import ALL_KEYS, RIGHT_EDGE, base_tile
+
+FLOAT8 = "float8_e4m3fn"
+LOW_CAP = catalogue.SOFTCAP | catalogue.LOW_CAP
+SLOPES = catalogue.ALIBI | catalogue.CAUSAL_ALIBI
+FORWARD = {
+    "64, causal": ("bfloat16", 64, RIGHT_EDGE, 0),
+    "96, causal": ("bfloat16", 96, RIGHT_EDGE, 0),
+    "128": ("bfloat16", 128, ALL_KEYS, 0),
+    "128, causal": ("bfloat16", 128, RIGHT_EDGE, 0),
+    "128, causal, softcap": ("bfloat16", 128, RIGHT_EDGE, LOW_CAP),
+    "128, causal, slopes": ("bfloat16", 128, RIGHT_EDGE, SLOPES),
+    "256, causal": ("bfloat16", 256, RIGHT_EDGE, 0),
+    "64, float8": (FLOAT8, 64, ALL_KEYS, 0),
+    "128, float8": (FLOAT8, 128, ALL_KEYS, 0),
+    "256, float8": (FLOAT8, 256, ALL_KEYS, 0),
+}
+
+
+class Clocks(NamedTuple):
+    """Of one block, for all warpgroups together."""
+
+    instructions: int
+    """Of a warp."""
+    tensor: int
+    special: int
+    issue: int
+
+    @property
+    def binds(self):
+        return max(("tensor", "special", "issue"), key=lambda name: getattr(self, name))
+
+    @property
+    def utilisation(self):
+        return self.tensor / getattr(self, self.binds)
+
+
+def clocks_of(body, warpgroups):
+    products = [re.search(r"[HQ]GMMA\.64x(\d+)x(\d+)", text) for text in body]
+    tensor = sum(int(found[1]) // (2 if found[2] == "16" else 4) * int(found[2]) // 16 for found in products if found)
+    special = 8 * sum("MUFU" in text for text in body)
+    return Clocks(len(body), warpgroups * tensor, warpgroups * special, warpgroups * len(body))
+
+
+def loop_of(cubin, is_walk):
+    """The shortest innermost loop of products whose waits are those of the walk."""
+    with tempfile.TemporaryDirectory() as folder:
+        found, loops = instructions(cubin, Path(folder))
+    bodies = [found[start : stop + 1] for start, stop in loops]
+    return min((body for body in bodies if is_walk(body)), key=len)
+
+
+def waits(body):
+    return [text.split("gsb0, ")[1] for text in body if "WARPGROUP.DEPBAR" in text]
+
+
+def of_forward(dtype, head_dim, reach, edits):
+    tile = base_tile(head_dim, head_dim, reach, dtype)
+    what = catalogue.hopper(dtype, head_dim, head_dim, tile, True, edits)
+    cubin = compiler.compile_cubin(source.join(what.source), what.expression, "sm_90a")
+    least = 3 if dtype == FLOAT8 and head_dim > 128 else 2  # its sums come in two parts
+    body = loop_of(cubin, lambda body: len(waits(body)) == least and any("GMMA" in text for text in body))
+    return clocks_of(body, tile.block_q // 64)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    given = parser.parse_args()
+    table = {name: of_forward(*case) for name, case in FORWARD.items()}
+    print(f"{'head_dim':<24}{'instructions':>14}{'tensor':>8}{'special':>9}{'issue':>7}  binds    utilisation")
+    for name, row in table.items():
+        clocks = f"{row.tensor:>8}{row.special:>9}{row.issue:>7}  {row.binds:<9}"
+        print(f"{name:<24}{row.instructions:>14}{clocks}{row.utilisation:.2f}")
+    if given.json:
+        figures = {name: {**row._asdict(), "binds": row.binds} for name, row in table.items()}
+        given.json.write_text(json.dumps({"nvrtc": compiler.version(), "clocks": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
