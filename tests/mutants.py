@@ -24,3 +24,11 @@ def assert_caught(mutant, groups):
     assert text.count(mutant.old) == 1, "the text to replace has to be there once"
     with pytest.raises((AssertionError, EmulatorError)):
         groups[mutant.group]({path: text.replace(mutant.old, mutant.new)})
+
+
+def half_of_them(mutants):
+    """Parameters of a test: `make test` plants every second one, `make proof` all."""
+    return [
+        pytest.param(mutant, id=mutant.name, marks=pytest.mark.long if place % 2 else ())
+        for place, mutant in enumerate(mutants)
+    ]

@@ -171,6 +171,7 @@ struct FlashBlock {
     DEVICE_METHOD void absorb(int block, int next, int stop, int turn) {
         Accumulator<kBlockK> scores[kRowTiles];
         multiply_queries_by_keys(scores, stage(key_tile, turn));
+        const float scale_log2 = scale_log2_of<Traits::kEdits>(params.softmax_scale, params);
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
             edit<Traits::kEdits, kBand>(scores[m], rows(m), block * kBlockK, sequence, params);
@@ -190,7 +191,7 @@ struct FlashBlock {
             } else {
                 float shrink[2];
                 fold<Traits::kEdits>(softmax[m], scores[m], rows(m), block * kBlockK, sequence, params, params.softmax_scale,
-                                     shrink);
+                                     scale_log2, shrink);
                 out[m].scale_rows(shrink);
                 if constexpr (bool(Traits::kEdits & kDropout))
                     drop(scores[m], rows(m), block * kBlockK, sequence.index, params);

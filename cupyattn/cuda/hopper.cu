@@ -259,7 +259,8 @@ struct HopperRows : HopperResult<Traits> {
         if constexpr (kEdge || Traits::kEdits)
             edit<Traits::kEdits, kEdge>(scores, rows(), block * kBlockK, tile.sequence, params, scale());
         fold<Traits::kEdits, Switches::kLazy, Exponential<Switches::kPolynomials>, kShift>(
-            softmax, scores, rows(), block * kBlockK, tile.sequence, params, scale(), shrink);
+            softmax, scores, rows(), block * kBlockK, tile.sequence, params, scale(),
+            scale_log2_of<Traits::kEdits>(scale(), params), shrink);
     }
     DEVICE_METHOD void rescale() {
         if (Switches::kLazy && ptx::all(shrink[0] == 1.f && shrink[1] == 1.f)) return;

@@ -146,11 +146,11 @@ def hopper_backward_tiles(problem: Problem, device: Device) -> BackwardTiles:
 def hopper_backward_tile(wide: int, wide_v: int, wanted: int, capped: bool = False) -> BackwardTile:
     """Of padded head_dims: as many rows move at once as registers allow, in as many stages as there is memory for.
 
-    With a softcap weights are kept for dv beside what it lets through of them.
+    With a softcap weights are kept for dv beside what it lets through of them, and its arithmetic takes registers.
     """
     widest = max(wide, wide_v)
     if wanted == OF_QUERIES:
-        moves = 128 if widest <= 128 else 64 if widest <= 192 else 32
+        moves = 128 if widest <= 128 and not capped else 64 if widest <= 192 else 32
     elif wanted == OF_KEYS | OF_VALUES:
         moves = 48 if capped and wide == wide_v == 128 else 64
     else:

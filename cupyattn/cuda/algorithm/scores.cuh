@@ -162,8 +162,7 @@ DEVICE float scale_log2_of(float softmax_scale, const Params& params) {
 // causal mask one.
 template <int kEdits, bool kLazy = false, typename Exponential = FastExponential, int kShift = 0, int kCols>
 DEVICE void fold(OnlineSoftmax& softmax, Accumulator<kCols>& scores, const RowPair& rows, int first_key,
-                 const Sequence& sequence, const Params& params, float softmax_scale, float (&shrink)[2]) {
-    const float scale_log2 = scale_log2_of<kEdits>(softmax_scale, params);
+                 const Sequence& sequence, const Params& params, float softmax_scale, float scale_log2, float (&shrink)[2]) {
     if constexpr (Left<kEdits>::kOffset) {
         const int first = first_key + Accumulator<kCols>::first_column() - sequence.band.offset;
         float offset[2] = {0.5f, 0.5f};

@@ -115,6 +115,6 @@ def test_an_open_side_of_a_band_is_what_the_kernel_takes_for_it():
 def test_bits_of_edits_are_those_of_the_kernel():
     text = (emulator.CUDA / "algorithm/params.cuh").read_text()
     bits = {name: int(value) for name, value in re.findall(r"k(\w+) = (\d+),", text)}
-    names = {"ScaleFirst": "SCALE_FIRST", "MaskArray": "MASK_ARRAY"}
-    assert bits == {name: getattr(catalogue, names.get(name, name.upper())) for name in bits}
-    assert len(bits) == 6
+    names = {name: re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).upper() for name in bits}
+    assert bits == {name: getattr(catalogue, names[name]) for name in bits}
+    assert len(bits) == 8
