@@ -1,10 +1,12 @@
 """Every public function gives back what NumPy gives, at home in the caller's library, dtype and device."""
 
+import gc
 import inspect
 import os
 import subprocess
 import sys
 import textwrap
+import weakref
 from pathlib import Path
 
 import ml_dtypes
@@ -608,6 +610,32 @@ def test_a_gradient_of_stride_zero_is_taken():
     arrays = [tensor.detach().numpy() for tensor in tensors.values()]
     expected = cupyattn.attention_backward(np.ones_like(arrays[0]), *arrays)
     assert_same_results([tensor.grad for tensor in tensors.values()], list(expected[:3]))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda q, k, v: cupyattn.attention(q, k, v),
+        lambda q, k, v: cupyattn.attention(q, k, v, causal=True, dropout_p=0.5, dropout_seed=1),
+        lambda q, k, v: cupyattn.scaled_dot_product_attention(q, k, v),
+        lambda q, k, v: cupyattn.flash_attn_func(q, k, v),
+    ],
+    ids=["attention", "dropout", "scaled_dot_product_attention", "flash_attn_func"],
+)
+def test_a_graph_keeps_operands_where_torch_can_let_them_go(call):
+    """As checkpointing does: by hooks on what is saved, and nowhere else."""
+    needs("torch")
+    import torch
+
+    q, k, v = (torch.randn(2, 8, 4, 16, requires_grad=True) for _ in range(3))
+    inner = k * 1.0
+    kept = weakref.ref(inner)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: None, lambda x: x):
+        out = call(q, inner, v)
+    del inner
+    gc.collect()
+    assert kept() is None
+    assert out.requires_grad
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
