@@ -24,7 +24,15 @@ from cupyattn.peers import (
 from cupyattn.plan import Plan
 
 if TYPE_CHECKING:
-    from cupyattn.cache import Cache, DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache
+    from cupyattn.cache import (
+        Cache,
+        DynamicCache,
+        OffloadedCache,
+        PagedCache,
+        SlidingWindowCache,
+        StaticCache,
+        kv_cache_bytes,
+    )
     from cupyattn.peers.cascade import cascade_attention
     from cupyattn.peers.kvcache import flash_attn_with_kvcache
 
@@ -52,6 +60,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "kv_cache_bytes",
     "merge_states",
     "pad_input",
     "scaled_dot_product_attention",
@@ -59,7 +68,15 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "cache": ("Cache", "DynamicCache", "OffloadedCache", "PagedCache", "SlidingWindowCache", "StaticCache"),
+    "cache": (
+        "Cache",
+        "DynamicCache",
+        "OffloadedCache",
+        "PagedCache",
+        "SlidingWindowCache",
+        "StaticCache",
+        "kv_cache_bytes",
+    ),
     "peers.cascade": ("cascade_attention",),
     "peers.kvcache": ("flash_attn_with_kvcache",),
 }

@@ -63,6 +63,7 @@ PUBLIC = {
     "flash_attn_with_kvcache",
     *("apply_rotary_emb", "unpad_input", "pad_input", "__version__"),
     *("Cache", "DynamicCache", "StaticCache", "SlidingWindowCache", "PagedCache", "OffloadedCache"),
+    "kv_cache_bytes",
     "cascade_attention",
 }
 

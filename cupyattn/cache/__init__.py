@@ -5,11 +5,21 @@ contiguous   one array per batch: growing, of fixed capacity, or of the last win
 pages        which page holds which tokens of which sequence: numbers alone
 paged        sequences of different lengths in pages that forks share
 offloaded    on the host between uses
+cost         what one will take, before it is there
 """
 
 from cupyattn.cache.contiguous import DynamicCache, SlidingWindowCache, StaticCache
+from cupyattn.cache.cost import kv_cache_bytes
 from cupyattn.cache.offloaded import OffloadedCache
 from cupyattn.cache.paged import PagedCache
 from cupyattn.cache.protocol import Cache
 
-__all__ = ["Cache", "DynamicCache", "OffloadedCache", "PagedCache", "SlidingWindowCache", "StaticCache"]
+__all__ = [
+    "Cache",
+    "DynamicCache",
+    "OffloadedCache",
+    "PagedCache",
+    "SlidingWindowCache",
+    "StaticCache",
+    "kv_cache_bytes",
+]
