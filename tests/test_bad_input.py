@@ -25,7 +25,7 @@ VARLEN_QKV, VARLEN_KV = "flash_attn_varlen_qkvpacked_func", "flash_attn_varlen_k
 VARLEN, PAGED = "flash_attn_varlen_func", "flash_attn_varlen_func of pages"
 KVCACHE = "flash_attn_with_kvcache"  # the other bad calls of it are in test_kvcache.py
 ROTARY, PACKED = "apply_rotary_emb", "apply_rotary_emb of a packed x"
-MERGE, UNPAD, PAD = "merge_states", "unpad_input", "pad_input"
+MERGE, UNPAD, PAD, COST = "merge_states", "unpad_input", "pad_input", "kv_cache_bytes"
 CASCADE = "cascade_attention"
 
 
@@ -67,6 +67,7 @@ def good(call):
         MERGE: {"outs": [q, q + 1], "lses": [floats(2, 4, 5), floats(2, 4, 5) + 1]},
         UNPAD: {"hidden_states": q, "attention_mask": np.ones((2, 5), bool)},
         PAD: {"hidden_states": floats(3, 8), "indices": ints(0, 2, 5), "batch": 2, "seqlen": 3},
+        COST: {"layers": 2, "num_heads_kv": 2, "head_dim": 64, "dtype": "float16"},
     }[call]
 
 
@@ -755,11 +756,21 @@ PREFIXES = [
     bad("cascade_causal_as_number", CASCADE, TypeError, "causal", "1", causal=1),
     bad("cascade_sinks_of_key_heads", CASCADE, ValueError, "sinks", "(2,)", sinks=floats(2)),
 ]
+
+COSTS = [
+    bad("cost_of_int8", COST, ValueError, "dtype", "'int8'", dtype="int8"),
+    bad("cost_without_dtype", COST, ValueError, "dtype", "None", dtype=None),
+    bad("cost_of_layers_below_0", COST, ValueError, "layers", "-1", layers=-1),
+    bad("cost_of_half_a_head", COST, TypeError, "num_heads_kv", "2.5", "float", num_heads_kv=2.5),
+    bad("cost_of_many_tokens", COST, TypeError, "tokens", "'many'", "str", tokens="many"),
+    bad("cost_of_pages_of_nothing", COST, ValueError, "page_size", "0", page_size=0),
+    bad("cost_of_a_batch_of_true", COST, TypeError, "batch", "True", "bool", batch=True),
+]
 # fmt: on
 
 TABLE = [
     *SHAPES, *HUGE, *DIAGONALS, *MASKS, *NUMBERS, *KINDS, *LIBRARIES, *SEQUENCES, *STATES, *ROTATIONS, *PADDING,
-    *GRADIENTS, *FLOAT8, *PLANS, *PREFIXES,
+    *GRADIENTS, *FLOAT8, *PLANS, *PREFIXES, *COSTS,
 ]  # fmt: skip
 
 

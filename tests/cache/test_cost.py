@@ -32,20 +32,3 @@ def test_sequences_take_whole_pages():
     cache.append(rows, rows, seqlens=[33, 33])
     used = 8 - cache.num_free_pages
     assert kv_cache_bytes(1, 2, 64, "float32", 33, 2, page_size=16) == used * 16 * 2 * 2 * 64 * 4
-
-
-@pytest.mark.parametrize(
-    ("given", "error", "sentence"),
-    [
-        ({"dtype": "int8"}, ValueError, "kv_cache_bytes: dtype has to be one of float8_e4m3fn, float16"),
-        ({"dtype": None}, ValueError, "dtype"),
-        ({"layers": -1}, ValueError, "layers has to be"),
-        ({"num_heads_kv": 2.5}, TypeError, "num_heads_kv has to be an integer"),
-        ({"tokens": "many"}, TypeError, "tokens has to be an integer"),
-        ({"page_size": 0}, ValueError, "page_size has to be"),
-        ({"batch": True}, TypeError, "batch has to be an integer"),
-    ],
-)
-def test_what_is_no_size_is_refused(given, error, sentence):
-    with pytest.raises(error, match=sentence):
-        kv_cache_bytes(**{"layers": 2, "num_heads_kv": 2, "head_dim": 64, "dtype": "float16", **given})
