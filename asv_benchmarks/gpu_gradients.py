@@ -1,14 +1,25 @@
 """Gradients on a GPU beside torch's, the section "gradients" of gpu.py."""
 
 import statistics
+from functools import partial
 
 from gpu_tools import microseconds
 
 import cupyattn
 from cupyattn.cuda.making import catalogue
-from cupyattn.plan import OF_BIAS, OF_KEYS, OF_QUERIES, OF_VALUES, backward_tile, hopper_backward_tile
+from cupyattn.plan import (
+    OF_BIAS,
+    OF_KEYS,
+    OF_QUERIES,
+    OF_VALUES,
+    RIGHT_EDGE,
+    backward_tile,
+    base_tile,
+    hopper_backward_tile,
+)
 from cupyattn.problem import NAMED_DEVICES
 
+LOW_CAP = catalogue.SOFTCAP | catalogue.LOW_CAP
 SHAPES = [
     (head_dim, seqlen, causal)
     for head_dim in (128, 64, 256)
@@ -40,6 +51,34 @@ def gradients(report, torch):
         )
     if ratios:
         report.row("gradients", least=min(ratios), geometric_mean=statistics.geometric_mean(ratios))
+    if not report.late("gradients"):
+        edits(report, torch)
+        shares(report, torch)
+
+
+def edits(report, torch):
+    """What a softcap and slopes cost, forward and backward: times over those of the same call without them."""
+    slopes = torch.rand(16, device="cuda")
+    inputs = [torch.randn((2, 8192, 16, 128), device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"]
+    given, calls = [x.detach() for x in inputs], {}
+    for name, edit in {"plain": {}, "softcap": {"softcap": 50.0}, "slopes": {"alibi_slopes": slopes}}.items():
+        calls[f"{name} forward"] = partial(cupyattn.attention, *given, causal=True, **edit)
+        calls[f"{name} backward"] = _graph(torch, cupyattn.attention(*inputs, causal=True, **edit), inputs)
+    times = microseconds(calls, torch, repeats=3)
+    for name in ("softcap", "slopes"):
+        over = {way: times[f"{name} {way}"] / times[f"plain {way}"] for way in ("forward", "backward")}
+        report.row("edits", edit=name, **{f"{way}_over_plain": x for way, x in over.items()})
+
+
+def shares(report, torch):
+    """32 query heads of one sequence over one key head, of whose tiles blocks have shares; over as many key heads."""
+    times = {}
+    for heads_kv in (1, 32):
+        shapes = [(1, 4096, heads, 128) for heads in (32, heads_kv, heads_kv)]
+        inputs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+        call = _graph(torch, cupyattn.attention(*inputs, causal=True), inputs)
+        times[heads_kv] = microseconds({"cupyattn": call}, torch, repeats=3)["cupyattn"]
+    report.row("shares", heads=32, seqlen=4096, one_key_head_over_as_many=times[1] / times[32])
 
 
 def _graph(torch, out, inputs):
@@ -82,7 +121,12 @@ def kernels():
             edits = catalogue.BIAS if wanted == OF_BIAS else 0
             tile = backward_tile(head_dim, "bfloat16", room, wanted)
             found.append(catalogue.backward("bfloat16", head_dim, head_dim, tile, wanted, True, edits))
-            if wanted != OF_BIAS:
-                tile = hopper_backward_tile(head_dim, head_dim, wanted)
-                found.append(catalogue.hopper_backward("bfloat16", head_dim, head_dim, tile, wanted))
+            if wanted == OF_BIAS:
+                continue
+            for edits in (0, LOW_CAP, catalogue.ALIBI) if head_dim == 128 else (0,):
+                tile = hopper_backward_tile(head_dim, head_dim, wanted, edits == LOW_CAP)
+                found.append(catalogue.hopper_backward("bfloat16", head_dim, head_dim, tile, wanted, edits))
+    causal = base_tile(128, 128, RIGHT_EDGE, "bfloat16")
+    for edits in (LOW_CAP, catalogue.ALIBI | catalogue.CAUSAL_ALIBI):
+        found.append(catalogue.hopper("bfloat16", 128, 128, causal, True, edits))
     return found

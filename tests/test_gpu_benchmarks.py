@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cupyattn.plan.hopper import base_tile
+from cupyattn.problem import NAMED_DEVICES
 
 torch = pytest.importorskip("torch")
 SUITE = Path(__file__).parents[1] / "asv_benchmarks"
@@ -47,3 +48,11 @@ def test_every_kernel_that_is_timed_has_a_name(suite):
     gpu_hopper, _ = suite
     names = [found.expression for found in gpu_hopper.kernels()]
     assert len(names) == len(set(names)) > 50
+
+
+def test_every_kernel_of_gradients_has_a_name_and_fits(suite):
+    import gpu_gradients
+
+    found = gpu_gradients.kernels()
+    assert len({x.expression for x in found}) == len(found) > 20
+    assert max(x.shared_memory for x in found) <= NAMED_DEVICES["H100"].shared_memory
