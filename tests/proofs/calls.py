@@ -273,8 +273,8 @@ def _of_backward(kernel):
 
 
 def schedules_of(place):
-    """Of a kernel's call by its place among them: all for the first, one by turns for the others."""
-    return (1, 2, 0) if place == 0 else (2 - place % 2,)
+    """Of a kernel's call by its place among them: two for the first, one by turns for the others."""
+    return (1, 2) if place == 0 else ((0, 2, 1)[(place - 1) % 3],)
 
 
 OF_REACH = ({}, CAUSAL, {"window_size": (100, 20), **BOTTOM})
