@@ -26,9 +26,9 @@ def assert_caught(mutant, groups):
         groups[mutant.group]({path: text.replace(mutant.old, mutant.new)})
 
 
-def half_of_them(mutants):
-    """Parameters of a test: `make test` plants every second one, `make proof` all."""
+def some_of_them(mutants):
+    """Parameters of a test: `make test` plants every third one, `make proof` all."""
     return [
-        pytest.param(mutant, id=mutant.name, marks=pytest.mark.long if place % 2 else ())
+        pytest.param(mutant, id=mutant.name, marks=pytest.mark.long if place % 3 else ())
         for place, mutant in enumerate(mutants)
     ]
