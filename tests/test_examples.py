@@ -221,10 +221,10 @@ def training(monkeypatch):
 def test_a_decoder_learns_as_with_torch(training, tmp_path):
     sizes = training.Sizes(1, hidden_size=16, num_heads=2, num_heads_kv=1, seqlen=12, batch=2, dropout_p=0.0)
     first, second = (
-        training.train(sizes, attend, 12, "cpu", 0)
+        training.train(sizes, attend, 40, "cpu", 0)
         for attend in (training.attend_by_cupyattn, training.attend_by_torch)
     )
-    assert first[-1] < first[0]
+    assert sum(first[-10:]) < sum(first[:10])  # of single steps that depends on the words that come
     assert training.apart(first, second) < 0.01
 
 
