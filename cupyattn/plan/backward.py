@@ -11,7 +11,7 @@ from cupyattn.plan.gpu import bytes_in_a_tile, padded
 from cupyattn.plan.hopper import padded_dims
 from cupyattn.plan.objections import objections_of_flash, objections_of_hopper, objections_of_numpy
 from cupyattn.plan.values import BackwardTile, BackwardTiles, Plan
-from cupyattn.problem import Device, Problem
+from cupyattn.problem import Device, Problem, Sizes
 
 OF_QUERIES, OF_KEYS, OF_VALUES, OF_BIAS = 1, 2, 4, 8
 """Bits of ``Wanted`` in ``traits.cuh``."""
@@ -70,7 +70,7 @@ def _notes(problem: Problem, tiles: BackwardTiles) -> tuple[str, ...]:
         (OF_KEYS, "dk", sizes.num_heads_k, sizes.head_dim),
         (OF_VALUES, "dv", sizes.num_heads_v, sizes.head_dim_v),
     ):
-        shared = sizes.num_heads // heads
+        shared = _sharing(sizes, heads)
         parts = shared // math.gcd(shared, tiles.heads_of(bit))
         if parts > 1:
             size = 4 * parts * heads * sizes.batch * sizes.seqlen_k * columns
@@ -119,6 +119,11 @@ def passes_of(head_dim: int) -> tuple[int, ...]:
     return (OF_QUERIES, OF_KEYS | OF_VALUES) if head_dim <= 128 else (OF_QUERIES, OF_KEYS, OF_VALUES)
 
 
+def _sharing(sizes: Sizes, heads: int) -> int:
+    """Query heads that share one of so many; 1 where there are none of either."""
+    return max(1, sizes.num_heads // max(1, heads))
+
+
 def heads_per_block(problem: Problem, device: Device, wanted: int, tile: BackwardTile) -> int:
     """Of tiles of keys: all query heads that share them, or a share of them where that fills the GPU.
 
@@ -127,7 +132,7 @@ def heads_per_block(problem: Problem, device: Device, wanted: int, tile: Backwar
     sizes, shared = problem.sizes, 1
     for bit, heads in ((OF_KEYS, sizes.num_heads_k), (OF_VALUES, sizes.num_heads_v)):
         if wanted & bit:
-            shared = math.lcm(shared, sizes.num_heads // heads)
+            shared = math.lcm(shared, _sharing(sizes, heads))
     blocks = sizes.batch * sizes.num_heads // shared * math.ceil(sizes.seqlen_k / tile.stays)
     units = max(1, device.num_units)
     several = [x for x in range(1, shared + 1) if shared % x == 0 and (x == 1 or blocks * x <= 4 * units)]

@@ -180,6 +180,12 @@ def test_few_tiles_of_keys_have_several_blocks_each(batch, heads, keys, found):
     assert len(told) == (0 if found == shared else 2)
 
 
+@pytest.mark.parametrize("name", ["A100", "H100"])
+@pytest.mark.parametrize("heads", [(0, 0, 0), (0, 2, 2)], ids=str)
+def test_no_heads_have_a_plan(name, heads):
+    assert choose_backward(asked(heads=heads), NAMED_DEVICES[name]).tile.heads == (1, 1)
+
+
 def test_memory_of_parts_is_told():
     text = str(choose_backward(asked(heads=(32, 1, 1), seqlens=(4096, 4096)), A100))
     assert f"dk in 8 parts, so that the GPU is full: {4 * 8 * 4096 * 128} bytes, or less" in text
