@@ -7,6 +7,7 @@ array-api-compat, and nothing else.
 
 from typing import TYPE_CHECKING
 
+from cupyattn.allowed import implementations
 from cupyattn.api import Gradients, attention, attention_backward, merge_states
 from cupyattn.explaining import explain
 from cupyattn.peers import (
@@ -60,6 +61,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "implementations",
     "kv_cache_bytes",
     "merge_states",
     "pad_input",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cupyattn import numpy_ref, reading
+from cupyattn.allowed import allowed_by
 from cupyattn.arrays import Arrays, Visit, enter, untraced
 from cupyattn.corridor import Named, answer, answer_with_gradients, under_our_names
 from cupyattn.problem import FLOATS, Array, Axes, Spec
@@ -38,6 +39,7 @@ def attention(
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
     fixed_split_size: int | None = None,
+    implementation: str | Sequence[str] | None = None,
     return_lse: bool = False,
 ) -> Any:
     """Exact softmax attention, ``softmax(softmax_scale * q @ k.T) @ v`` for every head, and its variations.
@@ -98,6 +100,9 @@ def attention(
         Where decoding on a GPU splits the keys, do it every so many (rounded up to whole blocks), so that a
         sequence's result is the same to the last bit whatever else is in the batch.  Default: as many splits
         as fill the GPU.  Nothing else splits keys, so that elsewhere this has nothing to do.
+    implementation : str or tuple of str, optional
+        The only ones that may be taken, of "numpy", "splitkv", "hopper" and "flash"; what `explain` calls
+        `Plan.kernel`.  Default: what `implementations` allows around the call, which says what gradients make of it.
     return_lse : bool
         Also return the log-sum-exp of the scores.
 
@@ -178,7 +183,8 @@ def attention(
     if not (q_descale is k_descale is v_descale is None):
         arrays |= {name: (name, x) for name, x in zip(reading.DESCALES, (q_descale, k_descale, v_descale), strict=True)}
     size = reading.split_size("attention", fixed_split_size)
-    found = answer("attention", arrays, options, reading.dropout_seed("attention", dropout_seed), size)
+    seed, allowed = reading.dropout_seed("attention", dropout_seed), allowed_by("attention", implementation)
+    found = answer("attention", arrays, options, seed, size, allowed)
     return (found["out"], found["lse"]) if return_lse else found["out"]
 
 
@@ -216,6 +222,7 @@ def attention_backward(
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
+    implementation: str | Sequence[str] | None = None,
 ) -> Gradients:
     """Gradients of `attention`, given the gradient of its output.
 
@@ -260,7 +267,7 @@ def attention_backward(
     options = attention_options(
         function, layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, compute_dtype, True
     )
-    seed = reading.dropout_seed(function, dropout_seed)
+    seed, allowed = reading.dropout_seed(function, dropout_seed), allowed_by(function, implementation)
     if options.dropout_p > 0.0 and seed is None:
         raise ValueError(refusal(function, "dropout needs the dropout_seed of the forward pass"))
     operands = under_our_names(q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
@@ -276,7 +283,7 @@ def attention_backward(
     ):
         if name in specs:
             _expect(function, specs[name], shape, dtype)
-    found = answer_with_gradients(visit, problem, tuple(known), seed or 0)
+    found = answer_with_gradients(visit, problem, tuple(known), allowed, seed or 0)
     return Gradients(**{f"d{name}": gradient for name, gradient in found.items()})
 
 

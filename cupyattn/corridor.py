@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from cupyattn import cpu
+from cupyattn.allowed import Allowed, currently_allowed
 from cupyattn.arrays import Arrays, Visit, enter
 from cupyattn.plan import Plan, choose, choose_backward, for_live_keys
 from cupyattn.problem import FLOAT8, Device, Problem, Spec
@@ -31,12 +32,21 @@ def under_our_names(**arrays: Any) -> dict[str, tuple[str, Any]]:
 
 
 def answer(
-    function: str, arrays: Named, options: Options, seed: int | None, fixed_split_size: int | None = None
+    function: str,
+    arrays: Named,
+    options: Options,
+    seed: int | None,
+    fixed_split_size: int | None = None,
+    allowed: Allowed | None = None,
 ) -> Arrays:
-    """The results of one attention call by name: "out", and "lse" and "dropout_mask" if asked for."""
+    """The results of one attention call by name: "out", and "lse" and "dropout_mask" if asked for.
+
+    The implementations `allowed` are the call's own; None: those that are allowed around it.
+    """
     visit = enter(function, arrays)
     problem = read(function, visit.specs, options)
-    plan = plan_for(function, problem, visit.device(), fixed_split_size)
+    allowed = allowed or currently_allowed()
+    plan = plan_for(function, problem, visit.device(), allowed, fixed_split_size)
     if problem.needs_dropout_mask and visit.kind == "cpu":
         _check_room(function, visit, problem)
     if problem.dropout_p > 0.0 and seed is None:
@@ -44,7 +54,7 @@ def answer(
         if not isinstance(seed, int):
             visit.arrays = {**visit.arrays, "seed": seed}
             seed = None
-    return _run(visit, problem, plan, seed or 0)
+    return _run(visit, problem, plan, allowed, seed or 0)
 
 
 def _check_room(function: str, visit: Visit, problem: Problem) -> None:
@@ -98,14 +108,16 @@ def views_on_gpu(visit: Visit, words: tuple[str, ...]) -> list[Any]:
     )
 
 
-def plan_for(function: str, problem: Problem, device: Device, fixed_split_size: int | None = None) -> Plan:
+def plan_for(
+    function: str, problem: Problem, device: Device, allowed: Allowed | None, fixed_split_size: int | None = None
+) -> Plan:
     """The plan, or every implementation's objections at once."""
-    return _agreed(function, problem, choose(problem, device, fixed_split_size))
+    return _agreed(function, problem, choose(problem, device, fixed_split_size, allowed=allowed))
 
 
-def plan_for_gradients(function: str, problem: Problem, device: Device) -> Plan:
+def plan_for_gradients(function: str, problem: Problem, device: Device, allowed: Allowed | None) -> Plan:
     """The same of the gradients."""
-    return _agreed(function, problem, choose_backward(problem, device))
+    return _agreed(function, problem, choose_backward(problem, device, allowed=allowed))
 
 
 def _agreed(function: str, problem: Problem, plan: Plan) -> Plan:
@@ -115,7 +127,7 @@ def _agreed(function: str, problem: Problem, plan: Plan) -> Plan:
     return plan
 
 
-def _run(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays:
+def _run(visit: Visit, problem: Problem, plan: Plan, allowed: Allowed | None, seed: int) -> Arrays:
     """The results; the seed is one of the operands where each of many calls at once has its own."""
     function, specs = visit.function, dict(visit.specs)  # a graph that keeps what is below keeps no arrays
 
@@ -131,11 +143,11 @@ def _run(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays:
         return gradients(plan, problem, operands, known, int(operands.get("seed", seed)))
 
     if visit.kind == "cuda":
-        return _run_on_gpu(visit, problem, plan, seed)
+        return _run_on_gpu(visit, problem, plan, allowed, seed)
     return visit.run(forward, backward, problem.results, problem.state if _uses_results(plan, problem) else {})
 
 
-def _run_on_gpu(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays:
+def _run_on_gpu(visit: Visit, problem: Problem, plan: Plan, allowed: Allowed | None, seed: int) -> Arrays:
     """Without NumPy; where gradients may be asked for, out and lse are what is kept for them."""
     from cupyattn import cuda
 
@@ -147,7 +159,7 @@ def _run_on_gpu(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays
         rule = f"has no gradients of {FLOAT8}, nor of what comes with it; call it under torch.no_grad()"
         raise NotImplementedError(refusal(visit.function, rule))
     device, bare = visit.device(), replace(visit, arrays={}, given={})  # a graph that keeps it keeps no arrays
-    plan_for_gradients(visit.function, whole, device)  # refused now, not when it is too late
+    plan_for_gradients(visit.function, whole, device, allowed)  # refused now, not when it is too late
 
     def forward(operands: Arrays) -> Arrays:
         own, its_seed = _without_seed(operands, seed)
@@ -155,7 +167,7 @@ def _run_on_gpu(visit: Visit, problem: Problem, plan: Plan, seed: int) -> Arrays
 
     def backward(operands: Arrays, known: Arrays) -> Arrays:
         own, its_seed = _without_seed(operands, seed)
-        return gradients_on_gpu(bare, device, whole, own, known, its_seed)
+        return gradients_on_gpu(bare, device, whole, own, known, allowed, its_seed)
 
     found = visit.run_at_home(forward, backward, whole.results, whole.state)
     return {name: found[name] for name in problem.results}
@@ -167,7 +179,13 @@ def _without_seed(operands: Arrays, seed: int) -> tuple[Arrays, int]:
 
 
 def gradients_on_gpu(
-    visit: Visit, device: Device, problem: Problem, operands: Arrays, known: Arrays, seed: int
+    visit: Visit,
+    device: Device,
+    problem: Problem,
+    operands: Arrays,
+    known: Arrays,
+    allowed: Allowed | None,
+    seed: int,
 ) -> Arrays:
     """Gradients of all floating operands, where they are; the forward's `known` out and lse are made if they are not.
 
@@ -176,10 +194,10 @@ def gradients_on_gpu(
     from cupyattn import cuda
 
     specs, title = dict(visit.specs), visit.library.title
-    plan = plan_for_gradients(visit.function, problem, device)
+    plan = plan_for_gradients(visit.function, problem, device, allowed)
     given = {name: array for name, array in known.items() if array is not None}
     if "out" not in given or "lse" not in given:
-        forward = plan_for(visit.function, problem, device)
+        forward = plan_for(visit.function, problem, device, allowed)
         given |= cuda.run(visit.function, title, operands, specs, forward, problem, seed)
     if "dout" not in given:
         given["dout"] = visit.library.zeros(problem.out_shape, operands["q"])
@@ -188,16 +206,18 @@ def gradients_on_gpu(
     return cuda.run_backward(visit.function, title, {**operands, **given}, specs | of_known, plan, problem, seed)
 
 
-def answer_with_gradients(visit: Visit, problem: Problem, known: tuple[str, ...], seed: int) -> Arrays:
+def answer_with_gradients(
+    visit: Visit, problem: Problem, known: tuple[str, ...], allowed: Allowed | None, seed: int
+) -> Arrays:
     """Gradients of a visit's floating operands, by name; those of its arrays that are `known` are none."""
     specs = dict(visit.specs)
-    plan = plan_for_gradients(visit.function, problem, visit.device())
+    plan = plan_for_gradients(visit.function, problem, visit.device(), allowed)
 
     def backward(everything: Arrays) -> Arrays:
         known_here = {name: everything[name] for name in known if name in everything}
         operands = {name: array for name, array in everything.items() if name not in known}
         if visit.kind == "cuda":
-            return gradients_on_gpu(visit, visit.device(), problem, operands, known_here, seed)
+            return gradients_on_gpu(visit, visit.device(), problem, operands, known_here, allowed, seed)
         return gradients(plan, problem, operands, known_here, seed)
 
     names = ("q", "k", "v", "bias", "sinks", "alibi_slopes")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from cupyattn import reading
+from cupyattn.allowed import allowed_by
 from cupyattn.arrays import Visit, described, enter, untraced
 from cupyattn.corridor import under_our_names
 from cupyattn.plan import Plan, choose, choose_backward
@@ -42,6 +43,7 @@ def explain(
     compute_dtype: Any = None,
     fixed_split_size: int | None = None,
     return_lse: bool = False,
+    implementation: str | Sequence[str] | None = None,
     backward: bool = False,
 ) -> Plan:
     """How `attention` would do a call, or its gradients, and why not otherwise; nothing is computed.
@@ -56,6 +58,8 @@ def explain(
     device : str, optional
         "cpu", or a GPU by name: one of the names in the error that an unknown name gives.  Default: where the
         arrays are; "cpu" where none has values.
+    implementation : str or tuple of str, optional
+        As for `attention`, and as `implementations` says what gradients make of it.
     backward : bool
         Explain the gradients of q, k and v, and of what else has any, instead of the call itself.
 
@@ -87,6 +91,7 @@ def explain(
     reading.dropout_seed(function, dropout_seed)
     size = reading.split_size(function, fixed_split_size)
     _check_backward(function, backward, size)
+    allowed = allowed_by(function, implementation)
     options = attention_options(
         function, layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, compute_dtype, return_lse,
         takes_float8=True,
@@ -102,19 +107,23 @@ def explain(
             shapes[name] = found
     present = {name: entry for name, entry in given.items() if entry[1] is not None or name in ("q", "k", "v")}
     arrays = {name: entry for name, entry in present.items() if name not in shapes}
-    if device is not None and not (isinstance(device, str) and (device == "cpu" or device in NAMED_DEVICES)):
-        rule = f"device has to be 'cpu' or one of {', '.join(NAMED_DEVICES)}"
-        raise ValueError(refusal(function, rule, ("device", repr(device))))
+    _check_device(function, device)
     visit = enter(function, arrays) if arrays else None
     specs = dict(visit.specs) if visit else {}
     specs |= _specs_of_shapes(function, shapes, specs, dtype, device)
     ordered = tuple((name, specs[name]) for name in given if name in specs)
     problem = read(function, ordered, options)
     there = _device_meant(device, visit)
-    plan = choose_backward(problem, there) if backward else choose(problem, there, size)
+    plan = choose_backward(problem, there, allowed=allowed) if backward else choose(problem, there, size, None, allowed)
     if device is not None or visit is None:
         return plan
     return replace(plan, notes=plan.notes + visit.notes(problem, plan))
+
+
+def _check_device(function: str, device: Any) -> None:
+    if device is not None and not (isinstance(device, str) and (device == "cpu" or device in NAMED_DEVICES)):
+        rule = f"device has to be 'cpu' or one of {', '.join(NAMED_DEVICES)}"
+        raise ValueError(refusal(function, rule, ("device", repr(device))))
 
 
 def _device_meant(device: str | None, visit: Visit | None) -> Device:

@@ -13,6 +13,7 @@ import array_api_compat
 import numpy as np
 
 from cupyattn import cpu
+from cupyattn.allowed import currently_allowed
 from cupyattn.arrays import Arrays, enter
 from cupyattn.corridor import Named, answer, plan_for
 from cupyattn.numpy_ref import State, merge
@@ -37,7 +38,7 @@ def answer_in_parts(function: str, parts: Sequence[Part], needs_lse: bool) -> Ar
         for i, (named, options) in enumerate(parts)
     ]
     device = visit.device()
-    plans = [plan_for(function, problem, device) for problem in problems]
+    plans = [plan_for(function, problem, device, currently_allowed()) for problem in problems]
     exact = [replace(problem, dtype="float64", needs_lse=True) for problem in problems]
     first = problems[0]
     if visit.kind == "cuda":

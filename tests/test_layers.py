@@ -65,6 +65,7 @@ PUBLIC = {
     *("Cache", "DynamicCache", "StaticCache", "SlidingWindowCache", "PagedCache", "OffloadedCache"),
     "kv_cache_bytes",
     "cascade_attention",
+    "implementations",
 }
 
 

@@ -120,7 +120,7 @@ def run(
         results = {name: memory.result(spec, arrays["q"]) for name, spec in problem.results.items()}
         try:
             if problem.sizes.num_heads and 0 not in problem.out_shape:
-                _ready(memory, index, operands, specs, results, plan, problem, seed)()
+                _ready(function, memory, index, operands, specs, results, plan, problem, seed)()
         finally:  # copies may be under way
             memory.launched(operands, results)
         return memory.home(results)
@@ -192,7 +192,7 @@ def run_from_cache(
             launches.append(_ready_to_append(memory, index, operands, specs, problem, seqlen, each_row, interleaved))
         if problem.sizes.num_heads and 0 not in problem.out_shape:
             of_attention = {name: array for name, array in operands.items() if name not in _OF_APPENDING}
-            launches.append(_ready(memory, index, of_attention, specs, results, plan, problem, 0, seqlen))
+            launches.append(_ready(function, memory, index, of_attention, specs, results, plan, problem, 0, seqlen))
         for launch in launches:  # nothing is written unless both are ready
             launch()
         return memory.home(results)
@@ -240,6 +240,7 @@ def _ready_to_append(
 
 
 def _ready(
+    function: str,
     memory: CuPyMemory,
     index: int,
     operands: Arrays,
@@ -252,6 +253,7 @@ def _ready(
 ) -> Launch:
     """That of the planned kernel."""
     views = {name: memory.view(array, specs[name].dtype) for name, array in operands.items()}
+    _check_instead(function, plan, problem, views)
     recipe = recipe_of(plan, problem, views)
     kept = []
     stream = memory.stream(index)
@@ -267,6 +269,17 @@ def _ready(
     record = record_of(recipe, views, addresses, seed, scratch, cache_seqlen)
     what = recipe.specialisation
     return Launch(kernel(what, index), recipe.grid, what, record, stream, [*kept, workspace])
+
+
+def _check_instead(function: str, plan: Plan, problem: Problem, views: Mapping[str, View]) -> None:
+    """Refuse arrays that the Hopper kernel cannot read, where nothing else may read them instead."""
+    if plan.instead is None or plan.instead.kernel != "none":
+        return
+    if reasons := map_objections(problem, views):
+        against = [("hopper", f"has no tensor map, {reason}") for reason in reasons]
+        against += [(name, reason) for name, others in plan.instead.objections for reason in others]
+        rule = f"no implementation takes arrays that lie like these\n    {problem}"
+        raise NotImplementedError(refusal(function, rule, *against))
 
 
 def lane(function: str, title: str, like: Any) -> CuPyLane | TorchLane:
@@ -308,7 +321,8 @@ def notes(title: str, arrays: Arrays, specs: Mapping[str, Spec], problem: Proble
             found.append(f"{name} is read number by number: its rows do not start at multiples of 16 bytes")
     if plan.kernel == "hopper" and plan.instead is not None:
         reasons = map_objections(problem, lie)
-        found += [f"{plan.instead.kernel} runs instead: no tensor map, {reason}" for reason in reasons]
+        other = "nothing" if plan.instead.kernel == "none" else plan.instead.kernel
+        found += [f"{other} runs instead: no tensor map, {reason}" for reason in reasons]
     return tuple(found)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cupyattn import reading
+from cupyattn.allowed import currently_allowed
 from cupyattn.arrays import Arrays, Visit, enter, untraced
 from cupyattn.corridor import Rotation, answer_from_cache, plan_for, views_on_gpu
 from cupyattn.peers.appending import INDICES, Appended, check_new
@@ -206,7 +207,7 @@ def _answer(visit: Visit, options: Options, seqlen: int | None, rotation: Rotati
     problem, specs = reading.read(FUNCTION, visit.specs, options), dict(visit.specs)
     check_new(FUNCTION, visit.specs, problem, seqlen is not None)
     _check_caches(visit)
-    plan = with_num_splits(plan_for(FUNCTION, problem, visit.device()), problem, splits)
+    plan = with_num_splits(plan_for(FUNCTION, problem, visit.device(), currently_allowed()), problem, splits)
 
     def append(operands: Arrays) -> Arrays:
         """On the CPU: what attention is asked of, once new keys are in the caches."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
 from cupyattn.plan.choosing import choose
 from cupyattn.plan.gpu import bytes_in_a_tile, padded
 from cupyattn.plan.hopper import padded_dims
-from cupyattn.plan.objections import objections_of_flash, objections_of_hopper, objections_of_numpy
+from cupyattn.plan.objections import objections_of_flash, objections_of_hopper, objections_of_numpy, only
 from cupyattn.plan.values import BackwardTile, BackwardTiles, Plan
 from cupyattn.problem import Device, Problem, Sizes
 
@@ -18,28 +19,33 @@ OF_QUERIES, OF_KEYS, OF_VALUES, OF_BIAS = 1, 2, 4, 8
 
 
 @lru_cache(maxsize=4096)
-def choose_backward(problem: Problem, device: Device, without_hopper: bool = False) -> Plan:
-    """The plan for the gradients of a problem on a device; its kernel is "none" if nobody takes it."""
+def choose_backward(
+    problem: Problem, device: Device, without_hopper: bool = False, allowed: tuple[str, ...] | None = None
+) -> Plan:
+    """The plan for the gradients of a problem on a device; its kernel is "none" if nobody takes it.
+
+    The implementations `allowed` are the call's (None: all), each with the kernels that are `KERNELS_OF` it.
+    """
     plan = choose(problem, device)
     # Of the five products that there are: scores, dweights, dq, dk, dv.
     flops = problem.flops * 5 // 2
-    if device.kind == "cpu":
-        of_kernels = ("backward", objections_of_backward(problem, device))
-        return replace(plan, flops=flops, bytes=3 * problem.bytes, objections=(of_kernels,))
-    reasons = objections_of_backward(problem, device)
-    of_numpy = ("numpy", objections_of_numpy(problem, device))
+    reasons = _objections(objections_of_backward, "backward", problem, device, allowed)
+    of_numpy = ("numpy", _objections(objections_of_numpy, "numpy", problem, device, allowed))
+    if device.kind == "cpu" and not of_numpy[1]:
+        return replace(plan, flops=flops, bytes=3 * problem.bytes, objections=(("backward", reasons),))
     bare = replace(plan, num_splits=1, split_size=0, num_slots=0, peers=(), instead=None, objections=(of_numpy,))
-    if reasons:
-        return replace(
-            bare, kernel="none", tile=None, num_workers=1, flops=flops, reason="every implementation objects",
-            objections=(of_numpy, ("backward", reasons)), notes=(),
-        )  # fmt: skip
-    on_hopper = objections_of_hopper_backward(problem, device)
-    if not on_hopper and not without_hopper:
-        instead = choose_backward(problem, device, True)
+    on_hopper = _objections(objections_of_hopper_backward, "hopper_backward", problem, device, allowed)
+    if not on_hopper and not without_hopper and not objections_of_backward(problem, device):
+        instead = choose_backward(problem, device, True)  # has its share of every call, allowed or not
         tiles = hopper_backward_tiles(problem, device)
         notes, reason = _notes(problem, tiles), _reason(problem, tiles)
         return replace(instead, kernel="hopper_backward", tile=tiles, instead=instead, reason=reason, notes=notes)
+    if reasons:
+        others = () if allowed is None else (("hopper_backward", on_hopper or objections_of_backward(problem, device)),)
+        return replace(
+            bare, kernel="none", tile=None, num_workers=1, flops=flops, reason="every implementation objects",
+            objections=(of_numpy, ("backward", reasons), *others), notes=(),
+        )  # fmt: skip
     if on_hopper:
         bare = replace(bare, objections=(of_numpy, ("hopper_backward", on_hopper)))
     tiles = backward_tiles(problem, device)
@@ -57,6 +63,23 @@ def choose_backward(problem: Problem, device: Device, without_hopper: bool = Fal
         reason=_reason(problem, tiles),
         notes=_notes(problem, tiles),
     )
+
+
+KERNELS_OF = {"numpy": ("numpy",), "splitkv": ("backward",), "hopper": ("hopper_backward",), "flash": ("backward",)}
+"""What has the gradients of what each implementation takes."""
+
+
+def _objections(
+    ask: Callable[[Problem, Device], tuple[str, ...]],
+    kernel: str,
+    problem: Problem,
+    device: Device,
+    allowed: tuple[str, ...] | None,
+) -> tuple[str, ...]:
+    """Those of a kernel, or that it may not be taken."""
+    if allowed is not None and not any(kernel in KERNELS_OF[name] for name in allowed):
+        return (only(allowed),)
+    return ask(problem, device)
 
 
 def _notes(problem: Problem, tiles: BackwardTiles) -> tuple[str, ...]:

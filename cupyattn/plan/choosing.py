@@ -14,7 +14,7 @@ from typing import NamedTuple
 from cupyattn.plan.cpu import cpu_tile
 from cupyattn.plan.gpu import blocks_per_unit, gpu_tile, padded
 from cupyattn.plan.hopper import HopperTile, hopper_tile, num_tiles
-from cupyattn.plan.objections import IMPLEMENTATIONS
+from cupyattn.plan.objections import IMPLEMENTATIONS, is_allowed, only
 from cupyattn.plan.splits import FEWEST_KEYS, PEERS, split
 from cupyattn.plan.values import CpuTile, Plan, Tile
 from cupyattn.problem import FLOAT8, Device, Problem
@@ -24,15 +24,28 @@ WORTH_THREADS = 100_000_000
 
 
 @lru_cache(maxsize=4096)
-def choose(problem: Problem, device: Device, fixed_split_size: int | None = None, without: str | None = None) -> Plan:
+def choose(
+    problem: Problem,
+    device: Device,
+    fixed_split_size: int | None = None,
+    without: str | None = None,
+    allowed: tuple[str, ...] | None = None,
+) -> Plan:
     """The plan for a problem on a device; its kernel is "none" if every implementation objects.
 
     With `fixed_split_size` keys to a split the result of a sequence does not depend on what else is in the batch.
-    The implementation `without` is not considered.
+    The implementation `without` is not considered; only those `allowed`, if that is not None, may be taken.
     """
-    asked = {name: objections(problem, device) for name, objections in IMPLEMENTATIONS.items() if name != without}
+    asked = {
+        name: objections(problem, device) if is_allowed(name, allowed) else (only(allowed),)
+        for name, objections in IMPLEMENTATIONS.items()
+        if name != without
+    }
     kernel = next((name for name, reasons in asked.items() if not reasons), "none")
     decided = _DECISIONS[kernel](problem, device, fixed_split_size)
+    instead = None
+    if kernel == "hopper":
+        instead = choose(problem, replace(device, tensor_maps=False), fixed_split_size, "hopper", allowed)
     return Plan(
         kernel,
         device.name,
@@ -48,7 +61,7 @@ def choose(problem: Problem, device: Device, fixed_split_size: int | None = None
         decided.num_slots,
         decided.peers,
         _notes(problem),
-        decided.instead,
+        instead,
     )
 
 
@@ -82,7 +95,6 @@ class _Decision(NamedTuple):
     split_size: int = 0
     num_slots: int = 0
     peers: tuple[tuple[str, int], ...] = ()
-    instead: Plan | None = None
 
 
 def _by_nobody(problem: Problem, device: Device, fixed_split_size: int | None) -> _Decision:
@@ -116,8 +128,7 @@ def _by_hopper(problem: Problem, device: Device, fixed_split_size: int | None) -
         reason += f", of {tile.heads_per_unit} heads side by side"
     if tile.cluster > 1:
         reason += f", whose keys are loaded for {tile.cluster} of them at once"
-    instead = choose(problem, replace(device, tensor_maps=False), fixed_split_size, "hopper")
-    return _Decision(tile, workers, reason, instead=instead)
+    return _Decision(tile, workers, reason)
 
 
 def _by_flash(problem: Problem, device: Device, fixed_split_size: int | None) -> _Decision:

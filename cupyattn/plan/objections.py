@@ -101,3 +101,13 @@ IMPLEMENTATIONS: dict[str, Callable[[Problem, Device], tuple[str, ...]]] = {
     "flash": objections_of_flash,
 }
 """In the order tried: splitkv first, since it takes only what it is better at, and flash last, which takes the most."""
+
+
+def is_allowed(name: str, allowed: tuple[str, ...] | None) -> bool:
+    """Whether a call that may take those implementations only (None: all) may take this one."""
+    return allowed is None or name in allowed
+
+
+def only(allowed: tuple[str, ...] | None) -> str:
+    """The reason against all others."""
+    return f"may not be taken: only {', '.join(allowed or ())} may"

@@ -16,6 +16,7 @@ SAME = (
     ("sinks", "learnable_sink"),
     ("block_table", "page_table"),
     ("return_lse", "return_softmax_lse", "return_residual"),
+    ("implementation", "backend"),
     ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"),
     ("max_seqlen", "max_seqlen_q", "max_seqlen_k"),
 )
@@ -38,8 +39,9 @@ ELSEWHERE = {
     ),
     "fewer key heads than query heads serve groups anyway: leave it out": ("enable_gqa",),
     "results are the same in every run: leave it out": ("deterministic",),
+    "attention takes it, and implementations says it to all calls in a with": ("implementation", "backend"),
     "what runs is chosen by shapes and devices, see explain: leave it out": (
-        *("implementation", "backend", "pack_gqa", "sm_margin", "scheduler_metadata"),
+        *("pack_gqa", "sm_margin", "scheduler_metadata"),
     ),
 }
 """What to do with a word, where a function has none for the same."""

@@ -735,3 +735,38 @@ def test_the_ordinal_of_a_device_is_not_jaxs_number_of_it_among_all_processes():
     devices = SimpleNamespace(id=9, local_hardware_id=1), SimpleNamespace(id=2), SimpleNamespace(index=3), "a sharding"
     arrays = [SimpleNamespace(device=device, __dlpack_device__=lambda: (2, 4)) for device in devices]
     assert [cuda.index_of(array) for array in arrays] == [1, 2, 3, 4]
+
+
+def test_only_what_is_allowed_is_launched(torch, driver):
+    q, k = torch.randn(2, 70, 4, 64).half(), torch.randn(2, 600, 2, 64).half()
+    exact = expected(q, k, k)
+    for allowed, kernel in (("flash", "flash"), (("hopper", "splitkv"), "hopper")):
+        np.testing.assert_allclose(cupyattn.attention(q, k, k, implementation=allowed).numpy(), exact, atol=2e-3)
+        assert driver.launches[-1][0].source == f"{kernel}.cu"
+
+
+def test_where_hopper_alone_is_allowed_nothing_reads_arrays_in_its_place(torch, driver):
+    q, k = torch.randn(1, 70, 2, 64).half(), torch.randn(1, 90, 2, 68).half()[..., :64]
+    reason = "no tensor map, the steps of k are not multiples of 16 bytes"
+    with cupyattn.implementations("hopper"):
+        assert f"nothing runs instead: {reason}" in cupyattn.explain(q, k, k).notes
+        with pytest.raises(
+            NotImplementedError, match="attention: no implementation takes arrays that lie like these"
+        ) as caught:
+            cupyattn.attention(q, k, k)
+    assert f"hopper   has {reason}" in str(caught.value)
+    assert "flash    may not be taken: only hopper may" in str(caught.value)
+    assert not driver.launches
+    cupyattn.attention(q, k, k)
+    assert driver.launches[-1][0].source == "flash.cu"
+
+
+def test_pages_that_hopper_alone_may_read_and_can(torch, driver):
+    q, pages = torch.randn(70, 4, 64).half(), torch.randn(10, 16, 2, 64).half()
+    starts, starts_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 70], [0, 45]))
+    table = torch.tensor([[3, 9, 1]], dtype=torch.int32)
+    with cupyattn.implementations("hopper"):
+        out = cupyattn.flash_attn_varlen_func(q, pages, pages, starts, starts_k, 70, 45, block_table=table)
+    keys = pages[table[0].long()].reshape(1, -1, 2, 64)[:, :45]
+    np.testing.assert_allclose(out.numpy(), expected(q[None], keys, keys)[0], atol=2e-3)
+    assert [launch[0].source for launch in driver.launches] == ["hopper.cu"]

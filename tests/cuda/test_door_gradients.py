@@ -213,3 +213,15 @@ def test_a_graph_keeps_operands_where_torch_can_let_them_go(torch, driver):
     gc.collect()
     assert kept() is None
     assert out.requires_grad
+
+
+def test_a_backward_pass_launches_what_its_forward_pass_was_allowed(torch, driver):
+    q, k, v = (x.requires_grad_() for x in operands(torch, "float16"))
+    with cupyattn.implementations("flash"):
+        out = cupyattn.attention(q, k, v)
+    with cupyattn.implementations("numpy"):
+        torch.autograd.grad(out.sum(), (q, k, v))
+    names = [what.source for what, _ in driver.launches]
+    assert names == ["flash.cu", "backward_rows.cu", "backward.cu", "backward.cu"]
+    with cupyattn.implementations("numpy"), pytest.raises(NotImplementedError, match="only numpy may"):
+        cupyattn.attention(q, k, v)

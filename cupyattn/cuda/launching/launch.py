@@ -324,7 +324,7 @@ def map_objections(problem: Problem, operands: Mapping[str, View]) -> tuple[str,
     if any(has_to_be_copied(name, *view[1:], problem.sizes.batch_shape) for name, view in three.items()):
         return ()  # copies are as they should be
     strides = {name: broadcast_strides(view.shape, view.strides) for name, view in three.items()}
-    shapes = {name: view.shape for name, view in three.items()}
+    shapes = {name: view.shape for name, view in operands.items()}
     return objections_to_maps(problem, shapes, strides, are_aligned(operands))
 
 
