@@ -8,8 +8,9 @@ array-api-compat, and nothing else.
 from typing import TYPE_CHECKING
 
 from cupyattn.allowed import implementations
-from cupyattn.api import Gradients, attention, attention_backward, merge_states
+from cupyattn.api import Gradients, attention, attention_backward
 from cupyattn.explaining import explain
+from cupyattn.merging import merge_states
 from cupyattn.peers import (
     apply_rotary_emb,
     flash_attn_func,

@@ -1,19 +1,16 @@
-"""cupyattn's own functions: `attention`, its gradients, and the merging of its states; `explain` is in `explaining`."""
+"""cupyattn's own functions: `attention` and its gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from cupyattn import numpy_ref, reading
+from cupyattn import reading
 from cupyattn.allowed import allowed_by
-from cupyattn.arrays import Arrays, Visit, enter, untraced
-from cupyattn.corridor import Named, answer, answer_with_gradients, under_our_names
-from cupyattn.problem import FLOATS, Array, Axes, Spec
-from cupyattn.reading import attention_options, read, refusal
-from cupyattn.rounding import narrow, widen
+from cupyattn.arrays import destinations_of, enter, untraced
+from cupyattn.corridor import answer, answer_with_gradients, under_our_names
+from cupyattn.problem import Array, Axes
+from cupyattn.reading import attention_options, expect, read, refusal
 
 
 @untraced
@@ -41,6 +38,8 @@ def attention(
     fixed_split_size: int | None = None,
     implementation: str | Sequence[str] | None = None,
     return_lse: bool = False,
+    out: Array | None = None,
+    lse_out: Array | None = None,
 ) -> Any:
     """Exact softmax attention, ``softmax(softmax_scale * q @ k.T) @ v`` for every head, and its variations.
 
@@ -105,6 +104,11 @@ def attention(
         `Plan.kernel`.  Default: what `implementations` allows around the call, which says what gradients make of it.
     return_lse : bool
         Also return the log-sum-exp of the scores.
+    out, lse_out : array, optional
+        Memory for the results, which is then what is returned: of their shapes and dtypes, of the library and device
+        of `q`, writable, apart from each other and from all that is read.  Written to once all is computed; by the
+        kernel itself on a GPU, if it is contiguous and starts at a multiple of 16 bytes.  Not for JAX and dask, whose
+        arrays are immutable, nor where gradients may be asked for.
 
     Returns
     -------
@@ -165,27 +169,22 @@ def attention(
     >>> q = k = v = np.ones((1, 3, 2, 4), np.float32)
     >>> cupyattn.attention(q, k, v, causal=True).shape
     (1, 3, 2, 4)
+    >>> out = np.empty_like(q)
+    >>> cupyattn.attention(q, k, v, causal=True, out=out) is out
+    True
     """
+    function = "attention"
     options = attention_options(
-        "attention",
-        layout,
-        causal,
-        alignment,
-        window_size,
-        softmax_scale,
-        softcap,
-        dropout_p,
-        compute_dtype,
-        return_lse,
+        function, layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, compute_dtype, return_lse,
         takes_float8=True,
-    )
+    )  # fmt: skip
     arrays = under_our_names(q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
     if not (q_descale is k_descale is v_descale is None):
         arrays |= {name: (name, x) for name, x in zip(reading.DESCALES, (q_descale, k_descale, v_descale), strict=True)}
-    size = reading.split_size("attention", fixed_split_size)
-    seed, allowed = reading.dropout_seed("attention", dropout_seed), allowed_by("attention", implementation)
-    found = answer("attention", arrays, options, seed, size, allowed)
-    return (found["out"], found["lse"]) if return_lse else found["out"]
+    seed, size = reading.dropout_seed(function, dropout_seed), reading.split_size(function, fixed_split_size)
+    allowed, into = allowed_by(function, implementation), destinations_of(function, out, lse_out, options.needs_lse)
+    found = answer(function, arrays, options, seed, size, allowed, into)
+    return (found["out"], found["lse"]) if options.needs_lse else found["out"]
 
 
 class Gradients(NamedTuple):
@@ -282,117 +281,6 @@ def attention_backward(
         ("dlse", problem.lse_shape, problem.lse_dtype),
     ):
         if name in specs:
-            _expect(function, specs[name], shape, dtype)
+            expect(function, specs[name], shape, dtype)
     found = answer_with_gradients(visit, problem, tuple(known), allowed, seed or 0)
     return Gradients(**{f"d{name}": gradient for name, gradient in found.items()})
-
-
-def _expect(function: str, spec: Spec, shape: tuple[int, ...], dtype: str) -> None:
-    if spec.shape != shape:
-        rule = f"{spec.name} has to have the shape {shape}"
-        raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
-    if spec.dtype != dtype:
-        raise TypeError(refusal(function, f"{spec.name} has to be {dtype}", (spec.name, spec.shape, spec.dtype)))
-
-
-@untraced
-def merge_states(outs: Sequence[Array], lses: Sequence[Array], *, layout: Axes = "bshd") -> tuple[Array, Array]:
-    """The attention over all keys, from attentions over disjoint sets of keys.
-
-    Associative and commutative up to rounding; ``out = 0, lse = -inf`` is the identity.  A state whose
-    lse is -inf adds nothing, whatever its out holds.  Where an lse is +inf it outweighs all finite ones.
-
-    Parameters
-    ----------
-    outs : sequence of arrays, each of one shape
-        Outputs of `attention` over parts of the keys: (batch, seqlen, num_heads, head_dim),
-        (..., num_heads, seqlen, head_dim) or (tokens, num_heads, head_dim), as `layout` says.
-    lses : sequence of arrays
-        Their log-sum-exps (natural): (..., num_heads, seqlen), or (num_heads, tokens); float32 or float64.
-    layout : {"bshd", "bhsd", "thd"}
-        Of `outs`.
-
-    Returns
-    -------
-    out, lse : array
-        In the library, dtype and shape of the arguments.
-
-    Raises
-    ------
-    TypeError
-        Not arrays, of different libraries or dtypes.
-    ValueError
-        No states, more outs than lses, or shapes that do not fit.
-
-    Examples
-    --------
-    >>> import numpy as np, cupyattn
-    >>> rng = np.random.default_rng(0)
-    >>> q, k, v = rng.standard_normal((3, 1, 6, 2, 4))
-    >>> halves = [cupyattn.attention(q, k[:, i], v[:, i], return_lse=True) for i in (slice(0, 2), slice(2, 6))]
-    >>> out, lse = cupyattn.merge_states(*zip(*halves))
-    >>> bool(np.allclose(out, cupyattn.attention(q, k, v)))
-    True
-    """
-    function = "merge_states"
-    reading.choice(function, "layout", layout, ("bshd", "bhsd", "thd"))
-    if not isinstance(outs, (list, tuple)) or not isinstance(lses, (list, tuple)):
-        came = (("outs", type(outs).__name__), ("lses", type(lses).__name__))
-        raise TypeError(refusal(function, "outs and lses have to be lists or tuples of arrays", *came))
-    if len(outs) != len(lses) or not outs:
-        rule = "outs and lses have to hold the same number of states, at least one"
-        raise ValueError(refusal(function, rule, ("outs", len(outs)), ("lses", len(lses))))
-    count = len(outs)
-    named: Named = {
-        **{f"out{i}": (f"outs[{i}]", array) for i, array in enumerate(outs)},
-        **{f"lse{i}": (f"lses[{i}]", array) for i, array in enumerate(lses)},
-    }
-    visit = enter(function, named)
-    out_spec, lse_spec = _check_states(visit, count, layout)
-    if visit.kind == "cuda":
-        visit.device()
-
-    def states_of(operands: Arrays) -> list[numpy_ref.State]:
-        rows = [widen(operands[f"out{i}"], "float64") for i in range(count)]
-        rows = [x.swapaxes(-3, -2) if layout != "bhsd" else x for x in rows]
-        return [numpy_ref.State(x, widen(operands[f"lse{i}"], "float64")) for i, x in enumerate(rows)]
-
-    def forward(operands: Arrays) -> Arrays:
-        whole = numpy_ref.merge(states_of(operands))
-        out = whole.out.swapaxes(-3, -2) if layout != "bhsd" else whole.out
-        return {"out": np.ascontiguousarray(narrow(out, out_spec.dtype)), "lse": narrow(whole.lse, lse_spec.dtype)}
-
-    def backward(operands: Arrays, known: Arrays) -> Arrays:
-        states = states_of(operands)
-        dout, dlse = known["dout"], known["dlse"]
-        dout = np.zeros(out_spec.shape) if dout is None else widen(dout, "float64")
-        dout = dout.swapaxes(-3, -2) if layout != "bhsd" else dout
-        dlse = np.zeros(lse_spec.shape) if dlse is None else widen(dlse, "float64")
-        found: Arrays = {}
-        for i, (part_dout, part_dlse) in enumerate(numpy_ref.merge_backward(states, dout, dlse)):
-            part_dout = part_dout.swapaxes(-3, -2) if layout != "bhsd" else part_dout
-            found[f"out{i}"] = np.ascontiguousarray(narrow(part_dout, out_spec.dtype))
-            found[f"lse{i}"] = narrow(part_dlse, lse_spec.dtype)
-        return found
-
-    merged = visit.run(forward, backward, {"out": out_spec, "lse": lse_spec})
-    return merged["out"], merged["lse"]
-
-
-def _check_states(visit: Visit, count: int, layout: Axes) -> tuple[Spec, Spec]:
-    specs = dict(visit.specs)
-    out, lse = specs["out0"], specs["lse0"]
-    rank = {"bshd": (4, 4), "thd": (3, 3), "bhsd": (3, 64)}[layout]
-    if not rank[0] <= len(out.shape) <= rank[1]:
-        rule = f"{out.name} has to be {reading.AXES[layout]}"
-        raise ValueError(refusal(visit.function, rule, (out.name, out.shape)))
-    head_axis, row_axis = (-3, -2) if layout == "bhsd" else (-2, -3)
-    expected = (*out.shape[:-3], out.shape[head_axis], out.shape[row_axis])
-    for spec in (out, lse):
-        if spec.dtype not in (("float32", "float64") if spec is lse else FLOATS):
-            rule = f"{spec.name} cannot be {spec.dtype}"
-            raise TypeError(refusal(visit.function, rule, (spec.name, spec.shape, spec.dtype)))
-    for i in range(count):
-        _expect(visit.function, specs[f"out{i}"], out.shape, out.dtype)
-        _expect(visit.function, specs[f"lse{i}"], expected, lse.dtype)
-    return out, lse

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from cupyattn import cpu
 from cupyattn.allowed import Allowed, currently_allowed
-from cupyattn.arrays import Arrays, Visit, enter
+from cupyattn.arrays import NOWHERE, Arrays, Destinations, Visit, check_destinations, enter, put
 from cupyattn.plan import Plan, choose, choose_backward, for_live_keys
 from cupyattn.problem import FLOAT8, Device, Problem, Spec
 from cupyattn.reading import Options, check_sequences, read, refusal
@@ -38,15 +38,19 @@ def answer(
     seed: int | None,
     fixed_split_size: int | None = None,
     allowed: Allowed | None = None,
+    into: Destinations = NOWHERE,
 ) -> Arrays:
     """The results of one attention call by name: "out", and "lse" and "dropout_mask" if asked for.
 
-    The implementations `allowed` are the call's own; None: those that are allowed around it.
+    The implementations `allowed` are the call's own; None: those that are allowed around it.  Results go `into` the
+    caller's arrays where these are given.
     """
     visit = enter(function, arrays)
     problem = read(function, visit.specs, options)
     allowed = allowed or currently_allowed()
     plan = plan_for(function, problem, visit.device(), allowed, fixed_split_size)
+    if into:
+        check_destinations(visit, into, problem.results)
     if problem.needs_dropout_mask and visit.kind == "cpu":
         _check_room(function, visit, problem)
     if problem.dropout_p > 0.0 and seed is None:
@@ -54,7 +58,7 @@ def answer(
         if not isinstance(seed, int):
             visit.arrays = {**visit.arrays, "seed": seed}
             seed = None
-    return _run(visit, problem, plan, allowed, seed or 0)
+    return put(visit, _run(visit, problem, plan, allowed, seed or 0, into), into)
 
 
 def _check_room(function: str, visit: Visit, problem: Problem) -> None:
@@ -81,6 +85,7 @@ def answer_from_cache(
     cache_seqlen: int | None,
     rotation: Rotation,
     append: Callable[[Arrays], Arrays],
+    into: Destinations,
 ) -> Arrays:
     """The results by name, "out" and "lse", of a call whose keys are in a cache.
 
@@ -90,13 +95,13 @@ def answer_from_cache(
         from cupyattn import cuda
 
         found = visit.function, visit.library.title, visit.arrays, dict(visit.specs), plan, problem
-        return cuda.run_from_cache(*found, cache_seqlen, *rotation)
+        return put(visit, cuda.run_from_cache(*found, cache_seqlen, *rotation, _arrays(into)), into)
 
     def forward(operands: Arrays) -> Arrays:
         asked = append(operands)
         return cpu.run(for_live_keys(plan, problem, int(asked["seqused_k"].sum())), problem, asked)
 
-    return visit.run(forward, None, problem.results)
+    return put(visit, visit.run(forward, None, problem.results), into)
 
 
 def views_on_gpu(visit: Visit, words: tuple[str, ...]) -> list[Any]:
@@ -127,8 +132,11 @@ def _agreed(function: str, problem: Problem, plan: Plan) -> Plan:
     return plan
 
 
-def _run(visit: Visit, problem: Problem, plan: Plan, allowed: Allowed | None, seed: int) -> Arrays:
-    """The results; the seed is one of the operands where each of many calls at once has its own."""
+def _run(visit: Visit, problem: Problem, plan: Plan, allowed: Allowed | None, seed: int, into: Destinations) -> Arrays:
+    """The results; the seed is one of the operands where each of many calls at once has its own.
+
+    Those of a GPU go `into` the caller's arrays where kernels can write there.
+    """
     function, specs = visit.function, dict(visit.specs)  # a graph that keeps what is below keeps no arrays
 
     def forward(operands: Arrays) -> Arrays:
@@ -143,17 +151,19 @@ def _run(visit: Visit, problem: Problem, plan: Plan, allowed: Allowed | None, se
         return gradients(plan, problem, operands, known, int(operands.get("seed", seed)))
 
     if visit.kind == "cuda":
-        return _run_on_gpu(visit, problem, plan, allowed, seed)
+        return _run_on_gpu(visit, problem, plan, allowed, seed, into)
     return visit.run(forward, backward, problem.results, problem.state if _uses_results(plan, problem) else {})
 
 
-def _run_on_gpu(visit: Visit, problem: Problem, plan: Plan, allowed: Allowed | None, seed: int) -> Arrays:
+def _run_on_gpu(
+    visit: Visit, problem: Problem, plan: Plan, allowed: Allowed | None, seed: int, into: Destinations
+) -> Arrays:
     """Without NumPy; where gradients may be asked for, out and lse are what is kept for them."""
     from cupyattn import cuda
 
     specs = dict(visit.specs)
     if not visit.library.differentiates(visit.arrays):
-        return cuda.run(visit.function, visit.library.title, visit.arrays, specs, plan, problem, seed)
+        return cuda.run(visit.function, visit.library.title, visit.arrays, specs, plan, problem, seed, _arrays(into))
     whole = replace(problem, needs_lse=True)
     if problem.dtype == FLOAT8:
         rule = f"has no gradients of {FLOAT8}, nor of what comes with it; call it under torch.no_grad()"
@@ -171,6 +181,10 @@ def _run_on_gpu(visit: Visit, problem: Problem, plan: Plan, allowed: Allowed | N
 
     found = visit.run_at_home(forward, backward, whole.results, whole.state)
     return {name: found[name] for name in problem.results}
+
+
+def _arrays(into: Destinations) -> Arrays:
+    return {word: array for word, (_, array) in into.items()}
 
 
 def _without_seed(operands: Arrays, seed: int) -> tuple[Arrays, int]:

@@ -5,6 +5,7 @@ live on.  `Visit.run` hands them to a function of NumPy arrays and brings the re
 same library and device, with gradients where the library has them, lazily where the library is lazy.
 
     visit         the arrays of one call: all of one library and device, or refused; out and home again
+    destinations  arrays of the caller's for the results
     recognition   which library an object belongs to
     library       what has to be known of a library, and what any that follows the array API has in common
     numpy, dask, cupy, torch, jax
@@ -12,9 +13,23 @@ same library and device, with gradients where the library has them, lazily where
     tracing       torch.compile goes around the public functions
 """
 
+from cupyattn.arrays.destinations import NOWHERE, Destinations, check_destinations, destinations_of, put
 from cupyattn.arrays.library import Arrays
 from cupyattn.arrays.recognition import alignment_meant, described
 from cupyattn.arrays.tracing import untraced
 from cupyattn.arrays.visit import Visit, cuda_lane, enter
 
-__all__ = ["Arrays", "Visit", "alignment_meant", "cuda_lane", "described", "enter", "untraced"]
+__all__ = [
+    "NOWHERE",
+    "Arrays",
+    "Destinations",
+    "Visit",
+    "alignment_meant",
+    "check_destinations",
+    "cuda_lane",
+    "described",
+    "destinations_of",
+    "enter",
+    "put",
+    "untraced",
+]

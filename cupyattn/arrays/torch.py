@@ -153,6 +153,9 @@ class Torch(Library):
         if array.is_leaf and array.requires_grad and torch.is_grad_enabled():
             rule = f"{name} is a leaf that requires grad and was to be overwritten; pass inplace=False"
             raise ValueError(refusal(function, rule, (name, tuple(array.shape))))
+        if array.is_inference() and not torch.is_inference_mode_enabled():
+            rule = f"{name} was to be overwritten, and is an inference tensor, which can be only in inference mode"
+            raise ValueError(refusal(function, rule, (name, tuple(array.shape))))
         check_no_overlap(function, name, tuple(array.shape), array.stride(), 1)
 
     def check_in_place(self, function: str, name: str, array: Any) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from cupyattn.cuda import backward
@@ -19,7 +20,7 @@ from cupyattn.cuda.launching import append, maps
 from cupyattn.cuda.launching.lanes import CuPyLane, TorchLane
 from cupyattn.cuda.launching.launch import map_objections, recipe_of, record_of
 from cupyattn.cuda.launching.memory import NOTHING, CuPyMemory, JaxMemory, TorchMemory, copied
-from cupyattn.cuda.launching.views import View, has_one_batch_axis, has_to_be_copied, is_aligned
+from cupyattn.cuda.launching.views import View, has_one_batch_axis, has_to_be_copied, is_aligned, lies_like_new
 from cupyattn.cuda.making.compiler import FOLDER_OF_CUPY, INSTALL
 from cupyattn.cuda.making.module import Launch, kernel
 from cupyattn.plan import Plan
@@ -95,9 +96,18 @@ def _memory(title: str) -> CuPyMemory:
 
 
 def run(
-    function: str, title: str, arrays: Arrays, specs: Mapping[str, Spec], plan: Plan, problem: Problem, seed: int
+    function: str,
+    title: str,
+    arrays: Arrays,
+    specs: Mapping[str, Spec],
+    plan: Plan,
+    problem: Problem,
+    seed: int,
+    into: Arrays = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Launch the planned kernel on the caller's stream, and return its results by name without waiting for them.
+
+    The caller's arrays that these are to go `into` are written to by the kernel, and returned, where it can.
 
     The values of cu_seqlens and block_table are not looked at on the host: what lies outside the arrays is
     cut off on the device.
@@ -117,7 +127,7 @@ def run(
     index = index_of(arrays["q"])
     with _current(index):
         operands = memory.bring(arrays)
-        results = {name: memory.result(spec, arrays["q"]) for name, spec in problem.results.items()}
+        results = _results(memory, problem, arrays["q"], into)
         try:
             if problem.sizes.num_heads and 0 not in problem.out_shape:
                 _ready(function, memory, index, operands, specs, results, plan, problem, seed)()
@@ -160,11 +170,12 @@ def run_from_cache(
     cache_seqlen: int | None,
     each_row: bool,
     interleaved: bool,
+    into: Arrays,
 ) -> dict[str, Any]:
     """Append what is new to a cache, in place, and attend over it: two launches, or one if nothing is new.
 
     `cache_seqlen` is that of all sequences, where they have no cache_seqlens; if neither, all places are taken.
-    `each_row` and `interleaved` are about the rotation of q.
+    `each_row` and `interleaved` are about the rotation of q, `into` is as for `run`.
 
     Raises
     ------
@@ -185,7 +196,7 @@ def run_from_cache(
             if has_to_be_copied(name, *view[1:], problem.sizes.batch_shape):
                 rule = f"{specs[name].name} has to be contiguous along its last axis: a cache is not copied"
                 raise ValueError(refusal(function, rule, (specs[name].name, view.shape, f"strides {view.strides}")))
-        results = {name: memory.result(spec, arrays["q"]) for name, spec in problem.results.items()}
+        results = _results(memory, problem, arrays["q"], into)
         seqlen = problem.sizes.seqlen_k if cache_seqlen is None else cache_seqlen
         launches = []
         if "k_new" in operands:
@@ -196,6 +207,19 @@ def run_from_cache(
         for launch in launches:  # nothing is written unless both are ready
             launch()
         return memory.home(results)
+
+
+def _results(memory: CuPyMemory, problem: Problem, like: Any, into: Arrays) -> dict[str, Any]:
+    """Memory for the results: the caller's, where a kernel can write there, or else new."""
+
+    def is_like_new(array: Any, spec: Spec) -> bool:
+        view = memory.view(array, spec.dtype)
+        return memory.is_plain(array) and lies_like_new(view)
+
+    return {
+        name: into[name] if name in into and is_like_new(into[name], spec) else memory.result(spec, like)
+        for name, spec in problem.results.items()
+    }
 
 
 def _check_float8(function: str, memory: CuPyMemory, problem: Problem) -> None:

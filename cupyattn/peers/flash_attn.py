@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cupyattn import reading
-from cupyattn.arrays import enter, untraced
+from cupyattn.arrays import destinations_of, enter, untraced
 from cupyattn.corridor import answer
 from cupyattn.problem import Array
 from cupyattn.reading import Options, refusal
@@ -31,6 +31,8 @@ def flash_attn_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
+    out: Array | None = None,
+    lse_out: Array | None = None,
 ) -> Any:
     """flash-attn's flash_attn_func, for any array library; causal and windows are aligned bottom-right.
 
@@ -39,8 +41,8 @@ def flash_attn_func(
     q : array, shape (batch, seqlen_q, num_heads, head_dim)
     k, v : array, shape (batch, seqlen_k, num_heads_kv, head_dim)
         `num_heads_kv` divides `num_heads`.
-    dropout_p, softmax_scale, causal, softcap, alibi_slopes, dropout_seed, compute_dtype
-        As for `attention`.
+    dropout_p, softmax_scale, causal, softcap, alibi_slopes, dropout_seed, compute_dtype, out, lse_out
+        As for `attention`; `lse_out` if an lse is returned.
     q_descale, k_descale, v_descale : array of float32, optional
         Factors of q, k and v in float8_e4m3fn, broadcast to (batch, num_heads_kv); flash-attn 3's.
     window_size : (left, right)
@@ -71,7 +73,7 @@ def flash_attn_func(
     return _flash(
         function, arrays,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype,
+        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype, out, lse_out,
     )  # fmt: skip
 
 
@@ -93,6 +95,8 @@ def flash_attn_qkvpacked_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
+    out: Array | None = None,
+    lse_out: Array | None = None,
 ) -> Any:
     """flash-attn's flash_attn_qkvpacked_func: `flash_attn_func` of one array (batch, seqlen, 3, num_heads, head_dim).
 
@@ -103,7 +107,7 @@ def flash_attn_qkvpacked_func(
     return _flash(
         function, arrays,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype,
+        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype, out, lse_out,
     )  # fmt: skip
 
 
@@ -126,6 +130,8 @@ def flash_attn_kvpacked_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
+    out: Array | None = None,
+    lse_out: Array | None = None,
 ) -> Any:
     """flash-attn's flash_attn_kvpacked_func: `flash_attn_func` with k and v in one array.
 
@@ -136,7 +142,7 @@ def flash_attn_kvpacked_func(
     return _flash(
         function, arrays,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype,
+        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype, out, lse_out,
     )  # fmt: skip
 
 
@@ -165,6 +171,8 @@ def flash_attn_varlen_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
+    out: Array | None = None,
+    lse_out: Array | None = None,
 ) -> Any:
     """flash-attn's flash_attn_varlen_func: sequences of different lengths, packed end to end.
 
@@ -213,7 +221,7 @@ def flash_attn_varlen_func(
     return _flash(
         function, arrays,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype,
+        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype, out, lse_out,
         (longest_q, longest_k),
     )  # fmt: skip
 
@@ -238,6 +246,8 @@ def flash_attn_varlen_qkvpacked_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
+    out: Array | None = None,
+    lse_out: Array | None = None,
 ) -> Any:
     """flash-attn's flash_attn_varlen_qkvpacked_func: `flash_attn_varlen_func` with q, k and v in one array.
 
@@ -251,7 +261,7 @@ def flash_attn_varlen_qkvpacked_func(
     return _flash(
         function, arrays,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype,
+        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype, out, lse_out,
         (longest, longest),
     )  # fmt: skip
 
@@ -279,6 +289,8 @@ def flash_attn_varlen_kvpacked_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
+    out: Array | None = None,
+    lse_out: Array | None = None,
 ) -> Any:
     """flash-attn's flash_attn_varlen_kvpacked_func: `flash_attn_varlen_func` with k and v in one array.
 
@@ -292,7 +304,7 @@ def flash_attn_varlen_kvpacked_func(
     return _flash(
         function, arrays,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype,
+        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype, out, lse_out,
         (longest_q, longest_k),
     )  # fmt: skip
 
@@ -314,6 +326,8 @@ def _flash(
     return_lse: bool,
     dropout_seed: int | None,
     compute_dtype: Any,
+    out: Array | None,
+    lse_out: Array | None,
     longest: tuple[int, int] | None = None,
 ) -> Any:
     """What flash-attn's functions have in common; `longest` are the max_seqlens of packed sequences."""
@@ -340,7 +354,8 @@ def _flash(
         "k_descale": ("k_descale", k_descale),
         "v_descale": ("v_descale", v_descale),
     }
-    found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed))
+    into = destinations_of(function, out, lse_out, options.needs_lse)
+    found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed), into=into)
     if wants_probs:
         return found["out"], found["lse"], found.get("dropout_mask")
     return (found["out"], found["lse"]) if wants_lse else found["out"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from cupyattn import reading
 from cupyattn.allowed import currently_allowed
-from cupyattn.arrays import Arrays, Visit, enter, untraced
+from cupyattn.arrays import Arrays, Destinations, Visit, check_destinations, destinations_of, enter, untraced
 from cupyattn.corridor import Rotation, answer_from_cache, plan_for, views_on_gpu
 from cupyattn.peers.appending import INDICES, Appended, check_new
 from cupyattn.peers.overlap import Memory
@@ -51,6 +51,8 @@ def flash_attn_with_kvcache(
     sinks: Array | None = None,
     compute_dtype: Any = None,
     check_indices: bool = False,
+    out: Array | None = None,
+    lse_out: Array | None = None,
 ) -> Any:
     """flash-attn's flash_attn_with_kvcache: append to a cache in place, then attend over old keys and new.
 
@@ -104,6 +106,9 @@ def flash_attn_with_kvcache(
     check_indices : bool
         On a GPU, wait for the values of all index arrays and refuse wrong ones, as the CPU always does.
 
+    out, lse_out : array, optional
+        Memory for the results, as for `attention`; apart from the caches, too.
+
     Returns
     -------
     out : array, shape (batch, seqlen_q, num_heads, head_dim_v) or (total_q, num_heads, head_dim_v)
@@ -147,9 +152,8 @@ def flash_attn_with_kvcache(
     array([0., 0., 0., 1., 0.], dtype=float32)
     """
     arrays = {"q": q, "k": k_cache, "v": v_cache, "k_new": k, "v_new": v}
-    arrays |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+    arrays |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "alibi_slopes": alibi_slopes, "sinks": sinks}
     arrays |= {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad, "block_table": block_table}
-    arrays |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
     arrays |= {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
     arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new, "rotary_seqlens": rotary_seqlens}
     visit, seqlen = _enter(arrays, page_table, cache_seqlens)
@@ -169,7 +173,8 @@ def flash_attn_with_kvcache(
     rotation = Rotation(each_row, reading.flag(FUNCTION, "rotary_interleaved", rotary_interleaved))
     splits = reading.integer(FUNCTION, "num_splits", num_splits, low=0)
     waits = reading.flag(FUNCTION, "check_indices", check_indices)
-    results = _answer(visit, options, seqlen, rotation, splits, waits)
+    into = destinations_of(FUNCTION, out, lse_out, options.needs_lse, "return_softmax_lse=True")
+    results = _answer(visit, options, seqlen, rotation, splits, waits, into)
     return (results["out"], results["lse"]) if return_softmax_lse else results["out"]
 
 
@@ -202,11 +207,21 @@ def _longest_of(max_seqlen_q: Any, packed: bool) -> int:
     return reading.integer(FUNCTION, "max_seqlen_q", max_seqlen_q, low=0)
 
 
-def _answer(visit: Visit, options: Options, seqlen: int | None, rotation: Rotation, splits: int, waits: bool) -> Arrays:
+def _answer(
+    visit: Visit,
+    options: Options,
+    seqlen: int | None,
+    rotation: Rotation,
+    splits: int,
+    waits: bool,
+    into: Destinations,
+) -> Arrays:
     """The results by name, once the options are read; `seqlen` is cache_seqlens where that is one number."""
     problem, specs = reading.read(FUNCTION, visit.specs, options), dict(visit.specs)
     check_new(FUNCTION, visit.specs, problem, seqlen is not None)
     _check_caches(visit)
+    if into:
+        check_destinations(visit, into, problem.results)
     plan = with_num_splits(plan_for(FUNCTION, problem, visit.device(), currently_allowed()), problem, splits)
 
     def append(operands: Arrays) -> Arrays:
@@ -216,7 +231,7 @@ def _answer(visit: Visit, options: Options, seqlen: int | None, rotation: Rotati
 
     if visit.kind == "cuda" and waits:
         _check_values_on_gpu(visit, problem, seqlen, rotation)
-    results = answer_from_cache(visit, problem, plan, seqlen, rotation, append)
+    results = answer_from_cache(visit, problem, plan, seqlen, rotation, append, into)
     if "k_new" in specs:
         for name in ("k", "v"):
             visit.library.note_overwritten(visit.arrays[name])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cupyattn.problem import Array
+from cupyattn.problem import Array, Shape, Spec
 
 LARGEST_SIZE = 2**31 - 1
 """Of any axis: index arrays are int32, and random numbers are counted in 32-bit words."""
@@ -32,6 +32,15 @@ def refusal(function: str, rule: str, *shown: tuple[str, object] | tuple[str, ob
     for name, value, *note in shown:
         lines.append(f"    {name:<{names}}  {value!s:<{values}}  {note[0] if note else ''}".rstrip())
     return "\n".join(lines)
+
+
+def expect(function: str, spec: Spec, shape: Shape, dtype: str) -> None:
+    """Refuse an array that has to be of this shape and dtype and is not."""
+    if spec.shape != shape:
+        rule = f"{spec.name} has to have the shape {shape}"
+        raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
+    if spec.dtype != dtype:
+        raise TypeError(refusal(function, f"{spec.name} has to be {dtype}", (spec.name, spec.shape, spec.dtype)))
 
 
 def span(low: int, high: int) -> str:

@@ -25,7 +25,7 @@ ELSEWHERE = {
     "attention takes it": (
         *("softmax_scale", "softcap", "window_size", "alibi_slopes", "sinks", "mask", "bias", "alignment", "layout"),
         *("dropout_p", "dropout_seed", "fixed_split_size", "compute_dtype", "causal", "return_lse"),
-        *("q_descale", "k_descale", "v_descale"),
+        *("q_descale", "k_descale", "v_descale", "out", "lse_out"),
     ),
     "flash_attn_func and its kind return lse and weights": ("return_attn_probs",),
     "flash_attn_varlen_func takes sequences of different lengths, packed as by unpad_input": (

@@ -770,3 +770,57 @@ def test_pages_that_hopper_alone_may_read_and_can(torch, driver):
     keys = pages[table[0].long()].reshape(1, -1, 2, 64)[:, :45]
     np.testing.assert_allclose(out.numpy(), expected(q[None], keys, keys)[0], atol=2e-3)
     assert [launch[0].source for launch in driver.launches] == ["hopper.cu"]
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 70], ids=["splitkv", "hopper"])
+@pytest.mark.parametrize("lies", ["like new", "off 16 bytes", "in strides", "negated"])
+def test_results_go_into_the_callers_tensors_by_the_kernel_where_it_can(torch, driver, monkeypatch, seqlen_q, lies):
+    from cupyattn.arrays.torch import Torch
+
+    q, k = torch.randn(2, seqlen_q, 4, 64).half(), torch.randn(2, 600, 2, 64).half()
+    out, lse = torch.full((2, seqlen_q, 4, 64), 7.0).half(), torch.full((2, 4, seqlen_q), 7.0)
+    if lies == "off 16 bytes":
+        out = torch.full((out.numel() + 1,), 7.0).half()[1:].view(out.shape)
+    if lies == "in strides":
+        out = torch.full((2, 4, 64, seqlen_q), 7.0).half().permute(0, 3, 1, 2)
+        out = out if seqlen_q > 1 else torch.full((2, 1, 4, 128), 7.0).half()[..., ::2]
+    if lies == "negated":
+        out = torch._neg_view(out)
+    copies, write = [], Torch.write
+    monkeypatch.setattr(Torch, "write", lambda self, *given: (copies.append(given[1]), write(self, *given)))
+    version = out._version
+    found = cupyattn.attention(q, k, k, return_lse=True, out=out, lse_out=lse)
+    assert found[0] is out
+    assert found[1] is lse
+    assert copies == ([] if lies == "like new" else ["out"])
+    assert out._version > version
+    np.testing.assert_allclose(
+        out.numpy() if lies != "negated" else out.resolve_neg().numpy(), expected(q, k, k), atol=2e-3
+    )
+    np.testing.assert_allclose(lse.numpy(), cupyattn.attention(q, k, k, return_lse=True)[1].numpy())
+
+
+def test_results_of_a_cache_go_into_the_callers_tensors(torch, driver):
+    cache, x = torch.randn(2, 40, 2, 64).half(), torch.randn(2, 1, 2, 64).half()
+    out = torch.empty(2, 1, 2, 64).half()
+    exact = cupyattn.flash_attn_with_kvcache(x, cache.clone(), cache.clone(), x, x, cache_seqlens=30)
+    found = cupyattn.flash_attn_with_kvcache(x, cache.clone(), cache.clone(), x, x, cache_seqlens=30, out=out)
+    assert found is out
+    assert torch.equal(out, exact)
+
+
+def test_tensors_that_share_memory_on_a_gpu_are_refused_by_address(torch, driver):
+    buffer = torch.zeros(2, 70, 4, 4, 64).half()
+    q, k, v, out = (buffer[:, :, i] for i in range(4))
+    cupyattn.attention(q, k, v, out=out)
+    launched = len(driver.launches)
+    with pytest.raises(ValueError, match="out shares memory with v"):
+        cupyattn.attention(q, k, v, out=v)
+    assert len(driver.launches) == launched
+
+
+def test_gradients_into_a_tensor_are_refused_on_a_gpu_too(torch, driver):
+    x = torch.randn(1, 70, 2, 64).half().requires_grad_()
+    with pytest.raises(ValueError, match="out cannot be differentiated through"):
+        cupyattn.attention(x, x, x, out=torch.empty(1, 70, 2, 64).half())
+    assert not driver.launches

@@ -583,7 +583,7 @@ FLASH_ATTNS = (
 )
 OURS = (
     *("layout", "alignment", "mask", "bias", "sinks", "dropout_seed", "compute_dtype", "fixed_split_size"),
-    *("return_lse", "check_indices", "implementation", "backend"),
+    *("return_lse", "check_indices", "implementation", "backend", "out", "lse_out"),
 )
 
 

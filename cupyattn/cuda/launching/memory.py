@@ -62,6 +62,10 @@ class CuPyMemory:
         """Memory for a result; `like` is an operand as the caller has it."""
         return self.empty(spec.shape, spec.dtype, like)
 
+    def is_plain(self, array: Any) -> bool:
+        """Whether what its memory says are its numbers."""
+        return True
+
     def contiguous(self, array: Any) -> Any:
         import cupy
 
@@ -187,6 +191,9 @@ class TorchMemory(CuPyMemory):
         import torch
 
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
+
+    def is_plain(self, array: Any) -> bool:
+        return not array.is_neg()
 
     def contiguous(self, array: Any) -> Any:
         return array.contiguous()
