@@ -7,6 +7,7 @@ array-api-compat, and nothing else.
 
 from typing import TYPE_CHECKING
 
+from cupyattn import serving
 from cupyattn.allowed import implementations
 from cupyattn.api import Gradients, attention, attention_backward
 from cupyattn.explaining import explain
@@ -69,6 +70,8 @@ __all__ = [
     "scaled_dot_product_attention",
     "unpad_input",
 ]
+
+serving.begin()
 
 _ROOMS = {
     "cache": (

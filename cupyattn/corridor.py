@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from cupyattn import cpu
 from cupyattn.allowed import Allowed, currently_allowed
 from cupyattn.arrays import NOWHERE, Arrays, Destinations, Visit, check_destinations, enter, put
+from cupyattn.described import Call
 from cupyattn.plan import Plan, choose, choose_backward, for_live_keys
 from cupyattn.problem import FLOAT8, Device, Problem, Spec
 from cupyattn.reading import Options, check_sequences, read, refusal
@@ -58,7 +59,8 @@ def answer(
         if not isinstance(seed, int):
             visit.arrays = {**visit.arrays, "seed": seed}
             seed = None
-    return put(visit, _run(visit, problem, plan, allowed, seed or 0, into), into)
+    call = Call(function, problem, dict(visit.specs), problem.results, seed or 0, fixed_split_size, allowed)
+    return put(visit, _run(visit, plan, call, into), into)
 
 
 def _check_room(function: str, visit: Visit, problem: Problem) -> None:
@@ -132,12 +134,12 @@ def _agreed(function: str, problem: Problem, plan: Plan) -> Plan:
     return plan
 
 
-def _run(visit: Visit, problem: Problem, plan: Plan, allowed: Allowed | None, seed: int, into: Destinations) -> Arrays:
+def _run(visit: Visit, plan: Plan, call: Call, into: Destinations) -> Arrays:
     """The results; the seed is one of the operands where each of many calls at once has its own.
 
     Those of a GPU go `into` the caller's arrays where kernels can write there.
     """
-    function, specs = visit.function, dict(visit.specs)  # a graph that keeps what is below keeps no arrays
+    function, problem, specs, _, seed, *_ = call  # a graph that keeps what is below keeps no arrays
 
     def forward(operands: Arrays) -> Arrays:
         if problem.layout.ragged:
@@ -151,17 +153,15 @@ def _run(visit: Visit, problem: Problem, plan: Plan, allowed: Allowed | None, se
         return gradients(plan, problem, operands, known, int(operands.get("seed", seed)))
 
     if visit.kind == "cuda":
-        return _run_on_gpu(visit, problem, plan, allowed, seed, into)
-    return visit.run(forward, backward, problem.results, problem.state if _uses_results(plan, problem) else {})
+        return _run_on_gpu(visit, plan, call, into)
+    return visit.run(forward, backward, problem.results, problem.state if _uses_results(plan, problem) else {}, call)
 
 
-def _run_on_gpu(
-    visit: Visit, problem: Problem, plan: Plan, allowed: Allowed | None, seed: int, into: Destinations
-) -> Arrays:
+def _run_on_gpu(visit: Visit, plan: Plan, call: Call, into: Destinations) -> Arrays:
     """Without NumPy; where gradients may be asked for, out and lse are what is kept for them."""
     from cupyattn import cuda
 
-    specs = dict(visit.specs)
+    problem, specs, seed, allowed = call.problem, call.operands, call.seed, call.allowed
     if not visit.library.differentiates(visit.arrays):
         return cuda.run(visit.function, visit.library.title, visit.arrays, specs, plan, problem, seed, _arrays(into))
     whole = replace(problem, needs_lse=True)

@@ -11,13 +11,16 @@ same library and device, with gradients where the library has them, lazily where
     numpy, dask, cupy, torch, jax
                   what is special about these five
     tracing       torch.compile goes around the public functions
+    xla           programs that JAX compiles call without its arrays
 """
 
 from cupyattn.arrays.destinations import NOWHERE, Destinations, check_destinations, destinations_of, put
 from cupyattn.arrays.library import Arrays
 from cupyattn.arrays.recognition import alignment_meant, described
 from cupyattn.arrays.tracing import untraced
-from cupyattn.arrays.visit import Visit, cuda_lane, enter
+from cupyattn.arrays.visit import Visit, cpu_device, cuda_lane, enter
+from cupyattn.arrays.xla import objection as objection_to_programs
+from cupyattn.arrays.xla import serve_programs
 
 __all__ = [
     "NOWHERE",
@@ -26,10 +29,13 @@ __all__ = [
     "Visit",
     "alignment_meant",
     "check_destinations",
+    "cpu_device",
     "cuda_lane",
     "described",
     "destinations_of",
     "enter",
+    "objection_to_programs",
     "put",
+    "serve_programs",
     "untraced",
 ]

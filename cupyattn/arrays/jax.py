@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
 
+from cupyattn.arrays import xla
 from cupyattn.arrays.library import Arrays, Job, Library, bits_of
+from cupyattn.described import text_of
 from cupyattn.problem import FLOATS, Array, Shape, Spec
 from cupyattn.reading import refusal
 
@@ -82,6 +85,12 @@ class Jax(Library):
 
         return jnp.dtype(dtype)
 
+    def notes(self) -> tuple[str, ...]:
+        reason = xla.objection()
+        if reason is None:
+            return ("under jax.jit it is called by the compiled program itself",)
+        return (f"under jax.jit it is a callback to the host: {reason}",)
+
     def check_writable(self, function: str, name: str, array: Any) -> None:
         rule = f"{name} cannot be overwritten: {self.title} is immutable"
         raise TypeError(refusal(function, rule, (name, self.shape(array))))
@@ -92,6 +101,7 @@ class Jax(Library):
     def run(self, job: Job, arrays: Arrays) -> Arrays:
         if not self.is_deferred(arrays):
             return super().run(job, arrays)
+        arrays = dict(zip(arrays, _all_varying(arrays.values(), _axes_of(arrays.values())), strict=True))
         return self._call_back(job, arrays) if job.backward is None else self._differentiate(job, arrays)
 
     def _differentiate(self, job: Job, arrays: Arrays) -> Arrays:
@@ -114,7 +124,8 @@ class Jax(Library):
             return tuple(self.run(once, dict(zip(job.names, values, strict=True))).values())
 
         def call_backward(values: Any, grads: Any) -> tuple[Any, ...]:
-            pulled = Job(job.function, names, of_everything, None, smooth)
+            asked = job.call and job.call._replace(results=smooth, known=names[len(job.names) :])
+            pulled = Job(job.function, names, of_everything, None, smooth, call=asked)
             found = self.run(pulled, dict(zip(names, (*values, *grads), strict=True)))
             return tuple(found.get(name) for name in job.names)
 
@@ -130,21 +141,24 @@ class Jax(Library):
         return dict(zip(job.results, found, strict=True))
 
     def _call_back(self, job: Job, arrays: Arrays) -> Arrays:
-        """Under jit and vmap: a callback to the host."""
+        """Under jit and vmap: called by the program itself, or by way of a callback to the host."""
         import jax
 
         struct: Any = jax.ShapeDtypeStruct
+        shapes = [struct(spec.shape, self._jax_dtype(spec.dtype)) for spec in job.results.values()]
 
         def on_host(*values: Any) -> list[Array]:
             outcome = job.forward({name: self.to_numpy(x) for name, x in zip(job.names, values, strict=True)})
             return [self._with_dtype(outcome[name], spec.dtype) for name, spec in job.results.items()]
 
-        shapes = [struct(spec.shape, self._jax_dtype(spec.dtype)) for spec in job.results.values()]
-
         def on_devices(*values: Any) -> Any:
             """Of arrays on many devices a bare callback leaves results that JAX can do nothing more with."""
-            found = jax.pure_callback(on_host, shapes, *values, vmap_method="sequential")
-            return cast(Any, jax.lax.optimization_barrier)(found)
+            if job.call is not None and xla.objection() is None:
+                found = xla.ffi(shapes, values, text_of(job.call))
+            else:
+                called = jax.pure_callback(on_host, shapes, *values, vmap_method="sequential")
+                found = cast(Any, jax.lax.optimization_barrier)(called)
+            return tuple(_all_varying(found, _axes_of(values)))
 
         def derivative(primals: Any, tangents: Any) -> Any:
             rule = "has first derivatives only, by jax.grad, jax.vjp and jax.jacrev, and another was asked for"
@@ -153,6 +167,30 @@ class Jax(Library):
         underivable: Any = jax.custom_jvp(on_devices)
         underivable.defjvp(derivative)
         return dict(zip(job.results, jax.jit(underivable)(*arrays.values()), strict=True))
+
+
+def _axes_of(values: Iterable[Any]) -> tuple[Any, ...]:
+    """Of a mesh inside of `jax.shard_map`: along which any of these is different on each device."""
+    return tuple(dict.fromkeys(axis for value in values for axis in _axes(value)))
+
+
+def _axes(value: Any) -> Iterable[Any]:
+    kind = sys.modules["jax"].typeof(value)
+    mesh = getattr(kind, "manual_axis_type", None)  # until 0.9 the type had them itself
+    return sorted(getattr(mesh, "varying", None) or getattr(kind, "vma", None) or (), key=str)
+
+
+def _all_varying(values: Iterable[Any], axes: tuple[Any, ...]) -> list[Any]:
+    """The same for JAX's types: what goes into one call, and comes out of it, varies along the same axes."""
+    lax = cast(Any, sys.modules["jax"].lax)
+
+    def varying(value: Any) -> Any:
+        missing = tuple(axis for axis in axes if axis not in _axes(value))
+        if not missing:
+            return value
+        return lax.pcast(value, missing, to="varying") if hasattr(lax, "pcast") else lax.pvary(value, missing)
+
+    return [varying(value) for value in values] if axes else list(values)
 
 
 JAX = Jax()

@@ -14,6 +14,7 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
+from cupyattn.described import Call
 from cupyattn.problem import FLOAT8, Alignment, Array, Shape, Spec
 from cupyattn.reading import dtype_name, refusal
 
@@ -40,6 +41,8 @@ class Job:
     overwritten; where he does not, `backward` has its own, of which he knows nothing."""
     at_home: bool = False
     """Both passes take the library's own arrays, and give back such, instead of NumPy's."""
+    call: Call | None = None
+    """What the two functions are in words, for programs that may outlive them."""
 
     @property
     def all_results(self) -> dict[str, Spec]:
@@ -69,6 +72,10 @@ class Library:
         """("cpu" or "cuda" or another kind, a value that is equal for arrays on one device)."""
         kind = int(array.__dlpack_device__()[0]) if hasattr(array, "__dlpack_device__") else 1
         return {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}.get(kind, f"device {kind}"), array_api_compat.device(array)
+
+    def notes(self) -> tuple[str, ...]:
+        """What `explain` says of how the library is served."""
+        return ()
 
     def check_call(self, function: str) -> None:
         """Refuse any call there is now, where nothing that is computed would be right later."""

@@ -13,6 +13,7 @@ from cupyattn.arrays.library import Arrays, Backward, Forward, Job, Library
 from cupyattn.arrays.numpy import NUMPY
 from cupyattn.arrays.recognition import OTHER, library_of
 from cupyattn.cpu import num_cores
+from cupyattn.described import Call
 from cupyattn.problem import Device, Problem, Spec
 from cupyattn.reading import check_results, refusal
 
@@ -33,18 +34,19 @@ class Visit:
     def device(self) -> Device:
         """What the planner has to know of the arrays' device."""
         if self.kind == "cpu":
-            return _cpu(self.library.num_threads())
+            return cpu_device(self.library.num_threads())
         from cupyattn import cuda
 
         return cuda.device_of(self.function, self.library.title, next(iter(self.arrays.values())))
 
     def notes(self, problem: Problem, plan: Any) -> tuple[str, ...]:
         """What is done with these very arrays besides the plan."""
+        own = self.library.notes()
         if self.kind == "cpu":
-            return ()
+            return own
         from cupyattn import cuda
 
-        return cuda.notes(self.library.title, self.arrays, dict(self.specs), problem, plan)
+        return own + cuda.notes(self.library.title, self.arrays, dict(self.specs), problem, plan)
 
     def run(
         self,
@@ -52,13 +54,17 @@ class Visit:
         backward: Backward | None,
         results: Mapping[str, Spec],
         kept: Mapping[str, Spec] | None = None,
+        call: Call | None = None,
     ) -> Arrays:
-        """Hand the arrays to `forward` as NumPy arrays and bring its results home; `backward` may use those `kept`."""
+        """Hand the arrays to `forward` as NumPy arrays and bring its results home; `backward` may use those `kept`.
+
+        `call` says in words what both are, where that can be said.
+        """
         if self.kind == "cuda":
             rule = "has no CUDA kernel; bring the arrays to the CPU"
             raise NotImplementedError(refusal(self.function, rule, *((x.name, x.shape) for _, x in self.specs)))
         check_results(self.function, dict(self.specs), results)
-        job = Job(self.function, tuple(self.arrays), forward, backward, results, kept or {})
+        job = Job(self.function, tuple(self.arrays), forward, backward, results, kept or {}, call=call)
         return self.library.run(job, self.arrays)
 
     def run_at_home(
@@ -78,7 +84,8 @@ class Visit:
 
 
 @cache
-def _cpu(most_threads: int | None) -> Device:
+def cpu_device(most_threads: int | None = None) -> Device:
+    """What the planner has to know of this machine's CPU."""
     return Device("cpu", "cpu", num_cores() if most_threads is None else min(num_cores(), most_threads))
 
 

@@ -11,9 +11,12 @@ lanes       copies to the host and back, beside the caller's stream
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
+
+import numpy as np
 
 from cupyattn.cuda import backward
 from cupyattn.cuda.launching import append, maps
@@ -127,7 +130,7 @@ def run(
     index = index_of(arrays["q"])
     with _current(index):
         operands = memory.bring(arrays)
-        results = _results(memory, problem, arrays["q"], into)
+        results = _results(memory, problem.results, arrays["q"], into)
         try:
             if problem.sizes.num_heads and 0 not in problem.out_shape:
                 _ready(function, memory, index, operands, specs, results, plan, problem, seed)()
@@ -137,11 +140,19 @@ def run(
 
 
 def run_backward(
-    function: str, title: str, arrays: Arrays, specs: Mapping[str, Spec], plan: Plan, problem: Problem, seed: int
+    function: str,
+    title: str,
+    arrays: Arrays,
+    specs: Mapping[str, Spec],
+    plan: Plan,
+    problem: Problem,
+    seed: int,
+    into: Arrays = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Gradients of the floating operands by their names, queued on the caller's stream.
 
-    Among the arrays are ``dout``, the forward's ``out`` and ``lse``, and ``dlse`` if there is one.
+    Among the arrays are ``dout``, the forward's ``out`` and ``lse``, and ``dlse`` if there is one.  `into` is as for
+    `run`.
 
     Raises
     ------
@@ -152,7 +163,7 @@ def run_backward(
     index = index_of(arrays["q"])
     with _current(index):
         operands = memory.bring(arrays)
-        results = {name: memory.result(specs[name], arrays["q"]) for name in backward.NAMES if name in specs}
+        results = _results(memory, {x: specs[x] for x in backward.NAMES if x in specs}, arrays["q"], into)
         try:
             backward.queue(memory, index, operands, specs, results, plan, problem, seed)
         finally:  # copies may be under way
@@ -196,7 +207,7 @@ def run_from_cache(
             if has_to_be_copied(name, *view[1:], problem.sizes.batch_shape):
                 rule = f"{specs[name].name} has to be contiguous along its last axis: a cache is not copied"
                 raise ValueError(refusal(function, rule, (specs[name].name, view.shape, f"strides {view.strides}")))
-        results = _results(memory, problem, arrays["q"], into)
+        results = _results(memory, problem.results, arrays["q"], into)
         seqlen = problem.sizes.seqlen_k if cache_seqlen is None else cache_seqlen
         launches = []
         if "k_new" in operands:
@@ -209,7 +220,7 @@ def run_from_cache(
         return memory.home(results)
 
 
-def _results(memory: CuPyMemory, problem: Problem, like: Any, into: Arrays) -> dict[str, Any]:
+def _results(memory: CuPyMemory, specs: Mapping[str, Spec], like: Any, into: Arrays) -> dict[str, Any]:
     """Memory for the results: the caller's, where a kernel can write there, or else new."""
 
     def is_like_new(array: Any, spec: Spec) -> bool:
@@ -218,8 +229,26 @@ def _results(memory: CuPyMemory, problem: Problem, like: Any, into: Arrays) -> d
 
     return {
         name: into[name] if name in into and is_like_new(into[name], spec) else memory.result(spec, like)
-        for name, spec in problem.results.items()
+        for name, spec in specs.items()
     }
+
+
+@contextmanager
+def on_stream(array: Any, stream: int) -> Iterator[None]:
+    """What is queued meanwhile, is so on a stream of the array's device that somebody else made."""
+    import cupy
+
+    with _current(index_of(array)), cupy.cuda.ExternalStream(stream):
+        yield
+
+
+def on_host(function: Callable[[dict[str, Any]], Mapping[str, Any]], arrays: Arrays, into: Arrays) -> None:
+    """What no kernel does: a function of NumPy arrays, of CuPy's, whose results are written `into` others."""
+    memory = _memory("cupy.ndarray")
+    with _current(index_of(arrays["q"])):
+        found = function({name: memory.to_host(array) for name, array in arrays.items()})
+        for name, array in into.items():
+            memory.from_host(array, np.ascontiguousarray(found[name]))
 
 
 def _check_float8(function: str, memory: CuPyMemory, problem: Problem) -> None:

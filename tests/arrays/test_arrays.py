@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -1687,7 +1688,8 @@ def test_explain_plans_the_same_for_arrays_and_their_shapes(home):
     for device in (None, "cpu", "H100"):
         plan = cupyattn.explain(q, k, k, causal=True, alignment="top-left", device=device)
         shapes = (2, 6, 4, 8), (2, 9, 4, 8), (2, 9, 4, 8)
-        assert plan == cupyattn.explain(*shapes, dtype=home.dtype, causal=True, alignment="top-left", device=device)
+        of_shapes = cupyattn.explain(*shapes, dtype=home.dtype, causal=True, alignment="top-left", device=device)
+        assert replace(plan, notes=()) == replace(of_shapes, notes=())
 
 
 def described_by_jax(shape, dtype):

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from cupyattn.cuda.launching.launch import Workspace
 from cupyattn.cuda.launching.views import View, has_one_batch_axis
-from cupyattn.problem import Shape, Spec
+from cupyattn.problem import Array, Shape, Spec
 
 Scratch = dict[str, int]
 """Addresses by the names of ``params.Pointers``."""
@@ -170,6 +170,18 @@ class CuPyMemory:
 
     def launched(self, *what: Mapping[str, Any]) -> None:
         """To be told when all kernels are queued that work on these arrays."""
+
+    def to_host(self, array: Any) -> Array:
+        """Waited for; bfloat16 and float8 as their bits."""
+        import cupy
+
+        bits = {1: "uint8", 2: "uint16"}
+        plain = array if array.dtype.isbuiltin == 1 else array.view(bits[array.itemsize])
+        return cupy.asnumpy(plain)
+
+    def from_host(self, array: Any, values: Array) -> None:
+        """Into memory that is there."""
+        (array if array.dtype.isbuiltin == 1 else array.view(values.dtype)).set(values)
 
 
 def _of_the_graph(num_bytes: int) -> Any:
