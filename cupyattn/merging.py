@@ -104,7 +104,8 @@ def merge_states(
         return found
 
     results = {"out": out_spec, "lse": lse_spec}
-    check_destinations(visit, into, results)
+    if into:
+        check_destinations(visit, into, results)
     merged = put(visit, visit.run(forward, backward, results), into)
     return merged["out"], merged["lse"]
 
