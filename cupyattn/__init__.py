@@ -21,6 +21,7 @@ from cupyattn.peers import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
     pad_input,
+    rotary_tables,
     scaled_dot_product_attention,
     unpad_input,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "kv_cache_bytes",
     "merge_states",
     "pad_input",
+    "rotary_tables",
     "scaled_dot_product_attention",
     "unpad_input",
 ]

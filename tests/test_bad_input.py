@@ -26,7 +26,7 @@ VARLEN, PAGED = "flash_attn_varlen_func", "flash_attn_varlen_func of pages"
 KVCACHE = "flash_attn_with_kvcache"  # the other bad calls of it are in test_kvcache.py
 ROTARY, PACKED = "apply_rotary_emb", "apply_rotary_emb of a packed x"
 MERGE, UNPAD, PAD, COST = "merge_states", "unpad_input", "pad_input", "kv_cache_bytes"
-CASCADE = "cascade_attention"
+CASCADE, TABLES = "cascade_attention", "rotary_tables"
 
 
 def floats(*shape, dtype="float32"):
@@ -64,6 +64,7 @@ def good(call):
         ROTARY: {"x": q, **tables},
         PACKED: {"x": q[0], "cu_seqlens": ints(0, 2, 5), **tables},
         CASCADE: {"q": q[:, :3], "k_prefix": k[0], "v_prefix": v[0], "k": k, "v": v},
+        TABLES: {"positions": 6, "dim": 8, "scaling": {"rope_type": "linear", "factor": 2.0}},
         MERGE: {"outs": [q, q + 1], "lses": [floats(2, 4, 5), floats(2, 4, 5) + 1]},
         UNPAD: {"hidden_states": q, "attention_mask": np.ones((2, 5), bool)},
         PAD: {"hidden_states": floats(3, 8), "indices": ints(0, 2, 5), "batch": 2, "seqlen": 3},
@@ -770,6 +771,120 @@ PREFIXES = [
     bad("cascade_sinks_of_key_heads", CASCADE, ValueError, "sinks", "(2,)", sinks=floats(2)),
 ]
 
+PAIRS = [
+    bad("pair_of_one", ROTARY, TypeError, "x", "of length 1", x=(floats(2, 5, 4, 8),)),
+    bad("pair_with_nothing", ROTARY, TypeError, "x[1]", "NoneType", x=(floats(2, 5, 4, 8), None)),
+    bad("pair_of_integers", ROTARY, TypeError, "x[1]", "int64", x=(floats(2, 5, 4, 8), np.ones((2, 5, 4, 8), int))),
+    bad("pair_of_three_axes", ROTARY, ValueError, "x[0]", "(5, 4, 8)", x=(floats(5, 4, 8), floats(2, 5, 4, 8))),
+    bad("pair_too_long", ROTARY, ValueError, "positions", "0 to 6", x=(floats(2, 5, 4, 8), floats(2, 7, 4, 8))),
+]
+
+
+def rule(name, **said):
+    """A scaling of `rotary_tables`."""
+    return {"rope_type": name, **said}
+
+
+YARN = rule("yarn", factor=2.0, original_max_position_embeddings=8)
+LLAMA3 = rule("llama3", factor=2.0, original_max_position_embeddings=8, low_freq_factor=1.0, high_freq_factor=4.0)
+LONGROPE = rule("longrope", original_max_position_embeddings=8, short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+ROTARY_TABLES = [
+    bad("positions_none", TABLES, TypeError, "positions", "NoneType", positions=None),
+    bad("positions_below_0", TABLES, ValueError, "positions", "-1", positions=-1),
+    bad("positions_as_list", TABLES, TypeError, "positions", "list", positions=[0, 1]),
+    bad("positions_true", TABLES, TypeError, "positions", "True", positions=True),
+    bad("positions_of_floats", TABLES, TypeError, "positions", "float32", positions=floats(3)),
+    bad("positions_unsigned", TABLES, TypeError, "positions", "uint8", positions=ints(0, 1, dtype="uint8")),
+    bad(
+        "positions_of_float64_in_jax", TABLES, TypeError, "jax.Array", "float64",
+        made=lambda: in_library("jax", positions=ints(0)), dtype="float64",
+    ),
+    bad("dim_odd", TABLES, ValueError, "dim", "7", dim=7),
+    bad("dim_zero", TABLES, ValueError, "dim", "0", dim=0),
+    bad("dim_float", TABLES, TypeError, "dim", "8.0", dim=8.0),
+    bad(
+        "dim_odd_in_part", TABLES, ValueError, "dim", "8", "partial_rotary_factor", "3",
+        scaling={"partial_rotary_factor": 0.4},
+    ),
+    bad(
+        "dim_of_two_growing", TABLES, ValueError, "dim", "4",
+        dim=2, scaling=rule("dynamic", factor=2.0), max_position_embeddings=8,
+    ),
+    bad("theta_one", TABLES, ValueError, "theta", "1", theta=1),
+    bad("theta_as_string", TABLES, TypeError, "theta", "'10k'", theta="10k"),
+    bad(
+        "theta_twice", TABLES, ValueError, "theta", "100.0", "scaling['rope_theta']", "50.0",
+        theta=100.0, scaling={"rope_theta": 50},
+    ),
+    bad("tables_of_integers", TABLES, TypeError, "dtype", "'int32'", dtype="int32"),
+    bad("tables_of_float8", TABLES, TypeError, "dtype", "'float8_e4m3fn'", dtype="float8_e4m3fn"),
+    bad("scaling_as_number", TABLES, TypeError, "scaling", "2.0", "float", scaling=2.0),
+    bad("scaling_unknown", TABLES, ValueError, "scaling['rope_type']", "'axial'", "'yarn'", scaling=rule("axial")),
+    bad("scaling_of_two_types", TABLES, ValueError, "type", "'linear'", "'yarn'", scaling={**YARN, "type": "linear"}),
+    bad("scaling_with_a_stranger", TABLES, ValueError, "mrope_section", scaling={"mrope_section": [2, 1, 1]}),
+    bad(
+        "scaling_with_anothers_word", TABLES, ValueError, "'linear'", "beta_fast",
+        scaling=rule("linear", factor=2.0, beta_fast=32),
+    ),
+    bad(
+        "scaling_with_an_argument", TABLES, ValueError, "max_position_embeddings",
+        scaling=rule("dynamic", factor=2.0, max_position_embeddings=8),
+    ),
+    bad("linear_without_factor", TABLES, ValueError, "'linear'", "factor", scaling=rule("linear")),
+    bad(
+        "dynamic_of_no_length", TABLES, ValueError, "'dynamic'", "max_position_embeddings",
+        scaling=rule("dynamic", factor=2.0),
+    ),
+    bad(
+        "yarn_of_no_length", TABLES, ValueError, "'yarn'", "original_max_position_embeddings",
+        scaling=rule("yarn", factor=2.0),
+    ),
+    bad(
+        "longrope_of_no_growth", TABLES, ValueError, "'longrope'", "factor", "max_position_embeddings",
+        scaling=LONGROPE,
+    ),
+    bad("factor_below_1", TABLES, ValueError, "scaling['factor']", "0.5", scaling=rule("linear", factor=0.5)),
+    bad("factor_nan", TABLES, ValueError, "scaling['factor']", "nan", scaling=rule("linear", factor=NAN)),
+    bad("factor_as_string", TABLES, TypeError, "scaling['factor']", "'2'", scaling=rule("linear", factor="2")),
+    bad(
+        "part_above_1", TABLES, ValueError, "scaling['partial_rotary_factor']", "1.5",
+        scaling={"partial_rotary_factor": 1.5},
+    ),
+    bad(
+        "part_of_nothing", TABLES, ValueError, "scaling['partial_rotary_factor']", "0",
+        scaling={"partial_rotary_factor": 0},
+    ),
+    bad("most_positions_float", TABLES, TypeError, "max_position_embeddings", "8.0", max_position_embeddings=8.0),
+    bad("most_positions_zero", TABLES, ValueError, "max_position_embeddings", "0", max_position_embeddings=0),
+    bad("beta_zero", TABLES, ValueError, "scaling['beta_slow']", "0", scaling={**YARN, "beta_slow": 0}),
+    bad("truncate_as_number", TABLES, TypeError, "scaling['truncate']", "1", scaling={**YARN, "truncate": 1}),
+    bad("mscale_negative", TABLES, ValueError, "scaling['mscale']", "-1", scaling={**YARN, "mscale": -1}),
+    bad(
+        "trained_on_half_a_token", TABLES, TypeError, "scaling['original_max_position_embeddings']", "8.5",
+        scaling={**YARN, "original_max_position_embeddings": 8.5},
+    ),
+    bad(
+        "high_below_low", TABLES, ValueError, "scaling['high_freq_factor']", "0.5",
+        scaling={**LLAMA3, "high_freq_factor": 0.5},
+    ),
+    bad(
+        "short_factors_too_few", TABLES, ValueError, "scaling['short_factor']", "3", "4",
+        scaling={**LONGROPE, "factor": 2.0, "short_factor": [1.0] * 3},
+    ),
+    bad(
+        "long_factors_none", TABLES, ValueError, "'longrope'", "long_factor",
+        scaling={**LONGROPE, "factor": 2.0, "long_factor": None},
+    ),
+    bad(
+        "long_factors_a_number", TABLES, ValueError, "scaling['long_factor']", "2.0",
+        scaling={**LONGROPE, "factor": 2.0, "long_factor": 2.0},
+    ),
+    bad(
+        "long_factor_negative", TABLES, ValueError, "scaling['long_factor'][3]", "-1.0",
+        scaling={**LONGROPE, "factor": 2.0, "long_factor": [1.0, 1.0, 1.0, -1.0]},
+    ),
+]
+
 COSTS = [
     bad("cost_of_int8", COST, ValueError, "dtype", "'int8'", dtype="int8"),
     bad("cost_without_dtype", COST, ValueError, "dtype", "None", dtype=None),
@@ -783,7 +898,7 @@ COSTS = [
 
 TABLE = [
     *SHAPES, *HUGE, *DIAGONALS, *MASKS, *NUMBERS, *KINDS, *LIBRARIES, *SEQUENCES, *STATES, *ROTATIONS, *PADDING,
-    *GRADIENTS, *FLOAT8, *PLANS, *PREFIXES, *COSTS,
+    *GRADIENTS, *FLOAT8, *PLANS, *PREFIXES, *COSTS, *PAIRS, *ROTARY_TABLES,
 ]  # fmt: skip
 
 

@@ -61,7 +61,7 @@ PUBLIC = {
     *("scaled_dot_product_attention", "flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_kvpacked_func"),
     *("flash_attn_varlen_func", "flash_attn_varlen_qkvpacked_func", "flash_attn_varlen_kvpacked_func"),
     "flash_attn_with_kvcache",
-    *("apply_rotary_emb", "unpad_input", "pad_input", "__version__"),
+    *("apply_rotary_emb", "rotary_tables", "unpad_input", "pad_input", "__version__"),
     *("Cache", "DynamicCache", "StaticCache", "SlidingWindowCache", "PagedCache", "OffloadedCache"),
     "kv_cache_bytes",
     "cascade_attention",

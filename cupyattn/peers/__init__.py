@@ -4,7 +4,8 @@ Positional order, defaults and meaning are the peer's, so that changing the impo
 migration; what is keyword-only after ``*`` is ours.
 
 `kvcache` and `cascade`, which are for decoding, are imported when they are first asked for; `appending`, new keys on
-their way into a cache, and `overlap`, which of its tokens share bytes, are what `kvcache` is made of.
+their way into a cache, and `overlap`, which of its tokens share bytes, are what `kvcache` is made of; `frequencies`,
+how fast features turn, of what `rotary_tables` is.
 """
 
 from cupyattn.peers.flash_attn import (
@@ -17,6 +18,7 @@ from cupyattn.peers.flash_attn import (
 )
 from cupyattn.peers.padding import pad_input, unpad_input
 from cupyattn.peers.rotary import apply_rotary_emb
+from cupyattn.peers.rotary_tables import rotary_tables
 from cupyattn.peers.torch import scaled_dot_product_attention
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "pad_input",
+    "rotary_tables",
     "scaled_dot_product_attention",
     "unpad_input",
 ]

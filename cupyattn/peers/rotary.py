@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from cupyattn import reading
-from cupyattn.arrays import Arrays, enter, untraced
+from cupyattn.arrays import Arrays, Visit, enter, untraced
+from cupyattn.corridor import Named
 from cupyattn.problem import FLOATS, Array, Spec
 from cupyattn.reading import refusal
 from cupyattn.rounding import narrow, widen
@@ -13,7 +16,7 @@ from cupyattn.rounding import narrow, widen
 
 @untraced
 def apply_rotary_emb(
-    x: Array,
+    x: Array | tuple[Array, Array],
     cos: Array,
     sin: Array,
     interleaved: bool = False,
@@ -21,7 +24,7 @@ def apply_rotary_emb(
     seqlen_offsets: int | Array = 0,
     cu_seqlens: Array | None = None,
     max_seqlen: int | None = None,
-) -> Array:
+) -> Any:
     """Rotate pairs of features of `x` by angles that grow with the position.
 
     A pair ``(a, b)`` at position ``p`` becomes ``(a cos[p] - b sin[p], a sin[p] + b cos[p])``.  Pairs are
@@ -30,9 +33,10 @@ def apply_rotary_emb(
     Parameters
     ----------
     x : array, shape (batch, seqlen, num_heads, head_dim)
-        Or (tokens, num_heads, head_dim) with `cu_seqlens`.
+        Or (tokens, num_heads, head_dim) with `cu_seqlens`.  Or a pair of such, ``(q, k)``, rotated alike: each row at
+        the same position, whatever the numbers of heads.
     cos, sin : array, shape (positions, rotary_dim / 2)
-        Floating, of any precision.  Features from rotary_dim on stay as they are.
+        Floating, of any precision, as from `rotary_tables`.  Features from rotary_dim on stay as they are.
     interleaved : bool
         Which features make a pair.
     inplace : bool
@@ -47,7 +51,8 @@ def apply_rotary_emb(
     Returns
     -------
     array, shape of `x`
-        In its library, device and dtype; float64 arithmetic, rounded once.
+        In its library, device and dtype; float64 arithmetic, rounded once.  Of a pair a pair, where with `inplace` both
+        are computed before one is written.
 
     Raises
     ------
@@ -59,26 +64,61 @@ def apply_rotary_emb(
     References
     ----------
     .. [1] J. Su et al., "RoFormer", 2021, arXiv:2104.09864, section 3.4.2.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> q, k = np.ones((1, 3, 8, 64)), np.ones((1, 3, 2, 64))
+    >>> cos, sin = cupyattn.rotary_tables(3, 64)
+    >>> q, k = cupyattn.apply_rotary_emb((q, k), cos, sin)
+    >>> q.shape, k.shape
+    ((1, 3, 8, 64), (1, 3, 2, 64))
     """
     function = "apply_rotary_emb"
     pairs_adjacent = reading.flag(function, "interleaved", interleaved)
     overwrite = reading.flag(function, "inplace", inplace)
-    arrays = {"x": ("x", x), "cos": ("cos", cos), "sin": ("sin", sin), "cu_seqlens": ("cu_seqlens", cu_seqlens)}
+    tables = {"cos": ("cos", cos), "sin": ("sin", sin), "cu_seqlens": ("cu_seqlens", cu_seqlens)}
     offset = 0
     if reading.is_one_number(seqlen_offsets):
         offset = reading.integer(function, "seqlen_offsets", seqlen_offsets, low=0)
     else:
-        arrays["offsets"] = ("seqlen_offsets", seqlen_offsets)
+        tables["offsets"] = ("seqlen_offsets", seqlen_offsets)
     if max_seqlen is not None:
         max_seqlen = reading.integer(function, "max_seqlen", max_seqlen, low=0)
-    visit = enter(function, arrays)
-    specs = dict(visit.specs)
-    _check(function, specs, max_seqlen)
+    parts = _parts(function, x)
+    visits = [_entered(function, name, part, tables, max_seqlen, overwrite) for name, part in parts]
+    results = [_turned(visit, offset, max_seqlen, pairs_adjacent) for visit in visits]
     if overwrite:
-        visit.library.check_writable(function, "x", x)
+        for visit, (name, part), result in zip(visits, parts, results, strict=True):
+            visit.library.write(function, name, part, result)
+        return x
+    return tuple(results) if isinstance(x, tuple) else results[0]
+
+
+def _parts(function: str, x: Any) -> list[tuple[str, Any]]:
+    """What is to be rotated, by the name that the caller knows it by."""
+    if not isinstance(x, tuple):
+        return [("x", x)]
+    if len(x) != 2:
+        rule = "x has to be an array, or a pair of arrays, (q, k)"
+        raise TypeError(refusal(function, rule, ("x", f"of length {len(x)}", "tuple")))
+    return [("x[0]", x[0]), ("x[1]", x[1])]
+
+
+def _entered(function: str, name: str, x: Any, tables: Named, max_seqlen: int | None, overwrite: bool) -> Visit:
+    """The arrays of a rotation, checked as far as they can be without their values."""
+    visit = enter(function, {"x": (name, x), **tables})
+    _check(function, dict(visit.specs), max_seqlen)
+    if overwrite:
+        visit.library.check_writable(function, name, x)
         visit.arrays["x"] = visit.library.as_it_is_now("x", visit.arrays)
     if visit.kind == "cuda":
         visit.device()
+    return visit
+
+
+def _turned(visit: Visit, offset: int, max_seqlen: int | None, pairs_adjacent: bool) -> Array:
+    function, specs = visit.function, dict(visit.specs)  # a graph that keeps what is below keeps no arrays
 
     def rotation(operands: Arrays) -> tuple[Array, Array, Array]:
         """Positions, and cos and sin at them, broadcasting to (..., rows, heads, rotary_dim / 2)."""
@@ -103,11 +143,7 @@ def apply_rotary_emb(
             found[name] = narrow(total, specs[name].dtype)
         return found
 
-    result = visit.run(forward, backward, {"out": Spec("out", specs["x"].shape, specs["x"].dtype)})["out"]
-    if overwrite:
-        visit.library.write(function, "x", x, result)
-        return x
-    return result
+    return visit.run(forward, backward, {"out": Spec("out", specs["x"].shape, specs["x"].dtype)})["out"]
 
 
 def rotated(x: Array, cos: Array, sin: Array, positions: Array, adjacent: bool, dtype: str) -> Array:
@@ -140,13 +176,13 @@ def _check(function: str, specs: dict[str, Spec], max_seqlen: int | None) -> Non
     packed = "cu_seqlens" in specs
     axes = reading.AXES["thd" if packed else "bshd"]
     if len(x.shape) != (3 if packed else 4):
-        raise ValueError(refusal(function, f"x has to be {axes}", ("x", x.shape)))
+        raise ValueError(refusal(function, f"{x.name} has to be {axes}", (x.name, x.shape)))
     if len(cos.shape) != 2 or cos.shape != sin.shape:
         rule = "cos and sin have to be of one shape, (positions, rotary_dim / 2)"
         raise ValueError(refusal(function, rule, ("cos", cos.shape), ("sin", sin.shape)))
     if 2 * cos.shape[1] > x.shape[-1]:
         rule = "rotary_dim, twice the columns of cos, must not exceed head_dim"
-        raise ValueError(refusal(function, rule, ("x", x.shape), ("cos", cos.shape)))
+        raise ValueError(refusal(function, rule, (x.name, x.shape), ("cos", cos.shape)))
     if packed:
         spec = specs["cu_seqlens"]
         if spec.dtype != "int32":

@@ -136,6 +136,77 @@ def test_nan_and_infinity_stay_in_their_pair():
 
 
 # ---------------------------------------------------------------------------------------------------
+# Pairs
+# ---------------------------------------------------------------------------------------------------
+
+
+def pair(dtype="float32"):
+    """q and k of different numbers of heads, and tables for both."""
+    q, cos, sin = drawn(dtype)
+    return q, drawn(dtype, (2, 5, 1, 8), seed=2)[0], cos, sin
+
+
+@interleavings
+@pytest.mark.parametrize("home", HOMES, ids=str)
+def test_a_pair_is_rotated_as_its_parts_are(home, interleaved):
+    operands = pair(home.dtype)
+    q, k, cos, sin = map(home.make, operands)
+
+    def both(q, k, cos, sin):
+        return apply_rotary_emb((q, k), cos, sin, interleaved, seqlen_offsets=2)
+
+    found = home.call(both, {"q": q, "k": k, "cos": cos, "sin": sin})
+    assert type(found) is tuple
+    for rotated, like, x in zip(found, (q, k), operands, strict=False):
+        home.check(rotated, like)
+        assert_same_bits(rotated, apply_rotary_emb(x, *operands[2:], interleaved, seqlen_offsets=2))
+
+
+def test_a_pair_may_be_packed():
+    q, k, cos, sin = pair()
+    starts = np.array([0, 4, 10], np.int32)
+    packed = q.reshape(10, 3, 8), k.reshape(10, 1, 8)
+    for found, x in zip(apply_rotary_emb(packed, cos, sin, cu_seqlens=starts), packed, strict=True):
+        assert_same_bits(found, apply_rotary_emb(x, cos, sin, cu_seqlens=starts))
+
+
+@pytest.mark.parametrize("home", [Home("float32"), BigEndian("float32"), Torch("bfloat16")], ids=str)
+def test_a_pair_is_rotated_in_place(home):
+    operands = pair(home.dtype)
+    q, k, cos, sin = map(home.make, operands)
+    given = (q, k)
+    assert apply_rotary_emb(given, cos, sin, inplace=True) is given
+    for found, expected in zip(given, apply_rotary_emb(operands[:2], *operands[2:]), strict=True):
+        assert_same_bits(found, expected)
+
+
+@pytest.mark.parametrize("spoilt", ["read-only", "too long", "of integers"])
+def test_of_a_pair_none_is_written_where_the_second_is_refused(spoilt):
+    q, k, cos, sin = pair()
+    wrong = {"read-only": k.copy(), "too long": np.ones((2, 17, 1, 8), np.float32), "of integers": k.astype(int)}[
+        spoilt
+    ]
+    wrong.flags.writeable = spoilt != "read-only"
+    before = q.copy()
+    with pytest.raises((ValueError, TypeError), match=r"apply_rotary_emb: (x\[1\]|positions)"):
+        apply_rotary_emb((q, wrong), cos, sin, inplace=True)
+    assert_same_bits(q, before)
+
+
+def test_gradients_flow_through_a_pair():
+    torch = needs("torch")
+    q, k, cos, sin = (torch.from_numpy(x).requires_grad_() for x in pair("float64"))
+    assert torch.autograd.gradcheck(lambda *x: apply_rotary_emb(x[:2], *x[2:]), (q, k, cos, sin))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_a_tuple_that_is_no_pair_is_refused(count):
+    q, _, cos, sin = pair()
+    with pytest.raises(TypeError, match=r"apply_rotary_emb: x has to be an array, or a pair of arrays, \(q, k\)"):
+        apply_rotary_emb((q,) * count, cos, sin)
+
+
+# ---------------------------------------------------------------------------------------------------
 # In place
 # ---------------------------------------------------------------------------------------------------
 
