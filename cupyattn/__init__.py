@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         StaticCache,
         kv_cache_bytes,
     )
+    from cupyattn.linear import LinearGradients, linear_attention, linear_attention_backward
     from cupyattn.peers.cascade import cascade_attention
     from cupyattn.peers.kvcache import flash_attn_with_kvcache
 
@@ -46,6 +47,7 @@ __all__ = [
     "Cache",
     "DynamicCache",
     "Gradients",
+    "LinearGradients",
     "OffloadedCache",
     "PagedCache",
     "Plan",
@@ -66,6 +68,8 @@ __all__ = [
     "flash_attn_with_kvcache",
     "implementations",
     "kv_cache_bytes",
+    "linear_attention",
+    "linear_attention_backward",
     "merge_states",
     "pad_input",
     "rotary_tables",
@@ -85,10 +89,11 @@ _ROOMS = {
         "StaticCache",
         "kv_cache_bytes",
     ),
+    "linear": ("LinearGradients", "linear_attention", "linear_attention_backward"),
     "peers.cascade": ("cascade_attention",),
     "peers.kvcache": ("flash_attn_with_kvcache",),
 }
-"""What is for decoding, imported when it is first asked for."""
+"""What is for decoding, or for attention without a softmax, imported when it is first asked for."""
 
 
 def __getattr__(name: str) -> object:

@@ -27,6 +27,7 @@ KVCACHE = "flash_attn_with_kvcache"  # the other bad calls of it are in test_kvc
 ROTARY, PACKED = "apply_rotary_emb", "apply_rotary_emb of a packed x"
 MERGE, UNPAD, PAD, COST = "merge_states", "unpad_input", "pad_input", "kv_cache_bytes"
 CASCADE, TABLES = "cascade_attention", "rotary_tables"
+LINEAR, LINEAR_BACKWARD = "linear_attention", "linear_attention_backward"
 
 
 def floats(*shape, dtype="float32"):
@@ -48,6 +49,8 @@ def good(call):
     starts = {"cu_seqlens_q": ints(0, 2, 5), "cu_seqlens_k": ints(0, 3, 5), "max_seqlen_q": 3, "max_seqlen_k": 3}
     pages = {"k": floats(4, 2, 2, 8), "v": floats(4, 2, 2, 8), "block_table": ints([0, 3], [2, 1])}
     tables = {"cos": floats(6, 3), "sin": floats(6, 3)}
+    gates = {"decay": -abs(floats(2, 5, 2)), "beta": floats(2, 5, 2), "state": floats(2, 2, 8, 8)}
+    gates["rule"] = "gated_delta"
     return {
         ATTENTION: {"q": q, "k": k, "v": v},
         BACKWARD: {"dout": floats(2, 5, 4, 8), "q": q, "k": k, "v": v},
@@ -65,6 +68,8 @@ def good(call):
         PACKED: {"x": q[0], "cu_seqlens": ints(0, 2, 5), **tables},
         CASCADE: {"q": q[:, :3], "k_prefix": k[0], "v_prefix": v[0], "k": k, "v": v},
         TABLES: {"positions": 6, "dim": 8, "scaling": {"rope_type": "linear", "factor": 2.0}},
+        LINEAR: {"q": q, "k": k, "v": v, **gates},
+        LINEAR_BACKWARD: {"dout": floats(2, 5, 4, 8), "q": q, "k": k, "v": v, **gates},
         MERGE: {"outs": [q, q + 1], "lses": [floats(2, 4, 5), floats(2, 4, 5) + 1]},
         UNPAD: {"hidden_states": q, "attention_mask": np.ones((2, 5), bool)},
         PAD: {"hidden_states": floats(3, 8), "indices": ints(0, 2, 5), "batch": 2, "seqlen": 3},
@@ -885,6 +890,59 @@ ROTARY_TABLES = [
     ),
 ]
 
+LINEARS = [
+    bad("linear_q_none", LINEAR, TypeError, "q", "NoneType", q=None),
+    bad("linear_q_of_three_axes", LINEAR, ValueError, "q", "(5, 4, 8)", q=floats(5, 4, 8)),
+    bad("linear_q_of_integers", LINEAR, TypeError, "q", "int64", q=np.ones((2, 5, 4, 8), int)),
+    bad("linear_k_of_float64", LINEAR, TypeError, "k", "float64", k=floats(2, 5, 2, 8, dtype="float64")),
+    bad(
+        "linear_v_by_torch", LINEAR, TypeError, "v", "torch.Tensor",
+        made=lambda: in_library("torch", v=floats(2, 5, 2, 8)),
+    ),
+    bad("linear_heads_do_not_divide", LINEAR, ValueError, "num_heads = 3", "(2, 5, 3, 8)", q=floats(2, 5, 3, 8)),
+    bad("linear_no_key_heads", LINEAR, ValueError, "num_heads_kv = 0", k=floats(2, 5, 0, 8), v=floats(2, 5, 0, 8)),
+    bad("linear_heads_of_v", LINEAR, ValueError, "k and v", "(2, 5, 1, 8)", v=floats(2, 5, 1, 8)),
+    bad("linear_head_dims_differ", LINEAR, ValueError, "head_dim", "(2, 5, 4, 6)", q=floats(2, 5, 4, 6)),
+    bad("linear_lengths_differ", LINEAR, ValueError, "seqlen", "(2, 6, 4, 8)", q=floats(2, 6, 4, 8)),
+    bad("linear_batches_differ", LINEAR, ValueError, "batch", "(1, 5, 4, 8)", q=floats(1, 5, 4, 8)),
+    bad("rule_unknown", LINEAR, ValueError, "rule", "'retention'", "'gated_delta'", rule="retention"),
+    bad("decay_missing", LINEAR, ValueError, "decay", "'gated_delta'", "None", decay=None),
+    bad("beta_missing", LINEAR, ValueError, "beta", "None", beta=None),
+    bad("decay_of_linear", LINEAR, ValueError, "decay", "'linear'", "(2, 5, 2)", beta=None, rule="linear"),
+    bad("beta_of_gated", LINEAR, ValueError, "beta", "'gated'", rule="gated"),
+    bad(
+        "decay_of_query_heads", LINEAR, ValueError, "decay", "(2, 5, 4)", "(2, 5, 2) or (2, 5, 2, 8)",
+        decay=floats(2, 5, 4),
+    ),
+    bad("decay_of_integers", LINEAR, TypeError, "decay", "int32", decay=np.zeros((2, 5, 2), np.int32)),
+    bad("beta_of_features", LINEAR, ValueError, "beta", "(2, 5, 2, 8)", "of one head", beta=floats(2, 5, 2, 8)),
+    bad("beta_as_number", LINEAR, TypeError, "beta", "0.5", "float", beta=0.5),
+    bad("state_transposed", LINEAR, ValueError, "state", "(2, 8, 8, 2)", "(2, 2, 8, 8)", state=floats(2, 8, 8, 2)),
+    bad("state_of_query_heads", LINEAR, ValueError, "state", "(2, 4, 8, 8)", state=floats(2, 4, 8, 8)),
+    bad("linear_scale_nan", LINEAR, ValueError, "scale", "nan", scale=NAN),
+    bad("linear_scale_as_string", LINEAR, TypeError, "scale", "'1'", scale="1"),
+    bad("linear_layout_thd", LINEAR, ValueError, "layout", "'thd'", layout="thd"),
+    bad("linear_layout_turned", LINEAR, ValueError, "num_heads_kv = 5", layout="bhsd", q=floats(2, 4, 2, 8)),
+    bad("chunk_of_nothing", LINEAR, ValueError, "chunk_size", "0", chunk_size=0),
+    bad("chunk_of_half_a_token", LINEAR, TypeError, "chunk_size", "0.5", chunk_size=0.5),
+    bad("return_state_as_number", LINEAR, TypeError, "return_state", "1", return_state=1),
+    bad("dout_of_linear_none", LINEAR_BACKWARD, TypeError, "dout", "NoneType", dout=None),
+    bad("dout_of_linear_turned", LINEAR_BACKWARD, ValueError, "dout", "(2, 4, 5, 8)", dout=floats(2, 4, 5, 8)),
+    bad(
+        "dout_of_linear_float64", LINEAR_BACKWARD, TypeError, "dout", "float64",
+        dout=floats(2, 5, 4, 8, dtype="float64"),
+    ),
+    bad(
+        "dlast_state_of_tokens", LINEAR_BACKWARD, ValueError, "dlast_state", "(2, 5, 2, 8)",
+        dlast_state=floats(2, 5, 2, 8),
+    ),
+    bad(
+        "dlast_state_float64", LINEAR_BACKWARD, TypeError, "dlast_state", "float64",
+        dlast_state=floats(2, 2, 8, 8, dtype="float64"),
+    ),
+    bad("backward_rule_unknown", LINEAR_BACKWARD, ValueError, "rule", "'delta_rule'", rule="delta_rule"),
+]
+
 COSTS = [
     bad("cost_of_int8", COST, ValueError, "dtype", "'int8'", dtype="int8"),
     bad("cost_without_dtype", COST, ValueError, "dtype", "None", dtype=None),
@@ -898,7 +956,7 @@ COSTS = [
 
 TABLE = [
     *SHAPES, *HUGE, *DIAGONALS, *MASKS, *NUMBERS, *KINDS, *LIBRARIES, *SEQUENCES, *STATES, *ROTATIONS, *PADDING,
-    *GRADIENTS, *FLOAT8, *PLANS, *PREFIXES, *COSTS, *PAIRS, *ROTARY_TABLES,
+    *GRADIENTS, *FLOAT8, *PLANS, *PREFIXES, *COSTS, *PAIRS, *ROTARY_TABLES, *LINEARS,
 ]  # fmt: skip
 
 

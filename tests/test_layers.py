@@ -64,6 +64,7 @@ PUBLIC = {
     *("apply_rotary_emb", "rotary_tables", "unpad_input", "pad_input", "__version__"),
     *("Cache", "DynamicCache", "StaticCache", "SlidingWindowCache", "PagedCache", "OffloadedCache"),
     "kv_cache_bytes",
+    *("linear_attention", "linear_attention_backward", "LinearGradients"),
     "cascade_attention",
     "implementations",
 }
