@@ -157,12 +157,15 @@ def test_keys_to_come_are_too_large_for_the_past_to_see():
     assert_matches(linear_attention(**operands, rule="gated"), by_definition(**operands)[0], rtol=1e-12, atol=1e-14)
 
 
-def test_a_state_that_grows_beyond_a_chunk_is_the_recurrences():
+@pytest.mark.parametrize("heads", [4, 0])
+def test_a_state_that_grows_beyond_a_chunk_is_the_recurrences(heads):
     """exp(decay) of a chunk together is infinite, and what it multiplies is zero."""
     operands = drawn("gated", seqlen=8)
     operands["decay"][:] = 300.0
-    operands["state"][:], operands["k"][:, :6] = 0.0, 0.0
-    assert_matches(linear_attention(**operands, rule="gated"), by_definition(**operands)[0], rtol=1e-12)
+    operands["state"][:], operands["k"][:, :6], operands["q"] = 0.0, 0.0, operands["q"][:, :, :heads]
+    found = linear_attention(**operands, rule="gated", return_state=True)
+    for result, expected in zip(found, by_definition(**operands), strict=True):
+        assert_matches(result, expected, rtol=1e-12)
 
 
 # ---------------------------------------------------------------------------------------------------
