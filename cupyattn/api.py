@@ -32,6 +32,8 @@ def attention(
     q_descale: Array | None = None,
     k_descale: Array | None = None,
     v_descale: Array | None = None,
+    seqlens_q: Array | None = None,
+    seqlens_k: Array | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
@@ -87,6 +89,13 @@ def attention(
         Factors of q, k and v in float8_e4m3fn, and of no other dtype; they broadcast to (batch, num_heads_kv).
         Those of q go by the key head that a query head uses.  Default 1.  Where a factor of q times one of k is
         negative, results on a GPU are nan.
+    seqlens_q, seqlens_k : array of int32, shape (batch,), optional
+        How many rows, and keys, of each sequence there are: the others are as if they were not there, whatever they
+        hold.  Such rows give out 0 and lse -inf, and have no part in any gradient; the diagonal that is aligned
+        bottom-right ends at the last key and row that there are, as with flash-attn 3's seqused, and `alignment` has to
+        be chosen where there is a diagonal.  JAX's query_seq_lengths and key_value_seq_lengths.  Not with `mask`,
+        `bias`, `dropout_p` or a batch of one that serves all.  On a GPU nobody waits for them: they are cut to what
+        there is.  Default: all.
     dropout_p : float
         Probability with which a weight is dropped; the others grow by ``1 / (1 - dropout_p)``.
     dropout_seed : int, optional
@@ -179,6 +188,8 @@ def attention(
         takes_float8=True,
     )  # fmt: skip
     arrays = under_our_names(q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+    if not (seqlens_q is seqlens_k is None):
+        arrays |= under_our_names(seqlens_q=seqlens_q, seqlens_k=seqlens_k)
     if not (q_descale is k_descale is v_descale is None):
         arrays |= {name: (name, x) for name, x in zip(reading.DESCALES, (q_descale, k_descale, v_descale), strict=True)}
     seed, size = reading.dropout_seed(function, dropout_seed), reading.split_size(function, fixed_split_size)
@@ -218,6 +229,8 @@ def attention_backward(
     softcap: float = 0.0,
     alibi_slopes: Array | None = None,
     sinks: Array | None = None,
+    seqlens_q: Array | None = None,
+    seqlens_k: Array | None = None,
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
@@ -269,7 +282,10 @@ def attention_backward(
     seed, allowed = reading.dropout_seed(function, dropout_seed), allowed_by(function, implementation)
     if options.dropout_p > 0.0 and seed is None:
         raise ValueError(refusal(function, "dropout needs the dropout_seed of the forward pass"))
-    operands = under_our_names(q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+    operands = under_our_names(
+        q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks,
+        seqlens_q=seqlens_q, seqlens_k=seqlens_k,
+    )  # fmt: skip
     known = {"dout": dout, "out": out, "lse": lse, "dlse": dlse}
     visit = enter(function, {**operands, **{name: (name, array) for name, array in known.items()}})
     specs = dict(visit.specs)

@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from cupyattn import cpu
+from cupyattn import cpu, lengths
 from cupyattn.allowed import Allowed, currently_allowed
 from cupyattn.arrays import NOWHERE, Arrays, Destinations, Visit, check_destinations, enter, put
 from cupyattn.described import Call
 from cupyattn.plan import Plan, choose, choose_backward, for_live_keys
 from cupyattn.problem import FLOAT8, Device, Problem, Spec
-from cupyattn.reading import Options, check_sequences, read, refusal
+from cupyattn.reading import Options, check_lengths, check_sequences, read, refusal
 
 Named = Mapping[str, tuple[str, Any]]
 """{our word: (the caller's name for it, the array or None)}"""
@@ -119,12 +119,31 @@ def plan_for(
     function: str, problem: Problem, device: Device, allowed: Allowed | None, fixed_split_size: int | None = None
 ) -> Plan:
     """The plan, or every implementation's objections at once."""
-    return _agreed(function, problem, choose(problem, device, fixed_split_size, allowed=allowed))
+    return _agreed(function, problem, planned(problem, device, allowed, fixed_split_size))
 
 
 def plan_for_gradients(function: str, problem: Problem, device: Device, allowed: Allowed | None) -> Plan:
     """The same of the gradients."""
-    return _agreed(function, problem, choose_backward(problem, device, allowed=allowed))
+    return _agreed(function, problem, planned_backward(problem, device, allowed))
+
+
+def planned(problem: Problem, device: Device, allowed: Allowed | None, fixed_split_size: int | None = None) -> Plan:
+    """The plan, whatever its kernel is; sequences with lengths of their own are worked on as packed ones."""
+    whole = lengths.packed(problem) if problem.layout.seqlens else problem
+    plan = choose(whole, device, fixed_split_size, allowed=allowed)
+    if whole is problem:
+        return plan
+    return replace(plan, flops=problem.flops, bytes=problem.bytes, notes=(*plan.notes, lengths.NOTE))
+
+
+def planned_backward(problem: Problem, device: Device, allowed: Allowed | None) -> Plan:
+    """The same of the gradients."""
+    whole = lengths.packed(problem) if problem.layout.seqlens else problem
+    plan = choose_backward(whole, device, allowed=allowed)
+    if whole is problem:
+        return plan
+    flops = problem.flops * 5 // 2
+    return replace(plan, flops=flops, bytes=3 * problem.bytes, notes=(*plan.notes, lengths.NOTE))
 
 
 def _agreed(function: str, problem: Problem, plan: Plan) -> Plan:
@@ -144,6 +163,9 @@ def _run(visit: Visit, plan: Plan, call: Call, into: Destinations) -> Arrays:
     def forward(operands: Arrays) -> Arrays:
         if problem.layout.ragged:
             check_sequences(function, specs, problem.sizes, operands)
+        if problem.layout.seqlens:
+            check_lengths(function, specs, problem.sizes, operands)
+            return lengths.forward(lambda whole, arrays: cpu.run(plan, whole, arrays), problem, operands)
         return cpu.run(plan, problem, operands, int(operands.get("seed", seed)))
 
     def backward(operands: Arrays, known: Arrays) -> Arrays:
@@ -159,11 +181,10 @@ def _run(visit: Visit, plan: Plan, call: Call, into: Destinations) -> Arrays:
 
 def _run_on_gpu(visit: Visit, plan: Plan, call: Call, into: Destinations) -> Arrays:
     """Without NumPy; where gradients may be asked for, out and lse are what is kept for them."""
-    from cupyattn import cuda
 
     problem, specs, seed, allowed = call.problem, call.operands, call.seed, call.allowed
     if not visit.library.differentiates(visit.arrays):
-        return cuda.run(visit.function, visit.library.title, visit.arrays, specs, plan, problem, seed, _arrays(into))
+        return _launched(visit.function, visit.library.title, visit.arrays, specs, plan, problem, seed, _arrays(into))
     whole = replace(problem, needs_lse=True)
     if problem.dtype == FLOAT8:
         rule = f"has no gradients of {FLOAT8}, nor of what comes with it; call it under torch.no_grad()"
@@ -173,7 +194,7 @@ def _run_on_gpu(visit: Visit, plan: Plan, call: Call, into: Destinations) -> Arr
 
     def forward(operands: Arrays) -> Arrays:
         own, its_seed = _without_seed(operands, seed)
-        return cuda.run(bare.function, bare.library.title, own, specs, plan, whole, its_seed)
+        return _launched(bare.function, bare.library.title, own, specs, plan, whole, its_seed, {})
 
     def backward(operands: Arrays, known: Arrays) -> Arrays:
         own, its_seed = _without_seed(operands, seed)
@@ -181,6 +202,25 @@ def _run_on_gpu(visit: Visit, plan: Plan, call: Call, into: Destinations) -> Arr
 
     found = visit.run_at_home(forward, backward, whole.results, whole.state)
     return {name: found[name] for name in problem.results}
+
+
+def _launched(
+    function: str,
+    title: str,
+    arrays: Arrays,
+    specs: Mapping[str, Spec],
+    plan: Plan,
+    problem: Problem,
+    seed: int,
+    into: Arrays,
+) -> Arrays:
+    """The results of a kernel, `into` the caller's arrays where it can."""
+    from cupyattn import cuda
+
+    if not problem.layout.seqlens:
+        return cuda.run(function, title, arrays, specs, plan, problem, seed, into)
+    there = lengths.packed_specs(problem, specs)
+    return lengths.forward(lambda whole, own: cuda.run(function, title, own, there, plan, whole, seed), problem, arrays)
 
 
 def _arrays(into: Destinations) -> Arrays:
@@ -208,6 +248,12 @@ def gradients_on_gpu(
     from cupyattn import cuda
 
     specs, title = dict(visit.specs), visit.library.title
+    if problem.layout.seqlens:
+        packed = replace(visit, specs=tuple(lengths.packed_specs(problem, specs).items()))
+        return lengths.backward(
+            lambda whole, own, given: gradients_on_gpu(packed, device, whole, own, given, allowed, seed),
+            problem, operands, known,
+        )  # fmt: skip
     plan = plan_for_gradients(visit.function, problem, device, allowed)
     given = {name: array for name, array in known.items() if array is not None}
     if "out" not in given or "lse" not in given:
@@ -232,6 +278,8 @@ def answer_with_gradients(
         operands = {name: array for name, array in everything.items() if name not in known}
         if visit.kind == "cuda":
             return gradients_on_gpu(visit, visit.device(), problem, operands, known_here, allowed, seed)
+        if problem.layout.seqlens:
+            check_lengths(visit.function, specs, problem.sizes, operands)
         return gradients(plan, problem, operands, known_here, seed)
 
     names = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
@@ -244,6 +292,10 @@ def gradients(plan: Plan, problem: Problem, operands: Arrays, known: Arrays, see
     """Gradients of all floating operands."""
     if not _uses_results(plan, problem):
         known = {name: array for name, array in known.items() if name not in ("out", "lse")}
+    if problem.layout.seqlens:
+        return lengths.backward(
+            lambda whole, own, given: cpu.run_backward(plan, whole, own, given), problem, operands, known
+        )
     return cpu.run_backward(plan, problem, operands, known, seed)
 
 

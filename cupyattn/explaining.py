@@ -11,8 +11,8 @@ import numpy as np
 from cupyattn import reading
 from cupyattn.allowed import allowed_by
 from cupyattn.arrays import Visit, described, enter, untraced
-from cupyattn.corridor import under_our_names
-from cupyattn.plan import Plan, choose, choose_backward
+from cupyattn.corridor import planned, planned_backward, under_our_names
+from cupyattn.plan import Plan
 from cupyattn.problem import FLOAT8, NAMED_DEVICES, Axes, Device, Spec
 from cupyattn.reading import attention_options, read, refusal
 
@@ -38,6 +38,8 @@ def explain(
     q_descale: Any = None,
     k_descale: Any = None,
     v_descale: Any = None,
+    seqlens_q: Any = None,
+    seqlens_k: Any = None,
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
@@ -50,7 +52,7 @@ def explain(
 
     Parameters
     ----------
-    q, k, v, mask, bias, alibi_slopes, sinks, q_descale, k_descale, v_descale : array or tuple of int
+    q, k, v, mask, bias, alibi_slopes, sinks, seqlens_q, ... : array or tuple of int
         Arrays as `attention` takes them, or their shapes alone; or what has a shape and a dtype and no values,
         like a jax.ShapeDtypeStruct or a torch.Tensor on the meta device.
     dtype : str or dtype, optional
@@ -98,7 +100,7 @@ def explain(
     )  # fmt: skip
     given = under_our_names(
         q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks,
-        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+        q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, seqlens_q=seqlens_q, seqlens_k=seqlens_k,
     )  # fmt: skip
     shapes: dict[str, tuple[Any, str | None]] = {}
     for name, (_, what) in given.items():
@@ -111,13 +113,11 @@ def explain(
     visit = enter(function, arrays) if arrays else None
     specs = dict(visit.specs) if visit else {}
     specs |= _specs_of_shapes(function, shapes, specs, dtype, device)
-    ordered = tuple((name, specs[name]) for name in given if name in specs)
-    problem = read(function, ordered, options)
+    problem = read(function, tuple((name, specs[name]) for name in given if name in specs), options)
     there = _device_meant(device, visit)
-    plan = choose_backward(problem, there, allowed=allowed) if backward else choose(problem, there, size, None, allowed)
-    if device is not None or visit is None:
-        return plan
-    return replace(plan, notes=plan.notes + visit.notes(problem, plan))
+    plan = planned_backward(problem, there, allowed) if backward else planned(problem, there, allowed, size)
+    as_they_lie = device is None and visit is not None and not problem.layout.seqlens
+    return replace(plan, notes=plan.notes + visit.notes(problem, plan)) if visit and as_they_lie else plan
 
 
 def _check_device(function: str, device: Any) -> None:
@@ -165,8 +165,8 @@ def _unsaid_dtype(name: str, own: str) -> str:
     """Of an argument of which only the shape is known, beside q, k and v in the dtype `own`."""
     if name in ("q", "k", "v"):
         return own
-    if name == "mask":
-        return "bool"
+    if name == "mask" or name in reading.INDICES:
+        return "bool" if name == "mask" else "int32"
     return "float32" if own == FLOAT8 or name in reading.DESCALES else own
 
 

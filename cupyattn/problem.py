@@ -155,6 +155,8 @@ class Layout:
     """Keys per page if k and v are (pages, page_size, heads, head_dim), found through a block_table."""
     cached: bool = False
     """k and v are a cache: how many of its keys are live, and where a sequence lies in it, is data."""
+    seqlens: bool = False
+    """How many rows and keys of each sequence there are is data, and the others are as if they were not there."""
 
     @property
     def ragged(self) -> bool:
@@ -163,7 +165,7 @@ class Layout:
     @property
     def lengths_are_data(self) -> bool:
         """How many keys a sequence has is not known before arrays are looked at."""
-        return self.ragged or self.cached
+        return self.ragged or self.cached or self.seqlens
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,8 @@ OPTIONAL = frozenset(
         "k_descale",
         "v_descale",
         "block_table",
+        "seqlens_q",
+        "seqlens_k",
         "out",
         "lse",
         "dlse",
@@ -111,7 +113,16 @@ OPTIONAL = frozenset(
 COMPANIONS = frozenset(
     (
         *("mask", "bias", "alibi_slopes", "sinks", "q_descale", "k_descale", "v_descale", "block_table"),
-        *("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "cu_seqlens_k_new", "cache_seqlens", "cache_batch_idx"),
+        *(
+            "seqlens_q",
+            "seqlens_k",
+            "cu_seqlens",
+            "cu_seqlens_q",
+            "cu_seqlens_k",
+            "cu_seqlens_k_new",
+            "cache_seqlens",
+            "cache_batch_idx",
+        ),
         *("cache_leftpad", "rotary_seqlens", "offsets", "cos", "sin", "rotary_cos", "rotary_sin"),
         *("attention_mask", "unused_mask", "indices"),
     )

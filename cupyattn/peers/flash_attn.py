@@ -31,6 +31,8 @@ def flash_attn_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
+    seqlens_q: Array | None = None,
+    seqlens_k: Array | None = None,
     out: Array | None = None,
     lse_out: Array | None = None,
 ) -> Any:
@@ -43,6 +45,8 @@ def flash_attn_func(
         `num_heads_kv` divides `num_heads`.
     dropout_p, softmax_scale, causal, softcap, alibi_slopes, dropout_seed, compute_dtype, out, lse_out
         As for `attention`; `lse_out` if an lse is returned.
+    seqlens_q, seqlens_k : array of int32, shape (batch,), optional
+        How many rows and keys of each sequence there are, as for `attention`; flash-attn 3's seqused.
     q_descale, k_descale, v_descale : array of float32, optional
         Factors of q, k and v in float8_e4m3fn, broadcast to (batch, num_heads_kv); flash-attn 3's.
     window_size : (left, right)
@@ -70,6 +74,7 @@ def flash_attn_func(
     """
     function = "flash_attn_func"
     arrays = {"q": ("q", q), "k": ("k", k), "v": ("v", v)}
+    arrays |= {"seqlens_q": ("seqlens_q", seqlens_q), "seqlens_k": ("seqlens_k", seqlens_k)}
     return _flash(
         function, arrays,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,

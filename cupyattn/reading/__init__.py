@@ -10,6 +10,7 @@ options     all of them together
 sizes       the sizes of a problem, from shapes
 turned      heads and sequence exchanged: a warning, or a hint
 call        the whole call: options, shapes and dtypes into a Problem
+seqlens     lengths of the sequences in dense arrays
 sequences   values of index arrays, where they can be seen
 """
 
@@ -43,6 +44,7 @@ from cupyattn.reading.scalars import (
     split_size,
     window,
 )
+from cupyattn.reading.seqlens import check_lengths
 from cupyattn.reading.sequences import check_sequences
 from cupyattn.reading.words import unknown_words
 
@@ -54,6 +56,7 @@ __all__ = [
     "LARGEST_SIZE",
     "Options",
     "attention_options",
+    "check_lengths",
     "check_results",
     "check_sequences",
     "choice",

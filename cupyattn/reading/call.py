@@ -9,6 +9,7 @@ from functools import lru_cache
 from cupyattn.problem import FLOAT8, FLOATS, Layout, Problem, Sizes, Spec
 from cupyattn.reading.options import Options
 from cupyattn.reading.refusals import DESCALES, INDICES, LARGEST_RESULT, LARGEST_SIZE, int32_rule, refusal
+from cupyattn.reading.seqlens import check_seqlens, has_seqlens
 from cupyattn.reading.sizes import broadcasts_to, cached_sizes_of, ragged_sizes_of, sizes_of
 from cupyattn.reading.turned import how_to_turn, is_turned, level_outside, may_be_turned
 
@@ -56,10 +57,12 @@ def _problem(function: str, specs: Mapping[str, Spec], options: Options) -> Prob
         )
     _check_edits(function, specs, sizes)
     _check_descales(function, specs, sizes)
+    if has_seqlens(specs):
+        check_seqlens(function, specs, sizes, options)
     k = specs["k"].shape
     problem = Problem(
         sizes,
-        Layout(options.axes, k[1] if "block_table" in specs else None, options.cached),
+        Layout(options.axes, k[1] if "block_table" in specs else None, options.cached, has_seqlens(specs)),
         specs["q"].dtype,
         options.mask(function, specs, sizes),
         options.edits(sizes.head_dim, specs),

@@ -52,7 +52,8 @@ class Options(NamedTuple):
         alignment = self.alignment
         has_diagonal = left is not None or right is not None or "alibi_slopes" in specs
         if alignment is None:
-            if has_diagonal and sizes.seqlen_q != sizes.seqlen_k:
+            used = [specs[word] for word in ("seqlens_q", "seqlens_k") if word in specs]
+            if has_diagonal and (used or sizes.seqlen_q != sizes.seqlen_k):
                 raise ValueError(
                     refusal(
                         function,
@@ -60,6 +61,7 @@ class Options(NamedTuple):
                         "at key 0 of row 0 (torch), 'bottom-right' at the last key of the last row (flash-attn)",
                         (specs["q"].name, specs["q"].shape, f"seqlen_q = {sizes.seqlen_q}"),
                         (specs["k"].name, specs["k"].shape, f"seqlen_k = {sizes.seqlen_k}"),
+                        *((spec.name, spec.shape) for spec in used),
                     )
                 )
             alignment = "bottom-right"

@@ -17,7 +17,15 @@ AXES = {
 }
 INDICES = (
     *("cu_seqlens_q", "cu_seqlens_k", "block_table"),
-    *("cache_seqlens", "cache_batch_idx", "cache_leftpad", "cu_seqlens_k_new", "rotary_seqlens"),
+    *(
+        "seqlens_q",
+        "seqlens_k",
+        "cache_seqlens",
+        "cache_batch_idx",
+        "cache_leftpad",
+        "cu_seqlens_k_new",
+        "rotary_seqlens",
+    ),
 )
 """Our words for arrays of int32, whose values are lengths and places."""
 DESCALES = ("q_descale", "k_descale", "v_descale")

@@ -17,6 +17,8 @@ SAME = (
     ("block_table", "page_table"),
     ("return_lse", "return_softmax_lse", "return_residual"),
     ("implementation", "backend"),
+    ("seqlens_q", "query_seq_lengths", "seqused_q"),
+    ("seqlens_k", "key_value_seq_lengths", "seqused_k"),
     ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"),
     ("max_seqlen", "max_seqlen_q", "max_seqlen_k"),
 )
@@ -25,12 +27,11 @@ ELSEWHERE = {
     "attention takes it": (
         *("softmax_scale", "softcap", "window_size", "alibi_slopes", "sinks", "mask", "bias", "alignment", "layout"),
         *("dropout_p", "dropout_seed", "fixed_split_size", "compute_dtype", "causal", "return_lse"),
-        *("q_descale", "k_descale", "v_descale", "out", "lse_out"),
+        *("q_descale", "k_descale", "v_descale", "out", "lse_out", "seqlens_q", "seqlens_k"),
     ),
     "flash_attn_func and its kind return lse and weights": ("return_attn_probs",),
     "flash_attn_varlen_func takes sequences of different lengths, packed as by unpad_input": (
         *("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen", "max_seqlen_q", "max_seqlen_k"),
-        *("query_seq_lengths", "key_value_seq_lengths", "seqused_q", "seqused_k"),
     ),
     "flash_attn_varlen_func, flash_attn_with_kvcache and PagedCache have pages": ("block_table", "page_table"),
     "flash_attn_with_kvcache takes it": (

@@ -824,3 +824,41 @@ def test_gradients_into_a_tensor_are_refused_on_a_gpu_too(torch, driver):
     with pytest.raises(ValueError, match="out cannot be differentiated through"):
         cupyattn.attention(x, x, x, out=torch.empty(1, 70, 2, 64).half())
     assert not driver.launches
+
+
+@pytest.mark.parametrize(
+    ("seqlen_q", "dtype", "kernel"),
+    [(1, "float16", "splitkv"), (70, "float16", "hopper"), (70, "float32", "flash")],
+    ids=["splitkv", "hopper", "flash"],
+)
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_sequences_have_lengths_of_their_own(torch, driver, seqlen_q, dtype, kernel, layout):
+    torch.manual_seed(0)
+    used_q, used_k = (seqlen_q, 0, seqlen_q // 2), (130, 200, 0)
+    shapes = ((seqlen_q, 4), (200, 2), (200, 2))
+    q, k, v = (torch.randn(3, n, h, 64).to(getattr(torch, dtype)) for n, h in shapes)
+    for i in range(3):
+        q[i, used_q[i] :], k[i, used_k[i] :], v[i, used_k[i] :] = torch.nan, torch.nan, torch.nan
+    given = {"seqlens_q": torch.tensor(used_q, dtype=torch.int32), "seqlens_k": torch.tensor(used_k, dtype=torch.int32)}
+    options = {"causal": True, "alignment": "bottom-right", "sinks": torch.randn(4)}
+    options |= {"layout": layout, "return_lse": True}
+    arrays = [x if layout == "bshd" else x.transpose(1, 2) for x in (q, k, v)]
+    out, lse = cupyattn.attention(*arrays, **given, **options)
+    own = {name: x.double().numpy() if name == "sinks" else x for name, x in options.items()}
+    exact = cupyattn.attention(
+        *(x.double().numpy() for x in arrays), **{name: x.numpy() for name, x in given.items()}, **own
+    )
+    np.testing.assert_allclose(out.numpy(), exact[0], atol=2e-3)
+    np.testing.assert_allclose(lse.numpy(), exact[1], atol=2e-3)
+    assert [launch[0].source for launch in driver.launches] == [f"{kernel}.cu"]
+    into = torch.empty(out.shape, dtype=out.dtype)
+    assert cupyattn.attention(*arrays, **given, **options, out=into)[0] is into
+    assert torch.equal(into, out)
+
+
+def test_lengths_beyond_the_arrays_are_cut_on_a_gpu(torch, driver):
+    q, k = torch.randn(2, 70, 2, 64).half(), torch.randn(2, 90, 2, 64).half()
+    rows, keys = (torch.tensor(wrong, dtype=torch.int32) for wrong in ([1000, -5], [1000, 3]))
+    out = cupyattn.attention(q, k, k, seqlens_q=rows, seqlens_k=keys)
+    np.testing.assert_allclose(out[0].numpy(), expected(q[:1], k[:1], k[:1])[0], atol=2e-3)
+    assert not out[1].any()

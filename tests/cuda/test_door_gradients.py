@@ -225,3 +225,25 @@ def test_a_backward_pass_launches_what_its_forward_pass_was_allowed(torch, drive
     assert names == ["flash.cu", "backward_rows.cu", "backward.cu", "backward.cu"]
     with cupyattn.implementations("numpy"), pytest.raises(NotImplementedError, match="only numpy may"):
         cupyattn.attention(q, k, v)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_sequences_with_lengths_of_their_own(torch, driver, dtype):
+    q, k, v = operands(torch, dtype)
+    used = [torch.tensor(x, dtype=torch.int32) for x in ((40, 13), (21, 50))]
+    with torch.no_grad():
+        q[1, 13:], k[0, 21:], v[0, 21:] = torch.nan, torch.nan, torch.nan
+    slopes, sinks = torch.rand(2, 4), torch.randn(4)
+    given = {"seqlens_q": used[0], "seqlens_k": used[1], "causal": True, "alignment": "bottom-right"}
+    inputs = [x.requires_grad_() for x in (q, k, v, slopes, sinks)]
+
+    def call():
+        return cupyattn.attention(q, k, v, alibi_slopes=slopes, sinks=sinks, **given)
+
+    found, dout = differentiated(torch, call, inputs)
+    on_host = given | {name: x.numpy() for name, x in given.items() if name.startswith("seqlens")}
+    same = exact(dout, q, k, v, alibi_slopes=slopes, sinks=sinks, **on_host)
+    for gradient, name in zip(found, ("q", "k", "v", "alibi_slopes", "sinks"), strict=True):
+        assert_close(gradient, getattr(same, f"d{name}"), 2e-5 if dtype == "float32" else 6e-3)
+    assert not found[0][1, 13:].any()
+    assert not found[1][0, 21:].any()

@@ -584,6 +584,7 @@ FLASH_ATTNS = (
 OURS = (
     *("layout", "alignment", "mask", "bias", "sinks", "dropout_seed", "compute_dtype", "fixed_split_size"),
     *("return_lse", "check_indices", "implementation", "backend", "out", "lse_out"),
+    *("seqlens_q", "seqlens_k"),
 )
 
 

@@ -1,0 +1,153 @@
+"""Dense arrays whose sequences have lengths of their own, as packed sequences: no kernel has to know of it.
+
+Of each sequence of the batch there are three in a row: its used rows over its used keys, its other rows over no keys,
+and no rows over its other keys.  So nothing that is unused meets anything, whatever it holds, and all of it has
+results and gradients of zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import array_api_compat
+
+from cupyattn.arrays import Arrays
+from cupyattn.problem import Layout, Problem, Shape, Spec
+
+PARTS = 3
+"""Packed sequences of each one."""
+NOTE = "each sequence is three packed ones: what is used, the other rows, the other keys; bhsd arrays are copied for it"
+ROWS = {"q": "q", "k": "k", "v": "k", "dout": "q", "out": "q"}
+"""Arrays of rows, (batch, seqlen, num_heads, dim) or with heads first, and by whose length they go."""
+USED = ("seqlens_q", "seqlens_k")
+
+
+@lru_cache(maxsize=4096)
+def packed(problem: Problem) -> Problem:
+    """The same as a problem of packed sequences."""
+    sizes, edits = problem.sizes, problem.edits
+    slopes = edits.alibi_slopes
+    return replace(
+        problem,
+        sizes=replace(sizes, batch_shape=(PARTS * sizes.batch,), total_q=sizes.batch * sizes.seqlen_q),
+        layout=Layout("thd"),
+        edits=replace(edits, alibi_slopes=_packed_shape("alibi_slopes", slopes, problem)) if slopes else edits,
+    )
+
+
+def packed_specs(problem: Problem, specs: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Those of `packed_arrays`."""
+    found = {
+        name: spec._replace(shape=_packed_shape(name, spec.shape, problem))
+        for name, spec in specs.items()
+        if name not in USED
+    }
+    starts = (PARTS * problem.sizes.batch + 1,)
+    return found | {f"cu_{name}": Spec(specs[name].name if name in specs else name, starts, "int32") for name in USED}
+
+
+def packed_arrays(problem: Problem, arrays: Arrays) -> Arrays:
+    """Operands, and what is known of results, of any one library."""
+    xp = array_api_compat.array_namespace(arrays["q"])
+    found = {name: _packed(xp, name, array, problem) for name, array in arrays.items() if name not in USED}
+    for name, longest in zip(USED, (problem.sizes.seqlen_q, problem.sizes.seqlen_k), strict=True):
+        found[f"cu_{name}"] = _starts(
+            xp, arrays.get(name), longest, problem.sizes.batch, name == "seqlens_q", arrays["q"]
+        )
+    return found
+
+
+def forward(run: Callable[[Problem, Arrays], Arrays], problem: Problem, arrays: Arrays) -> Arrays:
+    """The results by name, of whoever can `run` packed sequences."""
+    found = run(packed(problem), packed_arrays(problem, arrays))
+    results = {name: _dense(name, array, problem) for name, array in found.items()}
+    if (
+        "lse" in results and problem.edits.sinks
+    ):  # which rows that see no keys have, and rows that are not there have not
+        results["lse"] = _where_used(arrays, problem, results["lse"], -float("inf"))
+    return results
+
+
+def backward(
+    run: Callable[[Problem, Arrays, Arrays], Arrays], problem: Problem, arrays: Arrays, known: Arrays
+) -> Arrays:
+    """The gradients by operand, of whoever can `run` packed sequences."""
+    given = {name: array for name, array in known.items() if array is not None}
+    if problem.edits.sinks:  # which have gradients of used rows alone
+        given = {name: array for name, array in given.items() if name not in ("out", "lse")}
+        given = {name: _where_used(arrays, problem, array, 0.0, name == "dout") for name, array in given.items()}
+    whole = packed_arrays(problem, {**arrays, **given})
+    found = run(
+        packed(problem),
+        {name: array for name, array in whole.items() if name not in known},
+        {name: whole.get(name) for name in known},
+    )
+    return {name: _dense(name, array, problem) for name, array in found.items() if array is not None}
+
+
+def _packed_shape(name: str, shape: Shape, problem: Problem) -> Shape:
+    sizes = problem.sizes
+    if name in ROWS:
+        heads, rows = (-2, -3) if problem.layout.axes == "bshd" else (-3, -2)
+        return (sizes.batch * shape[rows], shape[heads], shape[-1])
+    if name in ("lse", "dlse"):
+        return (sizes.num_heads, sizes.batch * sizes.seqlen_q)
+    if name != "sinks" and len(shape) == 2 and shape[0] == sizes.batch:
+        return (PARTS * shape[0], shape[1])
+    return shape
+
+
+def _packed(xp: Any, name: str, array: Any, problem: Problem) -> Any:
+    shape = _packed_shape(name, tuple(array.shape), problem)
+    if name in ROWS:
+        rows = array if problem.layout.axes == "bshd" else xp.permute_dims(array, (0, 2, 1, 3))
+        return xp.reshape(rows, shape)
+    if name in ("lse", "dlse"):
+        return xp.reshape(xp.permute_dims(array, (1, 0, 2)), shape)
+    return array if shape == tuple(array.shape) else xp.repeat(array, PARTS, axis=0)
+
+
+def _dense(name: str, array: Any, problem: Problem) -> Any:
+    """A result, or a gradient, as the caller's layout has it."""
+    xp, sizes = array_api_compat.array_namespace(array), problem.sizes
+    if name in ROWS:
+        length = sizes.seqlen_q if ROWS[name] == "q" else sizes.seqlen_k
+        rows = xp.reshape(array, (sizes.batch, length, *array.shape[1:]))
+        return rows if problem.layout.axes == "bshd" else xp.permute_dims(rows, (0, 2, 1, 3))
+    if name == "lse":
+        return xp.permute_dims(xp.reshape(array, (sizes.num_heads, sizes.batch, sizes.seqlen_q)), (1, 0, 2))
+    if name == "alibi_slopes" and len(array.shape) == 2:
+        return xp.sum(xp.reshape(array, (sizes.batch, PARTS, sizes.num_heads)), axis=1, dtype=array.dtype)
+    return array
+
+
+def _starts(xp: Any, used: Any, longest: int, batch: int, of_rows: bool, like: Any) -> Any:
+    """cu_seqlens of the packed sequences; lengths outside of the arrays, which are not refused on a GPU, are cut."""
+    device = array_api_compat.device(like)
+    first = longest * xp.arange(batch, dtype=xp.int32, device=device)
+    stop = first + (longest if used is None else xp.clip(used, 0, longest))
+    last = xp.asarray([batch * longest], dtype=xp.int32, device=device)
+    steps = (first, stop, first + longest) if of_rows else (first, stop, stop)
+    starts = xp.reshape(xp.stack(steps, axis=1), (-1,))
+    return xp.concat([xp.astype(starts, xp.int32), last])
+
+
+def _where_used(arrays: Arrays, problem: Problem, array: Any, otherwise: float, is_out: bool = False) -> Any:
+    """An array of rows' numbers, (batch, num_heads, seqlen_q) or like out, with another number where no row is used."""
+    used = arrays.get("seqlens_q")
+    if used is None:
+        return array
+    xp, sizes = array_api_compat.array_namespace(array), problem.sizes
+    rows = xp.arange(sizes.seqlen_q, device=array_api_compat.device(array))
+    is_used = rows[None, :] < used[:, None]
+    if not is_out:
+        shape: Shape = (sizes.batch, 1, sizes.seqlen_q)
+    elif problem.layout.axes == "bshd":
+        shape = (sizes.batch, sizes.seqlen_q, 1, 1)
+    else:
+        shape = (sizes.batch, 1, sizes.seqlen_q, 1)
+    number = xp.asarray(otherwise, dtype=array.dtype, device=array_api_compat.device(array))
+    return xp.where(xp.reshape(is_used, shape), array, number)
