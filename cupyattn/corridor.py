@@ -25,6 +25,7 @@ from cupyattn.reading import Options, check_lengths, check_sequences, read, refu
 
 Named = Mapping[str, tuple[str, Any]]
 """{our word: (the caller's name for it, the array or None)}"""
+NOTHING: Arrays = {}
 
 
 def under_our_names(**arrays: Any) -> dict[str, tuple[str, Any]]:
@@ -154,11 +155,19 @@ def _agreed(function: str, problem: Problem, plan: Plan) -> Plan:
 
 
 def _run(visit: Visit, plan: Plan, call: Call, into: Destinations) -> Arrays:
-    """The results; the seed is one of the operands where each of many calls at once has its own.
+    """The results; those of a GPU go `into` the caller's arrays where kernels can write there."""
+    if visit.kind == "cuda":
+        return _run_on_gpu(visit, plan, call, into)
+    kept = call.problem.state if _uses_results(plan, call.problem) else {}
+    return visit.run(*in_numpy(plan, call), call.problem.results, kept, call)
 
-    Those of a GPU go `into` the caller's arrays where kernels can write there.
+
+def in_numpy(plan: Plan, call: Call) -> tuple[Callable[[Arrays], Arrays], Callable[[Arrays, Arrays], Arrays]]:
+    """A call and its gradients as functions of NumPy operands, and of these and what is known, that keep no arrays.
+
+    The seed is one of the operands where each of many calls at once has its own.
     """
-    function, problem, specs, _, seed, *_ = call  # a graph that keeps what is below keeps no arrays
+    function, problem, specs, _, seed, *_ = call
 
     def forward(operands: Arrays) -> Arrays:
         if problem.layout.ragged:
@@ -174,17 +183,14 @@ def _run(visit: Visit, plan: Plan, call: Call, into: Destinations) -> Arrays:
             raise NotImplementedError(refusal(function, rule))
         return gradients(plan, problem, operands, known, int(operands.get("seed", seed)))
 
-    if visit.kind == "cuda":
-        return _run_on_gpu(visit, plan, call, into)
-    return visit.run(forward, backward, problem.results, problem.state if _uses_results(plan, problem) else {}, call)
+    return forward, backward
 
 
 def _run_on_gpu(visit: Visit, plan: Plan, call: Call, into: Destinations) -> Arrays:
     """Without NumPy; where gradients may be asked for, out and lse are what is kept for them."""
-
     problem, specs, seed, allowed = call.problem, call.operands, call.seed, call.allowed
     if not visit.library.differentiates(visit.arrays):
-        return _launched(visit.function, visit.library.title, visit.arrays, specs, plan, problem, seed, _arrays(into))
+        return launched(visit.function, visit.library.title, visit.arrays, specs, plan, problem, seed, _arrays(into))
     whole = replace(problem, needs_lse=True)
     if problem.dtype == FLOAT8:
         rule = f"has no gradients of {FLOAT8}, nor of what comes with it; call it under torch.no_grad()"
@@ -194,7 +200,7 @@ def _run_on_gpu(visit: Visit, plan: Plan, call: Call, into: Destinations) -> Arr
 
     def forward(operands: Arrays) -> Arrays:
         own, its_seed = _without_seed(operands, seed)
-        return _launched(bare.function, bare.library.title, own, specs, plan, whole, its_seed, {})
+        return launched(bare.function, bare.library.title, own, specs, plan, whole, its_seed, {})
 
     def backward(operands: Arrays, known: Arrays) -> Arrays:
         own, its_seed = _without_seed(operands, seed)
@@ -204,7 +210,7 @@ def _run_on_gpu(visit: Visit, plan: Plan, call: Call, into: Destinations) -> Arr
     return {name: found[name] for name in problem.results}
 
 
-def _launched(
+def launched(
     function: str,
     title: str,
     arrays: Arrays,
@@ -240,10 +246,12 @@ def gradients_on_gpu(
     known: Arrays,
     allowed: Allowed | None,
     seed: int,
+    into: Arrays = NOTHING,
 ) -> Arrays:
     """Gradients of all floating operands, where they are; the forward's `known` out and lse are made if they are not.
 
-    `known` has, or has not or as None, ``dout``, ``out``, ``lse`` and ``dlse``.
+    `known` has, or has not or as None, ``dout``, ``out``, ``lse`` and ``dlse``.  Kernels write `into` arrays that are
+    given, where they can.
     """
     from cupyattn import cuda
 
@@ -263,7 +271,7 @@ def gradients_on_gpu(
         given["dout"] = visit.library.zeros(problem.out_shape, operands["q"])
     results = problem.results
     of_known = {"dout": results["out"], "out": results["out"], "lse": results["lse"], "dlse": results["lse"]}
-    return cuda.run_backward(visit.function, title, {**operands, **given}, specs | of_known, plan, problem, seed)
+    return cuda.run_backward(visit.function, title, {**operands, **given}, specs | of_known, plan, problem, seed, into)
 
 
 def answer_with_gradients(

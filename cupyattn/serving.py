@@ -7,13 +7,18 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from cupyattn import cpu
-from cupyattn.arrays import Arrays, cpu_device, serve_programs
-from cupyattn.corridor import gradients, plan_for, plan_for_gradients
+from cupyattn.arrays import CUPY, Arrays, Visit, cpu_device, serve_programs
+from cupyattn.corridor import (
+    gradients_on_gpu,
+    in_numpy,
+    launched,
+    plan_for,
+    plan_for_gradients,
+    planned,
+    planned_backward,
+)
 from cupyattn.described import Call, call_of
-from cupyattn.plan import choose, choose_backward
 from cupyattn.problem import Array
-from cupyattn.reading import check_sequences
 
 
 def on_cpu(text: str, operands: Sequence[Array], results: Sequence[Array]) -> None:
@@ -32,26 +37,16 @@ def _named(call: Call, arrays: Sequence[Any]) -> Arrays:
 def _answer(text: str) -> Callable[[Arrays], Arrays]:
     """The function of NumPy arrays that a text describes."""
     call = call_of(text)
-    problem, device = call.problem, cpu_device()
+    asked = call.function, call.problem, cpu_device(), call.allowed
     if not call.known:
-        plan = plan_for(call.function, problem, device, call.allowed, call.fixed_split_size)
-
-        def forward(operands: Arrays) -> Arrays:
-            if problem.layout.ragged:
-                check_sequences(call.function, call.operands, problem.sizes, operands)
-            return cpu.run(plan, problem, operands, call.seed)
-
-        return forward
-    plan = plan_for_gradients(call.function, problem, device, call.allowed)
-
-    def backward(everything: Arrays) -> Arrays:
-        operands = {name: everything[name] for name in call.operands}
-        return gradients(plan, problem, operands, {name: everything[name] for name in call.known}, call.seed)
-
-    return backward
+        return in_numpy(plan_for(*asked, call.fixed_split_size), call)[0]
+    of_gradients = in_numpy(plan_for_gradients(*asked), call)[1]
+    return lambda everything: of_gradients(*_parted(call, everything))
 
 
-CUPY = "cupy.ndarray"
+def _parted(call: Call, everything: Arrays) -> tuple[Arrays, Arrays]:
+    """Operands, and what is known besides."""
+    return {name: everything[name] for name in call.operands}, {name: everything[name] for name in call.known}
 
 
 def on_gpu(text: str, operands: Sequence[Any], results: Sequence[Any], stream: int) -> None:
@@ -62,27 +57,24 @@ def on_gpu(text: str, operands: Sequence[Any], results: Sequence[Any], stream: i
     from cupyattn import cuda
 
     call = call_of(text)
-    arrays = _named(call, operands)
+    arrays, into = _named(call, operands), dict(zip(call.results, results, strict=True))
     with cuda.on_stream(arrays["q"], stream):
-        _queue(text, call, arrays, dict(zip(call.results, results, strict=True)))
+        cuda.put(_queued(text, call, arrays, into), into)
 
 
-def _queue(text: str, call: Call, arrays: Arrays, given: Arrays) -> None:
+def _queued(text: str, call: Call, arrays: Arrays, into: Arrays) -> Arrays:
     from cupyattn import cuda
 
-    device = cuda.device_of(call.function, CUPY, arrays["q"])
-    problem = replace(call.problem, needs_lse=True) if call.known else call.problem
-    plan = choose(problem, device, call.fixed_split_size, allowed=call.allowed)
-    of_gradients = choose_backward(problem, device, allowed=call.allowed) if call.known else plan
+    visit = Visit(call.function, CUPY, arrays, tuple(call.operands.items()), "cuda", arrays)
+    device, problem, seed = visit.device(), call.problem, call.seed
+    plan = planned(problem, device, call.allowed, call.fixed_split_size)
+    of_gradients = planned_backward(problem, device, call.allowed) if call.known else plan
     if "none" in (plan.kernel, of_gradients.kernel):
-        cuda.on_host(_answer(text), arrays, given)
-    elif not call.known:
-        cuda.run(call.function, CUPY, arrays, call.operands, plan, problem, call.seed, given)
-    else:
-        operands_alone = {name: arrays[name] for name in call.operands}
-        state = cuda.run(call.function, CUPY, operands_alone, call.operands, plan, problem, call.seed)
-        specs = {**call.operands, **problem.state, "dout": problem.state["out"], "dlse": problem.state["lse"]}
-        cuda.run_backward(call.function, CUPY, {**arrays, **state}, specs, of_gradients, problem, call.seed, given)
+        return cuda.on_host(_answer(text), arrays)
+    if call.known:
+        whole = replace(problem, needs_lse=True)
+        return gradients_on_gpu(visit, device, whole, *_parted(call, arrays), call.allowed, seed, into)
+    return launched(call.function, CUPY.title, arrays, call.operands, plan, problem, seed, into)
 
 
 def begin() -> None:

@@ -14,6 +14,7 @@ same library and device, with gradients where the library has them, lazily where
     xla           programs that JAX compiles call without its arrays
 """
 
+from cupyattn.arrays.cupy import CUPY
 from cupyattn.arrays.destinations import NOWHERE, Destinations, check_destinations, destinations_of, put
 from cupyattn.arrays.library import Arrays
 from cupyattn.arrays.recognition import alignment_meant, described
@@ -23,6 +24,7 @@ from cupyattn.arrays.xla import objection as objection_to_programs
 from cupyattn.arrays.xla import serve_programs
 
 __all__ = [
+    "CUPY",
     "NOWHERE",
     "Arrays",
     "Destinations",

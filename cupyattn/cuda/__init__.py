@@ -242,13 +242,21 @@ def on_stream(array: Any, stream: int) -> Iterator[None]:
         yield
 
 
-def on_host(function: Callable[[dict[str, Any]], Mapping[str, Any]], arrays: Arrays, into: Arrays) -> None:
-    """What no kernel does: a function of NumPy arrays, of CuPy's, whose results are written `into` others."""
+def on_host(function: Callable[[dict[str, Any]], Mapping[str, Any]], arrays: Arrays) -> dict[str, Any]:
+    """What no kernel does: a function of NumPy arrays, of CuPy's, whose results stay NumPy's."""
     memory = _memory("cupy.ndarray")
     with _current(index_of(arrays["q"])):
-        found = function({name: memory.to_host(array) for name, array in arrays.items()})
-        for name, array in into.items():
+        return dict(function({name: memory.to_host(array) for name, array in arrays.items()}))
+
+
+def put(found: Arrays, into: Arrays) -> None:
+    """Results that are not there yet, into CuPy arrays."""
+    memory = _memory("cupy.ndarray")
+    for name, array in into.items():
+        if isinstance(found[name], np.ndarray):
             memory.from_host(array, np.ascontiguousarray(found[name]))
+        elif found[name] is not array:
+            array[...] = found[name]
 
 
 def _check_float8(function: str, memory: CuPyMemory, problem: Problem) -> None:
