@@ -33,7 +33,8 @@ class State(NamedTuple):
 class PagedCache(Cache):
     """A cache in pages: sequences may differ in length, and forks share what they have in common.
 
-    The first tokens appended say how many sequences there are; `fork`, `add_sequence` and `reorder` change that.
+    The first tokens appended say how many sequences there are; `fork`, `add_sequence`, `remove` and `reorder` change
+    that.
     A page is copied when a sequence writes into one that it shares, so that a fork costs at most a page of memory.
 
     Parameters
@@ -53,6 +54,9 @@ class PagedCache(Cache):
     2
     >>> cache.lengths, cache.num_free_pages
     ((3, 2, 3), 6)
+    >>> cache.remove(1)  # the fork is sequence 1 from now on
+    >>> cache.lengths, cache.num_free_pages
+    ((3, 3), 7)
     """
 
     def __init__(self, num_pages: int, page_size: int = 64) -> None:
@@ -335,6 +339,18 @@ class PagedCache(Cache):
         count = len(self._pages.lengths)
         self._go_on(self._pages.grown(self._pages.growth([0] * (count + 1))))
         return count
+
+    def remove(self, sequence: int) -> None:
+        """Let a sequence leave: pages that no other has are free.  Those after it are one number lower, as in a list.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Not an integer, or not from 0 to batch - 1.
+        """
+        count = len(self._pages.lengths)
+        sequence = reading.integer(self._named("remove"), "sequence", sequence, low=0, high=count - 1)
+        self._go_on(self._pages.removed(sequence))
 
 
 def _axes(names: str, seqlens: object) -> tuple[str, str]:

@@ -138,6 +138,12 @@ class Pages:
         table = self.tables[sequence]
         return self._with((*self.tables, table), (*self.lengths, self.lengths[sequence]), gained=[table])
 
+    def removed(self, sequence: int) -> Pages:
+        """Without `sequence`; those after it are one number lower."""
+        table, after = self.tables[sequence], slice(sequence + 1, None)
+        tables, lengths = ((*x[:sequence], *x[after]) for x in (self.tables, self.lengths))
+        return self._with(tables, lengths, lost=[table])
+
     def reordered(self, sequences: Sequence[int]) -> Pages:
         """Sequence ``i`` goes on from what ``sequences[i]`` was."""
         tables = tuple(self.tables[i] for i in sequences)

@@ -110,6 +110,7 @@ def calls():
         "reorder to two": lambda cache: cache.reorder([2, 2]),
         "fork": lambda cache: cache.fork(1),
         "add_sequence": lambda cache: cache.add_sequence(),
+        "remove": lambda cache: cache.remove(1),
         "attend": attending((3,), seqlens=[1, 2, 0, 0]),
         "attend together": attending((3,), seqlens=[1, 1, 1, 0], cascade=True),
         "copy": copy.copy,

@@ -714,6 +714,27 @@ def test_a_sequence_may_join_later_and_another_leave(rng):
     assert cache.num_free_pages == 6
 
 
+def test_a_sequence_that_leaves_frees_what_was_its_alone_and_those_after_it_move_up(rng):
+    q, k, v = draw(rng, batch=3, seqlen=9)
+    for x in (k, v):
+        x[1, :6] = x[0, :6]
+    cache = PagedCache(num_pages=12, page_size=4)
+    cache.append(k[:1, :6], v[:1, :6])
+    cache.fork(0)
+    cache.add_sequence()
+    cache.append(*(np.concatenate([x[0, 6:], x[1, 6:], x[2]]) for x in (k, v)), seqlens=[3, 3, 9])
+    assert cache.num_free_pages == 4  # three, three less the one in common, three
+    cache.remove(0)
+    assert (cache.lengths, cache.num_free_pages) == ((9, 9), 6)
+    assert_same_bits(cache.attend(q[1:]), whole(q[1:], k[1:], v[1:]))
+    cache.remove(1)
+    assert_same_bits(cache.attend(q[1:2]), whole(q[1:2], k[1:2], v[1:2]))
+    cache.remove(0)
+    assert (cache.lengths, cache.num_free_pages) == ((), 12)
+    cache.append(k, v)
+    assert_same_bits(cache.attend(q), whole(q, k, v))
+
+
 def test_each_sequence_may_be_cut_at_its_own_length(rng):
     q, k, v = draw(rng, batch=2, seqlen=6)
     cache = PagedCache(num_pages=8, page_size=4)
@@ -756,6 +777,8 @@ def paged_refusals():
     yield "rows of no tokens", many, lambda c: c.attend(four, [0, 4])
     yield "rows of no shared tokens", many, lambda c: c.attend(four, [0, 4], cascade=True, causal=False)
     yield "no such fork", "fork: sequence has to be from 0 to 1", lambda c: c.fork(2)
+    yield "none to remove", "remove: sequence has to be from 0 to 1", lambda c: c.remove(2)
+    yield "none before the first", "remove: sequence has to be from 0 to 1", lambda c: c.remove(-1)
     yield "a longer cut", r"truncate: length\[1\] has to be from 0 to 3", lambda c: c.truncate([3, 4])
     yield "cuts of others", "truncate: length has to be at most the tokens", lambda c: c.truncate([1])
     windowed = {"window_size": (1, None)}
@@ -773,7 +796,9 @@ def test_pages_refuse_what_cannot_be_meant(message, call, rng):
     assert_same_bits(cache.attend(q), whole(q, k, v))
 
 
-@pytest.mark.parametrize("call", [lambda c: c.fork(0), lambda c: c.reorder([0])], ids=["fork", "reorder"])
+@pytest.mark.parametrize(
+    "call", [lambda c: c.fork(0), lambda c: c.remove(0), lambda c: c.reorder([0])], ids=["fork", "remove", "reorder"]
+)
 def test_where_there_are_no_sequences_that_is_said(call):
     cache = PagedCache(num_pages=8, page_size=4)
     with pytest.raises(ValueError, match=r"(sequence|sequences\[0\]) has to be one of those .* and there are none"):

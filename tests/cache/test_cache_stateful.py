@@ -267,6 +267,13 @@ class Paged(Machine):
 
     @precondition(lambda self: self.tokens)
     @rule(data=st.data())
+    def remove(self, data):
+        sequence = data.draw(st.integers(0, len(self.tokens) - 1))
+        self.cache.remove(sequence)
+        del self.tokens[sequence]
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
     def reorder(self, data):
         chosen = data.draw(st.lists(st.integers(0, len(self.tokens) - 1), min_size=1, max_size=MOST))
         self.cache.reorder(chosen)
@@ -284,6 +291,7 @@ class Paged(Machine):
         self.cache.truncate(length)
         self.tokens = [x[:length] for x in self.tokens]
 
+    @precondition(lambda self: self.tokens)
     @rule(rows=st.lists(st.integers(0, 3), min_size=MOST, max_size=MOST), cascade=st.booleans())
     def attend(self, rows, cascade):
         rows = [min(count, len(x)) for count, x in zip(rows, self.tokens, strict=False)]
