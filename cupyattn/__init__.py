@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from cupyattn.cache import (
         Cache,
         DynamicCache,
+        LayeredCache,
         OffloadedCache,
         PagedCache,
         SlidingWindowCache,
@@ -47,6 +48,7 @@ __all__ = [
     "Cache",
     "DynamicCache",
     "Gradients",
+    "LayeredCache",
     "LinearGradients",
     "OffloadedCache",
     "PagedCache",
@@ -83,6 +85,7 @@ _ROOMS = {
     "cache": (
         "Cache",
         "DynamicCache",
+        "LayeredCache",
         "OffloadedCache",
         "PagedCache",
         "SlidingWindowCache",
