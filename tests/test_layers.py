@@ -63,7 +63,7 @@ PUBLIC = {
     "flash_attn_with_kvcache",
     *("apply_rotary_emb", "rotary_tables", "unpad_input", "pad_input", "__version__"),
     *("Cache", "DynamicCache", "StaticCache", "SlidingWindowCache", "PagedCache", "OffloadedCache"),
-    "LayeredCache",
+    *("LayeredCache", "PrefixCache"),
     "kv_cache_bytes",
     *("linear_attention", "linear_attention_backward", "LinearGradients"),
     "cascade_attention",

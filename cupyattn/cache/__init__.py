@@ -6,6 +6,8 @@ pages        which page holds which tokens of which sequence: numbers alone
 paged        sequences of different lengths in pages that forks share
 offloaded    on the host between uses
 layered      those of all layers together
+tree         which pages hold which token ids: numbers alone
+prefix       layers in pages that requests share by what they begin with
 cost         what one will take, before it is there
 """
 
@@ -14,6 +16,7 @@ from cupyattn.cache.cost import kv_cache_bytes
 from cupyattn.cache.layered import LayeredCache
 from cupyattn.cache.offloaded import OffloadedCache
 from cupyattn.cache.paged import PagedCache
+from cupyattn.cache.prefix import PrefixCache
 from cupyattn.cache.protocol import Cache
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "LayeredCache",
     "OffloadedCache",
     "PagedCache",
+    "PrefixCache",
     "SlidingWindowCache",
     "StaticCache",
     "kv_cache_bytes",

@@ -229,7 +229,7 @@ class LayeredCache:
 
     def _change(self, change: Callable[[Cache], Any]) -> Any:
         """Change all layers, or none; what the change of the last one returned."""
-        layers, found = _changed(self._state.layers, change)
+        layers, found = changed(self._state.layers, change)
         self._state = self._state._replace(layers=layers)
         return found[-1]
 
@@ -277,7 +277,7 @@ def _checked(name: str, layer: int, cache: Any) -> Cache:
     return copy.copy(cache)
 
 
-def _changed(layers: Sequence[Layer], change: Callable[[Layer], Any]) -> tuple[tuple[Layer, ...], list[Any]]:
+def changed(layers: Sequence[Layer], change: Callable[[Layer], Any]) -> tuple[tuple[Layer, ...], list[Any]]:
     """Other layers in the same memory, and what the change of each returned."""
     twins = []
     for layer in layers:

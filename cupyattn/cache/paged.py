@@ -131,7 +131,7 @@ class PagedCache(Cache):
         except NoPagesError as error:
             shown_lengths = reading.short(list(pages.lengths))
             came = (("seqlens", reading.short(counts)), ("lengths", shown_lengths), ("num_pages", self._num_pages))
-            raise ValueError(refusal(function, str(error), *came)) from None
+            raise NoPagesError(refusal(function, str(error), *came), error.missing) from None
         places = kind.library.places(growth.places, kind.anchor)
         written = []
         for held, new, features in ((held_k, k, kind.features_k), (held_v, v, kind.features_v)):

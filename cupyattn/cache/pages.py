@@ -23,6 +23,10 @@ Tables = tuple[Table, ...]
 class NoPagesError(ValueError):
     """There are not enough free pages."""
 
+    def __init__(self, message: str, missing: int) -> None:
+        super().__init__(message)
+        self.missing = missing
+
 
 @dataclass(slots=True)
 class Growth:
@@ -48,7 +52,7 @@ class Pages:
     tables: Tables
     lengths: tuple[int, ...]
     references: Array
-    """Of each page: how many sequences have it."""
+    """Of each page: how many sequences have it, and others who hold it."""
     stack: Array
     """The first `num_free` are the free pages, the last of them the next to be taken.  Pages that become free are
     written behind them, where nobody looks before their number is larger."""
@@ -91,7 +95,8 @@ class Pages:
             page, slot = np.divmod(np.arange(length, length + count), self.page_size)
             places.append(np.stack([np.asarray(tail, np.int64)[page - first], slot]))
         if growth.taken > self.num_free:
-            raise NoPagesError(f"{growth.taken} more pages are needed and {self.num_free} are free")
+            words = f"{growth.taken} more pages are needed and {self.num_free} are free"
+            raise NoPagesError(words, growth.taken - self.num_free)
         if places:
             growth.places = np.concatenate(places, axis=1)
         return growth
@@ -138,6 +143,17 @@ class Pages:
         table = self.tables[sequence]
         return self._with((*self.tables, table), (*self.lengths, self.lengths[sequence]), gained=[table])
 
+    def begun(self, table: Table) -> Pages:
+        """With one more sequence, whose tokens so far fill these pages."""
+        return self._with((*self.tables, table), (*self.lengths, len(table) * self.page_size), gained=[table])
+
+    def held(self, table: Table) -> Pages:
+        """With pages that do not become free, whatever sequences do, before they are `released`."""
+        return self._with(self.tables, self.lengths, gained=[table])
+
+    def released(self, table: Table) -> Pages:
+        return self._with(self.tables, self.lengths, lost=[table])
+
     def removed(self, sequence: int) -> Pages:
         """Without `sequence`; those after it are one number lower."""
         table, after = self.tables[sequence], slice(sequence + 1, None)
@@ -154,7 +170,8 @@ class Pages:
     ) -> Pages:
         """With other tables: those that have come, and those that have gone."""
         more, fewer = (np.fromiter(chain.from_iterable(x), np.int64) for x in (gained, lost))
-        references = self.references + np.bincount(more, minlength=self.references.size)
+        references = self.references.copy()
+        np.add.at(references, more, 1)
         np.subtract.at(references, fewer, 1)
         freed = np.unique(fewer[references[fewer] == 0])[::-1]
         num_free = self.num_free + freed.size
