@@ -21,7 +21,7 @@ from typing import Any
 
 from cupyattn import reading
 from cupyattn.api import attention, attention_backward
-from cupyattn.integrations import models
+from cupyattn.integrations import batching, models
 from cupyattn.reading import refusal
 
 FUNCTION = "cupyattn in transformers"
@@ -37,7 +37,7 @@ MEANINGLESS = frozenset(
 REFUSED = {
     "output_attentions": "the weights are never in memory; choose attn_implementation='eager' for them",
     "head_mask": "heads cannot be masked",
-    "cache": "continuous batching is for transformers' own implementations",
+    "cache": "this transformers batches in another way than 5.24, which is known here",
     "indices": "keys chosen by their indices are not supported",
     "block_indices": "keys chosen by their blocks are not supported",
     "sinks": "a sink for every query is not supported; s_aux, one for every head, is",
@@ -85,6 +85,10 @@ def register(name: str = "cupyattn", *, compute_dtype: Any = None, ignored: Iter
     ``PreTrainedModel.get_correct_attn_implementation``, that every way of making a model passes.  Other names than
     those registered here go through it unchanged.
 
+    ``generate_batch`` (continuous batching) packs requests into one row and says where they start; with
+    ``max_blocks_per_request`` in its configuration, one token of each request is appended to its pages and attends to
+    them by `flash_attn_with_kvcache`.  ``"paged|"`` before the name is accepted and means the same.
+
     Sequences packed into one row, told by ``cu_seq_lens_q`` and ``cu_seq_lens_k`` or by ``seq_idx``, do not see each
     other, whatever the mask says.  Arguments that neither transformers' attention functions read nor the layer names,
     those of a loss or a collator's columns, change nothing.
@@ -110,10 +114,12 @@ def register(name: str = "cupyattn", *, compute_dtype: Any = None, ignored: Iter
         rule = "needs transformers 5.0 or newer"
         raise ImportError(refusal("register", rule, ("transformers", transformers.__version__)))
     models.admit(name)
+    batching.admit(models.NAMES)
     _define_operator()
-    transformers.AttentionInterface.register(name, partial(attend, compute_dtype=compute, ignored=names))
-    # Without a mask function of its own an implementation is handed no mask at all, padding or not.
-    transformers.AttentionMaskInterface.register(name, models.mask)
+    for each in (name, f"paged|{name}"):  # as transformers has two names for its own
+        transformers.AttentionInterface.register(each, partial(attend, compute_dtype=compute, ignored=names))
+        # Without a mask function of its own an implementation is handed no mask at all, padding or not.
+        transformers.AttentionMaskInterface.register(each, models.mask)
 
 
 def attend(
@@ -175,6 +181,10 @@ def attend(
             left = right = sliding_window - 1
         if causal:
             right = 0
+    if attention_mask is None and position_bias is None and batching.is_batch(others, s_aux):
+        edits: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
+        edits |= {"window_size": (left, right), "causal": right == 0, "compute_dtype": compute_dtype}
+        return batching.attend(query, key, value, others, **edits), None
     if any(others.get(name) is not None for name in PACKED):
         visible = _packed(module, query, key, others, left, right)
         mask = visible if mask is None else mask & visible
