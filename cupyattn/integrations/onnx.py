@@ -122,13 +122,12 @@ def attention(
     softcap = reading.softcap(FUNCTION, softcap)
     precision = _one_of("softmax_precision", softmax_precision, tuple(PRECISIONS))
     mode = _one_of("qk_matmul_output_mode", qk_matmul_output_mode, (0, 1, 2, 3))
-    given = {"q": Q, "k": K, "v": V, "attn_mask": attn_mask, "past_key": past_key, "past_value": past_value}
+    given = {"Q": Q, "K": K, "V": V, "attn_mask": attn_mask, "past_key": past_key, "past_value": past_value}
     given["nonpad_kv_seqlen"] = nonpad_kv_seqlen
-    names = {"q": "Q", "k": "K", "v": "V"}
-    visit = enter(FUNCTION, {w: (names.get(w, w), x) for w, x in given.items() if x is not None or w in names})
-    heads = {"q": q_num_heads, "k": kv_num_heads, "v": kv_num_heads}
-    q, k, v = (_heads_first(visit, word, heads[word]) for word in ("q", "k", "v"))
-    _check(visit, {"q": q.shape, "k": k.shape, "v": v.shape})
+    heads = {"Q": q_num_heads, "K": kv_num_heads, "V": kv_num_heads}
+    visit = enter(FUNCTION, {word: (word, x) for word, x in given.items() if x is not None or word in heads})
+    q, k, v = (_heads_first(visit, word, count) for word, count in heads.items())
+    _check(visit, {"Q": q.shape, "K": k.shape, "V": v.shape})
     xp = array_api_compat.array_namespace(q)
     if past_key is not None:
         k, v = (xp.concat([visit.arrays[f"past_{word}"], x], axis=2) for word, x in (("key", k), ("value", v)))
@@ -138,7 +137,7 @@ def attention(
         mask=hidden.mask, bias=hidden.bias, softmax_scale=scale, softcap=softcap,
         compute_dtype="float64" if precision == 11 else None,
     )  # fmt: skip
-    if len(visit.arrays["q"].shape) == 3:
+    if len(visit.arrays["Q"].shape) == 3:
         out = xp.permute_dims(out, (0, 2, 1, 3))
         out = xp.reshape(out, (out.shape[0], out.shape[1], out.shape[2] * out.shape[3]))
     if mode is None:
@@ -224,7 +223,7 @@ def _scores(visit: Visit, xp: Any, q: Array, k: Array, seen: Hidden, scale: floa
 def _heads_first(visit: Visit, word: str, heads: int | None) -> Array:
     """(batch, heads, seqlen, head_dim), from this or from heads side by side."""
     array, spec = visit.arrays[word], dict(visit.specs)[word]
-    count = "q_num_heads" if word == "q" else "kv_num_heads"
+    count = "q_num_heads" if word == "Q" else "kv_num_heads"
     heads = None if heads is None else reading.integer(FUNCTION, count, heads, low=1)
     if len(spec.shape) == 4:
         if heads is not None and spec.shape[1] != heads:
@@ -249,8 +248,8 @@ def _heads_first(visit: Visit, word: str, heads: int | None) -> Array:
 def _check(visit: Visit, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """What shapes and dtypes can say, of Q, K and V with heads first."""
     specs = dict(visit.specs)
-    q, k, v = (shapes[word] for word in ("q", "k", "v"))
-    operands = [specs[word] for word in ("q", "k", "v", "past_key", "past_value") if word in specs]
+    q, k, v = (shapes[word] for word in ("Q", "K", "V"))
+    operands = [specs[word] for word in ("Q", "K", "V", "past_key", "past_value") if word in specs]
     shown = tuple((spec.name, spec.shape, spec.dtype) for spec in operands)
     if operands[0].dtype not in FLOATS or len({spec.dtype for spec in operands}) > 1:
         raise TypeError(refusal(FUNCTION, f"Q, K, V and the past have to be of one dtype, {', '.join(FLOATS)}", *shown))

@@ -217,6 +217,15 @@ def test_torchs_gradients_are_the_derivatives(mode):
     assert torch.autograd.gradcheck(call, tensors)
 
 
+def test_autocast_leaves_the_past_and_the_present_as_they_are():
+    torch = needs("torch")
+    tensors = {name: torch.from_numpy(x) for name, x in drawn(past=2, dtype="float32").items()}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = onnx.attention(**tensors)
+    assert (found.Y.dtype, found.present_key.dtype) == (torch.bfloat16, torch.float32)
+    assert_matches(found.Y, onnx.attention(**tensors).Y, atol=0.05)
+
+
 def test_what_is_hidden_may_hold_nan():
     inputs = {**drawn(), "nonpad_kv_seqlen": np.array([3, 3])}
     expected = onnx.attention(**inputs, qk_matmul_output_mode=3)
