@@ -7,6 +7,11 @@ those of the tensor cores, N / 2 for a product of 64 x N x 16 numbers of 16 bits
 exponentials, reciprocals and the like, 8 for a warp's; of the issue of instructions, 1 for a warp's. Two or three
 warpgroups share all of them. What is largest binds, and the tensor cores' share of it is their utilisation, at best:
 latencies, barriers and what is around the loop are not counted.
+
+Instructions are those of the usual way through the loop: what a branch within it leaps over is not counted, which is
+the look at what was found in values of the block before, if that was at an edge, and the multiplication of sums where
+nothing has to shrink (`Switches.lazy`). "all" counts these, too. "alone" are those behind the last wait, beside which
+no product of the same warpgroup runs.
 """
 
 import argparse
@@ -19,7 +24,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from resources import instructions
+from resources import loops
 
 from cupyattn.cuda.making import catalogue, compiler, source
 from cupyattn.plan import ALL_KEYS, RIGHT_EDGE, base_tile
@@ -46,6 +51,8 @@ class Clocks(NamedTuple):
 
     instructions: int
     """Of a warp."""
+    all: int
+    alone: int
     tensor: int
     special: int
     issue: int
@@ -59,19 +66,20 @@ class Clocks(NamedTuple):
         return self.tensor / getattr(self, self.binds)
 
 
-def clocks_of(body, warpgroups):
+def clocks_of(loop, warpgroups):
+    body = loop.usual()
     products = [re.search(r"[HQ]GMMA\.64x(\d+)x(\d+)", text) for text in body]
     tensor = sum(int(found[1]) // (2 if found[2] == "16" else 4) * int(found[2]) // 16 for found in products if found)
     special = 8 * sum("MUFU" in text for text in body)
-    return Clocks(len(body), warpgroups * tensor, warpgroups * special, warpgroups * len(body))
+    alone = next(count for count, text in enumerate(reversed(body)) if "WARPGROUP.DEPBAR" in text)
+    return Clocks(len(body), len(loop.body), alone, warpgroups * tensor, warpgroups * special, warpgroups * len(body))
 
 
 def loop_of(cubin, is_walk):
     """The shortest innermost loop of products whose waits are those of the walk."""
     with tempfile.TemporaryDirectory() as folder:
-        found, loops = instructions(cubin, Path(folder))
-    bodies = [found[start : stop + 1] for start, stop in loops]
-    return min((body for body in bodies if is_walk(body)), key=len)
+        found = list(loops(cubin, Path(folder)))
+    return min((loop for loop in found if is_walk(loop.body)), key=lambda loop: len(loop.body))
 
 
 def waits(body):
@@ -83,8 +91,8 @@ def of_forward(dtype, head_dim, reach, edits):
     what = catalogue.hopper(dtype, head_dim, head_dim, tile, True, edits)
     cubin = compiler.compile_cubin(source.join(what.source), what.expression, "sm_90a")
     least = 3 if dtype == FLOAT8 and head_dim > 128 else 2  # its sums come in two parts
-    body = loop_of(cubin, lambda body: len(waits(body)) == least and any("GMMA" in text for text in body))
-    return clocks_of(body, tile.block_q // 64)
+    loop = loop_of(cubin, lambda body: len(waits(body)) == least and any("GMMA" in text for text in body))
+    return clocks_of(loop, tile.block_q // 64)
 
 
 def main():
@@ -92,10 +100,11 @@ def main():
     parser.add_argument("--json", type=Path, help="write the figures there, too")
     given = parser.parse_args()
     table = {name: of_forward(*case) for name, case in FORWARD.items()}
-    print(f"{'head_dim':<24}{'instructions':>14}{'tensor':>8}{'special':>9}{'issue':>7}  binds    utilisation")
+    counts = f"{'instructions':>14}{'all':>6}{'alone':>7}"
+    print(f"{'head_dim':<24}{counts}{'tensor':>8}{'special':>9}{'issue':>7}  binds    utilisation")
     for name, row in table.items():
         clocks = f"{row.tensor:>8}{row.special:>9}{row.issue:>7}  {row.binds:<9}"
-        print(f"{name:<24}{row.instructions:>14}{clocks}{row.utilisation:.2f}")
+        print(f"{name:<24}{row.instructions:>14}{row.all:>6}{row.alone:>7}{clocks}{row.utilisation:.2f}")
     if given.json:
         figures = {name: {**row._asdict(), "binds": row.binds} for name, row in table.items()}
         given.json.write_text(json.dumps({"nvrtc": compiler.version(), "clocks": figures}, indent=1) + "\n")

@@ -28,10 +28,10 @@ VARIANTS = {
     "no overlap": {"overlap": False, "pinned": False},
     "neither": {"ping_pong": False, "overlap": False, "pinned": False},
     "no pin": {"pinned": False},
-    "rescale first": {"rescale_first": True},
-    "lazy": {"lazy": True},
-    "lazy, rescale first": {"lazy": True, "rescale_first": True},
-    "no turns, lazy": {"ping_pong": False, "lazy": True},
+    "rescale last": {"rescale_first": False},
+    "not lazy": {"lazy": False},
+    "not lazy, rescale last": {"lazy": False, "rescale_first": False},
+    "no turns, not lazy": {"ping_pong": False, "lazy": False},
     "4 polynomials": {"polynomials": 4},
 }
 SIZES = {  # block_q, block_k, stages, weights in shared memory
@@ -144,12 +144,11 @@ def hopper(report, torch):
 
 
 def tiles_of_float8(planned):
-    """Two other ways to have sums in two levels beside scores, and what it would be without."""
+    """Another way to have sums in two levels beside scores, and what it would be without."""
     return {
         "nothing queued": planned._replace(
             block_k=192, switches=planned.switches._replace(overlap=False, pinned=False)
         ),
-        "rescale first": planned._replace(switches=planned.switches._replace(rescale_first=True)),
         "one level": planned._replace(block_k=192, switches=planned.switches._replace(two_level=False)),
     }
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 TABLE = Path(__file__).parent / "cuda" / "resources.json"
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
@@ -59,6 +60,12 @@ def disassembler():
 
 def instructions(cubin, tmp_path):
     """(the instructions of a kernel, the spans of its loops)."""
+    found, jumps = listing(cubin, tmp_path)
+    return found, [(to, index) for index, to in jumps.items() if to <= index]
+
+
+def listing(cubin, tmp_path):
+    """(the instructions of a kernel, which of them jump to which)."""
     import pytest
 
     tool = disassembler()
@@ -74,7 +81,30 @@ def instructions(cubin, tmp_path):
         elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
             found.append(instruction[1].strip())
     jumps = ((index, re.search(r"BRA.*`\((\.L_x_\d+)\)", text)) for index, text in enumerate(found))
-    return found, [(labels[jump[1]], index) for index, jump in jumps if jump and labels[jump[1]] <= index]
+    return found, {index: labels[jump[1]] for index, jump in jumps if jump}
+
+
+class Loop(NamedTuple):
+    body: list
+    leaps: dict
+    """Which of its instructions may jump ahead within it, and where to."""
+
+    def usual(self):
+        """The instructions of one time through, if it leaps wherever it may."""
+        found, place = [], 0
+        while place < len(self.body):
+            found.append(self.body[place])
+            place = self.leaps.get(place, place + 1)
+        return found
+
+
+def loops(cubin, tmp_path):
+    """Those of a kernel."""
+    found, jumps = listing(cubin, tmp_path)
+    for stop, start in jumps.items():
+        if start <= stop:
+            leaps = {index - start: to - start for index, to in jumps.items() if start <= index < to <= stop}
+            yield Loop(found[start : stop + 1], leaps)
 
 
 def main(update):

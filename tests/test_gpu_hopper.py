@@ -91,7 +91,8 @@ SWITCHES = [
         for turns in (True, False)
         for overlap in (True, False)
     ),
-    *(Switches(lazy=True), Switches(rescale_first=True), Switches(weights_in_shared=True), Switches(polynomials=8)),
+    *(Switches(lazy=True), Switches(rescale_first=True), Switches(lazy=True, rescale_first=True)),
+    *(Switches(weights_in_shared=True), Switches(polynomials=8)),
 ]
 
 

@@ -44,6 +44,7 @@ struct HopperRows : HopperResult<Traits> {
 
     Accumulator<Traits::kPartCols> part;  // if kTwoLevel: of some columns, over one block
     float shrink[2];
+    bool stays;  // if kLazy: shrink is 1 for all of the warp
     Fragment<Element, Switches::kWeightsInShared ? 16 : kBlockK> weights;
 
     DEVICE_METHOD HopperRows(const HopperParams& given_, const HopperMemory<Traits>& memory_, int consumer_)
@@ -135,11 +136,12 @@ struct HopperRows : HopperResult<Traits> {
         ptx::wgmma_wait<1>();
         ptx::hold(scores.value);
         memory.key_ring().leave(use + 1, ptx::thread() % 128);
+        const float its_shrink[2] = {shrink[0], shrink[1]};  // that of the weights in the product
         absorb<kEdge>(scores, block);
         // Without this the compiler would wait for the product first, and overlap nothing.
         if constexpr (Switches::kPinned) ptx::pin(softmax.row_sum[0] + softmax.row_sum[1], memory.base);
         ptx::wgmma_wait<0>();
-        end_product(0);
+        end_product(0, its_shrink);
         release_values();
         keep_weights(scores);
         if constexpr (!Switches::kRescaleFirst) rescale();
@@ -169,7 +171,7 @@ struct HopperRows : HopperResult<Traits> {
             begin_product();
             multiply_weights_by_values(index);
             ptx::wgmma_wait<0>();
-            end_product(index);
+            end_product(index, shrink);
         }
         release_values();
     }
@@ -184,7 +186,7 @@ struct HopperRows : HopperResult<Traits> {
 
     DEVICE_METHOD void wait_for_values(int block) {
         memory.value_ring().wait_full(use);
-        if (!tile.whole.has(block)) {
+        if (Traits::kReach == kBothEdges ? !tile.whole.has(block) : block >= tile.whole.stop) {
             memory.inspected_ring().wait_full(inspected);
             uint32 found[4];
             ptx::load_shared(found, memory.found(inspected));
@@ -232,10 +234,10 @@ struct HopperRows : HopperResult<Traits> {
         hold_sums();
         hold_weights();
     }
-    DEVICE_METHOD void end_product(int index) {
+    DEVICE_METHOD void end_product(int index, const float (&its_shrink)[2]) {
         hold_sums();
         hold_weights();
-        if constexpr (Switches::kTwoLevel) out.add(part, index * Traits::kPartCols);
+        if constexpr (Switches::kTwoLevel) out.scale_rows_and_add(its_shrink, part, index * Traits::kPartCols);
     }
     DEVICE_METHOD void release_values() {
         memory.value_ring().leave(use, ptx::thread() % 128);
@@ -258,13 +260,14 @@ struct HopperRows : HopperResult<Traits> {
     DEVICE_METHOD void absorb(Accumulator<kBlockK>& scores, int block) {
         if constexpr (kEdge || Traits::kEdits)
             edit<Traits::kEdits, kEdge>(scores, rows(), block * kBlockK, tile.sequence, params, scale());
-        fold<Traits::kEdits, Switches::kLazy, Exponential<Switches::kPolynomials>, kShift>(
+        stays = fold<Traits::kEdits, Switches::kLazy, Exponential<Switches::kPolynomials>, kShift>(
             softmax, scores, rows(), block * kBlockK, tile.sequence, params, scale(),
             scale_log2_of<Traits::kEdits>(scale(), params), shrink);
     }
+    // Sums in two levels shrink as a block's are added to them, in one instruction.
     DEVICE_METHOD void rescale() {
-        if (Switches::kLazy && ptx::all(shrink[0] == 1.f && shrink[1] == 1.f)) return;
-        out.scale_rows(shrink);
+        if constexpr (!Switches::kTwoLevel)
+            if (!Switches::kLazy || !stays) out.scale_rows(shrink);
     }
 
     DEVICE_METHOD void keep_weights(const Accumulator<kBlockK>& scores) {

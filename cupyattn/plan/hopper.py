@@ -28,10 +28,13 @@ class Switches(NamedTuple):
     overlap: bool = True
     pinned: bool = True
     rescale_first: bool = False
+    """Sums shrink while the next block's scores are under way, not when all products have ended."""
     lazy: bool = False
+    """... and only where a weight would pass 2^8, which in most tiles it does once or never."""
     weights_in_shared: bool = False
     polynomials: int = 0
     two_level: bool = False
+    """Sums of a block are added to those of all, which shrink in the same instruction: neither first nor lazily."""
 
     def __str__(self) -> str:
         words = [name.replace("_", " ") for name, value in self._asdict().items() if value is True]
@@ -98,18 +101,24 @@ def reach_of(problem: Problem) -> int:
 
 
 def base_tile(head_dim: int, head_dim_v: int, reach: int, dtype: str) -> HopperTile:
-    """The tile of padded head_dims under a mask of such a reach."""
+    """The tile of padded head_dims under a mask of such a reach.
+
+    How sums shrink was decided by instructions, as `asv_benchmarks/clocks.py` counts them, in blocks where nothing has
+    to: of 16 bits it is lazily and first.  That leaves out a multiplication for each number of the output, and what is
+    left behind the last wait, where no product runs beside it, is a quarter to a third of what it was.
+    """
     local = reach == BOTH_EDGES
     if dtype == FLOAT8:
         return _float8_tile(head_dim, reach)
+    narrow = Switches(rescale_first=True, lazy=True)
     if head_dim == 64:
-        return HopperTile(192, 128, 2, reach)
+        return HopperTile(192, 128, 2, reach, switches=narrow)
     if head_dim == 96:
-        return HopperTile(192, 112, 2, reach)
+        return HopperTile(192, 112, 2, reach, switches=narrow)
     if head_dim == 128:
-        return HopperTile(128, 176 if reach == ALL_KEYS else 128, 2, reach)
-    # The longer products of wide heads hide the softmax without turns, and sums shrink while the first one runs.
-    wide = Switches(ping_pong=False, rescale_first=True)
+        return HopperTile(128, 176 if reach == ALL_KEYS else 128, 2, reach, switches=narrow)
+    # The longer products of wide heads hide the softmax without turns.
+    wide = narrow._replace(ping_pong=False)
     if head_dim == 192:
         return HopperTile(128, 96 if local else 128 if head_dim_v == 128 else 112, 2, reach, switches=wide)
     return HopperTile(128, 64 if local else 80, 2, reach, switches=wide)

@@ -24,7 +24,7 @@ from oracle import assert_same_bits
 from cupyattn.cuda.launching.launch import map_objections, recipe_of, record_of
 from cupyattn.cuda.launching.views import view_of_numpy
 from cupyattn.plan import choose
-from cupyattn.plan.hopper import Switches, hopper_tile
+from cupyattn.plan.hopper import ALL_KEYS, BOTH_EDGES, HEAD_DIMS, RIGHT_EDGE, Switches, base_tile, hopper_tile
 from cupyattn.problem import NAMED_DEVICES
 
 SIZES = [
@@ -115,10 +115,29 @@ def test_tiles_come_in_any_order_of_sections(rng, units):
     held(arrays, options_of(causal=True, alignment="top-left"), 1, units_per_section=units)
 
 
-def test_a_weight_may_grow_while_sums_stay_as_they_are(rng):
-    arrays = operands(rng, "float16", "bshd", 1, (1, 1, 1), (128, 400))
-    arrays["k"] *= np.linspace(3.0, 0.1, 400)[:, None, None].astype("f2")  # the largest scores come last
-    held(arrays, options_of(), 1, switches=Switches(lazy=True))
+def growing(rng, dtype, dims=(64, 64)):
+    """A call of which the largest scores come last."""
+    arrays = operands(rng, dtype, "bshd", 1, (1, 1, 1), (128, 400), dims)
+    arrays["k"] = (arrays["k"].astype("f4") * np.linspace(3.0, 0.1, 400)[:, None, None]).astype(arrays["k"].dtype)
+    return arrays
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_weight_may_grow_while_sums_stay_as_they_are(rng, first):
+    held(growing(rng, "float16"), options_of(), 1, switches=Switches(lazy=True, rescale_first=first))
+
+
+def test_rows_that_see_nothing_meet_the_bar_beside_those_whose_sums_stay(rng):
+    arrays = operands(rng, "bfloat16", "bshd", 1, (2, 1, 1), (150, 100))
+    held(arrays, options_of(causal=True, alignment="bottom-right"), 2, switches=Switches(lazy=True, rescale_first=True))
+
+
+def test_lazily_is_how_sums_of_sixteen_bits_shrink():
+    for dtype in ("float16", "bfloat16", FLOAT8):
+        for head_dim in HEAD_DIMS:
+            for reach in (ALL_KEYS, RIGHT_EDGE, BOTH_EDGES):
+                switches = base_tile(head_dim, head_dim, reach, dtype).switches
+                assert (switches.lazy, switches.rescale_first) == ((dtype != FLOAT8,) * 2)
 
 
 # ---- Clusters ---------------------------------------------------------------------------------------
@@ -413,7 +432,6 @@ def test_float8_of_every_head_dim_meets_the_bar(rng, head_dim, shape, schedule):
 SWITCHES_OF_FLOAT8 = [
     *(x for x in SWITCHES if not (x.lazy or x.weights_in_shared)),
     Switches(two_level=True),
-    Switches(two_level=True, rescale_first=True),
     Switches(two_level=True, overlap=False, pinned=False),
 ]
 
@@ -424,6 +442,11 @@ def test_every_switch_of_float8_meets_the_bar(rng, switches, schedule):
     arrays = operands(rng, FLOAT8, "bshd", 1, (1, 1, 1), [(130, 200), (256, 90), (257, 257)][schedule], (64, 48))
     options = options_of(**({"causal": True, "alignment": "bottom-right"} if schedule else {}))
     held(arrays, options, schedule, switches=switches)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_float8_sums_shrink_as_scores_grow(rng, head_dim):
+    held(growing(rng, FLOAT8, (head_dim, head_dim)), options_of(), 2)
 
 
 @pytest.mark.parametrize("head_dim", [64, 256])

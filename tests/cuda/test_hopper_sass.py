@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from resources import instructions
+from resources import instructions, loops
 
 from cupyattn.cuda.making import catalogue, compiler, source
 from cupyattn.plan.hopper import ALL_KEYS, BOTH_EDGES, RIGHT_EDGE, Switches, base_tile
@@ -36,12 +36,12 @@ def kernel(request):
     return KERNELS[request.param][0], compiled(*KERNELS[request.param])
 
 
-def walks(found, loops):
+def walks(found, spans):
     """The bodies of the loops over blocks: two products each, whose waits come one after the other."""
-    for start, stop in loops:
+    for start, stop in spans:
         body = found[start : stop + 1]
         waits = [(index, text[-1]) for index, text in enumerate(body) if "WARPGROUP.DEPBAR" in text]
-        inner = any(start <= first and last < stop for first, last in loops if (first, last) != (start, stop))
+        inner = any(start <= first and last < stop for first, last in spans if (first, last) != (start, stop))
         if [count for _, count in waits] == ["1", "0"] and not inner:
             yield body, *(index for index, _ in waits)
 
@@ -55,22 +55,47 @@ def test_hoppers_own_units_do_the_work(kernel, tmp_path):
     assert "HMMA" not in names
 
 
+def usual_walk(cubin, tmp_path):
+    """(what a whole block takes if nothing has to shrink, all of that loop, how many loops are like it)."""
+    found = list(loops(cubin, tmp_path))
+    bodies = [body for body, *_ in walks(*instructions(cubin, tmp_path))]
+    shortest = min(bodies, key=len)
+    return next(loop.usual() for loop in found if loop.body == shortest), shortest, len(bodies)
+
+
 @pytest.mark.parametrize(
-    ("edited", "most"),
+    ("dtype", "reach", "edited", "most"),
     [
-        (catalogue.SOFTCAP | catalogue.LOW_CAP, 800),
-        (catalogue.ALIBI | catalogue.CAUSAL_ALIBI, 600),
-        (catalogue.ALIBI, 820),
+        (BFLOAT16, RIGHT_EDGE, 0, 470),
+        (BFLOAT16, RIGHT_EDGE, catalogue.SOFTCAP | catalogue.LOW_CAP, 800),
+        (BFLOAT16, RIGHT_EDGE, catalogue.ALIBI | catalogue.CAUSAL_ALIBI, 600),
+        (BFLOAT16, RIGHT_EDGE, catalogue.ALIBI, 820),
+        (FLOAT8, ALL_KEYS, 0, 480),
     ],
-    ids=["softcap", "slopes under a causal mask", "slopes"],
+    ids=["nothing", "softcap", "slopes under a causal mask", "slopes", "float8"],
 )
-def test_edits_take_few_instructions_of_a_block_of_128_keys(edited, most, tmp_path):
-    cubin = compiled(BFLOAT16, 128, 128, RIGHT_EDGE, edited=edited)
-    found, loops = instructions(cubin, tmp_path)
-    bodies = [body for body, *_ in walks(found, loops)]
-    assert len(bodies) == 2, "blocks at an edge, and whole ones"
-    assert min(map(len, bodies)) <= most
+def test_a_block_of_128_keys_takes_few_instructions(dtype, reach, edited, most, tmp_path):
+    cubin = compiled(dtype, 128, 128, reach, edited=edited)
+    usual, _, count = usual_walk(cubin, tmp_path)
+    assert count == (2 if reach == RIGHT_EDGE else 1), "blocks at an edge, and whole ones"
+    assert len(usual) <= most
     assert cubin.spills == 0
+
+
+def test_sums_are_not_multiplied_alone(kernel, tmp_path):
+    """Where nothing has to shrink they are leapt over, and those of float8 shrink as a block's are added to them."""
+    dtype, cubin = kernel
+    usual, body, _ = usual_walk(cubin, tmp_path)
+    of_scale = 8
+    assert sum("FMUL" in text for text in usual) <= of_scale
+    assert (sum("FMUL" in text for text in body) > of_scale) == (dtype != FLOAT8)
+
+
+def test_little_is_left_behind_the_last_wait(kernel, tmp_path):
+    """Weights are rounded there, two in an instruction, and of float8 a block's sums are added up."""
+    dtype, cubin = kernel
+    for body, _, values_are_there in walks(*instructions(cubin, tmp_path)):
+        assert len(body) - values_are_there <= (90 if dtype == FLOAT8 else 52)
 
 
 def test_nothing_is_spilled_and_nothing_serialised(kernel):

@@ -78,6 +78,7 @@ struct HopperTraits {
     static_assert(!kFloat8 || (kBlockK % 32 == 0 && !Switches::kLazy && !Switches::kWeightsInShared),
                   "float8 weights use all the range there is, and lie as only registers let them");
     static_assert(!Switches::kTwoLevel || kFloat8, "products of 16-bit numbers sum in float32");
+    static_assert(!Switches::kTwoLevel || !Switches::kRescaleFirst, "those sums shrink where a block's are added to them");
     static_assert(kParts == 1 || !Switches::kOverlap, "one product is queued behind the scores");
     static_assert(kKeys % KeyTile::kAlignment == 0 && kValues % ValueTile::kAlignment == 0 &&
                       (!kFloat8 || kFetched % FetchedTile::kAlignment == 0) &&

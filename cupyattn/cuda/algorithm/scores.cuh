@@ -158,10 +158,10 @@ DEVICE float scale_log2_of(float softmax_scale, const Params& params) {
     return Left<kEdits>::kNothing ? 1.f : softmax_scale * kLog2e;
 }
 
-// Has the softmax fold a lane's scores, as `edit` left them.  So a softcap costs four instructions, and slopes under a
+// Has the softmax fold a lane's scores, as `edit` left them, and returns what it does.  So a softcap costs four instructions, and slopes under a
 // causal mask one.
 template <int kEdits, bool kLazy = false, typename Exponential = FastExponential, int kShift = 0, int kCols>
-DEVICE void fold(OnlineSoftmax& softmax, Accumulator<kCols>& scores, const RowPair& rows, int first_key,
+DEVICE bool fold(OnlineSoftmax& softmax, Accumulator<kCols>& scores, const RowPair& rows, int first_key,
                  const Sequence& sequence, const Params& params, float softmax_scale, float scale_log2, float (&shrink)[2]) {
     if constexpr (Left<kEdits>::kOffset) {
         const int first = first_key + Accumulator<kCols>::first_column() - sequence.band.offset;
@@ -171,9 +171,9 @@ DEVICE void fold(OnlineSoftmax& softmax, Accumulator<kCols>& scores, const RowPa
             const float slope = ptx::divide(alibi_slope_of<kEdits>(rows.head[half], sequence, params), softmax_scale);
             offset[half] = slope * static_cast<float>(first - rows.token[half]);
         }
-        softmax.template fold<kLazy, Exponential, kShift, true>(scores, scale_log2, shrink, offset);
+        return softmax.template fold<kLazy, Exponential, kShift, true>(scores, scale_log2, shrink, offset);
     } else {
-        softmax.template fold<kLazy, Exponential, kShift>(scores, scale_log2, shrink);
+        return softmax.template fold<kLazy, Exponential, kShift>(scores, scale_log2, shrink);
     }
 }
 // The same of `edited` ones.

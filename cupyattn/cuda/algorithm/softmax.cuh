@@ -34,11 +34,12 @@ struct OnlineSoftmax {
     // Turns scores into weights exp2(scale_log2 * (score - row_max)) in place, adds them to row_sum, and sets
     // `shrink`, by which all that was summed under the old row_max has to be multiplied.
     //
-    // kLazy: the old row_max stays, and shrink is exactly 1, as long as no weight of the warp passes 2^8.
+    // kLazy: the old row_max stays, and shrink is exactly 1, as long as no weight of the warp passes 2^8, and whether it
+    // stays is returned.  A row that sees nothing, whose maximum less itself is nan, is no reason to move the others'.
     // kShift: weights, and so row_sum, come multiplied by 2^kShift.
     // kOffset: `offset` is to be added to all scores of a lane's row.
     template <bool kLazy = false, typename Exponential = FastExponential, int kShift = 0, bool kOffset = false, int kCols>
-    DEVICE_METHOD void fold(Accumulator<kCols>& scores, float scale_log2, float (&shrink)[2], const float (&offset)[2] = {}) {
+    DEVICE_METHOD bool fold(Accumulator<kCols>& scores, float scale_log2, float (&shrink)[2], const float (&offset)[2] = {}) {
         float highest[2] = {row_max[0], row_max[1]};
         if constexpr (kOffset) highest[0] = highest[1] = -ptx::infinity();
 #pragma unroll
@@ -54,7 +55,7 @@ struct OnlineSoftmax {
         over_row(highest, [](float a, float b) { return ptx::max(a, b); });
         bool stays = kLazy;
         if constexpr (kLazy)
-            stays = ptx::all((highest[0] - row_max[0]) * scale_log2 <= 8.f && (highest[1] - row_max[1]) * scale_log2 <= 8.f);
+            stays = !ptx::any((highest[0] - row_max[0]) * scale_log2 > 8.f || (highest[1] - row_max[1]) * scale_log2 > 8.f);
         float origin[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -75,6 +76,7 @@ struct OnlineSoftmax {
                 x = Exponential::at(4 * block + i, ptx::fma(x, scale_log2, -origin[i / 2]));
                 row_sum[i / 2] += x;
             }
+        return stays;
     }
 
     // Adds up the lanes' shares.  After this row_max is an exponent of two.

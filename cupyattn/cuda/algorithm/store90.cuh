@@ -45,16 +45,18 @@ struct HopperResult {
 
     DEVICE_METHOD void store() {
         softmax.finish(scale_log2_of<Traits::kEdits>(scale(), params));
+        int first = row(0);
+        ptx::disguise(first);  // so that rows are not kept in registers through the walk, where there are none to spare
         float factor[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             if constexpr (kShift != 0) softmax.row_sum[half] *= kShrinkBack;
-            const int head = head_of(row(half)), token = token_of(row(half));
+            const int its_row = first + 8 * half, head = head_of(its_row), token = token_of(its_row);
             const Finish end = finish_row(softmax.row_max[half], softmax.row_sum[half], sink_of(head));
             factor[half] = end.factor;
             if constexpr (Traits::kFloat8)
                 factor[half] *= kShrinkBack * descale_of_values(params, tile.sequence.index, tile.head);
-            if (params.at.lse && ptx::lane() % 4 == 0 && exists(row(half))) store_lse(head, token, end.lse);
+            if (params.at.lse && ptx::lane() % 4 == 0 && exists(its_row)) store_lse(head, token, end.lse);
         }
         out.scale_rows(factor);
         const bool suspicious = ptx::any(strays || out.times_zero() != 0.f);

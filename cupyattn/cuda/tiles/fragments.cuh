@@ -30,13 +30,16 @@ struct Accumulator {
 #pragma unroll
             for (int i = 0; i < 4; ++i) value[block][i] *= factor[i / 2];
     }
-    // Adds sums of as many columns as `part` has, from `first` on.
+    // As many columns as `part` has, from `first` on: their rows scaled, and `part` added to them.
     template <int kPartCols>
-    DEVICE_METHOD void add(const Accumulator<kPartCols>& part, int first) {
+    DEVICE_METHOD void scale_rows_and_add(const float (&factor)[2], const Accumulator<kPartCols>& part, int first) {
 #pragma unroll
         for (int block = 0; block < kPartCols / 8; ++block)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) value[first / 8 + block][i] += part.value[block][i];
+            for (int i = 0; i < 4; ++i) {
+                float& x = value[first / 8 + block][i];
+                x = ptx::fma(x, factor[i / 2], part.value[block][i]);
+            }
     }
     // 0, or nan if any of this lane's sums is nan or inf.
     DEVICE_METHOD float times_zero() const {

@@ -38,14 +38,15 @@ __global__ void fold(int count, const float* scales, const float* all_scores, co
         for (int x = 0; x < 4; ++x)
             scores.value[block][x] = all_scores[{COLS} * (16 * warp + scores.row(x / 2)) + scores.first_column() +
                                                 scores.column(block, x)];
-    softmax.fold<kLazy, FastExponential, kShift>(scores, scales[warp], shrink);
-    found += 14 * (32 * warp + lane);
+    const bool stays = softmax.fold<kLazy, FastExponential, kShift>(scores, scales[warp], shrink);
+    found += 15 * (32 * warp + lane);
     for (int half = 0; half < 2; ++half)
         found[half] = shrink[half], found[2 + half] = softmax.row_max[half], found[4 + half] = softmax.row_sum[half];
 #pragma unroll
     for (int block = 0; block < {COLS} / 8; ++block)
 #pragma unroll
         for (int x = 0; x < 4; ++x) found[6 + 4 * block + x] = scores.value[block][x];
+    found[14] = stays;
 }}
 }}
 """
@@ -146,11 +147,11 @@ def blocks_of_scores(rng):
 
 
 def expected_fold(scales, scores, maxima, sums, lazy, shift):
-    """(shrink, row_max, weights, row_sum): decisions in float32, as the kernel has to take them, numbers in float64."""
+    """(stays, shrink, row_max, weights, row_sum): decisions in float32, as the kernel does, numbers in float64."""
     scale = scales[:, None]
     with np.errstate(all="ignore"):
         highest = np.fmax(maxima, np.fmax.reduce(scores, axis=2))
-        stays = ((highest - maxima) * scale <= np.float32(8.0)).all(axis=1, keepdims=True) & lazy
+        stays = ~((highest - maxima) * scale > np.float32(8.0)).any(axis=1, keepdims=True) & lazy  # nan is no reason
         highest = np.where(stays, maxima, highest)
         origin = np.where(np.isneginf(highest), np.float32(0.0), highest * scale).astype(np.float64)
         fma = (maxima.astype(np.float64) * scale - origin).astype(np.float32)
@@ -158,23 +159,24 @@ def expected_fold(scales, scores, maxima, sums, lazy, shift):
         exponent = (scores.astype(np.float64) * scale[..., None] - (origin - shift)[..., None]).astype(np.float32)
         weights = np.exp2(exponent.astype(np.float64))
         lanes = weights.reshape(WARPS, 16, COLS // 8, 4, 2).sum(axis=(2, 4))
-        return shrink, highest, weights, sums * shrink[..., None] + lanes
+        return stays, shrink, highest, weights, sums * shrink[..., None] + lanes
 
 
 def hold_fold(rng, kernel, lazy, shift):
     given = blocks_of_scores(rng)
-    found = np.zeros((WARPS * 32, 14), np.float32)
+    found = np.zeros((WARPS * 32, 15), np.float32)
     run(kernel, list(given), found)
-    by_lane = found.reshape(WARPS, 8, 4, 14)  # (warp, row of a half, lane of a row, what)
+    by_lane = found.reshape(WARPS, 8, 4, 15)  # (warp, row of a half, lane of a row, what)
 
     def of_rows(x):
         """(warp, row, lane of a row, ...) of what a lane has for its two halves."""
         return np.moveaxis(x, 3, 1).reshape(WARPS, 16, 4, *x.shape[4:])
 
-    weights = of_rows(np.moveaxis(by_lane[..., 6:].reshape(WARPS, 8, 4, COLS // 8, 2, 2), 4, 3))
+    weights = of_rows(np.moveaxis(by_lane[..., 6:14].reshape(WARPS, 8, 4, COLS // 8, 2, 2), 4, 3))
     weights = np.moveaxis(weights, 2, 3).reshape(WARPS, 16, COLS)
-    shrink, row_max, exact, row_sum = expected_fold(*given, lazy, shift)
-    assert not lazy or 0.2 < (row_max == given[2]).all(axis=1).mean() < 0.8
+    stays, shrink, row_max, exact, row_sum = expected_fold(*given, lazy, shift)
+    assert not lazy or 0.2 < stays.mean() < 0.8
+    np.testing.assert_array_equal(found[:, 14], np.repeat(stays, 32))
     np.testing.assert_array_equal(of_rows(by_lane[..., 2:4]), np.repeat(row_max[..., None], 4, axis=2))
     assert_close(of_rows(by_lane[..., 0:2]), np.repeat(shrink[..., None], 4, axis=2))
     assert_close(weights, exact)
@@ -198,11 +200,17 @@ def test_blocks_of_any_scores_are_folded(rng, name, target):
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("lazy", "scale_log2 <= 8.f && ", "scale_log2 < 8.f && "),
-        ("lazy", " && (highest[1] - row_max[1]) * scale_log2 <= 8.f", ""),
+        ("lazy", "scale_log2 > 8.f ||", "scale_log2 >= 8.f ||"),
+        ("lazy", " || (highest[1] - row_max[1]) * scale_log2 > 8.f", ""),
+        (
+            "lazy",
+            "!ptx::any((highest[0] - row_max[0]) * scale_log2 > 8.f",
+            "ptx::all((highest[0] - row_max[0]) * scale_log2 <= 8.f",
+        ),
+        ("lazy", "return stays;", "return kLazy;"),
         ("eager", "highest[half] == -ptx::infinity() ? 0.f : highest[half] * scale_log2", "highest[half] * scale_log2"),
     ],
-    ids=["the limit", "half of the rows", "-inf less -inf"],
+    ids=["the limit", "half of the rows", "rows that see nothing", "it always stays", "-inf less -inf"],
 )
 def test_a_fault_in_a_fold_is_found(rng, name, old, new):
     with pytest.raises(AssertionError):
