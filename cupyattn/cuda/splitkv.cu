@@ -9,7 +9,8 @@
 //     partial_out [piece, split, kBlockQ, kHeadDimV], not yet divided; partial_lse [piece, split, kBlockQ, 2]: the
 //     exponent of two they are relative to, and the sum of weights; counters [piece]: splits that are done.
 //
-// Float8 comes into tiles as halves, which hold its numbers exactly, and weights are halves beside them.
+// Keys and values lie in the rings as they come, and are what products take, halves or planes, in the registers of the
+// warp that owns them: see raw.cuh.  Halves hold the numbers of float8 exactly, and its weights are halves, too.
 //
 // How many splits a sequence gets is decided here if lengths are data (split_size 0), by the rule of splits.cuh, and
 // by the host otherwise.
@@ -37,18 +38,21 @@ struct SplitBlock : SplitStates<Traits> {
     using typename States::RowState;
     using Element = typename Traits::Element;
     using Kept = typename Traits::Kept;
+    using Operand = Raw<Element>;
+    using QueryTile = typename Traits::QueryTile;
     static constexpr int kRowTiles = Traits::kRowTiles, kBlockK = Traits::kBlockK, kThreads = Traits::kThreads;
     static constexpr int kPlanes = Planes<Kept>::kCount;
-    static constexpr bool kQueriesInRegisters = kRowTiles * kPlanes == 1;
+    static constexpr bool kQueriesInRegisters = kRowTiles * kPlanes == 1 || Traits::kFloat8;
     static constexpr int kQuerySteps = kQueriesInRegisters ? Traits::kHeadDim / 16 : 1;
+    using QueryFragments = uint32[kRowTiles][kPlanes][4];
 
     Sequence sequence;
     int first_head, first_row;  // of the piece; rows are packed, queries_per_pair to a token
     int num_rows;
-    typename Traits::QueryTile queries;
+    QueryTile queries;
     uint32 ring;  // this warp's
     RowPair rows[kRowTiles];
-    uint32 query[kQuerySteps][kRowTiles][kPlanes][4];
+    QueryFragments query[kQuerySteps];
     Accumulator<Traits::kHeadDimV> out[kRowTiles];
     OnlineSoftmax softmax[kRowTiles];
     bool counting;  // strays, if kCare
@@ -62,7 +66,7 @@ struct SplitBlock : SplitStates<Traits> {
           first_row(tile * Traits::kBlockQ) {
         num_rows = smaller(Traits::kBlockQ, sequence.band.seqlen_q * params.queries_per_pair - first_row);
         queries.base = ptx::shared_memory();
-        states = queries.base + Traits::QueryTile::kBytes;
+        states = queries.base + QueryTile::kBytes;
         ring = states + ptx::warp() * Traits::kNumStages * Traits::kStageBytes;
         if constexpr (Traits::kFloat8)
             descaled = descaled_scale<Traits::kEdits>(params, sequence.index, first_head, kOfFloat8 * kOfFloat8);
@@ -110,10 +114,24 @@ struct SplitBlock : SplitStates<Traits> {
     }
     DEVICE_METHOD void keep_queries() {
 #pragma unroll
-        for (int step = 0; step < kQuerySteps; ++step)
+        for (int step = 0; step < kQuerySteps; step += Operand::kTogether)
 #pragma unroll
             for (int m = 0; m < kRowTiles; ++m)
-                load_fragment<Kept, typename Traits::QueryTile>(query[step][m], left_operand(queries, 16 * m), step);
+                if constexpr (Traits::kFloat8)
+                    Operand::template take_left<QueryTile>(query[step][m], query[step + 1][m],
+                                                           left_operand(queries, 16 * m), step / 2);
+                else
+                    load_fragment<Kept, QueryTile>(query[step][m], left_operand(queries, 16 * m), step);
+    }
+    DEVICE_METHOD void take_queries(QueryFragments& to, int step) const {
+#pragma unroll
+        for (int m = 0; m < kRowTiles; ++m)
+            if constexpr (!kQueriesInRegisters) {
+                load_fragment<Kept, QueryTile>(to[m], left_operand(queries, 16 * m), step);
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) to[m][0][i] = query[step][m][0][i];
+            }
     }
 
     DEVICE_METHOD typename Traits::KeyTile key_tile(int stage) const { return {ring + stage * Traits::kStageBytes}; }
@@ -184,28 +202,9 @@ struct SplitBlock : SplitStates<Traits> {
 
     template <bool kBand>
     DEVICE_METHOD void absorb(int key, int stage) {
-        using KeyTile = typename Traits::KeyTile;
         Accumulator<16> scores[kRowTiles];
-        const uint32 right = right_operand_by_rows(key_tile(stage));
-#pragma unroll
-        for (int m = 0; m < kRowTiles; ++m) scores[m].clear();
-#pragma unroll
-        for (int step = 0; step < Traits::kHeadDim / 16; ++step) {
-            uint32 loaded[kRowTiles][kPlanes][4];
-            if constexpr (!kQueriesInRegisters)
-#pragma unroll
-                for (int m = 0; m < kRowTiles; ++m)
-                    load_fragment<Kept, typename Traits::QueryTile>(loaded[m], left_operand(queries, 16 * m), step);
-            const auto& left = kQueriesInRegisters ? query[kQueriesInRegisters ? step : 0] : loaded;
-#pragma unroll
-            for (int plane = 0; plane < kPlanes; ++plane) {
-                uint32 keys[4];
-                ptx::load_matrices(keys, KeyTile::advance(right, step) + plane * KeyTile::kPlane);
-#pragma unroll
-                for (int m = 0; m < kRowTiles; ++m)
-                    multiply_planes<Kept>(scores[m].value[0], scores[m].value[1], left[m], keys, plane);
-            }
-        }
+        const auto take_left = [&](QueryFragments& left, int step) { take_queries(left, step); };
+        multiply_by_rows<Element, Traits::kHeadDim>(scores, key_tile(stage), take_left);
         Fragment<Kept, 16> weights[kRowTiles];
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
@@ -222,12 +221,9 @@ struct SplitBlock : SplitStates<Traits> {
             }
             weights[m].round_from(scores[m]);
         }
-        const auto tile = value_tile(stage);
-        if constexpr (kCare) {
-            take_strays<32, Kept>(tile, ptx::lane(), counting);
-            ptx::warp_barrier();
-        }
-        multiply_values<typename Traits::ValueTile>(out, weights, right_operand_by_columns(tile));
+        multiply_by_columns<Element>(out, weights, value_tile(stage), [&](uint32(&right)[kPlanes][4]) {
+            if constexpr (kCare) take_strays<Kept>(right, counting);
+        });
         if (kCare && counting)
 #pragma unroll
             for (int m = 0; m < kRowTiles; ++m) strays[m].collect(out[m]);
@@ -272,13 +268,12 @@ struct SplitBlock : SplitStates<Traits> {
                 for (int block = 0; block < Traits::kHeadDimV / 8; ++block)
 #pragma unroll
                     for (int i = 0; i < 2; ++i) {
-                        const int column = Accumulator<16>::first_column() + Accumulator<16>::column(block, i);
+                        const int column = Operand::first_column() + Operand::column(block, i);
                         ptx::store_shared(state_row(ptx::warp(), row) + column * 4, out[m].value[block][2 * half + i]);
                     }
             }
         }
     }
-
 
     DEVICE_METHOD void store(const RowState& state, int row) const {
         const int head = head_of(row);

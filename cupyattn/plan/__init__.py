@@ -29,7 +29,7 @@ from cupyattn.plan.backward import (
 )
 from cupyattn.plan.choosing import choose, for_live_keys, with_num_splits
 from cupyattn.plan.cpu import cpu_tile
-from cupyattn.plan.gpu import flash_tile, gpu_tile, split_tile
+from cupyattn.plan.gpu import bytes_in_a_ring, bytes_of_a_query, flash_tile, gpu_tile, split_tile
 from cupyattn.plan.hopper import (
     ALL_KEYS,
     BOTH_EDGES,
@@ -69,6 +69,8 @@ __all__ = [
     "backward_tile",
     "base_cluster",
     "base_tile",
+    "bytes_in_a_ring",
+    "bytes_of_a_query",
     "choose",
     "choose_backward",
     "cpu_tile",

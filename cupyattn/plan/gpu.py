@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cupyattn.plan.splits import BLOCKS_PER_UNIT
 from cupyattn.plan.values import Tile
-from cupyattn.problem import Device, Problem, Sizes
+from cupyattn.problem import ITEMSIZE, Device, Problem, Sizes
 
 
 def flash_tile(head_dim: int, dtype: str, shared_memory: int) -> Tile:
@@ -26,11 +26,10 @@ def split_tile(head_dim: int, rows: int, dtype: str, shared_memory: int) -> Tile
 
     Four warps, or fewer where the two stages that each needs would not fit.
     """
-    item = bytes_in_a_tile(dtype)
-    block_q = 32 if rows > 16 and head_dim <= 64 and item == 2 else 16
-    stage = 2 * 16 * head_dim * item
-    room = shared_memory // 2 if head_dim * item <= 256 else shared_memory  # two blocks to a multiprocessor
-    queries = block_q * head_dim * item
+    block_q = 32 if rows > 16 and head_dim <= 64 and dtype != "float32" else 16
+    stage = 2 * 16 * bytes_in_a_ring(head_dim, dtype)
+    room = shared_memory // 2 if bytes_in_a_ring(head_dim, dtype) <= 256 else shared_memory  # for two blocks
+    queries = block_q * bytes_of_a_query(head_dim, dtype)
     num_warps = 4
     while num_warps > 1 and queries + 2 * num_warps * stage > shared_memory:
         num_warps //= 2
@@ -40,9 +39,19 @@ def split_tile(head_dim: int, rows: int, dtype: str, shared_memory: int) -> Tile
 
 def blocks_per_unit(tile: Tile, head_dim: int, dtype: str, shared_memory: int) -> int:
     """Split-KV blocks that one multiprocessor runs side by side: their registers let it be two."""
-    item = bytes_in_a_tile(dtype)
-    needed = (tile.block_q + tile.num_warps * tile.num_stages * 2 * 16) * head_dim * item
+    ring = tile.num_warps * tile.num_stages * 2 * 16 * bytes_in_a_ring(head_dim, dtype)
+    needed = tile.block_q * bytes_of_a_query(head_dim, dtype) + ring
     return min(BLOCKS_PER_UNIT, max(1, (shared_memory + 1024) // (needed + 1024)))  # 1 KB of each is the system's
+
+
+def bytes_in_a_ring(columns: int, dtype: str) -> int:
+    """Of a row of keys or values of the split-KV kernel, as it comes from memory: whole slabs of 64."""
+    return -(-columns * ITEMSIZE[dtype] // 64) * 64
+
+
+def bytes_of_a_query(columns: int, dtype: str) -> int:
+    """Of a row of queries there, which are read many times and are made planes first."""
+    return columns * bytes_in_a_tile(dtype) if dtype == "float32" else bytes_in_a_ring(columns, dtype)
 
 
 def bytes_in_a_tile(dtype: str) -> int:

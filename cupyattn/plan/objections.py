@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cupyattn.plan.gpu import bytes_in_a_tile, padded
+from cupyattn.plan.gpu import bytes_in_a_ring, bytes_of_a_query, padded
 from cupyattn.plan.hopper import KEYS_IN_A_BOX
 from cupyattn.problem import FLOAT8, Device, Problem
 
@@ -61,7 +61,8 @@ def objections_of_splitkv(problem: Problem, device: Device) -> tuple[str, ...]:
         reasons.append(f"is for decoding: at most {MOST_PACKED_ROWS} query rows per key head, not {rows}")
     if device.kind == "cuda" and rows > LONGEST:
         reasons.append(f"counts packed rows in 32 bits, at most {LONGEST}, not {rows}")
-    least = 5 * 16 * padded(problem.sizes) * bytes_in_a_tile(problem.dtype)  # queries, and two stages of one warp
+    columns, dtype = padded(problem.sizes), problem.dtype  # queries, and two stages of one warp
+    least = 16 * bytes_of_a_query(columns, dtype) + 4 * 16 * bytes_in_a_ring(columns, dtype)
     if device.kind == "cuda" and least > device.shared_memory:
         reasons.append(f"needs {least} bytes of shared memory for such heads; a block has {device.shared_memory}")
     return tuple(reasons)

@@ -30,15 +30,17 @@ MUTANTS = [
            "ptx::lane() % 16, ptx::lane() / 16", "flash"),
     Mutant("weights in another order", "fragments.cuh", "round_eight(from.value[block], block)",
            "round_eight(from.value[block], block ^ 1)", "flash"),
-    Mutant("one row too many is loaded", "tile.cuh", "Its::kRowsAtOnce < num_rows;", "Its::kRowsAtOnce <= num_rows;",
+    Mutant("one row too many is loaded", "tile.cuh", "Its::kRowsAtOnce < num_rows}", "Its::kRowsAtOnce <= num_rows}",
            "flash"),
-    Mutant("eight columns too many are loaded", "tile.cuh",
-           "exists && 8 * (share.chunk + Its::kLanes * group) < num_cols",
-           "exists && 8 * (share.chunk + Its::kLanes * group) <= num_cols", "flash"),
-    Mutant("eight columns too many are loaded from anywhere", "tile.cuh",
-           "found && 8 * (share.chunk + Its::kLanes * group) < num_cols",
-           "found && 8 * (share.chunk + Its::kLanes * group) <= num_cols", "split"),
-    Mutant("halves of an odd pair swapped", "tile.cuh", "low | high << 16", "high | low << 16", "flash, odd"),
+    Mutant("eight columns too many are loaded", "tile.cuh", "column < num_cols ?", "column <= num_cols ?", "flash"),
+    Mutant("a word's numbers in another order", "tile.cuh", "32 / kPerWord * (i % kPerWord)",
+           "32 / kPerWord * (kPerWord - 1 - i % kPerWord)", "flash, odd"),
+    Mutant("what waited is stored as it came", "tile.cuh",
+           "if constexpr (kAtOnce > 1) parts[place - first].split_planes();", "", "flash, float32"),
+    Mutant("what waited is stored twice", "tile.cuh", "parts[place - first].store(", "parts[0].store(",
+           "flash, float32"),
+    Mutant("a later row for the first", "tile.cuh", "if (group == 0) row = row_of(pass);",
+           "if (pass == 0) row = row_of(pass);", "flash"),
     # ---- Planes of float32
     Mutant("low plane empty", "numbers.cuh", "ptx::bits(rest - middle) & 0xffff0000u", "0u", "flash, float32"),
     Mutant("a product of planes left out", "fragments.cuh", "plane + right_plane < Planes<Element>::kCount",
@@ -62,8 +64,10 @@ MUTANTS = [
            "}\n        multiply_values", "flash"),
     Mutant("a walk before the last one ends", "flash.cu", "ptx::barrier();  // everybody is done with the walk before",
            "", "flash, two stages"),
-    Mutant("strays taken while lanes multiply", "splitkv.cu",
-           "ptx::warp_barrier();\n        }\n        multiply_values", "}\n        multiply_values", "split"),
+    Mutant("strays stay among what is in registers", "splitkv.cu",
+           "if constexpr (kCare) take_strays", "if constexpr (false) take_strays", "split"),
+    Mutant("planes below the first count, too", "strays.cuh", ": counting ? 0u : pair;\n        }",
+           ": pair;\n        }", "split, float32"),
     Mutant("nan outshone by finite warps", "merge.cuh", "sum += share * its_sum;",
            "if (share == 0.f) return;\n            sum += share * its_sum;", "split"),
     Mutant("inf of little weight", "merge.cuh", "x - x == 0.f ? share : 1.f", "share", "split"),
@@ -275,10 +279,32 @@ MUTANTS = [
     Mutant("pages of all blocks are the first's", "flash.cu", "key + static_cast<int>(sequence.first_key)", "0",
            "flash, pages"),
     # ---- Float8
-    Mutant("float8 in another order", "tile.cuh", "(two & 0xffu) << 8 | (two & 0xff00u) << 16",
-           "(two & 0xffu) << 24 | (two & 0xff00u)", "split, float8"),
-    Mutant("float8 at odd addresses in another order", "tile.cuh", "<< 8 * (i % 4)", "<< 8 * (3 - i % 4)",
+    Mutant("even columns are the odd ones", "raw.cuh", "halves_of(four << 8)", "halves_of(four)", "split, float8"),
+    Mutant("fours of a row in another order than those of a query", "raw.cuh",
+           "to[i][0][0] = even(above), to[i][0][1] = odd(above)", "to[i][0][0] = odd(above), to[i][0][1] = even(above)",
            "split, float8"),
+    Mutant("eight rows for sixteen columns", "raw.cuh", "above = word[i], below = word[2 + i]",
+           "above = word[2 * i], below = word[2 * i + 1]", "split, float8"),
+    Mutant("rows and columns of values swapped", "raw.cuh", "first[1] = even(word[1]), first[2] = odd(word[0])",
+           "first[1] = odd(word[0]), first[2] = even(word[1])", "split, float8"),
+    Mutant("pairs of sums side by side", "raw.cuh", "2 * (i % 2) + block % 2", "i % 2 + 2 * (block % 2)",
+           "split, float8"),
+    Mutant("sums of a lane in pairs", "raw.cuh", "return 4 * (ptx::lane() % 4);", "return 2 * (ptx::lane() % 4);",
+           "split, float32"),
+    Mutant("columns behind the last of float8", "tile.cuh", "smaller(16, num_cols - column)", "16", "split, float8"),
+    Mutant("steps of queries for those of keys", "splitkv.cu", "left_operand(queries, 16 * m), step / 2);",
+           "left_operand(queries, 16 * m), step);", "split, float8"),
+    # ---- Float32 as it comes
+    Mutant("eight columns of float32 twice", "raw.cuh", "? from ^ kEightColumns : from", "? from : from",
+           "split, float32"),
+    Mutant("a row of float32 twice", "raw.cuh", "(from ^ kNextRow) + i", "from + i", "split, float32"),
+    Mutant("eight rows of float32 are four", "raw.cuh", "kEightRows = 8 * 64", "kEightRows = 4 * 64", "split, float32"),
+    Mutant("blocks of values swapped with rows", "raw.cuh", "to[0][plane][2 * j + i]", "to[0][plane][2 * i + j]",
+           "split, float32"),
+    Mutant("rows of float32 every second step", "raw.cuh",
+           "const uint32 from = Tile::advance(right, 2 * step);\n#pragma unroll\n        for (int i = 0; i < 4;",
+           "const uint32 from = Tile::advance(right, step);\n#pragma unroll\n        for (int i = 0; i < 4;",
+           "split, float32"),
     Mutant("nan of float8 is 480", "numbers.cuh", "(nans >> 15) * 0x7c00u", "0u", "split, float8"),
     Mutant("float8 without signs", "numbers.cuh", "(pair & 0x80008000u) | size", "size", "split, float8"),
     Mutant("scores of halves for those of float8", "splitkv.cu", "first_head, kOfFloat8 * kOfFloat8);", "first_head);",
@@ -440,6 +466,7 @@ def split_of_edits(sources):
 
 def split_of_float32(sources):
     held("splitkv", VISIBLE["causal, more keys, top-left"], "float32", 0, sources, **SPLIT)
+    held("splitkv", inf_among_negative_numbers, "float32", 1, sources, **SPLIT)
 
 
 def split_of_float8(sources):
@@ -448,6 +475,11 @@ def split_of_float8(sources):
     arrays = operands(rng, "float8_e4m3fn", "bshd", 2, (4, 2, 2), (3, 130), (40, 56))
     for asked in ({}, {"softcap": 2.0}, {"softmax_scale": -0.3}):
         check(arrays | factors, options_of(**asked), "splitkv", 1, sources=sources, num_splits=2, **SPLIT)
+    aligned = {name: np.full((*arrays[name].shape[:-1], 64), np.nan, arrays[name].dtype) for name in "qkv"}
+    for name, x in aligned.items():
+        x[..., : arrays[name].shape[-1]] = arrays[name]
+    aligned = {name: x[..., : arrays[name].shape[-1]] for name, x in aligned.items()}
+    check(aligned, options_of(), "splitkv", 2, sources=sources, num_splits=2, **SPLIT)
     held("splitkv", LAYOUTS["rows at odd addresses"], "float8_e4m3fn", 2, sources, **SPLIT)
     held("splitkv", STRAYS["nan"], "float8_e4m3fn", 1, sources, **SPLIT)
     negative = {"k_descale": np.full((1, 1), -1, "f4")}
@@ -463,6 +495,14 @@ def poisoned(name):
         return arrays, options, seed
 
     return make
+
+
+def inf_among_negative_numbers(rng, dtype):
+    """Their lower planes, were they counted, would make less than one of it."""
+    arrays, options, seed = call(rng, dtype, seqlens=(5, 40))
+    arrays["v"] = -np.abs(arrays["v"])
+    arrays["v"][:, 9, :, 3] = np.inf
+    return arrays, options, seed
 
 
 def everything_broadcast(rng, dtype):

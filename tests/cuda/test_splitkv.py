@@ -425,6 +425,21 @@ def test_pages_of_float8_give_the_bits_of_contiguous_keys(rng, page_size):
     assert_same_bits(found.lse, straight.lse)
 
 
+@pytest.mark.parametrize("dims", [(24, 40), (40, 8)])
+def test_float8_ends_at_the_last_column_though_its_rows_go_on(rng, dims):
+    """Sixteen bytes come at a time: of the last ones of a row half are nobody's."""
+    arrays = behind_the_last_column(operands(rng, FLOAT8, "bshd", 2, DECODE, (3, 130), dims))
+    check(arrays, options_of(**BOTTOM), "splitkv", 1, tile=SMALL, num_splits=2)
+
+
+def behind_the_last_column(arrays):
+    """The same q, k and v in rows of 48 columns, aligned, with nan behind."""
+    wide = {name: np.full((*arrays[name].shape[:-1], 48), np.nan, arrays[name].dtype) for name in "qkv"}
+    for name, x in wide.items():
+        x[..., : arrays[name].shape[-1]] = arrays[name]
+    return arrays | {name: x[..., : arrays[name].shape[-1]] for name, x in wide.items()}
+
+
 @pytest.mark.parametrize("name", ["k at an odd address", "rows at odd addresses"])
 def test_float8_at_odd_addresses_meets_the_bar(rng, name):
     arrays, options, _ = LAYOUTS[name](rng, FLOAT8)

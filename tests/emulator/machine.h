@@ -75,6 +75,7 @@ constexpr const char* kVerbNames[] = {
 struct Copy {
     std::uint32_t to;
     const void* from;  // null: zeros
+    int size;          // of sixteen bytes; zeros behind them
 };
 
 // What a lane brings to its warp's instruction, and what it takes away.

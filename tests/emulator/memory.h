@@ -327,17 +327,18 @@ EMULATED void release_and_acquire() {
 
 EMULATED void perform(const Copy& copy) {
     std::uint8_t* to = memory.shared + offset_of(copy.to);
-    if (copy.from)
-        std::memcpy(to, copy.from, 16);
-    else
-        std::memset(to, 0, 16);
+    std::memset(to, 0, 16);
+    if (copy.from) std::memcpy(to, copy.from, copy.size);
 }
 
 // Schedule 0 copies at once; the others when the copy is waited for, and until then there are NaNs.
 EMULATED void issue(Copy copy, Site site) {
     constexpr const char* verb = "copy_async";
     std::uint8_t* to = shared_at(copy.to, 16, verb, site);
-    if (copy.from) global_at(copy.from, 16, Access::kLoadFresh, verb, site);
+    const auto from = reinterpret_cast<std::uint64_t>(copy.from);
+    if (from % 16) fail(site, "%s: global address %#llx is not a multiple of 16", verb, static_cast<unsigned long long>(from));
+    if (copy.size < 0 || copy.size > 16) fail(site, "%s: %d of 16 bytes", verb, copy.size);
+    if (copy.from) global_range(from, copy.size, Access::kLoadFresh, verb, site);
     note_write(copy.to, 16, this_thread(), {this_moment(), State::kCopy, true, 0}, verb, site);
     if (machine.schedule)
         std::memset(to, 0xFF, 16);

@@ -321,6 +321,16 @@ COPY = body("""
     ptx::load_shared(found, base + 16 * thread);
     ptx::store_global((void*)(out + 4 * thread), found);
 """)
+COPY_OF_A_PART = body("""
+    ptx::copy_async(base + 16 * thread, (const void*)(in + 4 * thread), static_cast<int>(4 * (thread % 5)));
+    ptx::commit_copies();
+    ptx::wait_copies<0>();
+    uint32 pair[2];
+    for (int i = 0; i < 2; ++i) {
+        ptx::load_shared(pair, base + 16 * thread + 8 * i);
+        for (int j = 0; j < 2; ++j) ptx::store_global(out + 4 * thread + 2 * i + j, pair[j]);
+    }
+""")
 COPY_FROM_NOWHERE = body("""
     ptx::copy_async(base + 16 * thread, (const void*)16, false);
     ptx::commit_copies();
@@ -387,6 +397,14 @@ def numbers():
 def test_a_copy_brings_sixteen_bytes_or_zeros(schedule, numbers):
     found = probe(COPY, numbers, np.zeros((32, 4), np.uint32), schedule=schedule)
     want = numbers.reshape(32, 4) * (np.arange(32) % 2 == 0)[:, None]
+    np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_copy_of_fewer_bytes_ends_in_zeros_and_reads_no_more(schedule, numbers):
+    few = numbers[: 4 * 31 + 1]  # of the last lane one word is there, and it asks for no more
+    found = probe(COPY_OF_A_PART, few, np.zeros((32, 4), np.uint32), schedule=schedule)
+    want = np.where(np.arange(4) < np.arange(32)[:, None] % 5, numbers.reshape(32, 4), 0)
     np.testing.assert_array_equal(found, want)
 
 
@@ -458,6 +476,7 @@ LOAD_BYTES_AT = body("ptx::load_global((uint32*)((uint8*)in + n));")
 LOAD_WIDE_AT = body("uint32 found[4]; ptx::load_global(found, (const void*)(in + n));")
 STORE_WIDE_AT = body("uint32 given[4] = {}; ptx::store_global((void*)(out + n), given);")
 COPY_FROM = body("ptx::copy_async(base + 16 * thread, (const void*)(in + n), true);")
+COPY_SIZE = body("ptx::copy_async(base + 16 * thread, (const void*)in, static_cast<int>(n));")
 COPY_TO = body("ptx::copy_async(base + n, (const void*)in, thread == 0);")
 STORE_SHARED_AT = body("if (thread == 0) ptx::store_shared(base + n, 1u);")
 STORE_SHARED_WIDE_AT = body("if (thread == 0) ptx::store_shared(base + n, 1u, 2u, 3u, 4u);")
@@ -480,6 +499,7 @@ LOAD_MATRICES_AT = body("uint32 found[4]; ptx::load_matrices(found, base + n);")
         (STORE_WIDE_AT, 2, r"store_global: global address 0x\w+ is not a multiple of 16"),
         (COPY_FROM, 1, r"copy_async: global address 0x\w+ is not a multiple of 16"),
         (COPY_FROM, 128, r"copy_async: 16 bytes at offset 512 of buffer 0"),
+        (COPY_SIZE, 20, r"copy_async: 20 of 16 bytes"),
         (COPY_TO, 8, r"copy_async: shared address 0x408 is not a multiple of 16"),
         (COPY_TO, 4096, r"copy_async: 16 bytes at shared address 0x1400 are outside the block's 4096 bytes from 0x400"),
         (STORE_SHARED_AT, 2, r"store_shared: shared address 0x402 is not a multiple of 4"),

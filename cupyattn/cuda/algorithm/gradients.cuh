@@ -88,20 +88,22 @@ struct BackwardBlock {
 
     // ---- Loads ----
 
+    static constexpr int kOfLoads = 8;  // registers: with more of float32 under way, sums would be spilled
+
     template <typename Tile>
     DEVICE_METHOD void load_queries(const Tile& tile, const void* data, const Strides& strides, int token, int num_cols) const {
         const Element* from = static_cast<const Element*>(data) + sequence.index * strides.batch + head * strides.head +
                               (sequence.first_row + token) * strides.row;
-        load_rows<kThreads, Traits::kAligned>(tile, ptx::thread(), sequence.band.seqlen_q - token, num_cols, from,
-                                              strides.row);
+        load_rows<kThreads, Traits::kAligned, kOfLoads>(tile, ptx::thread(), sequence.band.seqlen_q - token, num_cols,
+                                                        from, strides.row);
     }
     template <typename Tile>
     DEVICE_METHOD void load_keys(const Tile& tile, const void* data, const Strides& strides, int its_head, int key,
                                  int num_cols) const {
         const Element* from = static_cast<const Element*>(data) + sequence.place * strides.batch +
                               its_head * strides.head + (sequence.first_key + key) * strides.row;
-        load_rows<kThreads, Traits::kAligned>(tile, ptx::thread(), sequence.band.seqlen_k - key, num_cols, from,
-                                              strides.row);
+        load_rows<kThreads, Traits::kAligned, kOfLoads>(tile, ptx::thread(), sequence.band.seqlen_k - key, num_cols,
+                                                        from, strides.row);
     }
     template <typename TileA, typename TileB>
     DEVICE_METHOD void load_queries(const TileA& a, const TileB& b, int token) const {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "algorithm/params.cuh"
-#include "tiles/tile.cuh"
+#include "tiles/raw.cuh"
 
 namespace cupyattn {
 
@@ -38,7 +38,7 @@ template <typename Element_, int kHeadDim_, int kHeadDimV_, int kBlockQ_, int kN
 struct SplitTraits {
     using Element = Element_;
     static constexpr bool kFloat8 = Same<Element, Float8>::value;
-    using Kept = typename Choice<kFloat8, Half, Element>::Type;  // in tiles and as weights
+    using Kept = typename Raw<Element>::Kept;
     using Out = typename Choice<kFloat8, BFloat16, Element>::Type;
     using Given = typename Choice<kFloat8, DescaledParams, Params>::Type;
     static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // as padded in the tiles
@@ -50,9 +50,11 @@ struct SplitTraits {
     static constexpr bool kAligned = kAligned_;
     static constexpr int kEdits = kEdits_;
 
-    using QueryTile = SharedTile<Kept, kBlockQ, kHeadDim>;
-    using KeyTile = SharedTile<Kept, 16, kHeadDim>;
-    using ValueTile = SharedTile<Kept, 16, kHeadDimV>;
+    // Float8 queries are made halves when they go into registers, once; float32 ones are read again and again.
+    using QueryTile = typename Choice<kFloat8, RawTile<Element, kBlockQ, kHeadDim>,
+                                      SharedTile<Element, kBlockQ, kHeadDim>>::Type;
+    using KeyTile = typename Raw<Element>::template Tile<16, kHeadDim>;
+    using ValueTile = typename Raw<Element>::template Tile<16, kHeadDimV>;
     static constexpr int kStageBytes = KeyTile::kBytes + ValueTile::kBytes;
 
     static_assert(kBlockQ % 16 == 0, "fragments have 16 rows");

@@ -108,6 +108,9 @@ DEVICE uint32 load_shared(uint32 address) {
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
     return value;
 }
+DEVICE void load_shared(uint32 (&value)[2], uint32 address) {
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(value[0]), "=r"(value[1]) : "r"(address) : "memory");
+}
 DEVICE float load_shared_float(uint32 address) { return __uint_as_float(load_shared(address)); }
 DEVICE void load_shared(uint32 (&value)[4], uint32 address) {
     asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
@@ -128,11 +131,6 @@ DEVICE void load_global(uint32 (&value)[4], const void* address) {
     const uint4 found = *static_cast<const uint4*>(address);
     value[0] = found.x, value[1] = found.y, value[2] = found.z, value[3] = found.w;
 }
-// Eight, aligned to eight.
-DEVICE void load_global(uint32 (&value)[2], const void* address) {
-    const uint2 found = *static_cast<const uint2*>(address);
-    value[0] = found.x, value[1] = found.y;
-}
 template <typename T>
 DEVICE void store_global(T* address, T value) {
     *address = value;
@@ -152,11 +150,12 @@ DEVICE void store_global_fresh(float* address, float value) {
 
 // ---- Copies that run beside the arithmetic: cp.async ------------------------------------------------
 
-// Sixteen bytes from global to shared memory; zeros, and no access at all, if not `valid`.
-DEVICE void copy_async(uint32 to, const void* from, bool valid) {
-    const int size = valid ? 16 : 0;
+// Up to sixteen bytes from global to shared memory, and zeros behind them; of none, no access at all.
+DEVICE void copy_async(uint32 to, const void* from, int size) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
 }
+// All sixteen, or zeros.
+DEVICE void copy_async(uint32 to, const void* from, bool valid) { copy_async(to, from, valid ? 16 : 0); }
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most `kPending` of this thread's latest groups are under way.
 template <int kPending>

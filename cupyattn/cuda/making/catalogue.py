@@ -12,6 +12,8 @@ from cupyattn.plan import (
     backward_tile,
     base_cluster,
     base_tile,
+    bytes_in_a_ring,
+    bytes_of_a_query,
     flash_tile,
     hopper_backward_tile,
     hopper_shared_memory_of,
@@ -107,9 +109,9 @@ def splitkv(
         aligned,
         edits,
     )
-    planes = 2 * _planes(dtype)
-    ring = tile.num_warps * tile.num_stages * 16 * (columns + columns_v) * planes
-    queries = tile.block_q * columns * planes
+    row = bytes_in_a_ring(columns, dtype) + bytes_in_a_ring(columns_v, dtype)
+    ring = tile.num_warps * tile.num_stages * 16 * row
+    queries = tile.block_q * bytes_of_a_query(columns, dtype)
     states = tile.num_warps * tile.block_q * (columns_v + 2) * 4
     return Specialisation(
         "splitkv.cu",

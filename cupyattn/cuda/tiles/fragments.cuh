@@ -69,11 +69,10 @@ struct Fragment {
             const float low = sums[2 * half], high = sums[2 * half + 1];
             const int i = block % 2 * 2 + half;
             if constexpr (Same<Element, float>::value) {
-                float a[3], b[3];
-                split(low, a[0], a[1], a[2]);
-                split(high, b[0], b[1], b[2]);
+                uint32 planes[3];
+                split_pair(low, high, planes);
 #pragma unroll
-                for (int plane = 0; plane < 3; ++plane) value[block / 2][plane][i] = pack_exact(a[plane], b[plane]);
+                for (int plane = 0; plane < 3; ++plane) value[block / 2][plane][i] = planes[plane];
             } else {
                 value[block / 2][0][i] = ptx::pack<Element>(low, high);
             }

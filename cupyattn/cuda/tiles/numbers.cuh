@@ -40,6 +40,15 @@ DEVICE void split(float x, float& high, float& middle, float& low) {
 // Both numbers of a pair as packed bfloat16; they have no bits below those kept.
 DEVICE uint32 pack_exact(float low, float high) { return (ptx::bits(low) >> 16) | (ptx::bits(high) & 0xffff0000u); }
 
+// A pair of numbers as one of bfloat16 in each plane.
+DEVICE void split_pair(float first, float second, uint32 (&planes)[3]) {
+    float a[3], b[3];
+    split(first, a[0], a[1], a[2]);
+    split(second, b[0], b[1], b[2]);
+#pragma unroll
+    for (int plane = 0; plane < 3; ++plane) planes[plane] = pack_exact(a[plane], b[plane]);
+}
+
 // ---- Float8 without its instructions, which not every GPU has -------------------------------------------
 
 // Two float8 numbers, in the upper bytes of the halves of `pair`, as halves that are 2^-8 of them: exactly, the

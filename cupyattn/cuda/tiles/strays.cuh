@@ -52,6 +52,19 @@ DEVICE void take_strays(const Tile& tile, int thread, bool counting) {
     }
 }
 
+// The same of a right operand in registers.
+template <typename Element>
+DEVICE void take_strays(uint32 (&right)[Planes<Element>::kCount][4], bool counting) {
+    using Number = typename Planes<Element>::Number;
+#pragma unroll
+    for (int plane = 0; plane < Planes<Element>::kCount; ++plane)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            uint32& pair = right[plane][i];
+            pair = plane == 0 ? without_strays<Number>(pair, counting) : counting ? 0u : pair;
+        }
+}
+
 // The strays of some sums, two bits each: inf, and -inf; both are nan.
 template <int kCols>
 struct Strays {

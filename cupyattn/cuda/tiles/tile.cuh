@@ -14,10 +14,11 @@ namespace cupyattn {
 // a row by (row / 2) % 4, and neighbouring rows trade places in every other slab.
 template <typename Element, int kRows_, int kCols_>
 struct SharedTile {
-    static constexpr int kRows = kRows_, kCols = kCols_;
+    static constexpr int kRows = kRows_, kCols = kCols_, kNumPlanes = Planes<Element>::kCount;
+    static constexpr int kPerChunk = 8;  // elements that a thread loads at a time
     static constexpr int kSlab = kRows * 64;
     static constexpr int kPlane = kRows * kCols * 2;
-    static constexpr int kBytes = Planes<Element>::kCount * kPlane;
+    static constexpr int kBytes = kNumPlanes * kPlane;
     static_assert(kCols % 32 == 0, "a tile is made of slabs of 32 columns");
     static_assert(kRows % 16 == 0, "fragments have 16 rows");
 
@@ -36,69 +37,69 @@ struct SharedTile {
     DEVICE_METHOD static constexpr int down(int blocks) { return blocks * 16 * 64; }
 };
 
+// A tile of numbers of any size as they come from memory, 16 bytes to a chunk, for those who make halves or planes of
+// them in registers, see raw.cuh.  Columns beyond kCols, up to whole slabs, are zeros.
+template <typename Element, int kRows_, int kCols_>
+struct RawTile : SharedTile<Half, kRows_, ceil_div(kCols_ * static_cast<int>(sizeof(Element)), 64) * 32> {
+    static constexpr int kPerChunk = 16 / sizeof(Element);
+};
+
 // ---- From global to shared memory -------------------------------------------------------------------
 
-// Eight elements into a tile, float8 as halves; zeros if not `valid`.
+DEVICE uint32 bits_of(float x) { return ptx::bits(x); }
+template <typename Element>
+DEVICE uint32 bits_of(Element x) {
+    return x.bits;
+}
+
+// A chunk of a tile on its way.  What does not go by itself waits in registers between `load` and `store`, so that a
+// thread has several of them under way.
 template <bool kAligned, typename Tile, typename Element>
-DEVICE void load_chunk(uint32 to, const Element* from, bool valid) {
-    if constexpr (Same<Element, float>::value) {
-        uint32 planes[3][4] = {};
-        if (valid) {
-            float x[8];
-            if constexpr (kAligned) {
-                uint32 half[2][4];
-                ptx::load_global(half[0], from);
-                ptx::load_global(half[1], from + 4);
+struct Chunk {
+    static constexpr bool kAsync = kAligned && Tile::kNumPlanes == 1;
+    static constexpr int kPerWord = 4 / sizeof(Element), kWords = Tile::kPerChunk / kPerWord;
+
+    uint32 word[Tile::kNumPlanes][4];  // as they come, and then of planes
+
+    DEVICE_METHOD void clear() {
 #pragma unroll
-                for (int i = 0; i < 8; ++i) x[i] = ptx::from_bits(half[i / 4][i % 4]);
-            } else {
+        for (int i = 0; i < 4 * Tile::kNumPlanes; ++i) word[i / 4][i % 4] = 0u;
+    }
+    // The first `count` elements; what is behind them stays as it is.
+    DEVICE_METHOD void load(const Element* from, int count) {
+        if constexpr (kAligned) {
 #pragma unroll
-                for (int i = 0; i < 8; ++i) x[i] = ptx::load_global(from + i);
-            }
+            for (int i = 0; i < kWords / 4; ++i) ptx::load_global(word[i], from + 4 * kPerWord * i);
+        } else {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                float a[3], b[3];
-                split(x[2 * i], a[0], a[1], a[2]);
-                split(x[2 * i + 1], b[0], b[1], b[2]);
-#pragma unroll
-                for (int plane = 0; plane < 3; ++plane) planes[plane][i] = pack_exact(a[plane], b[plane]);
+            for (int i = 0; i < Tile::kPerChunk; ++i) {
+                uint32& part = word[i / (4 * kPerWord)][i / kPerWord % 4];
+                if (i < count) part |= bits_of(ptx::load_global(from + i)) << 32 / kPerWord * (i % kPerWord);
             }
         }
+    }
+    DEVICE_METHOD void split_planes() {
+        if constexpr (Tile::kNumPlanes == 3) {
+            float x[8];
 #pragma unroll
-        for (int plane = 0; plane < 3; ++plane) {
-            const uint32(&x)[4] = planes[plane];
+            for (int i = 0; i < 8; ++i) x[i] = ptx::from_bits(word[i / 4][i % 4]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                uint32 planes[3];
+                split_pair(x[2 * i], x[2 * i + 1], planes);
+#pragma unroll
+                for (int plane = 0; plane < 3; ++plane) word[plane][i] = planes[plane];
+            }
+        }
+    }
+    DEVICE_METHOD void store(uint32 to) const {
+#pragma unroll
+        for (int plane = 0; plane < Tile::kNumPlanes; ++plane) {
+            const uint32(&x)[4] = word[plane];
             ptx::store_shared(to + plane * Tile::kPlane, x[0], x[1], x[2], x[3]);
         }
-    } else if constexpr (Same<Element, Float8>::value) {
-        uint32 x[4] = {};
-        if (valid) {
-            uint32 four[2] = {};
-            if constexpr (kAligned)
-                ptx::load_global(four, from);
-            else
-#pragma unroll
-                for (int i = 0; i < 8; ++i) four[i / 4] |= static_cast<uint32>(ptx::load_global(from + i).bits) << 8 * (i % 4);
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const uint32 two = four[i / 2] >> 16 * (i % 2);
-                x[i] = halves_of((two & 0xffu) << 8 | (two & 0xff00u) << 16);
-            }
-        }
-        ptx::store_shared(to, x[0], x[1], x[2], x[3]);
-    } else if constexpr (kAligned) {
-        ptx::copy_async(to, from, valid);
-    } else {
-        uint32 x[4] = {};
-        if (valid) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const uint32 low = ptx::load_global(from + 2 * i).bits, high = ptx::load_global(from + 2 * i + 1).bits;
-                x[i] = low | high << 16;
-            }
-        }
-        ptx::store_shared(to, x[0], x[1], x[2], x[3]);
     }
-}
+};
 
 // Where a thread puts its share of a tile: kThreads threads, several to a row, 16 bytes each at a time.
 template <typename Tile, int kThreads>
@@ -126,23 +127,67 @@ struct Share {
     }
 };
 
+// Where a thread's part of a row begins, and whether there is such a row.
+template <typename Element>
+struct RowPart {
+    const Element* from;
+    bool exists;
+};
+
+// Fills a tile by the rows that `row_of(pass)` gives, asked for each pass once and in order; zeros where there is none,
+// and behind columns [0, num_cols), a multiple of 8.  What does not go by itself takes up to kRegisters of a thread.
+template <bool kAligned, int kRegisters, typename Element, typename Tile, typename Its, typename RowOf>
+DEVICE void fill(const Tile& tile, const Its& share, int num_cols, const RowOf& row_of) {
+    using Part = Chunk<kAligned, Tile, Element>;
+    constexpr int kPerChunk = Tile::kPerChunk, kPlaces = Its::kPasses * Its::kGroups;
+    constexpr int kAtOnce = Part::kAsync ? 1 : larger(1, kRegisters / Part::kWords);
+    RowPart<Element> row;
+#pragma unroll
+    for (int first = 0; first < kPlaces; first += kAtOnce) {
+        Part parts[kAtOnce];
+#pragma unroll
+        for (int place = first; place < smaller(first + kAtOnce, kPlaces); ++place) {
+            const int pass = place / Its::kGroups, group = place % Its::kGroups;
+            if (share.idle(pass)) break;
+            if (group == 0) row = row_of(pass);
+            const int column = kPerChunk * (share.chunk + Its::kLanes * group);
+            const int count = kPerChunk == 16 ? smaller(16, num_cols - column) : kPerChunk;
+            const int found = row.exists && column < num_cols ? count : 0;
+            const Element* from = row.from + kPerChunk * Its::kLanes * group;
+            if constexpr (Part::kAsync) {
+                ptx::copy_async(share.address(tile, pass, group), from, found * static_cast<int>(sizeof(Element)));
+            } else {
+                Part& part = parts[place - first];
+                part.clear();
+                if (found) {
+                    part.load(from, found);
+                    if constexpr (kAtOnce == 1) part.split_planes();
+                }
+            }
+        }
+        if constexpr (Part::kAsync) continue;
+#pragma unroll
+        for (int place = first; place < smaller(first + kAtOnce, kPlaces); ++place) {
+            const int pass = place / Its::kGroups, group = place % Its::kGroups;
+            if (share.idle(pass)) break;
+            if constexpr (kAtOnce > 1) parts[place - first].split_planes();
+            parts[place - first].store(share.address(tile, pass, group));
+        }
+    }
+}
+
 // Fills a tile with rows [0, num_rows) and columns [0, num_cols) of memory, and zeros beyond; by kThreads threads,
 // who then have to commit, wait and meet.
-template <int kThreads, bool kAligned, typename Tile, typename Element>
+template <int kThreads, bool kAligned, int kRegisters = 32, typename Tile, typename Element>
 DEVICE void load_rows(const Tile& tile, int thread, int num_rows, int num_cols, const Element* from, int64 row_stride) {
     using Its = Share<Tile, kThreads>;
     const Its share(tile, thread);
-    from += share.row * row_stride + 8 * share.chunk;
-#pragma unroll
-    for (int pass = 0; pass < Its::kPasses; ++pass) {
-        if (share.idle(pass)) break;
-        const bool exists = share.row + pass * Its::kRowsAtOnce < num_rows;
-#pragma unroll
-        for (int group = 0; group < Its::kGroups; ++group)
-            load_chunk<kAligned, Tile>(share.address(tile, pass, group), from + 8 * Its::kLanes * group,
-                                       exists && 8 * (share.chunk + Its::kLanes * group) < num_cols);
+    from += share.row * row_stride + Tile::kPerChunk * share.chunk;
+    fill<kAligned, kRegisters, Element>(tile, share, num_cols, [&](int pass) {
+        const RowPart<Element> row{from, share.row + pass * Its::kRowsAtOnce < num_rows};
         from += Its::kRowsAtOnce * row_stride;
-    }
+        return row;
+    });
 }
 
 // The same for rows that lie anywhere: `row_address(row)` is asked for rows below num_rows; null is a row of zeros.
@@ -151,17 +196,11 @@ DEVICE void load_rows_from(const Tile& tile, int thread, int num_rows, int num_c
                            const RowAddress& row_address) {
     using Its = Share<Tile, kThreads>;
     const Its share(tile, thread);
-#pragma unroll
-    for (int pass = 0; pass < Its::kPasses; ++pass) {
-        if (share.idle(pass)) break;
+    fill<kAligned, 32, Element>(tile, share, num_cols, [&](int pass) {
         const int row = share.row + pass * Its::kRowsAtOnce;
         const Element* found = row < num_rows ? row_address(row) : nullptr;
-        const Element* from = (found ? found : anywhere) + 8 * share.chunk;
-#pragma unroll
-        for (int group = 0; group < Its::kGroups; ++group)
-            load_chunk<kAligned, Tile>(share.address(tile, pass, group), from + 8 * Its::kLanes * group,
-                                       found && 8 * (share.chunk + Its::kLanes * group) < num_cols);
-    }
+        return RowPart<Element>{(found ? found : anywhere) + Tile::kPerChunk * share.chunk, found != nullptr};
+    });
 }
 
 }  // namespace cupyattn

@@ -167,6 +167,9 @@ DEVICE uint32 load_shared(uint32 address, Site site = Site::here()) {
     load_shared_words(value, address, site);
     return value[0];
 }
+DEVICE void load_shared(uint32 (&value)[2], uint32 address, Site site = Site::here()) {
+    load_shared_words(value, address, site);
+}
 DEVICE float load_shared_float(uint32 address, Site site = Site::here()) {
     return from_bits(load_shared(address, site));
 }
@@ -184,9 +187,6 @@ DEVICE T load_global(const T* address, Site site = Site::here()) {
 }
 DEVICE void load_global(uint32 (&value)[4], const void* address, Site site = Site::here()) {
     std::memcpy(value, emulator::global_at(address, 16, Access::kLoad, "load_global", site), 16);
-}
-DEVICE void load_global(uint32 (&value)[2], const void* address, Site site = Site::here()) {
-    std::memcpy(value, emulator::global_at(address, 8, Access::kLoad, "load_global", site), 8);
 }
 template <typename T>
 DEVICE void store_global(T* address, T value, Site site = Site::here()) {
@@ -206,8 +206,11 @@ DEVICE void store_global_fresh(float* address, float value, Site site = Site::he
 
 // ---- Copies that run beside the arithmetic ----------------------------------------------------------
 
+DEVICE void copy_async(uint32 to, const void* from, int size, Site site = Site::here()) {
+    emulator::issue({to, size ? from : nullptr, size}, site);
+}
 DEVICE void copy_async(uint32 to, const void* from, bool valid, Site site = Site::here()) {
-    emulator::issue({to, valid ? from : nullptr}, site);
+    copy_async(to, from, valid ? 16 : 0, site);
 }
 DEVICE void commit_copies() { emulator::commit(); }
 template <int kPending>
