@@ -105,9 +105,10 @@ def attention(
     compute_dtype : {"float64", "float32"}, optional
         Of the arithmetic on the CPU.  Default float64, rounded once to the dtype of `q`.
     fixed_split_size : int, optional
-        Where decoding on a GPU splits the keys, do it every so many (rounded up to whole blocks), so that a
-        sequence's result is the same to the last bit whatever else is in the batch.  Default: as many splits
-        as fill the GPU.  Nothing else splits keys, so that elsewhere this has nothing to do.
+        Where few queries on a GPU have their keys split, do it every so many (rounded up to whole blocks), so
+        that a sequence's result is the same to the last bit whatever else is in the batch.  Default: as many
+        splits as fill the GPU.  More queries than one tile of a kernel has are then not split, and nothing else
+        splits keys, so that elsewhere this has nothing to do.
     implementation : str or tuple of str, optional
         The only ones that may be taken, of "numpy", "splitkv", "hopper" and "flash"; what `explain` calls
         `Plan.kernel`.  Default: what `implementations` allows around the call, which says what gradients make of it.

@@ -22,7 +22,7 @@ from cupyattn import numpy_ref, plan
 from cupyattn.cuda.launching.launch import recipe_of, record_of
 from cupyattn.cuda.launching.views import view_of_numpy
 from cupyattn.plan.hopper import hopper_tile
-from cupyattn.plan.splits import split
+from cupyattn.plan.splits import split, split_pieces
 from cupyattn.problem import ITEMSIZE, NAMED_DEVICES, Spec
 from cupyattn.reading import Options, attention_options, read
 
@@ -153,15 +153,22 @@ def plan_of(problem, kernel, device=H100, fixed_split_size=None, **edits):
     size, splits = 0, 1
     if kernel == "splitkv":
         size, splits, _, _ = split(problem, device, tile.block_q, tile.block_k, fixed_split_size)
-        if "num_splits" in edits and size:
-            size = -(-max(1, problem.sizes.seqlen_k) // (tile.block_k * edits["num_splits"])) * tile.block_k
+    elif kernel == "hopper" and fixed_split_size is not None:
+        size, splits, _, _ = split_pieces(problem, 1, 1, tile.block_k, fixed_split_size)
+    if "num_splits" in edits and (size or (kernel == "hopper" and not problem.layout.lengths_are_data)):
+        size = -(-max(1, problem.sizes.seqlen_k) // (tile.block_k * edits["num_splits"])) * tile.block_k
     chosen = plan.choose(problem, device)
     if kernel == "hopper":
+        edits.setdefault("num_slots", device.num_units)
         edits.setdefault("num_workers", 2)  # fewer than there are tiles, so that a block that is to take several does
         edits.setdefault(
             "instead", plan_of(problem, "splitkv" if problem.dtype == "float8_e4m3fn" else "flash", device)
         )
     return replace(chosen, **{"kernel": kernel, "tile": tile, "split_size": size, "num_splits": splits, **edits})
+
+
+UNTOLD = 2**31 - 1
+"""What nobody has told a merge: more splits than there is memory for."""
 
 
 def guarded(shape, dtype):
@@ -192,18 +199,24 @@ class Call:
             "partial_out": guarded(workspace.partial_out, np.float32),
             "partial_lse": guarded(workspace.partial_lse, np.float32),
             "counters": np.zeros(workspace.counters, np.int32),
+            "told": np.full(workspace.told, UNTOLD, np.int32),
         }
         addresses = {name: x.ctypes.data for name, x in self.scratch.items()}
-        self.record = record_of(recipe, views, homes, dropout_seed, addresses, encode=encode)
         self.grid, self.wanted = recipe.grid, recipe.specialisation
         given = [(x, False) for x in arrays.values()]
         given += [(x, True) for x in (*self.results.values(), *self.scratch.values())]
         self.buffers = [(x, writable) for x, writable in given if x.size]
-        self.kernel = emulator.build(self.wanted.source, self.wanted.expression, sources=sources, flags=flags)
+        self.launches = []
+        for each in filter(None, (recipe, recipe.merge)):
+            what = each.specialisation
+            record = record_of(each, views, homes, dropout_seed, addresses, encode=encode)
+            built = emulator.build(what.source, what.expression, sources=sources, flags=flags)
+            self.launches.append((built, record, each.grid, what))
 
     def run(self, schedule=0, seed=0):
-        block = (self.wanted.threads, self.wanted.shared_memory)
-        self.kernel.launch(self.record, self.grid, *block, self.buffers, schedule, seed, cluster=self.wanted.cluster)
+        for built, record, grid, what in self.launches:
+            block = (what.threads, what.shared_memory)
+            built.launch(record, grid, *block, self.buffers, schedule, seed, cluster=what.cluster)
         assert not self.scratch["counters"].any(), "a counter was not put back"
         return Result(self.results["out"], self.results.get("lse"), self.problem, self.plan)
 

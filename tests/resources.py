@@ -21,7 +21,7 @@ TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 def name_of(specialisation):
     """ "flash_forward<Half, 64, ...>": the expression without what all of them share."""
     expression = specialisation.expression.replace("cupyattn::", "")
-    return re.sub(r"\b(Flash|Split|Backward|HopperBackward)Traits<", "", expression)[:-1]
+    return re.sub(r"\b(Flash|Split|Merge|Backward|HopperBackward)Traits<", "", expression)[:-1]
 
 
 def kernels_of(target):

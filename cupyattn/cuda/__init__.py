@@ -133,7 +133,8 @@ def run(
         results = _results(memory, problem.results, arrays["q"], into)
         try:
             if problem.sizes.num_heads and 0 not in problem.out_shape:
-                _ready(function, memory, index, operands, specs, results, plan, problem, seed)()
+                for launch in _ready(function, memory, index, operands, specs, results, plan, problem, seed):
+                    launch()
         finally:  # copies may be under way
             memory.launched(operands, results)
         return memory.home(results)
@@ -183,7 +184,7 @@ def run_from_cache(
     interleaved: bool,
     into: Arrays,
 ) -> dict[str, Any]:
-    """Append what is new to a cache, in place, and attend over it: two launches, or one if nothing is new.
+    """Append what is new to a cache, in place, and attend over it, in launches one after the other.
 
     `cache_seqlen` is that of all sequences, where they have no cache_seqlens; if neither, all places are taken.
     `each_row` and `interleaved` are about the rotation of q, `into` is as for `run`.
@@ -214,8 +215,8 @@ def run_from_cache(
             launches.append(_ready_to_append(memory, index, operands, specs, problem, seqlen, each_row, interleaved))
         if problem.sizes.num_heads and 0 not in problem.out_shape:
             of_attention = {name: array for name, array in operands.items() if name not in _OF_APPENDING}
-            launches.append(_ready(function, memory, index, of_attention, specs, results, plan, problem, 0, seqlen))
-        for launch in launches:  # nothing is written unless both are ready
+            launches += _ready(function, memory, index, of_attention, specs, results, plan, problem, 0, seqlen)
+        for launch in launches:  # nothing is written unless all are ready
             launch()
         return memory.home(results)
 
@@ -311,8 +312,8 @@ def _ready(
     problem: Problem,
     seed: int,
     cache_seqlen: int = 0,
-) -> Launch:
-    """That of the planned kernel."""
+) -> list[Launch]:
+    """That of the planned kernel, and behind it that of the merge of its splits, if there is one."""
     views = {name: memory.view(array, specs[name].dtype) for name, array in operands.items()}
     _check_instead(function, plan, problem, views)
     recipe = recipe_of(plan, problem, views)
@@ -327,9 +328,11 @@ def _ready(
             recipe = recipe_of(plan, problem, views)
         scratch, workspace = memory.scratch(recipe.workspace, index, stream, operands["q"])
     addresses = {name: memory.pointer(array) for name, array in results.items()}
-    record = record_of(recipe, views, addresses, seed, scratch, cache_seqlen)
-    what = recipe.specialisation
-    return Launch(kernel(what, index), recipe.grid, what, record, stream, [*kept, workspace])
+    launches = []
+    for each in filter(None, (recipe, recipe.merge)):
+        record, what = record_of(each, views, addresses, seed, scratch, cache_seqlen), each.specialisation
+        launches.append(Launch(kernel(what, index), each.grid, what, record, stream, [*kept, workspace]))
+    return launches
 
 
 def _check_instead(function: str, plan: Plan, problem: Problem, views: Mapping[str, View]) -> None:

@@ -16,11 +16,14 @@
 // in part pass by the other warps of the first warpgroup, who make what is not finite 0 before anybody multiplies
 // it.  Rows that do see such a value get it at the end (`mend`).
 //
+// With kSplit the blocks of keys of a tile are shared out among several thread blocks, so that few rows that see many
+// keys fill the GPU.  Each leaves what its rows have come to for merge.cu, which is launched behind it.
+//
 // Twin     cpu.flash.flash, in float64 with the same names.
 // Source   Shah et al., FlashAttention-3, 2024 (arXiv 2407.08608): warp specialisation, overlap, ping-pong.
 // Needs    sm_90a.
 // Launch   any number of whole clusters of blocks: block i takes row tiles i, i + blocks, and so on, the longest
-//          first; kThreads threads; kSharedBytes.
+//          first, or with kSplit all of them once for each split; kThreads threads; kSharedBytes.
 
 #include "algorithm/fetch90.cuh"
 #include "algorithm/softmax90.cuh"
@@ -56,7 +59,7 @@ struct HopperRows : HopperResult<Traits> {
         for (uint32 index = ptx::block_x(); index < uint32(given.num_tiles); index += ptx::grid_x()) {
             tile = row_tile<Traits>(index, given);
             if (tile.blocks.empty()) {
-                store_nothing();
+                if (!Traits::kSplit || tile.split == 0) store_nothing();
                 continue;
             }
             attend();
@@ -312,6 +315,7 @@ DEVICE void run_block(const HopperParams& given) {
         ptx::prefetch_map(given.v);
         if constexpr (Traits::kStoresBoxes) ptx::prefetch_map(given.out);
     }
+    if constexpr (Traits::kSplit) keep_split_size<Traits>(given);
     if constexpr (Traits::kPacked) clear_spare_rows(given, memory);
     if constexpr (Traits::kCluster == 1)
         ptx::barrier();

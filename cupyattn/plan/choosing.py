@@ -15,7 +15,7 @@ from cupyattn.plan.cpu import cpu_tile
 from cupyattn.plan.gpu import blocks_per_unit, gpu_tile, padded
 from cupyattn.plan.hopper import HopperTile, hopper_tile, num_tiles
 from cupyattn.plan.objections import IMPLEMENTATIONS, is_allowed, only
-from cupyattn.plan.splits import FEWEST_KEYS, PEERS, split
+from cupyattn.plan.splits import FEWEST_KEYS, FEWEST_KEYS_OF_TILES, PEERS, split, split_pieces
 from cupyattn.plan.values import CpuTile, Plan, Tile
 from cupyattn.problem import FLOAT8, Device, Problem
 
@@ -70,9 +70,12 @@ def _against_others(kernel: str, asked: dict[str, tuple[str, ...]]) -> tuple[tup
     against = dict(asked)
     against.pop(kernel, None)
     if kernel == "splitkv":
-        for name in ("flash", "hopper"):
+        for name, why in (
+            ("flash", "would leave most of the GPU idle: too few query rows"),
+            ("hopper", "has tiles of 128 rows or more: too few query rows"),
+        ):
             if name in against:
-                against[name] = against[name] or ("would leave most of the GPU idle: too few query rows",)
+                against[name] = against[name] or (why,)
     elif kernel == "hopper":
         against["flash"] = against["flash"] or ("takes what the Hopper kernel cannot: it is slower",)
     return tuple(against.items())
@@ -126,9 +129,28 @@ def _by_hopper(problem: Problem, device: Device, fixed_split_size: int | None) -
     reason = f"{count} tiles of {tile.block_q} rows"
     if tile.heads_per_unit > 1:
         reason += f", of {tile.heads_per_unit} heads side by side"
+    size, splits, blocks, why = _split_tiles(problem, device, tile, count, fixed_split_size)
+    if splits > 1:
+        tile, units = tile._replace(persistent=False, cluster=1), device.num_units
+        peers = _peers(problem, device)
+        return _Decision(tile, blocks, f"{reason}; {why}", splits, split_size=size, num_slots=units, peers=peers)
     if tile.cluster > 1:
         reason += f", whose keys are loaded for {tile.cluster} of them at once"
     return _Decision(tile, workers, reason)
+
+
+def _split_tiles(
+    problem: Problem, device: Device, tile: HopperTile, count: int, fixed_split_size: int | None
+) -> tuple[int, int, int, str]:
+    """What `split` says of the splits of the Hopper kernel, one of whose blocks fills a multiprocessor.
+
+    Nobody asks how much else there is in the batch if splits are of a fixed size: then it is the few rows that are to
+    be in one tile.
+    """
+    fixed = fixed_split_size is not None
+    if not (problem.sizes.seqlen_q <= tile.tokens if fixed else count < device.num_units):
+        return 0, 1, count, ""
+    return split_pieces(problem, count, device.num_units, tile.block_k, fixed_split_size, FEWEST_KEYS_OF_TILES)
 
 
 def _by_flash(problem: Problem, device: Device, fixed_split_size: int | None) -> _Decision:
@@ -143,9 +165,12 @@ def _by_splitkv(problem: Problem, device: Device, fixed_split_size: int | None) 
     split_size, splits, workers, reason = split(
         problem, device, tile.block_q, tile.block_k, fixed_split_size, side_by_side
     )
-    peers = tuple((name, rule(problem, device)) for name, rule in PEERS.items())
-    slots = side_by_side * device.num_units
+    slots, peers = side_by_side * device.num_units, _peers(problem, device)
     return _Decision(tile, workers, reason, splits, split_size=split_size, num_slots=slots, peers=peers)
+
+
+def _peers(problem: Problem, device: Device) -> tuple[tuple[str, int], ...]:
+    return tuple((name, rule(problem, device)) for name, rule in PEERS.items())
 
 
 _DECISIONS: dict[str, Callable[[Problem, Device, int | None], _Decision]] = {
@@ -165,14 +190,24 @@ ANY_NUMBER_OF_SLOTS = 2**30
 def with_num_splits(plan: Plan, problem: Problem, num_splits: int) -> Plan:
     """The plan with so many splits of a sequence at most, where lengths are data; 0: as it is.
 
-    A sequence gets as many as it has `splits.FEWEST_KEYS` for.
+    A sequence gets as many as it has `splits.FEWEST_KEYS` for, or those of tiles.
     """
-    if plan.kernel != "splitkv" or num_splits == 0:
+    on_hopper = plan.kernel == "hopper" and plan.num_splits > 1
+    if not (plan.kernel == "splitkv" or on_hopper) or num_splits == 0:
         return plan
-    most = max(1, min(num_splits, math.ceil(problem.sizes.seqlen_k / FEWEST_KEYS)))
+    fewest = FEWEST_KEYS_OF_TILES if on_hopper else FEWEST_KEYS
+    most = max(1, min(num_splits, math.ceil(problem.sizes.seqlen_k / fewest)))
     pieces = plan.num_workers // plan.num_splits
     reason = f"up to {most} splits a sequence, as was asked"
-    return replace(plan, num_splits=most, num_workers=pieces * most, num_slots=ANY_NUMBER_OF_SLOTS, reason=reason)
+    instead = None if plan.instead is None else with_num_splits(plan.instead, problem, num_splits)
+    return replace(
+        plan,
+        num_splits=most,
+        num_workers=pieces * most,
+        num_slots=ANY_NUMBER_OF_SLOTS,
+        reason=reason,
+        instead=instead,
+    )
 
 
 def for_live_keys(plan: Plan, problem: Problem, live_keys: int) -> Plan:

@@ -51,14 +51,19 @@ def objections_of_flash(problem: Problem, device: Device) -> tuple[str, ...]:
 
 MOST_PACKED_ROWS = 64
 """Query rows per key head up to which decoding in splits beats tiles of rows."""
+MOST_BESIDE_HOPPER = 16
+"""The same where the Hopper kernel splits keys, too: one tile of the split-KV kernel, which reads keys once."""
 
 
 def objections_of_splitkv(problem: Problem, device: Device) -> tuple[str, ...]:
     reasons = _objections_of_a_kernel(problem, device)
     rows = problem.sizes.seqlen_q * problem.sizes.queries_per_pair
-    alone = problem.dtype == FLOAT8 and bool(objections_of_hopper(problem, device))  # nobody else reads float8
+    with_hopper = device.kind == "cuda" and not objections_of_hopper(problem, device)
+    alone = problem.dtype == FLOAT8 and not with_hopper  # nobody else reads float8
     if device.kind == "cuda" and rows > MOST_PACKED_ROWS and not alone:
         reasons.append(f"is for decoding: at most {MOST_PACKED_ROWS} query rows per key head, not {rows}")
+    elif with_hopper and rows > MOST_BESIDE_HOPPER:
+        reasons.append(f"would read keys again for every {MOST_BESIDE_HOPPER} of {rows} rows; hopper splits them, too")
     if device.kind == "cuda" and rows > LONGEST:
         reasons.append(f"counts packed rows in 32 bits, at most {LONGEST}, not {rows}")
     columns, dtype = padded(problem.sizes), problem.dtype  # queries, and two stages of one warp

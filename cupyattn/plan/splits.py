@@ -16,11 +16,13 @@ from cupyattn.problem import ITEMSIZE, Device, Problem, Span
 
 FEWEST_KEYS = 256
 """Keys of a split, unless there are fewer: below, starting and merging cost more than they gain."""
+FEWEST_KEYS_OF_TILES = 512
+"""The same of the Hopper kernel, whose splits leave more rows to be merged."""
 BLOCKS_PER_UNIT = 2
 """Split-KV blocks that run side by side on a multiprocessor."""
 
 
-def live_split_blocks(total: int, pieces: int, slots: int, block_k: int) -> int:
+def live_split_blocks(total: int, pieces: int, slots: int, block_k: int, fewest_keys: int = FEWEST_KEYS) -> int:
     """Key blocks of a split, so that the splits of all pieces run at once, in one wave.
 
     A piece is the rows that share keys; `total` counts the key blocks all of them see, after windows and live
@@ -37,7 +39,7 @@ def live_split_blocks(total: int, pieces: int, slots: int, block_k: int) -> int:
     78
     """
     room = max(slots - pieces, slots // 2, 1)
-    return max(-(-total // room), -(-FEWEST_KEYS // block_k))
+    return max(-(-total // room), -(-fewest_keys // block_k))
 
 
 def by_wave_efficiency(
@@ -153,16 +155,29 @@ def split(
     fixed_split_size: int | None,
     blocks_per_unit: int = BLOCKS_PER_UNIT,
 ) -> tuple[int, int, int, str]:
-    """(split_size, most splits of a piece, thread blocks, reason) of the split-KV kernel.
+    """(split_size, most splits of a piece, thread blocks, reason) of the split-KV kernel."""
+    sizes = problem.sizes
+    group = sizes.queries_per_pair
+    row_tiles = max(1, math.ceil(sizes.seqlen_q * group / block_q))
+    pieces = sizes.batch * (sizes.num_heads // group) * row_tiles
+    return split_pieces(problem, pieces, blocks_per_unit * device.num_units, block_k, fixed_split_size)
+
+
+def split_pieces(
+    problem: Problem,
+    pieces: int,
+    slots: int,
+    block_k: int,
+    fixed_split_size: int | None,
+    fewest_keys: int = FEWEST_KEYS,
+) -> tuple[int, int, int, str]:
+    """The same of any kernel, `slots` of whose thread blocks run at once.
 
     Sequences of one length get as many splits as run at once, over the keys that their window leaves: a decode is
     bound by memory, which one wave keeps busy, and a second one, however full, would only start over.
     Sequences whose lengths are data are cut by `live_split_blocks`, on the device.
     """
     sizes = problem.sizes
-    group = sizes.queries_per_pair
-    row_tiles = max(1, math.ceil(sizes.seqlen_q * group / block_q))
-    pieces = sizes.batch * (sizes.num_heads // group) * row_tiles
     lengths_are_data = problem.layout.lengths_are_data
     touched = problem.mask.touched(Span(0, max(1, sizes.seqlen_q)), sizes.seqlen_q, sizes.seqlen_k)
     blocks = math.ceil(touched.stop / block_k) - touched.start // block_k if problem.flops else 0
@@ -172,12 +187,11 @@ def split(
         size = math.ceil(fixed_split_size / block_k)
         splits = max(1, math.ceil(blocks / size))
         return size * block_k, splits, pieces * splits, f"splits of {size * block_k} keys, as was asked"
-    slots = blocks_per_unit * device.num_units
     if lengths_are_data:  # all other sequences may be empty
-        size = live_split_blocks(blocks * (pieces // max(1, sizes.batch)), pieces, slots, block_k)
+        size = live_split_blocks(blocks * (pieces // max(1, sizes.batch)), pieces, slots, block_k, fewest_keys)
         splits = max(1, math.ceil(blocks / size))
         return 0, splits, pieces * splits, f"up to {splits} splits a sequence, by the lengths on the device"
-    splits = max(1, min(slots // max(1, pieces), blocks * block_k // FEWEST_KEYS))
+    splits = max(1, min(slots // max(1, pieces), blocks * block_k // fewest_keys))
     size = max(1, math.ceil(blocks / splits))  # even
     splits = max(1, math.ceil(blocks / size))
     full = pieces * splits / slots

@@ -83,7 +83,7 @@ class Plan:
     split_size: int = 0
     """Keys of a split; 0: found on the GPU, from the lengths there."""
     num_slots: int = 0
-    """Thread blocks of the split-KV kernel that the GPU runs at once."""
+    """Thread blocks of a kernel that splits keys that the GPU runs at once."""
     peers: tuple[tuple[str, int], ...] = field(default=())
     """Splits that others would have made of it."""
     notes: tuple[str, ...] = field(default=())

@@ -9,6 +9,7 @@ import pytest
 from emulated import (
     FLAGS,
     STORED,
+    UNTOLD,
     assert_close_lse,
     assert_within_the_bar,
     cut_off,
@@ -182,7 +183,8 @@ def run(case, kernel="splitkv", schedule=0, seed=0, sources=None, num_splits=Non
     problem = problem_of(arrays, case.options)
     keys = 32 if problem.dtype == FLOAT8 else 16
     tiles = {"splitkv": SMALL, "flash": FLASH, "hopper": hopper_tile(problem)._replace(block_q=128, block_k=keys)}
-    chosen = plan_of(problem, kernel, **{"tile": tiles[kernel], **edits})
+    splits = {"num_splits": num_splits} if kernel == "hopper" and num_splits else {}
+    chosen = plan_of(problem, kernel, **{"tile": tiles[kernel], **splits, **edits})
     if num_splits is not None:
         chosen = with_num_splits(chosen, problem, num_splits)
     seqlen = problem.sizes.seqlen_k if case.seqlen is None else case.seqlen
@@ -213,14 +215,15 @@ def run(case, kernel="splitkv", schedule=0, seed=0, sources=None, num_splits=Non
         "partial_out": guarded(space.partial_out, np.float32),
         "partial_lse": guarded(space.partial_lse, np.float32),
         "counters": np.zeros(space.counters, np.int32),
+        "told": np.full(space.told, UNTOLD, np.int32),
     }
     addresses = [{name: x.ctypes.data for name, x in some.items()} for some in (results, scratch)]
-    record = record_of(recipe, views, addresses[0], 0, addresses[1], seqlen, encode)
     buffers = [(x, False) for name, x in operands.items() if x.size and name != "k_new"]
     buffers += [(x, True) for x in (*results.values(), *scratch.values()) if x.size]
-    what = recipe.specialisation
-    built = emulator.build(what.source, what.expression, sources=sources, flags=FLAGS)
-    built.launch(record, recipe.grid, what.threads, what.shared_memory, buffers, schedule, seed)
+    for each in filter(None, (recipe, recipe.merge)):
+        record, what = record_of(each, views, addresses[0], 0, addresses[1], seqlen, encode), each.specialisation
+        built = emulator.build(what.source, what.expression, sources=sources, flags=FLAGS)
+        built.launch(record, each.grid, what.threads, what.shared_memory, buffers, schedule, seed)
     return Found(results["out"], results["lse"], arrays["q"], problem, chosen)
 
 

@@ -434,6 +434,48 @@ def test_float8_caches_of_other_libraries_than_torch_are_refused(torch, driver, 
     assert torch.equal(arguments["k_cache"].view(torch.uint8), before.view(torch.uint8))
 
 
+# ---- Splits of the Hopper kernel
+
+
+def few_rows(torch):
+    """Arguments of a call of 20 queries that see 1100 keys, and the result."""
+    q, k, v = torch.randn(1, 20, 4, 64).half(), *torch.randn(2, 1, 1100, 2, 64).half()
+    return (q, k, v), expected(q, k, v)
+
+
+def test_few_rows_behind_many_keys_are_split_and_merged_in_two_launches(torch, driver):
+    arguments, exact = few_rows(torch)
+    np.testing.assert_allclose(cupyattn.attention(*arguments).numpy(), exact, atol=2e-3)
+    (split, grid), (merge, _) = driver.launches
+    assert (split.source, merge.source) == ("hopper.cu", "merge.cu")
+    assert grid == (2 * cupyattn.explain(*arguments).num_splits, 1, 1) == (4, 1, 1)
+
+
+def test_splits_are_captured_and_played_again_without_counters(torch, driver):
+    arguments, exact = few_rows(torch)
+    with driver.capture() as replay:
+        out = cupyattn.attention(*arguments)
+    for _ in range(2):
+        out.fill_(np.nan)
+        replay()
+        np.testing.assert_allclose(out.numpy(), exact, atol=2e-3)
+    assert driver.counters == []
+
+
+def test_nothing_is_launched_unless_the_merge_can_be(torch, driver, monkeypatch):
+    real = driver.kernel
+
+    def kernel(specialisation, index):
+        if specialisation.source == "merge.cu":
+            raise RuntimeError("no compiler")
+        return real(specialisation, index)
+
+    monkeypatch.setattr(cuda, "kernel", kernel)
+    with pytest.raises(RuntimeError, match="no compiler"):
+        cupyattn.attention(*few_rows(torch)[0])
+    assert driver.launches == []
+
+
 # ---- CUDA graphs, and streams that share a number
 
 

@@ -182,6 +182,57 @@ MUTANTS = [
            "sequence * params.k_descale_batch", "float8"),
     Mutant("values without their descale", "store90.cuh",
            "kShrinkBack * descale_of_values(params, tile.sequence.index, tile.head);", "kShrinkBack;", "float8"),
+    # ---- Splits, and their merge
+    Mutant("every split begins at the first key", "splits.cuh", "{blocks.start + split * each, smaller(",
+           "{blocks.start, smaller(", "splits"),
+    Mutant("more splits than there is room for", "splits.cuh",
+           "const int most = smaller(params.num_splits, larger(1, ceil_div(total, size)));",
+           "const int most = larger(1, ceil_div(total, size));", "ragged_splits"),
+    Mutant("all splits have all keys", "hopper.cuh", "tile.blocks = its.part, tile.num_splits = its.count;",
+           "tile.num_splits = its.count;", "splits"),
+    Mutant("tiles of the next split are those behind", "hopper.cuh", "        index -= split * num_tiles;\n", "",
+           "splits"),
+    Mutant("queries come where sums still are", "hopper.cuh",
+           "        ptx::fence_async_proxy();  // before TMA puts queries where sums were\n", "", "ragged_splits"),
+    Mutant("every split wipes the rows", "hopper.cu", "if (!Traits::kSplit || tile.split == 0) store_nothing();",
+           "store_nothing();", "ragged_splits"),
+    Mutant("a split without keys is not told of", "store90.cuh",
+           "if (tile.first_token < tile.sequence.band.seqlen_q && tile.sequence.index < params.batch) tell(2);", ";",
+           "ragged_splits"),
+    Mutant("rows of no sequence are told of", "store90.cuh", " && tile.sequence.index < params.batch) tell(2);",
+           ") tell(2);", "ragged_splits"),
+    Mutant("strays that nobody hears of", "store90.cuh", "tell(2 * tile.num_splits + (strays != 0));",
+           "tell(2 * tile.num_splits);", "splits"),
+    Mutant("all tiles leave their splits at one place", "store90.cuh",
+           "unit * tiles + tile.first_token / given.tokens_per_tile", "unit * tiles", "splits"),
+    Mutant("queries kept by a split that has left", "store90.cuh",
+           "leave_partial();\n                memory.query_ring().leave(tile_use, ptx::lane());", "leave_partial();",
+           "splits"),
+    Mutant("weights of float8 as they are, in a split", "store90.cuh", "softmax.row_sum[half] * kShrinkBack};",
+           "softmax.row_sum[half]};", "splits_of_float8"),
+    Mutant("every lane has its own exponent", "merge.cu",
+           "exponent = ptx::max(exponent, ptx::shuffle_xor(exponent, step));", ";", "splits"),
+    Mutant("splits weigh the same", "merge.cu", "ptx::exp2(ptx::load_global(sums_of(split)) - origin)", "1.f",
+           "splits"),
+    Mutant("a split's columns are those of the first", "merge.cu", "ptx::load_global(four, out + first_column(chunk));",
+           "ptx::load_global(four, out);", "splits"),
+    Mutant("merged without sinks", "merge.cu",
+           "params.at.sinks ? ptx::load_global(params.at.sinks + head) * kLog2e : -ptx::infinity()", "-ptx::infinity()",
+           "splits"),
+    Mutant("what the first split is told of strays", "merge.cu", "strays |= row.told(split) & 1;",
+           "strays |= row.told(0) & 1;", "splits"),
+    Mutant("merged rows are not mended", "merge.cu", "if (ptx::any(strays || probe != 0.f) &&", "if (false &&",
+           "splits"),
+    Mutant("inf where merged scores are nan", "merge.cu", " && sum * 0.f == 0.f) mend();", ") mend();", "splits"),
+    Mutant("rows that are not there are merged", "merge.cu", "    if (!row.exists()) return;\n", "", "ragged_splits"),
+    Mutant("what one split has done is merged", "merge.cu", "if (splits <= 1) return;", "", "ragged_splits"),
+    Mutant("heads of merged rows", "merge.cu", " + packed_row % given.heads_per_unit;", ";", "ragged_splits"),
+    Mutant("merged values without their descale", "merge.cu",
+           "if constexpr (Traits::kFloat8) factor *= descale_of_values(params, sequence.index, head);", "",
+           "splits_of_float8"),
+    Mutant("merged strays of another page", "merge.cu",
+           "if (!params.at.block_table) return values + key * params.v.row;", "return values + key * params.v.row;",
+           "splits_in_pages"),
 ]  # fmt: skip
 
 
@@ -287,7 +338,53 @@ def float8(sources):
     held(sources, arrays, options_of(causal=True, alignment="top-left"), 1)
 
 
-GROUPS = {group.__name__: group for group in (tiles, wide, switches, clusters, pages, strays, packed, ragged, float8)}
+def held_in_splits(sources, arrays, options, schedule, num_splits=3, **edits):
+    edits = {"block_q": 128, "block_k": 32, "persistent": False, "cluster": 1, **edits}
+    tile = hopper_tile(problem_of(arrays, options))._replace(**edits)
+    check(arrays, options, "hopper", schedule, tile=tile, sources=sources, num_splits=num_splits, num_workers=2)
+
+
+def splits(sources):
+    rng = np.random.default_rng(SEED)
+    options = options_of(causal=True, **BOTTOM)
+    arrays = operands(rng, "float16", "bshd", 1, (2, 1, 1), (150, 300), (64, 64))
+    arrays["k"] *= np.linspace(3.0, 0.1, 300)[:, None, None].astype("f2")
+    arrays["sinks"] = np.array([3.0, -1.0], "f4")
+    held_in_splits(sources, arrays, options, 1, heads_per_unit=1)
+    held_in_splits(sources, arrays, options, 1, heads_per_unit=1, persistent=True)
+    arrays["v"][0, 295, 0, 5] = np.inf  # in the last split alone
+    held_in_splits(sources, arrays, options, 2, heads_per_unit=1)
+    arrays["q"][0, 149, 1, 3] = np.nan
+    held_in_splits(sources, arrays, options, 0, heads_per_unit=1)
+
+
+def ragged_splits(sources):
+    rng = np.random.default_rng(SEED)
+    arrays = ragged_operands(rng, "float16", (5, 80, 3, 140), (30, 1900, 0, 64), (4, 2, 2), behind=(3, 0))
+    arrays["sinks"] = np.arange(4, dtype="f4")
+    for schedule in (1, 2):
+        held_in_splits(sources, arrays, ragged_options(arrays, causal=True, **BOTTOM), schedule, 2, heads_per_unit=2)
+
+
+def splits_in_pages(sources):
+    rng = np.random.default_rng(SEED)
+    arrays = ragged_operands(rng, "float16", (17, 40), (40, 1300), (4, 2, 2), behind=(0, 7))
+    arrays["v"][1320, 0, 3] = np.inf
+    held_in_splits(sources, paged(rng, arrays, 48), ragged_options(arrays, causal=True, **BOTTOM), 1)
+
+
+def splits_of_float8(sources):
+    rng = np.random.default_rng(SEED)
+    arrays = operands(rng, "float8_e4m3fn", "bshd", 2, (2, 2, 2), (40, 300), (64, 64))
+    arrays |= {f"{name}_descale": rng.uniform(0.5, 2.0, (2, 2)).astype("f4") for name in "qkv"}
+    held_in_splits(sources, arrays, options_of(causal=True, **BOTTOM), 1)
+
+
+GROUPS = {
+    group.__name__: group
+    for group in (tiles, wide, switches, clusters, pages, strays, packed, ragged, float8, splits, ragged_splits,
+                  splits_in_pages, splits_of_float8)
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("group", GROUPS)

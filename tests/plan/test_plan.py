@@ -156,10 +156,23 @@ def test_all_reasons_are_listed_at_once():
     ] * 4
 
 
-@pytest.mark.parametrize(("seqlen_q", "kernel"), [(1, "splitkv"), (16, "splitkv"), (17, "hopper"), (64, "hopper")])
+@pytest.mark.parametrize(("seqlen_q", "kernel"), [(1, "splitkv"), (16, "splitkv"), (17, "flash"), (64, "flash")])
 def test_up_to_64_rows_per_key_head_are_decoding(seqlen_q, kernel):
     # four query heads share a key head, so 16 queries are 64 rows
-    assert choose(asked(seqlens=(seqlen_q, 8192)), H100).kernel == kernel
+    assert choose(asked(seqlens=(seqlen_q, 8192)), A100).kernel == kernel
+
+
+@pytest.mark.parametrize(("seqlen_q", "kernel"), [(1, "splitkv"), (4, "splitkv"), (5, "hopper"), (64, "hopper")])
+def test_beside_hopper_who_splits_keys_too_up_to_16_rows_are(seqlen_q, kernel):
+    problem = asked(seqlens=(seqlen_q, 8192))
+    assert choose(problem, H100).kernel == kernel
+    assert choose(replace(problem, dropout_p=0.1), H100).kernel == ("splitkv" if seqlen_q < 17 else "flash")
+
+
+def test_of_rows_that_hopper_takes_splitkv_says_how_often_it_would_read_their_keys():
+    assert against(asked(seqlens=(8, 8192)))["splitkv"] == (
+        "would read keys again for every 16 of 32 rows; hopper splits them, too",
+    )
 
 
 def test_dropout_and_several_batch_axes_are_no_objection():
@@ -259,6 +272,16 @@ def test_the_cpu_starts_threads_only_for_live_keys_that_are_worth_them():
     assert found.num_workers > 1
     assert plan.for_live_keys(found, problem, 2**20) is found
     assert plan.for_live_keys(found, problem, 100) == replace(found, num_workers=1)
+
+
+@pytest.mark.parametrize(("num_splits", "most"), [(1, 1), (3, 3), (16, 16), (17, 16)])
+def test_hopper_and_what_runs_instead_make_no_more_splits_than_are_asked_for(num_splits, most):
+    problem = replace(CACHED, sizes=replace(CACHED.sizes, seqlen_q=8))
+    chosen = choose(problem, H100)
+    assert (chosen.kernel, chosen.instead.kernel) == ("hopper", "splitkv")
+    found = with_num_splits(chosen, problem, num_splits)
+    assert (found.num_splits, found.num_workers, found.split_size) == (most, 8 * most, 0)
+    assert found.instead == with_num_splits(chosen.instead, problem, num_splits)
 
 
 @pytest.mark.parametrize("device", [CPU, H100])

@@ -11,6 +11,7 @@ from cupyattn.plan import choose
 from cupyattn.plan.splits import (
     BLOCKS_PER_UNIT,
     FEWEST_KEYS,
+    FEWEST_KEYS_OF_TILES,
     PEERS,
     by_wave_efficiency,
     flash_attn_2,
@@ -307,3 +308,84 @@ def test_the_grid_has_room_for_the_splits_that_live_lengths_give(lengths, groups
     _, of_longest, _ = cut(decode(64 * longest, len(lengths), (groups, groups), layout="thd"))
     live = live_split_blocks(groups * sum(lengths), pieces, SLOTS, 64)
     assert math.ceil(max(lengths) / live) <= of_longest
+
+
+# ---------------------------------------------------------------------------------------------------
+# The Hopper kernel
+# ---------------------------------------------------------------------------------------------------
+
+H200 = NAMED_DEVICES["H200"]
+CAUSAL = Mask(right=0, alignment="bottom-right")
+
+
+def of_hopper(problem, fixed_split_size=None):
+    """(tiles of rows, splits, thread blocks) of a plan that the Hopper kernel has."""
+    chosen = choose(problem, H200, fixed_split_size)
+    assert chosen.kernel == "hopper"
+    return chosen.num_workers // chosen.num_splits, chosen.num_splits, chosen.num_workers
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        (decode(65536, seqlen_q=32, mask=CAUSAL), (8, 16, 128)),
+        (decode(65536, seqlen_q=17, mask=CAUSAL), (8, 16, 128)),
+        (decode(65536, seqlen_q=5), (8, 16, 128)),
+        (decode(65536, seqlen_q=128, mask=CAUSAL), (32, 4, 128)),
+        (decode(131072, batch=2, heads=(28, 4), seqlen_q=32, mask=CAUSAL), (16, 8, 128)),
+        (decode(2048, seqlen_q=32, mask=CAUSAL), (8, 4, 32)),
+        (decode(895, seqlen_q=32, mask=CAUSAL), (8, 1, 8)),
+        (decode(65536, batch=16, seqlen_q=32, mask=CAUSAL), (128, 1, 128)),
+        (decode(65536, seqlen_q=32, mask=Mask(left=1023, right=0, alignment="bottom-right")), (8, 2, 16)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, tuple) else "",
+)
+def test_few_rows_behind_many_keys_fill_an_h200(problem, expected):
+    assert of_hopper(problem) == expected
+
+
+def test_a_plan_of_few_rows_says_how_it_fills_the_gpu():
+    chosen = choose(decode(65536, seqlen_q=32, mask=CAUSAL), H200)
+    tiles, _, splits = chosen.reason.partition("; ")
+    assert tiles == "8 tiles of 128 rows, of 4 heads side by side"
+    assert splits == "8 pieces on 132 slots: 16 splits of 4096 keys fill 97% of one wave"
+    assert dict(chosen.peers) == {"flash-attn 2": 7, "flash-attn 3": 15}
+    assert (chosen.tile.cluster, chosen.tile.persistent) == (1, False)
+
+
+def test_a_prefill_that_fills_the_gpu_is_not_split():
+    chosen = choose(decode(2048, seqlen_q=2048, mask=CAUSAL), H200)
+    assert (chosen.kernel, chosen.num_splits, chosen.split_size, chosen.peers) == ("hopper", 1, 0, ())
+
+
+def test_lengths_that_are_data_are_split_by_hopper_where_tiles_are_few():
+    few, many = (decode(65536, batch, seqlen_q=16, layout="thd", mask=CAUSAL) for batch in (4, 17))
+    # as if the other sequences were empty: 512 blocks of 128 keys for each of 8 heads share 100 slots
+    assert of_hopper(few) == (32, math.ceil(512 / math.ceil(8 * 512 / 100)), 32 * 13)
+    assert choose(few, H200).split_size == 0
+    assert "by the lengths on the device" in choose(few, H200).reason
+    assert of_hopper(many) == (136, 1, 136)
+
+
+@pytest.mark.parametrize("asked", [1, 1000, 4096])
+def test_a_fixed_split_size_of_few_rows_does_not_depend_on_the_batch(asked):
+    found = {of_hopper(decode(8192, batch, seqlen_q=32, mask=CAUSAL), asked)[1] for batch in (1, 3, 1000)}
+    assert found == {8192 // (128 * math.ceil(asked / 128))}
+    sizes = {choose(decode(8192, batch, seqlen_q=32, mask=CAUSAL), H200, asked).split_size for batch in (1, 3, 1000)}
+    assert sizes == ({128 * math.ceil(asked / 128)})
+
+
+@pytest.mark.parametrize("batch", [1, 100])
+def test_with_a_fixed_split_size_rows_of_several_tiles_are_never_split(batch):
+    assert of_hopper(decode(65536, batch, seqlen_q=33, mask=CAUSAL), 512)[1] == 1
+
+
+def test_splits_of_tiles_have_enough_keys():
+    for seqlen_k in (1024, 1500, 5000, 20000):
+        chosen = choose(decode(seqlen_k, seqlen_q=32, mask=CAUSAL), H200)
+        assert chosen.split_size >= FEWEST_KEYS_OF_TILES
+
+
+def test_where_hopper_cannot_read_the_arrays_splitkv_splits_its_own_way():
+    instead = choose(decode(65536, seqlen_q=8, mask=CAUSAL), H200).instead
+    assert (instead.kernel, instead.num_splits) == ("splitkv", 16)

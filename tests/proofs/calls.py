@@ -44,7 +44,8 @@ TRAITS = {
     "splitkv.cu": ("element", "head_dim", "head_dim_v", "block_q", "num_warps", "num_stages", "paged", "aligned",
                    "edits"),
     "hopper.cu": ("element", "head_dim", "head_dim_v", "block_q", "block_k", "num_stages", "cluster", "reach", "paged",
-                  "packed", "stores_boxes", "edits", *Switches._fields),
+                  "packed", "stores_boxes", "edits", *Switches._fields, "splits"),
+    "merge.cu": ("element", "chunks"),
     "append.cu": ("element",),
     "backward.cu": ("element", "head_dim", "head_dim_v", *BackwardTile._fields, "wanted", "aligned", "edits"),
     "hopper_backward.cu": ("element", "head_dim", "head_dim_v", *BackwardTile._fields, "wanted", "edits"),
@@ -70,6 +71,8 @@ class Kernel(NamedTuple):
         """Its template arguments by name."""
         values = re.findall(r"[\w:.]+", self.expression.replace("cupyattn::HopperSwitches", ""))
         skipped = 1 if len(TRAITS[self.source]) == 1 else 2  # the function, and the struct of its traits
+        if self.source == "hopper.cu" and len(values) == len(TRAITS[self.source]) + 1:
+            values.append("false")  # its default
         return dict(zip(TRAITS[self.source], map(_value, values[skipped:]), strict=True))
 
     @property
@@ -87,7 +90,8 @@ class Kernel(NamedTuple):
         words += ["x".join(str(x[name]) for name in sizes if name in x)] if "head_dim" in x else []
         words += [f"of {OF[x['wanted']]}"] if "wanted" in x else []
         words += [f"reach {x['reach']}", f"cluster {x['cluster']}"] if "reach" in x else []
-        words += [name for name in ("paged", "packed", "stores_boxes") if x.get(name)]
+        words += [f"of {128 * x['chunks']} columns"] if "chunks" in x else []
+        words += [name for name in ("paged", "packed", "stores_boxes", "splits") if x.get(name)]
         return " ".join(words)
 
 
@@ -109,9 +113,10 @@ def kernels(target, prebuilt=False):
         if chosen.kernel == "none":
             continue
         for each in filter(None, (chosen, chosen.instead)):
-            wanted = recipe_of(each, problem, views).specialisation if each.kernel != "none" else None
-            if wanted is not None:
-                found.append(Kernel(target, wanted.source, wanted.expression))
+            if each.kernel != "none":
+                recipe = recipe_of(each, problem, views)
+                launched = [x.specialisation for x in (recipe, recipe.merge) if x]
+                found += [Kernel(target, wanted.source, wanted.expression) for wanted in launched]
         found += _of_gradients(target, problem, views)
     return tuple(dict.fromkeys(found))
 
@@ -202,6 +207,8 @@ def calls_of(kernel):
         return _of_backward(kernel)
     if kernel.source == "append.cu":
         return _of_append(kernel)
+    if kernel.source == "merge.cu":
+        return _of_merge(kernel)
     paged, dims, element = kernel.traits.get("paged"), kernel.dims, kernel.dtype
     if kernel.source == "hopper.cu":
         return _of_hopper(kernel, paged, dims, element)
@@ -288,22 +295,32 @@ def _of_hopper(kernel, paged, dims, dtype):
     mask = OF_REACH[x["reach"]]
     rows = x["block_q"] * 2 if x["cluster"] > 1 else x["block_q"] + 37
     keys = 2 * x["block_k"] + 33
+    more = {"num_splits": 3} if x["splits"] else {}
+    if x["splits"]:
+        rows, keys = 40, 640 + keys % PAGE  # of lengths that are data a split has 512 at least
     if not x["stores_boxes"]:
         page = PAGE if paged else None
         whole = _ragged(dtype, heads, (rows, 0, 17), (keys - keys % PAGE if paged else keys, 5, 48), dims, page, mask)
         # Strays, and what is unused of a page, are nan, which rows look for one by one: few rows.
         strays = _ragged(dtype, heads, (40, 0, 17), (keys, 5, 40), dims, page, mask, strays=True)
-        return {"pages" if paged else "ragged": _call(kernel, whole), "strays": _call(kernel, strays)}
+        return {"pages" if paged else "ragged": _call(kernel, whole, **more), "strays": _call(kernel, strays, **more)}
     if paged:
-        return {"cache in pages": _cached(kernel, heads, rows, page_size=PAGE, **mask)}
+        return {"cache in pages": _cached(kernel, heads, rows, page_size=PAGE, splits=more, **mask)}
     made = _dense_arrays(dtype, heads, (rows, keys), dims, mask, descaled=True)
     turned = _dense_arrays(dtype, heads, (rows, keys), dims, mask, "bhsd")
     few = _dense_arrays(dtype, heads, (40 if x["cluster"] == 1 else rows, keys), dims, mask, strays=True)
     return {
-        "dense": _call(kernel, made, num_workers=2),
-        "persistent, heads first": _call(kernel, turned, num_workers=x["cluster"], persistent=True),
-        "strays": _call(kernel, few, num_workers=2),
+        "dense": _call(kernel, made, num_workers=2, **more),
+        "persistent, heads first": _call(kernel, turned, num_workers=x["cluster"], persistent=True, **more),
+        "strays": _call(kernel, few, num_workers=2, **more),
     }
+
+
+def _of_merge(kernel):
+    """What is merged is left by a kernel that splits."""
+    x = kernel.traits
+    splitting = (each for each in kernels(kernel.target) if each.traits.get("splits") and each.dtype == kernel.dtype)
+    return calls_of(next(each for each in splitting if -(-each.dims[1] // 128) == x["chunks"]))
 
 
 def _dense_arrays(dtype, heads, seqlens, dims, mask=None, layout="bshd", batch=1, descaled=False, strays=False):
@@ -403,24 +420,27 @@ def _appending():
     return module
 
 
-def _cached(kernel, heads, rows=2, page_size=None, **mask):
+def _cached(kernel, heads, rows=2, page_size=None, splits=None, **mask):
     """Attention over a cache, of three lengths, without new keys."""
+    seqlens, capacity = ((5, 0, 700), 704) if splits else ((5, 0, 77), 96)
 
     def call(schedule=0, seed=0, sources=None):
-        given = {"new": None, "rows": (rows,) * 3, "seqlens": (5, 0, 77), "capacity": 96, "page_size": page_size}
-        return _with_cache(kernel, kernel.family, tile_of(kernel), schedule, seed, sources, given, heads, mask)
+        given = {"new": None, "rows": (rows,) * 3, "seqlens": seqlens, "capacity": capacity, "page_size": page_size}
+        return _with_cache(
+            kernel, kernel.family, tile_of(kernel), schedule, seed, sources, given, heads, mask, **splits or {}
+        )
 
     return call
 
 
-def _with_cache(kernel, family, tile, schedule, seed, sources, given, heads, mask):
+def _with_cache(kernel, family, tile, schedule, seed, sources, given, heads, mask, **splits):
     append = _appending()
     words = {**mask, "window_size": mask["window_size"]} if "window_size" in mask else dict(mask)
     words.pop("alignment", None)
     dims = kernel.dims if family != "append" else (64, 64)
     case = append.case_of(np.random.default_rng(SEED), **given, dtype=kernel.dtype, heads=heads, dims=dims, **words)
     device = DEVICES[kernel.target]
-    found = append.check(case, family, schedule, seed=seed, sources=sources, tile=tile, device=device)
+    found = append.check(case, family, schedule, seed=seed, sources=sources, tile=tile, device=device, **splits)
     arrays, options = append.as_ragged(case, found.q)
     problem = emulated.problem_of(arrays, options)
     lse = found.lse if found.problem.layout.ragged else found.lse.swapaxes(0, 1).reshape(problem.lse_shape)

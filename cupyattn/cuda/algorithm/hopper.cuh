@@ -4,6 +4,7 @@
 #include "algorithm/descales.cuh"
 #include "tiles/float8.cuh"
 #include "algorithm/pages.cuh"
+#include "algorithm/splits.cuh"
 
 namespace cupyattn {
 
@@ -25,7 +26,7 @@ struct HopperSwitches {
 };
 
 template <typename Element_, int kHeadDim_, int kHeadDimV_, int kBlockQ_, int kBlockK_, int kNumStages_, int kCluster_,
-          int kReach_, bool kPaged_, bool kPacked_, bool kStoresBoxes_, int kEdits_, typename Switches_>
+          int kReach_, bool kPaged_, bool kPacked_, bool kStoresBoxes_, int kEdits_, typename Switches_, bool kSplit_ = false>
 struct HopperTraits {
     using Element = Element_;
     using Switches = Switches_;
@@ -39,6 +40,7 @@ struct HopperTraits {
     static constexpr bool kPacked = kPacked_;            // rows are (token, head of the group), the head fastest
     static constexpr bool kStoresBoxes = kStoresBoxes_;  // by TMA, which clips; else row by row
     static constexpr int kEdits = kEdits_;
+    static constexpr bool kSplit = kSplit_;  // a tile's keys are shared out among several blocks, see merge.cu
 
     static constexpr int kConsumers = kBlockQ / 64;  // warpgroups
     static constexpr int kThreads = 128 * (1 + kConsumers);
@@ -67,12 +69,14 @@ struct HopperTraits {
     static constexpr int kWeights = kFetched + kFetchedBytes;
     static constexpr int kFound = kWeights + kWeightBytes;          // 16 bytes for each stage
     static constexpr int kBarriers = kFound + 16 * kNumStages;
-    static constexpr int kSharedBytes = kBarriers + 5 * Ring<kNumStages>::kBytes;
+    static constexpr int kSplitSize = kBarriers + 5 * Ring<kNumStages>::kBytes;  // blocks of a split, if kSplit
+    static constexpr int kSharedBytes = kSplitSize + (kSplit ? 16 : 0);
 
     static_assert(kBlockQ == 128 || kBlockQ == 192, "two or three warpgroups of 64 rows");
     static_assert(kBlockK % 16 == 0 && kBlockK <= 256, "the sizes of a wgmma");
     static_assert(kCluster == 1 || !kPaged, "a block brings its share in one piece");
     static_assert(kCluster == 1 || kReach == kAllKeys, "neighbouring tiles see the same blocks of keys");
+    static_assert(kCluster == 1 || !kSplit, "neighbouring blocks have the same blocks of keys");
     static_assert(OutTile::kBytes <= QueryTile::kBytes && OutTile::kSwizzle == QueryTile::kSwizzle,
                   "a warpgroup's rows of the output lie where its own queries were");
     static_assert(!kFloat8 || (kBlockK % 32 == 0 && !Switches::kLazy && !Switches::kWeightsInShared),
@@ -93,7 +97,7 @@ struct HopperParams {
     // pages, and 16 rows of it for `out`.
     TensorMap q, k, v, out;
     DescaledParams params;
-    int num_tiles;          // row tiles of all units
+    int num_tiles;          // row tiles of all units; as many for each split
     int tiles_per_unit;     // of the longest sequence; whole clusters of them
     int tokens_per_tile;    // whole ones
     int heads_per_unit;     // a unit is what a tile's rows are of: a head of a sequence, or a group of them if packed
@@ -108,21 +112,31 @@ struct RowTile {
     int first_token;  // within the sequence
     Span blocks;      // those that some row sees
     Span whole;       // those that every row sees wholly
+    int split, num_splits;  // if kSplit: which of its splits this is, out of how many
 };
 
 // Tiles come in sections; within one the last rows come first, which see the most keys under a causal mask.  Sections of
 // one unit, as clusters have them, make neighbours of neighbouring tiles.
+//
+// First come all tiles with their first splits, then all with their second ones, and so on: where lengths are data some
+// tiles have fewer splits than there are, and what is empty comes last.
 template <typename Traits>
 DEVICE RowTile row_tile(int index, const HopperParams& given) {
     const Params& params = given.params;
-    const int units = given.num_tiles / given.tiles_per_unit, per_section = given.tiles_per_unit * given.units_per_section;
+    int num_tiles = given.num_tiles, split = 0;
+    if constexpr (Traits::kSplit) {
+        num_tiles /= params.num_splits;
+        split = index / num_tiles;
+        index -= split * num_tiles;
+    }
+    const int units = num_tiles / given.tiles_per_unit, per_section = given.tiles_per_unit * given.units_per_section;
     const int section = index / per_section, first = section * given.units_per_section;
     const int size = smaller(given.units_per_section, units - first), rest = index - section * per_section;
     const int unit = first + rest % size, place = given.tiles_per_unit - 1 - rest / size;
     const int units_per_sequence = params.num_heads / given.heads_per_unit;
 
     RowTile tile{sequence_at(unit / units_per_sequence, params), unit % units_per_sequence * given.heads_per_unit,
-                 place * given.tokens_per_tile, {0, 0}, {0, 0}};
+                 place * given.tokens_per_tile, {0, 0}, {0, 0}, split, 1};
     const Band& band = tile.sequence.band;
     const int last = smaller(tile.first_token + given.tokens_per_tile, band.seqlen_q) - 1;
     if (last < tile.first_token) return tile;
@@ -131,7 +145,25 @@ DEVICE RowTile row_tile(int index, const HopperParams& given) {
     if (touched.empty()) return tile;
     tile.blocks = {touched.start / kBlockK, ceil_div(touched.stop, kBlockK)};
     tile.whole = {ceil_div(whole.start, kBlockK), whole.stop / kBlockK};
+    if constexpr (Traits::kSplit) {
+        const Split its = split_at(tile.blocks, split, ptx::load_shared(ptx::shared_memory() + Traits::kSplitSize), params);
+        tile.blocks = its.part, tile.num_splits = its.count;
+    }
     return tile;
+}
+
+// Has row_tile know how many blocks a split has; all threads have to meet before anybody asks.
+template <typename Traits>
+DEVICE void keep_split_size(const HopperParams& given) {
+    const Params& params = given.params;
+    int size = params.split_size / Traits::kBlockK;
+    if (size == 0) {
+        size = live_size<Traits>(
+            params, params.num_heads / given.heads_per_unit,
+            [&](int seqlen_q) { return ceil_div(seqlen_q, given.tokens_per_tile); }, kFewestKeysOfTiles);
+        ptx::fence_async_proxy();  // before TMA puts queries where sums were
+    }
+    if (ptx::thread() == 0) ptx::store_shared(ptx::shared_memory() + Traits::kSplitSize, static_cast<uint32>(size));
 }
 
 // Shared memory, and the barriers in it.

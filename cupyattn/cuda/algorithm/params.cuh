@@ -22,7 +22,8 @@ struct Pointers {
     const float* alibi_slopes;
     const float* sinks;                // [num_heads]
     float *partial_out, *partial_lse;  // what splits leave for their merge, see splitkv.cu
-    int* counters;                     // zero between launches
+    int* counters;                     // of splitkv.cu: zero between launches
+    int* told;                         // by each split of hopper.cu, see merge.cu
     uint64 dropout_seed;
 };
 
@@ -70,6 +71,15 @@ struct DescaledParams : Params {
     const float *q_descale, *k_descale, *v_descale;  // what float8 numbers are multiples of; null: 1
     // Elements from sequence to sequence and head to head (of keys, or values) of those.
     int q_descale_batch, q_descale_head, k_descale_batch, k_descale_head, v_descale_batch, v_descale_head;
+};
+
+// Of merge.cu: how rows lie in the pieces whose splits are merged.
+struct MergeParams : DescaledParams {
+    int block_q;         // rows that a piece has room for
+    int rows_per_piece;  // that it has: rows are (token, head of the unit), the head fastest
+    int heads_per_unit;
+    int pieces_per_unit;  // of the longest sequence
+    int columns;          // of a partial result: head_dim_v as padded
 };
 
 // Of the kernels for gradients.  What has no gradient here, or is not asked for, is null.

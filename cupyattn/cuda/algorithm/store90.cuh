@@ -45,6 +45,14 @@ struct HopperResult {
 
     DEVICE_METHOD void store() {
         softmax.finish(scale_log2_of<Traits::kEdits>(scale(), params));
+        if constexpr (Traits::kSplit) {
+            tell(2 * tile.num_splits + (strays != 0));
+            if (tile.num_splits > 1) {
+                leave_partial();
+                memory.query_ring().leave(tile_use, ptx::lane());
+                return;
+            }
+        }
         int first = row(0);
         ptx::disguise(first);  // so that rows are not kept in registers through the walk, where there are none to spare
         float factor[2];
@@ -108,6 +116,42 @@ struct HopperResult {
         ptx::warp_barrier();
     }
 
+    // ---- What merge.cu gets of a split ----
+
+    // Where a split's are among those of all: by tiles of the longest sequence, of heads (or groups), of sequences.
+    DEVICE_METHOD int64 place() const {
+        const int units = params.num_heads / given.heads_per_unit;
+        const int64 unit = int64(tile.sequence.index) * units + tile.head / given.heads_per_unit;
+        const int tiles = ceil_div(params.seqlen_q, given.tokens_per_tile);
+        return (unit * tiles + tile.first_token / given.tokens_per_tile) * params.num_splits + tile.split;
+    }
+    DEVICE_METHOD void tell(int what) const {
+        if (ptx::thread() == 128) ptx::store_global(params.at.told + place(), what);
+    }
+    DEVICE_METHOD void leave_partial() const {
+        constexpr int kWidth = Traits::kHeadDimV;
+        const int64 first = place() * Traits::kBlockQ;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (!exists(row(half))) continue;
+            if (ptx::lane() % 4 == 0) {
+                const float sums[2] = {softmax.row_max[half], softmax.row_sum[half] * kShrinkBack};
+                store_two(params.at.partial_lse + (first + row(half)) * 2, sums);
+            }
+            float* its_row = params.at.partial_out + (first + row(half)) * kWidth + Accumulator<16>::first_column();
+#pragma unroll
+            for (int block = 0; block < kWidth / 8; ++block) {
+                const float(&four)[4] = out.value[block];
+                const float two[2] = {four[2 * half] * kShrinkBack, four[2 * half + 1] * kShrinkBack};
+                store_two(its_row + Accumulator<16>::column(block, 0), two);
+            }
+        }
+    }
+    DEVICE_METHOD static void store_two(float* to, const float (&two)[2]) {
+        const uint32 bits[2] = {ptx::bits(two[0]), ptx::bits(two[1])};
+        ptx::store_global(static_cast<void*>(to), bits);
+    }
+
     DEVICE_METHOD float sink_of(int head) const {
         return params.at.sinks ? ptx::load_global(params.at.sinks + head) * kLog2e : -ptx::infinity();
     }
@@ -123,6 +167,8 @@ struct HopperResult {
 
     // Rows that see no key, and those behind the last sequence: out = 0, lse = -inf or that of the sink alone.
     DEVICE_METHOD void store_nothing() const {
+        if constexpr (Traits::kSplit)
+            if (tile.first_token < tile.sequence.band.seqlen_q && tile.sequence.index < params.batch) tell(2);
         const int end = tile.sequence.band.seqlen_q, threads = 128 * Traits::kConsumers;
         // Behind the last sequence there may be more rows than a sequence's tiles have.
         const int step = tile.sequence.index == params.batch ? given.tiles_per_unit * given.tokens_per_tile : end;

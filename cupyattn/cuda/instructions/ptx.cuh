@@ -138,6 +138,9 @@ DEVICE void store_global(T* address, T value) {
 DEVICE void store_global(void* address, const uint32 (&value)[4]) {
     *static_cast<uint4*>(address) = make_uint4(value[0], value[1], value[2], value[3]);
 }
+DEVICE void store_global(void* address, const uint32 (&value)[2]) {
+    *static_cast<uint2*>(address) = make_uint2(value[0], value[1]);
+}
 // ld.global.cg, st.global.cg: past the first-level cache, for what another block wrote during this launch.
 DEVICE float load_global_fresh(const float* address) {
     float value;

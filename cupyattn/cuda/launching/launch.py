@@ -46,6 +46,8 @@ class Workspace(NamedTuple):
     """float32."""
     counters: int = 0
     """int32, zero before and after every launch."""
+    told: int = 0
+    """int32."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Recipe:
     """Of q, k, v and out, in front of the record, if the kernel goes by tensor maps."""
     behind: bytes = b""
     """What such a kernel, or one that takes float8, is told besides, after the addresses of descales."""
+    merge: Recipe | None = None
+    """Of the launch behind it, which merges its splits."""
 
 
 def record_of(
@@ -165,14 +169,33 @@ def _hopper(plan: Plan, tile: HopperTile, problem: Problem, arrays: FactsOfArray
         len(box_maps) == 4,
         catalogue.edits_of(problem),
         page_size is not None,
+        plan.num_splits > 1,
     )
     tiles = max(1, -(-sizes.seqlen_q // tile.tokens))
-    count = tiles * (sizes.num_heads // tile.heads_per_unit) * _sequences(problem)
+    count = tiles * (sizes.num_heads // tile.heads_per_unit) * _sequences(problem) * plan.num_splits
     grid = (min(count, plan.num_workers) if tile.persistent else count, 1, 1)
     per_box = rows_per_box(tile, page_size or 0)
     numbers = (count, tiles, tile.tokens, tile.heads_per_unit, per_box, tile.units_per_section)
     behind = _descaled(arrays) + _HOPPER.pack(*numbers)
-    return Recipe(specialisation, grid, tail, Workspace(), maps=box_maps, behind=behind)
+    workspace, merge = Workspace(), None
+    if plan.num_splits > 1:
+        rows = (tile.block_q, tile.tokens * tile.heads_per_unit, tile.heads_per_unit, tiles)
+        workspace, merge = _merge(plan, problem, arrays, tail, padded_dims(sizes, problem.dtype)[1], rows)
+    return Recipe(specialisation, grid, tail, workspace, maps=box_maps, behind=behind, merge=merge)
+
+
+def _merge(
+    plan: Plan, problem: Problem, arrays: FactsOfArrays, tail: bytes, columns: int, rows: tuple[int, int, int, int]
+) -> tuple[Workspace, Recipe]:
+    """What splits leave, of so many `columns`, and the launch that merges them; `rows` as ``MergeParams`` has them."""
+    block_q, rows_per_piece, heads_per_unit, pieces_per_unit = rows
+    specialisation = catalogue.merge(problem.dtype, columns)
+    pieces = problem.sizes.batch * (problem.sizes.num_heads // heads_per_unit) * pieces_per_unit
+    blocks = -(-pieces * rows_per_piece * 32 // specialisation.threads)
+    splits = pieces * plan.num_splits
+    workspace = Workspace(splits * block_q * columns, 2 * splits * block_q, told=splits)
+    behind = _descaled(arrays) + _MERGE.pack(*rows, columns)
+    return workspace, Recipe(specialisation, (blocks, 1, 1), tail, Workspace(), behind=behind)
 
 
 def _flash(tile: Tile, problem: Problem, arrays: FactsOfArrays, tail: bytes) -> Recipe:
@@ -262,6 +285,8 @@ _DESCALED = struct.Struct("<6i")
 """What ``DescaledParams`` has behind the record: addresses and numbers."""
 _HOPPER = struct.Struct("<6i")
 """And ``HopperParams`` behind those."""
+_MERGE = struct.Struct("<5i4x")
+"""Or ``MergeParams``."""
 
 
 def map_of(

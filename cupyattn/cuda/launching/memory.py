@@ -128,19 +128,23 @@ class CuPyMemory:
         come one after the other, can be used again and again.  Not so in a graph, which may run beside all others and
         is captured on any stream: each of its launches has counters of its own, and zeroes them, at every replay.
         """
-        if not workspace.counters:
+        if not workspace.partial_out:
             return {}, []
         own = {
             "partial_out": self.empty((workspace.partial_out,), "float32", like),
             "partial_lse": self.empty((workspace.partial_lse,), "float32", like),
         }
-        fresh = stream.ptr == PER_THREAD or self.is_capturing(stream)
-        if fresh:
-            own["counters"] = self.empty((workspace.counters,), "int32", like)
+        fresh = bool(workspace.counters) and (stream.ptr == PER_THREAD or self.is_capturing(stream))
+        for name, count, wanted in (
+            ("told", workspace.told, bool(workspace.told)),
+            ("counters", workspace.counters, fresh),
+        ):
+            if wanted:
+                own[name] = self.empty((count,), "int32", like)
         addresses = {name: self.pointer(array) for name, array in own.items()}
         if fresh:
             self.clear(addresses["counters"], workspace.counters, stream)
-        else:
+        elif workspace.counters:
             addresses["counters"] = self._counters_of(device_index, stream, workspace.counters)
         return addresses, list(own.values())
 

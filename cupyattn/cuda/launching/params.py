@@ -1,6 +1,6 @@
 """The parameter record of a launch, field for field the structs of ``params.cuh``.
 
-What changes from call to call, the pointers, comes first: a record is those 21 words and a tail that is
+What changes from call to call, the pointers, comes first: a record is those 22 words and a tail that is
 made once for a problem and the strides of its arrays.
 """
 
@@ -35,6 +35,7 @@ POINTERS = (
     "partial_out",
     "partial_lse",
     "counters",
+    "told",
     "dropout_seed",
 )
 _POINTERS = struct.Struct(f"<{len(POINTERS)}Q")

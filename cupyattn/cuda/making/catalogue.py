@@ -6,6 +6,7 @@ from cupyattn.cuda.making.module import Specialisation
 from cupyattn.plan import (
     HEAD_DIMS,
     OF_BIAS,
+    RIGHT_EDGE,
     BackwardTile,
     HopperTile,
     Tile,
@@ -122,9 +123,16 @@ def splitkv(
 
 
 def hopper(
-    dtype: str, head_dim: int, head_dim_v: int, tile: HopperTile, stores_boxes: bool, edits: int, paged: bool = False
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    tile: HopperTile,
+    stores_boxes: bool,
+    edits: int,
+    paged: bool = False,
+    splits: bool = False,
 ) -> Specialisation:
-    """The Hopper kernel of a tile and padded head_dims, ``hopper.cu``."""
+    """The Hopper kernel of a tile and padded head_dims, ``hopper.cu``; whether it `splits` the keys of a tile."""
     arguments = (
         ELEMENT[dtype],
         head_dim,
@@ -139,6 +147,7 @@ def hopper(
         stores_boxes,
         edits,
         f"cupyattn::HopperSwitches<{', '.join(map(_literal, tile.switches))}>",
+        *((True,) if splits else ()),
     )
     item = ITEMSIZE[dtype]
     queries = tile.block_q * head_dim * item
@@ -151,9 +160,15 @@ def hopper(
         "hopper.cu",
         f"cupyattn::{kernel}<cupyattn::HopperTraits<{', '.join(map(_literal, arguments))}>>",
         32 * tile.num_warps,
-        queries + keys_and_values + weights + barriers,
+        queries + keys_and_values + weights + barriers + (16 if splits else 0),
         tile.cluster,
     )
+
+
+def merge(dtype: str, columns: int) -> Specialisation:
+    """The kernel that merges splits, of partial results of so many columns, ``merge.cu``."""
+    name = f"cupyattn::merge_splits<cupyattn::MergeTraits<{ELEMENT[dtype]}, {-(-columns // 128)}>>"
+    return Specialisation("merge.cu", name, 128, 0)
 
 
 def backward(
@@ -237,6 +252,10 @@ def specialisations(target: str) -> list[Specialisation]:
                     found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0))
                     cut = cut._replace(cluster=base_cluster(head_dim, reach, dtype))
                     found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0))
+                # Of few rows behind many keys, which a group of heads shares.
+                cut = base_tile(head_dim, head_dim_v, RIGHT_EDGE, dtype)._replace(heads_per_unit=2)
+                found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0, splits=True))
+                found.append(merge(dtype, head_dim_v))
     found += [append(dtype) for dtype in ELEMENT]
     return [wanted for wanted in dict.fromkeys(found) if wanted.shared_memory <= limit]
 

@@ -73,6 +73,21 @@ def test_descales_are_where_the_kernel_reads_them():
     np.testing.assert_array_equal(out, np.arange(1, len(fields) + 1))
 
 
+OF_MERGES = ["block_q", "rows_per_piece", "heads_per_unit", "pieces_per_unit", "columns"]
+"""Those of ``MergeParams``, behind those of ``DescaledParams``."""
+
+
+def test_what_merges_are_told_is_where_the_kernel_reads_it():
+    fields = [*FIELDS, *DESCALED, *OF_MERGES]
+    out = np.zeros(len(fields))
+    pointers = [len(FIELDS) + i for i in (1, 2, 3)]
+    numbers = range(len(FIELDS) + 4, len(fields) + 1)
+    behind = launch._DESCALES.pack(*pointers) + launch._DESCALED.pack(*numbers[:6]) + launch._MERGE.pack(*numbers[6:])
+    record = numbered().tobytes() + behind + struct.pack("<Q", out.ctypes.data)
+    probe_of("MergeParams", fields).launch(record, (1, 1, 1), 32, 0, [(out, True)])
+    np.testing.assert_array_equal(out, np.arange(1, len(fields) + 1))
+
+
 def test_both_have_the_same_size(probe):
     assert probe.parameter_bytes - 8 == params.SIZE
 

@@ -195,6 +195,9 @@ DEVICE void store_global(T* address, T value, Site site = Site::here()) {
 DEVICE void store_global(void* address, const uint32 (&value)[4], Site site = Site::here()) {
     std::memcpy(emulator::global_at(address, 16, Access::kStore, "store_global", site), value, 16);
 }
+DEVICE void store_global(void* address, const uint32 (&value)[2], Site site = Site::here()) {
+    std::memcpy(emulator::global_at(address, 8, Access::kStore, "store_global", site), value, 8);
+}
 DEVICE float load_global_fresh(const float* address, Site site = Site::here()) {
     float value;
     std::memcpy(&value, emulator::global_at(address, 4, Access::kLoadFresh, "load_global_fresh", site), 4);

@@ -1,0 +1,171 @@
+// merge.cu: what the splits of a row have come to, into its result.
+//
+// A kernel that shares out keys among thread blocks leaves for each split of a piece (rows that share keys, as many as a block has)
+//
+//     partial_out [piece, split, block_q, columns], not yet divided; partial_lse [piece, split, block_q, 2]: the
+//     exponent of two they are relative to, and the sum of weights; told [piece, split]: twice the number of splits that
+//     the piece has, and one more if values that are not finite were taken for 0.
+//
+// Rows of a piece that has one split are done already.  A warp has a row, and adds up the splits always in the same
+// order.  Where a row sees values that are not finite they are looked for, one by one, in all of its keys.
+//
+// Twin     numpy_ref.merge.
+// Needs    sm_80.
+// Launch   behind the kernel that leaves all that, on its stream; blocks of kThreads threads, a warp to a row, for
+//          rows_per_piece rows of pieces_per_unit pieces of each unit of each sequence.
+
+#include "algorithm/descales.cuh"
+#include "algorithm/pages.cuh"
+#include "algorithm/softmax.cuh"
+#include "tiles/numbers.cuh"
+
+namespace cupyattn {
+
+template <typename Element_, int kChunks_>
+struct MergeTraits {
+    using Element = Element_;
+    static constexpr bool kFloat8 = Same<Element, Float8>::value;
+    using Out = typename Choice<kFloat8, BFloat16, Element>::Type;
+    static constexpr int kChunks = kChunks_;  // of 128 columns, four for each lane
+    static constexpr int kNumWarps = 4, kThreads = 32 * kNumWarps;
+};
+
+// A row, and this lane's columns of it.
+template <typename Traits>
+struct MergedRow {
+    using Element = typename Traits::Element;
+    using Out = typename Traits::Out;
+    static constexpr int kChunks = Traits::kChunks;
+
+    const MergeParams& params;
+    Sequence sequence;
+    int64 piece;
+    int row;  // of the piece
+    int token, head;
+    float exponent, sum, column[kChunks][4];
+
+    DEVICE_METHOD MergedRow(const MergeParams& given, uint32 index) : params(given) {
+        const uint32 pieces = given.pieces_per_unit, units = given.num_heads / given.heads_per_unit;
+        const uint32 place = index / given.rows_per_piece;
+        piece = place;
+        row = index - place * given.rows_per_piece;
+        sequence = sequence_at(place / pieces / units, given);
+        const int packed_row = place % pieces * given.rows_per_piece + row;
+        token = packed_row / given.heads_per_unit;
+        head = place / pieces % units * given.heads_per_unit + packed_row % given.heads_per_unit;
+    }
+    DEVICE_METHOD bool exists() const { return token < sequence.band.seqlen_q; }
+
+    DEVICE_METHOD int64 place_of(int split) const { return piece * params.num_splits + split; }
+    DEVICE_METHOD int told(int split) const { return ptx::load_global(params.at.told + place_of(split)); }
+    DEVICE_METHOD const float* sums_of(int split) const {
+        return params.at.partial_lse + (place_of(split) * params.block_q + row) * 2;
+    }
+    DEVICE_METHOD static int first_column(int chunk) { return 128 * chunk + 4 * ptx::lane(); }
+    DEVICE_METHOD bool has(int chunk) const { return first_column(chunk) < params.head_dim_v; }
+
+    // All splits, the largest exponent first of all.  What is not finite counts however little it weighs.
+    DEVICE_METHOD void merge(int splits) {
+        exponent = -ptx::infinity(), sum = 0.f;
+        for (int split = ptx::lane(); split < splits; split += 32)
+            exponent = ptx::max(exponent, ptx::load_global(sums_of(split)));
+#pragma unroll
+        for (int step = 16; step > 0; step /= 2) exponent = ptx::max(exponent, ptx::shuffle_xor(exponent, step));
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) column[chunk][i] = 0.f;
+        const float origin = exponent == -ptx::infinity() ? 0.f : exponent;
+#pragma unroll 4
+        for (int split = 0; split < splits; ++split) {
+            const float share = ptx::exp2(ptx::load_global(sums_of(split)) - origin);
+            sum += share * ptx::load_global(sums_of(split) + 1);
+            const float* out = params.at.partial_out + (place_of(split) * params.block_q + row) * params.columns;
+#pragma unroll
+            for (int chunk = 0; chunk < kChunks; ++chunk) {
+                if (!has(chunk)) continue;
+                uint32 four[4];
+                ptx::load_global(four, out + first_column(chunk));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float x = ptx::from_bits(four[i]);
+                    column[chunk][i] = ptx::fma(x - x == 0.f ? share : 1.f, x, column[chunk][i]);
+                }
+            }
+        }
+    }
+
+    DEVICE_METHOD void store(bool strays) {
+        const float sink = params.at.sinks ? ptx::load_global(params.at.sinks + head) * kLog2e : -ptx::infinity();
+        const Finish end = finish_row(exponent, sum, sink);
+        float factor = end.factor, probe = 0.f;
+        if constexpr (Traits::kFloat8) factor *= descale_of_values(params, sequence.index, head);
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                column[chunk][i] *= factor;
+                probe += column[chunk][i] * 0.f;
+            }
+        if (ptx::any(strays || probe != 0.f) && sum * 0.f == 0.f) mend();  // a score that is nan makes the whole row nan
+        Out* to = static_cast<Out*>(params.at.out) + sequence.index * params.out.batch +
+                  (sequence.first_row + token) * params.out.row + head * params.out.head;
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk)
+            if (has(chunk)) store_four(to + first_column(chunk), column[chunk]);
+        if (params.at.lse && ptx::lane() == 0)
+            ptx::store_global(params.at.lse + sequence.index * params.lse_batch + head * params.lse_head +
+                                  sequence.first_row + token,
+                              end.lse);
+    }
+    DEVICE_METHOD static void store_four(Out* to, const float (&x)[4]) {
+        const uint32 bits[2] = {ptx::pack<Out>(x[0], x[1]), ptx::pack<Out>(x[2], x[3])};
+        ptx::store_global(static_cast<void*>(to), bits);
+    }
+
+    // Puts inf and nan where the row sees values that are not finite, which is slow, and needed by no good data.
+    DEVICE_METHOD void mend() {
+        const Span keys = sequence.band.visible_keys(token);
+        const Element* values = static_cast<const Element*>(params.at.v) + head / params.queries_per_v * params.v.head;
+        if (!params.at.block_table) values += sequence.place * params.v.batch + sequence.first_key * params.v.row;
+#pragma unroll
+        for (int chunk = 0; chunk < kChunks; ++chunk) {
+            if (!has(chunk)) continue;
+            float found[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+            for (int key = keys.start; key < keys.stop; ++key) {
+                const Element* its_row = value_row(values, key);
+                if (!its_row) continue;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const float value = number_of(ptx::load_global(its_row + first_column(chunk) + i));
+                    if (value * 0.f != 0.f) found[i] += value;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                if (found[i] != 0.f) column[chunk][i] = found[i];
+        }
+    }
+    DEVICE_METHOD const Element* value_row(const Element* values, int key) const {
+        if (!params.at.block_table) return values + key * params.v.row;
+        return row_in_pages(values, params.v, static_cast<int>(sequence.first_key) + key, sequence, params);
+    }
+};
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads) merge_splits(const __grid_constant__ MergeParams params) {
+    const uint32 index = static_cast<uint32>(ptx::block_x()) * Traits::kNumWarps + ptx::warp();
+    const uint32 units = params.num_heads / params.heads_per_unit;
+    if (index >= params.batch * units * params.pieces_per_unit * params.rows_per_piece) return;
+    MergedRow<Traits> row(params, index);
+    if (!row.exists()) return;
+    const int splits = row.told(0) >> 1;
+    if (splits <= 1) return;
+    bool strays = false;
+    for (int split = ptx::lane(); split < splits; split += 32) strays |= row.told(split) & 1;
+    row.merge(splits);
+    row.store(strays);
+}
+
+}  // namespace cupyattn
