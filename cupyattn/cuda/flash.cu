@@ -11,11 +11,13 @@
 // Twin     cpu.flash.flash, in float64 with the same names.
 // Source   Dao, FlashAttention-2, 2023, algorithm 1 (arXiv 2307.08691).
 // Needs    sm_80.
-// Launch   one block per (row tile, head, sequence), the row tile fastest; kThreads threads; kSharedBytes.
+// Launch   one block per (row tile, head, sequence), the row tile fastest (see tiling.cuh); kThreads threads;
+//          kSharedBytes.
 
 #include "algorithm/dropout.cuh"
 #include "algorithm/pages.cuh"
 #include "algorithm/softmax.cuh"
+#include "algorithm/tiling.cuh"
 #include "algorithm/traits.cuh"
 #include "tiles/strays.cuh"
 
@@ -360,13 +362,14 @@ DEVICE_APART void flash_with_care(const Params& params, int tile, int head, cons
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads) flash_forward(const __grid_constant__ Params params) {
-    const int tiles = larger(1, ceil_div(params.seqlen_q, Traits::kBlockQ));
-    const int place = ptx::block_x() % tiles, head = ptx::block_x() / tiles % params.num_heads;
-    const Sequence sequence = sequence_at(ptx::block_x() / tiles / params.num_heads, params);
+    const int longest = larger(1, ceil_div(params.seqlen_q, Traits::kBlockQ));
+    const Place place = place_of(ptx::block_x(), params.num_heads, tiling_of_rows(params, longest, Traits::kBlockQ));
+    const int head = place.owner;
+    const Sequence sequence = sequence_at(place.sequence, params);
     // Under a causal mask the last rows see the most keys: they start first, and short blocks fill the end.
-    const int tile = params.right == kOpen ? place : tiles - 1 - place;
+    const int tile = params.right == kOpen ? place.tile : place.tiles - 1 - place.tile;
     if (sequence.index == params.batch)
-        return wipe<typename Traits::Element>(params, sequence, {head, head + 1}, place, tiles);
+        return wipe<typename Traits::Element>(params, sequence, {head, head + 1}, place.tile, place.tiles);
     if (tile * Traits::kBlockQ >= sequence.band.seqlen_q) return;
     FlashBlock<Traits, false> block(params, tile, head, sequence);
     block.load_queries();

@@ -63,7 +63,8 @@ struct HopperRows : HopperResult<Traits> {
                 continue;
             }
             attend();
-            tile = row_tile<Traits>(index, given);  // again, so that not all of it is kept through the walk
+            // Again, so that not all of it is kept through the walk.
+            tile = row_tile<Traits>(index, given, tile.sequence.index);
             store();
             ++tile_use;
         }

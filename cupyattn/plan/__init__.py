@@ -8,6 +8,7 @@ returns a `Plan` that prints itself.  Nothing here touches an array or a GPU.
 - `choosing`: the choice, and what mends a plan when more is known
 - `cpu`, `gpu`, `hopper`: the tiles of NumPy, of the flash and split-KV kernels, of the Hopper kernel
 - `backward`: the plan of the gradients, and the tiles of their kernels
+- `tiling`: how many tiles sequences take whose lengths are not known yet
 - `splits`: into how many pieces a decode cuts its keys, by our rule and by those of flash-attn
 """
 
@@ -45,6 +46,7 @@ from cupyattn.plan.hopper import (
     rows_per_box,
 )
 from cupyattn.plan.objections import IMPLEMENTATIONS, LONGEST, objections_of_hopper
+from cupyattn.plan.tiling import num_row_tiles, num_tiles
 from cupyattn.plan.values import BackwardTile, BackwardTiles, CpuTile, Plan, Tile
 
 __all__ = [
@@ -81,6 +83,8 @@ __all__ = [
     "hopper_backward_tile",
     "hopper_shared_memory_of",
     "hopper_tile",
+    "num_row_tiles",
+    "num_tiles",
     "objections_of_hopper",
     "padded_dims",
     "passes_of",

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from cupyattn.plan.cpu import cpu_tile
 from cupyattn.plan.gpu import blocks_per_unit, gpu_tile, padded
-from cupyattn.plan.hopper import HopperTile, hopper_tile, num_tiles
+from cupyattn.plan.hopper import HopperTile, hopper_tile
 from cupyattn.plan.objections import IMPLEMENTATIONS, is_allowed, only
 from cupyattn.plan.splits import FEWEST_KEYS, FEWEST_KEYS_OF_TILES, PEERS, split, split_pieces
+from cupyattn.plan.tiling import num_row_tiles, num_tiles
 from cupyattn.plan.values import CpuTile, Plan, Tile
 from cupyattn.problem import FLOAT8, Device, Problem
 
@@ -124,12 +125,12 @@ def _fits_float32(number: float) -> bool:
 
 def _by_hopper(problem: Problem, device: Device, fixed_split_size: int | None) -> _Decision:
     tile = hopper_tile(problem)
-    count = num_tiles(tile, problem.sizes)
+    count = num_row_tiles(problem, tile.tokens) * (problem.sizes.num_heads // tile.heads_per_unit)
     workers = min(count, device.num_units // tile.cluster * tile.cluster) if tile.persistent else count
-    reason = f"{count} tiles of {tile.block_q} rows"
+    reason = _tiles_of_rows(problem, count, tile.block_q)
     if tile.heads_per_unit > 1:
         reason += f", of {tile.heads_per_unit} heads side by side"
-    size, splits, blocks, why = _split_tiles(problem, device, tile, count, fixed_split_size)
+    size, splits, blocks, why = _split_tiles(problem, device, tile, fixed_split_size)
     if splits > 1:
         tile, units = tile._replace(persistent=False, cluster=1), device.num_units
         peers = _peers(problem, device)
@@ -140,23 +141,29 @@ def _by_hopper(problem: Problem, device: Device, fixed_split_size: int | None) -
 
 
 def _split_tiles(
-    problem: Problem, device: Device, tile: HopperTile, count: int, fixed_split_size: int | None
+    problem: Problem, device: Device, tile: HopperTile, fixed_split_size: int | None
 ) -> tuple[int, int, int, str]:
     """What `split` says of the splits of the Hopper kernel, one of whose blocks fills a multiprocessor.
 
     Nobody asks how much else there is in the batch if splits are of a fixed size: then it is the few rows that are to
-    be in one tile.
+    be in one tile.  Where keys are split all sequences have the tiles of the longest.
     """
+    sizes = problem.sizes
+    count = num_tiles(sizes.batch, sizes.seqlen_q, tile.tokens) * (sizes.num_heads // tile.heads_per_unit)
     fixed = fixed_split_size is not None
-    if not (problem.sizes.seqlen_q <= tile.tokens if fixed else count < device.num_units):
+    if not (sizes.seqlen_q <= tile.tokens if fixed else count < device.num_units):
         return 0, 1, count, ""
     return split_pieces(problem, count, device.num_units, tile.block_k, fixed_split_size, FEWEST_KEYS_OF_TILES)
 
 
 def _by_flash(problem: Problem, device: Device, fixed_split_size: int | None) -> _Decision:
-    sizes, tile = problem.sizes, gpu_tile(problem, device)
-    workers = sizes.batch * sizes.num_heads * math.ceil(sizes.seqlen_q / tile.block_q)
-    return _Decision(tile, workers, f"{workers} tiles of {tile.block_q} rows")
+    tile = gpu_tile(problem, device)
+    workers = num_row_tiles(problem, tile.block_q) * problem.sizes.num_heads
+    return _Decision(tile, workers, _tiles_of_rows(problem, workers, tile.block_q))
+
+
+def _tiles_of_rows(problem: Problem, count: int, block_q: int) -> str:
+    return f"{'up to ' if problem.layout.ragged else ''}{count} tiles of {block_q} rows"
 
 
 def _by_splitkv(problem: Problem, device: Device, fixed_split_size: int | None) -> _Decision:

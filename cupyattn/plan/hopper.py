@@ -133,8 +133,8 @@ def _float8_tile(head_dim: int, reach: int) -> HopperTile:
     return HopperTile(128, 160 if head_dim == 192 else 64 if reach == BOTH_EDGES else 128, 2, reach, switches=switches)
 
 
-def num_tiles(tile: HopperTile, sizes: Sizes) -> int:
-    """Row tiles of a batch."""
+def _num_tiles(tile: HopperTile, sizes: Sizes) -> int:
+    """Row tiles of a batch, all sequences as long as the longest."""
     return -(-sizes.seqlen_q // tile.tokens) * (sizes.num_heads // tile.heads_per_unit) * sizes.batch
 
 
@@ -147,7 +147,7 @@ def hopper_tile(problem: Problem) -> HopperTile:
     group = sizes.queries_per_pair
     if 1 < group <= tile.block_q:
         packed = tile._replace(heads_per_unit=group)
-        if num_tiles(packed, sizes) < 0.9 * num_tiles(tile, sizes):
+        if _num_tiles(packed, sizes) < 0.9 * _num_tiles(tile, sizes):
             tile = packed
     if reach == ALL_KEYS:
         cluster = base_cluster(head_dim, reach, problem.dtype)

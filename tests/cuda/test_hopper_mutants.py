@@ -82,8 +82,16 @@ MUTANTS = [
            "tiles"),
     Mutant("first block left out", "hopper.cuh", "{touched.start / kBlockK,", "{ceil_div(touched.start, kBlockK),",
            "tiles"),
-    Mutant("tiles of a short section", "hopper.cuh", "smaller(given.units_per_section, units - first)",
-           "given.units_per_section", "tiles"),
+    Mutant("tiles of a short section", "hopper.cuh", "smaller(of_section, units - first)", "of_section", "tiles"),
+    Mutant("sections of all sequences together", "hopper.cuh", "        units = units_per_sequence;\n", "", "ragged"),
+    Mutant("sections of more units than there are", "hopper.cuh",
+           "const int of_section = smaller(given.units_per_section, units),",
+           "const int of_section = given.units_per_section,", "ragged"),
+    Mutant("results of the first sequence", "hopper.cu", "row_tile<Traits>(index, given, tile.sequence.index)",
+           "row_tile<Traits>(index, given, 0)", "ragged"),
+    Mutant("no sequence wipes", "tiling.cuh", "params.batch + (starts ? 1 : 0)", "params.batch", "ragged"),
+    Mutant("tiles of the first unit alone", "hopper.cuh", "tiling.sequence_with(index / units_per_sequence)",
+           "tiling.sequence_with(index)", "ragged"),
     Mutant("one consumer empties all", "hopper.cuh", "key_ring().init(1, Traits::kConsumers);",
            "key_ring().init(1, 1);", "tiles"),
     Mutant("registers that the block does not have", "hopper.cuh", "kConsumers == 3 ? 32 : 40;",
@@ -125,7 +133,7 @@ MUTANTS = [
     Mutant("spare rows of anything", "hopper.cu", "if constexpr (Traits::kPacked) clear_spare_rows(given, memory);", "",
            "packed"),
     Mutant("rows behind the last sequence", "store90.cuh",
-           "tile.sequence.index == params.batch ? given.tiles_per_unit * given.tokens_per_tile : end",
+           "tile.sequence.index == params.batch ? tile.tiles * given.tokens_per_tile : end",
            "end", "ragged"),
     Mutant("empty rows with sinks", "store90.cuh", "finish_row(-ptx::infinity(), 0.f, sink).lse", "-ptx::infinity()",
            "tiles"),
@@ -325,6 +333,10 @@ def ragged(sources):
     for schedule in (1, 2):
         held(sources, arrays, ragged_options(arrays, causal=True, **BOTTOM), schedule)
     held(sources, arrays, ragged_options(arrays), 1, persistent=True)
+    # each sequence with tiles of its own number
+    arrays = ragged_operands(np.random.default_rng(SEED), "float16", (17, 260, 128, 2), (9, 40, 5, 3), (4, 2, 2))
+    for units in (1, 3, 64):
+        held(sources, arrays, ragged_options(arrays, causal=True, **BOTTOM), 1, units_per_section=units)
 
 
 def float8(sources):

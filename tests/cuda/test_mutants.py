@@ -82,6 +82,21 @@ MUTANTS = [
            "visible_keys(first).start, visible_keys(last).stop", "flash"),
     Mutant("keys of all sequences are the first's", "mask.cuh", ": keys.start;", ": 0;", "flash"),
     Mutant("rows of all sequences are the first's", "mask.cuh", "found.first_row = rows.start;", "", "flash"),
+    # ---- Which tile is whose
+    Mutant("a tile for each that the array has", "tiling.cuh", "start_of(sequence) / size + sequence;",
+           "start_of(sequence) / size;", "flash"),
+    Mutant("a sequence that begins with the next tile", "tiling.cuh", "start_of(middle) < static",
+           "start_of(middle) <= static", "flash"),
+    Mutant("one tile more at the end", "tiling.cuh", "== sequences) return total / size + sequences;",
+           "== sequences) return total / size + sequences + 1;", "flash"),
+    Mutant("one tile more for each head", "tiling.cuh", "first_of(sequence + 1) - first}",
+           "first_of(sequence + 1) - first + 1}", "flash"),
+    Mutant("as many tiles as the longest has", "tiling.cuh",
+           "return !starts || static_cast<int64>(sequences) * each <= total / size + sequences;", "return true;",
+           "flash"),
+    Mutant("rows behind the last sequence are nobody's", "tiling.cuh", "params.batch + (starts ? 1 : 0)",
+           "params.batch", "flash"),
+    Mutant("heads of all sequences together", "tiling.cuh", "block - its.first * owners", "block - its.first", "flash"),
     Mutant("lengths may lie", "mask.cuh", "smaller(stop, start + smaller(longest, end - start))", "stop",
            "split, pages"),
     # ---- Edits
@@ -387,6 +402,7 @@ def flash(sources):
         held("flash", EDITS[name], "float16", 0, sources, **SMALL)
     for schedule in (0, 1, 2):
         ragged("flash", schedule, sources, (17, 0, 33), (40, 5, 70), (100, 7), **SMALL)
+        ragged("flash", schedule, sources, (32, 95, 0, 33), (40, 70, 5, 3), (1, 0), **SMALL)
 
 
 def flash_of_96(sources):

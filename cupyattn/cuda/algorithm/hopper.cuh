@@ -5,6 +5,7 @@
 #include "tiles/float8.cuh"
 #include "algorithm/pages.cuh"
 #include "algorithm/splits.cuh"
+#include "algorithm/tiling.cuh"
 
 namespace cupyattn {
 
@@ -112,16 +113,18 @@ struct RowTile {
     int first_token;  // within the sequence
     Span blocks;      // those that some row sees
     Span whole;       // those that every row sees wholly
+    int tiles;        // of its unit
     int split, num_splits;  // if kSplit: which of its splits this is, out of how many
 };
 
 // Tiles come in sections; within one the last rows come first, which see the most keys under a causal mask.  Sections of
-// one unit, as clusters have them, make neighbours of neighbouring tiles.
+// one unit, as clusters have them, make neighbours of neighbouring tiles.  Where sequences have tiles of their own number
+// each has its own sections.  `known` is the sequence of the tile, if that was found before.
 //
 // First come all tiles with their first splits, then all with their second ones, and so on: where lengths are data some
-// tiles have fewer splits than there are, and what is empty comes last.
+// tiles have fewer splits than there are, and what is empty comes last.  All sequences then have the same number of tiles.
 template <typename Traits>
-DEVICE RowTile row_tile(int index, const HopperParams& given) {
+DEVICE RowTile row_tile(int index, const HopperParams& given, int known = -1) {
     const Params& params = given.params;
     int num_tiles = given.num_tiles, split = 0;
     if constexpr (Traits::kSplit) {
@@ -129,14 +132,22 @@ DEVICE RowTile row_tile(int index, const HopperParams& given) {
         split = index / num_tiles;
         index -= split * num_tiles;
     }
-    const int units = num_tiles / given.tiles_per_unit, per_section = given.tiles_per_unit * given.units_per_section;
-    const int section = index / per_section, first = section * given.units_per_section;
-    const int size = smaller(given.units_per_section, units - first), rest = index - section * per_section;
-    const int unit = first + rest % size, place = given.tiles_per_unit - 1 - rest / size;
     const int units_per_sequence = params.num_heads / given.heads_per_unit;
+    const Tiling tiling = tiling_of_rows(params, given.tiles_per_unit, given.tokens_per_tile);
+    Stretch its{0, 0, given.tiles_per_unit};
+    int units = num_tiles / given.tiles_per_unit;
+    if (!Traits::kSplit && !tiling.is_even()) {
+        its = tiling.stretch_of(known < 0 ? tiling.sequence_with(index / units_per_sequence) : known);
+        units = units_per_sequence;
+    }
+    const int of_section = smaller(given.units_per_section, units), per_section = its.count * of_section;
+    const int section = (index - its.first * units) / per_section, first = section * of_section;
+    const int size = smaller(of_section, units - first), rest = index - its.first * units - section * per_section;
+    const int unit = first + rest % size, place = its.count - 1 - rest / size;
 
-    RowTile tile{sequence_at(unit / units_per_sequence, params), unit % units_per_sequence * given.heads_per_unit,
-                 place * given.tokens_per_tile, {0, 0}, {0, 0}, split, 1};
+    RowTile tile{sequence_at(its.sequence + unit / units_per_sequence, params),
+                 unit % units_per_sequence * given.heads_per_unit, place * given.tokens_per_tile, {0, 0}, {0, 0}, its.count,
+                 split, 1};
     const Band& band = tile.sequence.band;
     const int last = smaller(tile.first_token + given.tokens_per_tile, band.seqlen_q) - 1;
     if (last < tile.first_token) return tile;

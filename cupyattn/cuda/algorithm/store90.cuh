@@ -171,7 +171,7 @@ struct HopperResult {
             if (tile.first_token < tile.sequence.band.seqlen_q && tile.sequence.index < params.batch) tell(2);
         const int end = tile.sequence.band.seqlen_q, threads = 128 * Traits::kConsumers;
         // Behind the last sequence there may be more rows than a sequence's tiles have.
-        const int step = tile.sequence.index == params.batch ? given.tiles_per_unit * given.tokens_per_tile : end;
+        const int step = tile.sequence.index == params.batch ? tile.tiles * given.tokens_per_tile : end;
         const int columns = params.head_dim_v / 8, thread = ptx::thread() - 128;
         for (int first = tile.first_token; first < end; first += step) {
             const int tokens = smaller(given.tokens_per_tile, end - first), count = tokens * given.heads_per_unit;

@@ -31,7 +31,7 @@ from cupyattn.cuda.launching.views import (
 )
 from cupyattn.cuda.making import catalogue
 from cupyattn.cuda.making.module import Specialisation
-from cupyattn.plan import HopperTile, Plan, Tile, padded_dims, rows_per_box
+from cupyattn.plan import HopperTile, Plan, Tile, num_row_tiles, padded_dims, rows_per_box
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Shape
 
 LARGEST_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
@@ -171,15 +171,18 @@ def _hopper(plan: Plan, tile: HopperTile, problem: Problem, arrays: FactsOfArray
         page_size is not None,
         plan.num_splits > 1,
     )
-    tiles = max(1, -(-sizes.seqlen_q // tile.tokens))
-    count = tiles * (sizes.num_heads // tile.heads_per_unit) * _sequences(problem) * plan.num_splits
+    longest = max(1, -(-sizes.seqlen_q // tile.tokens))
+    each_head = num_row_tiles(problem, tile.tokens)
+    if plan.num_splits > 1:  # sequences are not cut into tiles of their own number, too
+        each_head = longest * _sequences(problem) * plan.num_splits
+    count = each_head * (sizes.num_heads // tile.heads_per_unit)
     grid = (min(count, plan.num_workers) if tile.persistent else count, 1, 1)
     per_box = rows_per_box(tile, page_size or 0)
-    numbers = (count, tiles, tile.tokens, tile.heads_per_unit, per_box, tile.units_per_section)
+    numbers = (count, longest, tile.tokens, tile.heads_per_unit, per_box, tile.units_per_section)
     behind = _descaled(arrays) + _HOPPER.pack(*numbers)
     workspace, merge = Workspace(), None
     if plan.num_splits > 1:
-        rows = (tile.block_q, tile.tokens * tile.heads_per_unit, tile.heads_per_unit, tiles)
+        rows = (tile.block_q, tile.tokens * tile.heads_per_unit, tile.heads_per_unit, longest)
         workspace, merge = _merge(plan, problem, arrays, tail, padded_dims(sizes, problem.dtype)[1], rows)
     return Recipe(specialisation, grid, tail, workspace, maps=box_maps, behind=behind, merge=merge)
 
@@ -202,8 +205,8 @@ def _flash(tile: Tile, problem: Problem, arrays: FactsOfArrays, tail: bytes) -> 
     sizes, paged = problem.sizes, problem.layout.page_size is not None
     edits, aligned = catalogue.edits_of(problem), arrays.rows_are_aligned
     specialisation = catalogue.flash(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, aligned, edits, paged)
-    tiles = max(1, -(-sizes.seqlen_q // tile.block_q))
-    return Recipe(specialisation, (tiles * sizes.num_heads * _sequences(problem), 1, 1), tail, Workspace())
+    grid = (num_row_tiles(problem, tile.block_q) * sizes.num_heads, 1, 1)
+    return Recipe(specialisation, grid, tail, Workspace())
 
 
 def _splitkv(plan: Plan, tile: Tile, problem: Problem, arrays: FactsOfArrays, tail: bytes) -> Recipe:

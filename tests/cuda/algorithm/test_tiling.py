@@ -1,0 +1,147 @@
+"""Which sequence has which tile, as compiled: for index arrays that say anything, and for those that are right."""
+
+import numpy as np
+import pytest
+from ptx import ExecutorError
+from ptx.alone import BEGIN, TARGETS, built, numbers, planted, rows_of, run
+
+from cupyattn.cuda.launching.params import OPEN
+from cupyattn.plan import num_tiles
+
+pytestmark = pytest.mark.usefixtures("nvrtc")
+
+TILING = "algorithm/tiling.cuh"
+PROBE = f"""
+#include "algorithm/tiling.cuh"
+namespace alone {{
+using namespace cupyattn;
+template <int>
+__global__ void place(int count, const Tiling* tilings, const int2* blocks, int* found) {{
+    {BEGIN}
+    const Place at = place_of(blocks[i].x, blocks[i].y, tilings[i]);
+    const int all[] = {{at.sequence, at.owner, at.tile, at.tiles}};
+    for (int field = 0; field < 4; ++field) found[4 * i + field] = all[field];
+}}
+}}
+"""
+FIELDS = ("sequences", "total", "each", "size")
+TILING_DTYPE = np.dtype([("starts", "u8"), *((name, "i4") for name in FIELDS)])
+LARGEST = 2**31 - 1
+BLOCKS, MOST = 15_000, 70
+target = pytest.mark.parametrize("target", TARGETS)
+
+
+def tilings(rng):
+    """(tilings, starts): of sequences end to end, and alike; starts rise in the first half, and lie in the other."""
+    made = np.zeros(BLOCKS, TILING_DTYPE)
+    made["sequences"] = rng.integers(1, MOST + 1, BLOCKS)
+    made["size"] = rng.choice([1, 7, 16, 42, 64, 128, 192], BLOCKS)
+    made["total"] = np.minimum(numbers(rng, BLOCKS, 0, LARGEST), np.where(made["size"] < 16, OPEN, LARGEST))
+    made["each"] = np.maximum(1, numbers(rng, BLOCKS, 0, OPEN) // made["size"])
+    whole, as_many = made["sequences"] * made["size"], rng.random(BLOCKS) < 0.1  # tiles of both kinds
+    made["total"] -= np.where(as_many, made["total"] % whole, 0)
+    made["each"] = np.where(as_many, made["total"] // whole + 1, made["each"])
+    starts = numbers(rng, (BLOCKS, MOST)).astype(np.int32)
+    half = BLOCKS // 2
+    within = rng.random((half, MOST)) ** rng.choice([0.1, 1.0, 9.0], (half, 1))
+    starts[:half] = np.sort(within, axis=1) * made["total"][:half, None]
+    near = rng.random(half) < 0.3  # lengths that differ by one, and none at all
+    steps = made["size"][:half, None] * rng.integers(0, 3, (half, MOST)) + rng.integers(-1, 2, (half, MOST))
+    starts[:half][near] = np.minimum(np.cumsum(np.maximum(steps, 0), axis=1), made["total"][:half, None])[near]
+    made["starts"] = np.where(rng.random(BLOCKS) < 0.9, rows_of(starts), 0)
+    return made, starts
+
+
+def first_tiles(tiling, starts):
+    """Where each sequence's tiles begin, and where they end, by numbers that never wrap."""
+    sequences, total, each, size = (int(tiling[name]) for name in FIELDS)
+    if not tiling["starts"] or sequences * each <= total // size + sequences:
+        return [each * sequence for sequence in range(sequences + 1)]
+    inside = [min(max(int(start), 0), total) for start in starts[:sequences]]
+    return [0, *(start // size + at for at, start in enumerate(inside) if at), total // size + sequences]
+
+
+def expected_place(firsts, block, owners):
+    """The twin of `place_of`, by the same search."""
+    low, high = 0, len(firsts) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if firsts[middle] <= block // owners else (low, middle)
+    tiles = firsts[low + 1] - firsts[low]
+    rest = block - firsts[low] * owners
+    return [low, rest // tiles, rest % tiles, tiles]
+
+
+def hold_places(rng, kernel):
+    made, starts = tilings(rng)
+    owners = rng.choice([1, 2, 7, 32], BLOCKS)
+    firsts = [first_tiles(*each) for each in zip(made, starts, strict=True)]
+    last = np.minimum(np.array([x[-1] for x in firsts]) * owners, LARGEST) - 1
+    blocks = np.where(rng.random(BLOCKS) < 0.2, last, (last * rng.random(BLOCKS)).astype(np.int64))
+    given = np.ascontiguousarray(np.stack([blocks, owners], axis=1), np.int32)
+    found = run(kernel, [made, given], np.zeros((BLOCKS, 4), np.int32), [starts]).tolist()
+    for case, (its, (block, heads)) in enumerate(zip(firsts, given.tolist(), strict=True)):
+        sequence, owner, tile, tiles = found[case]
+        assert 0 <= sequence < len(its) - 1, (its, block, heads)
+        assert 0 <= owner < heads, (its, block, heads)
+        assert 0 <= tile < tiles, (its, block, heads)
+        assert found[case] == expected_place(its, block, heads), (its, block, heads)
+
+
+@target
+def test_every_block_has_a_tile_of_a_sequence_whatever_the_starts_are(rng, target):
+    hold_places(rng, built(PROBE, "alone::place<0>", target))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("static_cast<int64>(tile - middle + 1) * size)", "(tile - middle + 1) * size)"),
+        ("smaller(larger(ptx::load_global(starts + sequence), 0), total)", "ptx::load_global(starts + sequence)"),
+        ("sequence == 0 ? 0 : start_of", "start_of"),
+        ("start_of(middle) <", "start_of(middle) <="),
+        ("<= total / size + sequences", "< total / size + sequences"),
+        ("static_cast<int64>(sequences) * each", "sequences * each"),
+        ("int low = 0, high = sequences;", "int low = 0, high = sequences - 1;"),
+        ("rest / its.count, rest % its.count", "rest % owners, rest / owners"),
+    ],
+    ids=[
+        "a product that wraps",
+        "starts that lie",
+        "tiles in front of the first sequence",
+        "a sequence that begins with the next tile",
+        "as many, and not even",
+        "a sum of tiles that wraps",
+        "no last sequence",
+        "owners fastest",
+    ],
+)
+def test_a_fault_in_places_is_found(rng, old, new):
+    with pytest.raises((AssertionError, ExecutorError)):
+        hold_places(rng, built(PROBE, "alone::place<0>", "sm_80", planted(TILING, old, new)))
+
+
+@target
+def test_every_tile_of_a_sequence_has_one_block(rng, target):
+    """For starts that are right: lengths of nothing, of one and about whole tiles, and rows behind."""
+    kernel = built(PROBE, "alone::place<0>", target)
+    for case in range(60):
+        size, owners, sequences = (int(rng.choice(x)) for x in ((16, 42, 64), (1, 3), (1, 2, 5, 33)))
+        lengths = size * rng.integers(0, 4, sequences) + rng.integers(-1, 2, sequences)
+        lengths = np.maximum(lengths, 0) * (rng.random(sequences) < 0.8)
+        starts = np.cumsum([0, *lengths], dtype=np.int32)
+        total, longest = int(starts[-1]) + int(rng.integers(0, 2 * size)) * (case % 2), int(lengths.max())
+        count = num_tiles(sequences, longest, size, total) * owners
+        made = np.zeros(count, TILING_DTYPE)
+        made[:] = (starts.ctypes.data, sequences, total, max(1, -(-longest // size)), size)
+        blocks = np.stack([np.arange(count), np.full(count, owners)], axis=1).astype(np.int32)
+        found = run(kernel, [made, blocks], np.zeros((count, 4), np.int32), [starts])
+        places = [tuple(row) for row in found[:, :3].tolist()]
+        assert len(set(places)) == count
+        needed = {
+            (sequence, owner, tile)
+            for sequence, length in enumerate(lengths.tolist())
+            for owner in range(owners)
+            for tile in range(-(-length // size))
+        }
+        assert needed <= set(places), (lengths, size, owners)

@@ -1,0 +1,74 @@
+"""Tiles of sequences whose lengths are not known: enough for any, few in vain, and what plans and launches say."""
+
+import numpy as np
+import pytest
+from emulated import options_of, problem_of, ragged_options
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cupyattn.cuda.launching.launch import recipe_of
+from cupyattn.cuda.launching.views import view_of_numpy
+from cupyattn.plan import choose, num_tiles
+from cupyattn.problem import NAMED_DEVICES
+
+LENGTHS = st.lists(st.integers(0, 700), min_size=1, max_size=40)
+
+
+@given(LENGTHS, st.sampled_from([1, 16, 42, 64, 128]), st.integers(0, 300))
+def test_there_is_a_tile_for_every_row_of_any_lengths(lengths, size, behind):
+    most = num_tiles(len(lengths), max(lengths), size, sum(lengths) + behind)
+    assert sum(-(-length // size) for length in lengths) <= most <= num_tiles(len(lengths), max(lengths), size)
+
+
+def skewed(rng, longest=8192, total=65536, batch=64):
+    """Lengths of so many sequences, one of them much longer than the others, in any order."""
+    cuts = np.sort(rng.choice(np.arange(1, total - longest), batch - 2, replace=False))
+    lengths = np.diff([0, *cuts, total - longest])
+    return rng.permutation([longest, *lengths])
+
+
+def call(lengths, heads=32, head_dim=128):
+    starts = np.cumsum([0, *lengths], dtype=np.int32)
+    x = np.broadcast_to(np.float16(0), (starts[-1], heads, head_dim))
+    arrays = {"q": x, "k": x, "v": x, "cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    views = {name: view_of_numpy(x, x.dtype.name)._replace(pointer=0) for name, x in arrays.items()}
+    strides = (heads * head_dim, head_dim, 1)
+    views |= {name: views[name]._replace(strides=strides) for name in "qkv"}
+    options = ragged_options(arrays, causal=True, alignment="bottom-right")
+    return problem_of(arrays, options), views
+
+
+SKEWED = [("A100", "flash", 64, 34848), ("H100", "hopper", 128, 18464)]
+
+
+@pytest.mark.parametrize(("device", "kernel", "rows", "blocks"), SKEWED)
+def test_the_grid_of_a_skewed_batch_is_little_more_than_its_tiles(rng, device, kernel, rows, blocks):
+    """64 sequences, the longest of 8192, 65536 tokens, 32 heads: as many as the longest would be 133120 of 128 rows."""
+    lengths = skewed(rng)
+    problem, views = call(lengths)
+    plan = choose(problem, NAMED_DEVICES[device])
+    real = 32 * int((-(-lengths // rows)).sum())
+    assert (plan.kernel, plan.num_workers) == (kernel, blocks)
+    assert recipe_of(plan, problem, views).grid == (blocks, 1, 1)
+    assert real <= blocks <= 1.1 * real
+    assert f"up to {blocks} tiles of {rows} rows" in plan.reason
+
+
+@pytest.mark.parametrize("device", ["A100", "H100"])
+def test_sequences_as_long_as_each_other_have_the_tiles_of_the_longest(device):
+    problem, views = call([1024] * 64)
+    plan = choose(problem, NAMED_DEVICES[device])
+    rows = plan.tile.block_q
+    assert plan.num_workers == 32 * 65 * 1024 // rows
+    assert recipe_of(plan, problem, views).grid == (plan.num_workers, 1, 1)
+
+
+@pytest.mark.parametrize("device", ["A100", "H100"])
+def test_a_plan_of_sequences_side_by_side_has_no_more_tiles_than_they_have(device, rng):
+    x = rng.standard_normal((3, 1000, 4, 64)).astype("f2")
+    problem = problem_of({"q": x, "k": x, "v": x}, options_of(causal=True, alignment="bottom-right"))
+    plan = choose(problem, NAMED_DEVICES[device])
+    views = {name: view_of_numpy(x, "float16") for name in "qkv"}
+    assert plan.num_workers == 12 * -(-1000 // plan.tile.block_q)
+    assert recipe_of(plan, problem, views).grid == (plan.num_workers, 1, 1)
+    assert "up to" not in plan.reason
