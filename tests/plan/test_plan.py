@@ -549,7 +549,7 @@ def test_shapes_and_arrays_are_explained_alike(edits, device):
 def test_the_arrays_of_every_library_are_explained_as_shapes_are(library):
     xp = pytest.importorskip(library)
     arrays = {name: xp.zeros(shape, dtype=xp.float32) for name, shape in SHAPES.items()}
-    assert cupyattn.explain(**arrays) == cupyattn.explain(**SHAPES)
+    assert replace(cupyattn.explain(**arrays), notes=()) == cupyattn.explain(**SHAPES)
 
 
 def test_shapes_are_of_float32_on_the_cpu_and_of_float16_on_a_gpu():
