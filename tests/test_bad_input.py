@@ -928,6 +928,12 @@ LINEARS = [
     bad("linear_scale_as_string", LINEAR, TypeError, "scale", "'1'", scale="1"),
     bad("linear_layout_thd", LINEAR, ValueError, "layout", "'thd'", layout="thd"),
     bad("linear_layout_turned", LINEAR, ValueError, "num_heads_kv = 5", layout="bhsd", q=floats(2, 4, 2, 8)),
+    bad(
+        "linear_words_of_others", LINEAR, TypeError,
+        "g              here it is decay", "initial_state  here it is state", "softmax_scale  here it is scale",
+        "causal         attention takes it",
+        g=None, initial_state=None, softmax_scale=1.0, causal=True, update_rule="delta",
+    ),
     bad("chunk_of_nothing", LINEAR, ValueError, "chunk_size", "0", chunk_size=0),
     bad("chunk_of_half_a_token", LINEAR, TypeError, "chunk_size", "0.5", chunk_size=0.5),
     bad("return_state_as_number", LINEAR, TypeError, "return_state", "1", return_state=1),

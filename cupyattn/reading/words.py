@@ -21,8 +21,10 @@ SAME = (
     ("seqlens_k", "key_value_seq_lengths", "seqused_k"),
     ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"),
     ("max_seqlen", "max_seqlen_q", "max_seqlen_k"),
+    *(("decay", "g"), ("state", "initial_state", "past_state"), ("return_state", "output_final_state")),
+    ("rule", "update_rule"),
 )
-"""Words of torch, JAX, flash-attn and ours for one thing."""
+"""Words of torch, JAX, flash-attn, flash-linear-attention, ONNX and ours for one thing."""
 ELSEWHERE = {
     "attention takes it": (
         *("softmax_scale", "softcap", "window_size", "alibi_slopes", "sinks", "mask", "bias", "alignment", "layout"),
