@@ -735,7 +735,7 @@ PLANS = [
     bad("device_as_number", EXPLAIN, ValueError, "device", "0", device=0),
     bad("device_as_list", EXPLAIN, ValueError, "device", "['H100']", device=["H100"]),
     bad("out_of_another_shape", ATTENTION, ValueError, "out", "(5, 4, 8)", "(2, 5, 4, 8)", out=floats(5, 4, 8)),
-    bad("out_of_another_dtype", FLASH, TypeError, "out", "float64", out=floats(2, 5, 4, 8, dtype="float64")),
+    bad("flash_out_of_another_dtype", FLASH, TypeError, "out", "float64", out=floats(2, 5, 4, 8, dtype="float64")),
     bad("out_a_list", QKV, TypeError, "out", "list", out=[1.0]),
     bad("out_of_torch", VARLEN, TypeError, "out", "torch", made=elsewhere("torch", out=floats(5, 4, 8))),
     bad("out_a_view_of_zeros", KV, ValueError, "out", "read-only", out=huge(2, 5, 4, 8)),
