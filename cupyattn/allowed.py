@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from cupyattn.plan import IMPLEMENTATIONS
+from cupyattn.problem import Implementation
 from cupyattn.reading import refusal
 
 Allowed = tuple[str, ...]
@@ -20,7 +21,7 @@ currently_allowed = _allowed.get
 """Those of the innermost `with` in this thread or task; None: all."""
 
 
-def implementations(*names: str) -> AbstractContextManager[None]:
+def implementations(*names: Implementation) -> AbstractContextManager[None]:
     """Only these implementations may be taken by calls inside: torch's sdpa_kernel, for every function here.
 
     Parameters

@@ -2,26 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Collection
+from typing import Any, Generic, Literal, NamedTuple, overload
 
 from cupyattn import reading
 from cupyattn.allowed import allowed_by
 from cupyattn.arrays import destinations_of, enter, untraced
 from cupyattn.corridor import answer, answer_with_gradients, under_our_names
-from cupyattn.problem import Array, Axes
+from cupyattn.problem import A, Alignment, Array, Implementation
 from cupyattn.reading import attention_options, expect, read, refusal
 
 
+# fmt: off
+@overload
+def attention(
+    q: A, k: A, v: A, *, layout: Literal["bshd", "bhsd"] = ..., causal: bool = ..., alignment: Alignment | None = ...,
+    window_size: tuple[int | None, int | None] = ..., mask: Array | None = ..., bias: Array | None = ...,
+    softmax_scale: float | None = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    sinks: Array | None = ..., q_descale: Array | None = ..., k_descale: Array | None = ...,
+    v_descale: Array | None = ..., seqlens_q: Array | None = ..., seqlens_k: Array | None = ...,
+    dropout_p: float = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    fixed_split_size: int | None = ..., implementation: Implementation | Collection[Implementation] | None = ...,
+    return_lse: Literal[False] = ..., out: A | None = ..., lse_out: A | None = ...,
+) -> A: ...
+@overload
+def attention(
+    q: A, k: A, v: A, *, layout: Literal["bshd", "bhsd"] = ..., causal: bool = ..., alignment: Alignment | None = ...,
+    window_size: tuple[int | None, int | None] = ..., mask: Array | None = ..., bias: Array | None = ...,
+    softmax_scale: float | None = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    sinks: Array | None = ..., q_descale: Array | None = ..., k_descale: Array | None = ...,
+    v_descale: Array | None = ..., seqlens_q: Array | None = ..., seqlens_k: Array | None = ...,
+    dropout_p: float = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    fixed_split_size: int | None = ..., implementation: Implementation | Collection[Implementation] | None = ...,
+    return_lse: Literal[True], out: A | None = ..., lse_out: A | None = ...,
+) -> tuple[A, A]: ...
+@overload
+def attention(
+    q: A, k: A, v: A, *, layout: Literal["bshd", "bhsd"] = ..., causal: bool = ..., alignment: Alignment | None = ...,
+    window_size: tuple[int | None, int | None] = ..., mask: Array | None = ..., bias: Array | None = ...,
+    softmax_scale: float | None = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    sinks: Array | None = ..., q_descale: Array | None = ..., k_descale: Array | None = ...,
+    v_descale: Array | None = ..., seqlens_q: Array | None = ..., seqlens_k: Array | None = ...,
+    dropout_p: float = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    fixed_split_size: int | None = ..., implementation: Implementation | Collection[Implementation] | None = ...,
+    return_lse: bool, out: A | None = ..., lse_out: A | None = ...,
+) -> A | tuple[A, A]: ...
+# fmt: on
 @untraced
 def attention(
     q: Array,
     k: Array,
     v: Array,
     *,
-    layout: Axes = "bshd",
+    layout: Literal["bshd", "bhsd"] = "bshd",
     causal: bool = False,
-    alignment: str | None = None,
+    alignment: Alignment | None = None,
     window_size: tuple[int | None, int | None] = (None, None),
     mask: Array | None = None,
     bias: Array | None = None,
@@ -38,7 +73,7 @@ def attention(
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
     fixed_split_size: int | None = None,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Collection[Implementation] | None = None,
     return_lse: bool = False,
     out: Array | None = None,
     lse_out: Array | None = None,
@@ -199,30 +234,30 @@ def attention(
     return (found["out"], found["lse"]) if options.needs_lse else found["out"]
 
 
-class Gradients(NamedTuple):
+class Gradients(NamedTuple, Generic[A]):
     """Gradients of `attention`, each shaped like the argument it belongs to; None where that was not given."""
 
-    dq: Array
-    dk: Array
-    dv: Array
-    dbias: Array | None = None
-    dsinks: Array | None = None
-    dalibi_slopes: Array | None = None
+    dq: A
+    dk: A
+    dv: A
+    dbias: A | None = None
+    dsinks: A | None = None
+    dalibi_slopes: A | None = None
 
 
 @untraced
 def attention_backward(
-    dout: Array,
-    q: Array,
-    k: Array,
-    v: Array,
+    dout: A,
+    q: A,
+    k: A,
+    v: A,
     *,
-    out: Array | None = None,
-    lse: Array | None = None,
-    dlse: Array | None = None,
-    layout: Axes = "bshd",
+    out: A | None = None,
+    lse: A | None = None,
+    dlse: A | None = None,
+    layout: Literal["bshd", "bhsd"] = "bshd",
     causal: bool = False,
-    alignment: str | None = None,
+    alignment: Alignment | None = None,
     window_size: tuple[int | None, int | None] = (None, None),
     mask: Array | None = None,
     bias: Array | None = None,
@@ -235,8 +270,8 @@ def attention_backward(
     dropout_p: float = 0.0,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
-    implementation: str | Sequence[str] | None = None,
-) -> Gradients:
+    implementation: Implementation | Collection[Implementation] | None = None,
+) -> Gradients[A]:
     """Gradients of `attention`, given the gradient of its output.
 
     Parameters

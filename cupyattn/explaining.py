@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from cupyattn.allowed import allowed_by
 from cupyattn.arrays import Visit, described, enter, untraced
 from cupyattn.corridor import planned, planned_backward, under_our_names
 from cupyattn.plan import Plan
-from cupyattn.problem import FLOAT8, NAMED_DEVICES, Axes, Device, Spec
+from cupyattn.problem import FLOAT8, NAMED_DEVICES, Alignment, Device, Implementation, Spec
 from cupyattn.reading import attention_options, read, refusal
 
 
@@ -25,9 +25,9 @@ def explain(
     *,
     dtype: Any = None,
     device: str | None = None,
-    layout: Axes = "bshd",
+    layout: Literal["bshd", "bhsd"] = "bshd",
     causal: bool = False,
-    alignment: str | None = None,
+    alignment: Alignment | None = None,
     window_size: tuple[int | None, int | None] = (None, None),
     mask: Any = None,
     bias: Any = None,
@@ -45,7 +45,7 @@ def explain(
     compute_dtype: Any = None,
     fixed_split_size: int | None = None,
     return_lse: bool = False,
-    implementation: str | Sequence[str] | None = None,
+    implementation: Implementation | Collection[Implementation] | None = None,
     backward: bool = False,
 ) -> Plan:
     """How `attention` would do a call, or its gradients, and why not otherwise; nothing is computed.

@@ -64,9 +64,7 @@ def forward(run: Callable[[Problem, Arrays], Arrays], problem: Problem, arrays: 
     """The results by name, of whoever can `run` packed sequences."""
     found = run(packed(problem), packed_arrays(problem, arrays))
     results = {name: _dense(name, array, problem) for name, array in found.items()}
-    if (
-        "lse" in results and problem.edits.sinks
-    ):  # which rows that see no keys have, and rows that are not there have not
+    if "lse" in results and problem.edits.sinks:  # which are the lse of rows that see no keys, and not of unused ones
         results["lse"] = _where_used(arrays, problem, results["lse"], -float("inf"))
     return results
 

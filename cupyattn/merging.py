@@ -9,20 +9,20 @@ import numpy as np
 from cupyattn import numpy_ref, reading
 from cupyattn.arrays import Arrays, Visit, check_destinations, destinations_of, enter, put, untraced
 from cupyattn.corridor import Named
-from cupyattn.problem import FLOATS, Array, Axes, Spec
+from cupyattn.problem import FLOATS, A, Axes, Spec
 from cupyattn.reading import expect, refusal
 from cupyattn.rounding import narrow, widen
 
 
 @untraced
 def merge_states(
-    outs: Sequence[Array],
-    lses: Sequence[Array],
+    outs: Sequence[A],
+    lses: Sequence[A],
     *,
     layout: Axes = "bshd",
-    out: Array | None = None,
-    lse_out: Array | None = None,
-) -> tuple[Array, Array]:
+    out: A | None = None,
+    lse_out: A | None = None,
+) -> tuple[A, A]:
     """The attention over all keys, from attentions over disjoint sets of keys.
 
     Associative and commutative up to rounding; ``out = 0, lse = -inf`` is the identity.  A state whose

@@ -20,12 +20,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 
 Array: TypeAlias = Any
+"""Of whatever library, to whoever checks types: one that it does not know, or one beside the library of q, k and v."""
+
+
+class SomeArray(Protocol):
+    """What every library's arrays have, as far as types tell."""
+
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def dtype(self) -> Any: ...
+
+
+A = TypeVar("A", bound=SomeArray)
+"""The arrays of one library: those of a call, and its results."""
 Shape: TypeAlias = tuple[int, ...]
 Alignment: TypeAlias = Literal["top-left", "bottom-right"]
 Axes: TypeAlias = Literal["bshd", "bhsd", "thd"]
+Implementation: TypeAlias = Literal["numpy", "splitkv", "hopper", "flash"]
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 """What every function takes, and gives back in kind."""

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 from cupyattn import reading
 from cupyattn.arrays import alignment_meant, enter, untraced
 from cupyattn.corridor import answer
-from cupyattn.problem import Array
+from cupyattn.problem import A, Array
 from cupyattn.reading import Options, refusal
 
 
+# fmt: off
+@overload
+def scaled_dot_product_attention(
+    query: A, key: A, value: A, attn_mask: Array | None = ..., dropout_p: float = ..., is_causal: bool = ..., *,
+    scale: float | None = ..., enable_gqa: bool = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    return_lse: Literal[False] = ...,
+) -> A: ...
+@overload
+def scaled_dot_product_attention(
+    query: A, key: A, value: A, attn_mask: Array | None = ..., dropout_p: float = ..., is_causal: bool = ..., *,
+    scale: float | None = ..., enable_gqa: bool = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    return_lse: Literal[True],
+) -> tuple[A, A]: ...
+@overload
+def scaled_dot_product_attention(
+    query: A, key: A, value: A, attn_mask: Array | None = ..., dropout_p: float = ..., is_causal: bool = ..., *,
+    scale: float | None = ..., enable_gqa: bool = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    return_lse: bool,
+) -> A | tuple[A, A]: ...
+# fmt: on
 @untraced
 def scaled_dot_product_attention(
     query: Array,

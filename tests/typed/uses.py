@@ -1,0 +1,77 @@
+"""Right and wrong uses, to whoever checks types: mypy and pyright complain of an `ignore` that nothing is wrong with.
+
+Never run.  `Tensor` is another library's array than NumPy's.
+"""
+
+from typing import Any, assert_type
+
+import numpy as np
+
+import cupyattn
+from cupyattn import Gradients, Plan, attention, attention_backward, merge_states, scaled_dot_product_attention
+
+Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
+
+
+class Tensor:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return ()
+
+    @property
+    def dtype(self) -> str:
+        return "float32"
+
+
+def of_one_library(x: Tensor, y: Floats, unknown: Any, flag: bool) -> None:
+    assert_type(attention(x, x, x), Tensor)
+    assert_type(attention(y, y, y, causal=True, window_size=(3, None)), Floats)
+    assert_type(attention(x, x, x, return_lse=False), Tensor)
+    assert_type(attention(x, x, x, return_lse=True), tuple[Tensor, Tensor])
+    assert_type(attention(x, x, x, return_lse=flag), Tensor | tuple[Tensor, Tensor])
+    assert_type(attention(x, x, x, mask=y, seqlens_k=y, out=x), Tensor)
+    assert_type(attention(x, x, x, return_lse=True, lse_out=x), tuple[Tensor, Tensor])
+    assert_type(attention(x, x, x, implementation="flash"), Tensor)
+    assert_type(attention(x, x, x, implementation=("flash", "splitkv")), Tensor)
+    assert_type(attention(unknown, unknown, unknown), Any)
+    assert_type(scaled_dot_product_attention(x, x, x, None, 0.0, True), Tensor)
+    assert_type(scaled_dot_product_attention(x, x, x, return_lse=True), tuple[Tensor, Tensor])
+    assert_type(merge_states([x, x], [x, x]), tuple[Tensor, Tensor])
+    assert_type(attention_backward(x, x, x, x), Gradients[Tensor])
+    assert_type(attention_backward(x, x, x, x).dq, Tensor)
+    assert_type(attention_backward(x, x, x, x).dbias, Tensor | None)
+    assert_type(cupyattn.explain((1, 1, 4, 8), (1, 9, 4, 8), (1, 9, 4, 8), device="H100"), Plan)
+    with cupyattn.implementations("numpy", "flash"):
+        pass
+
+
+def arrays_that_do_not_go_together_have_results_of_no_library(x: Tensor, y: Floats) -> None:
+    attention(x, y, y).reshape(3)  # type: ignore[attr-defined]
+    attention(x, x, y, return_lse=True)[0].reshape(3)  # type: ignore[attr-defined]
+    attention_backward(y, x, x, x).dq.reshape(3)  # type: ignore[attr-defined]
+    scaled_dot_product_attention(x, y, y).reshape(3)  # type: ignore[attr-defined]
+    merge_states([x], [y])[0].reshape(3)  # type: ignore[attr-defined]
+    attention(x, x, x, out=y).reshape(3)  # type: ignore[attr-defined]
+
+
+def what_is_no_array(x: Tensor) -> None:
+    attention(1, 2, 3)  # type: ignore[call-overload]
+    attention([1.0], [1.0], [1.0])  # type: ignore[call-overload]
+    merge_states(1, [x])  # type: ignore[arg-type]
+    attention(x, x)  # type: ignore[call-overload]
+
+
+def words_and_numbers(x: Tensor) -> None:
+    attention(x, x, x, layout="thd")  # type: ignore[call-overload]
+    attention(x, x, x, alignment="left")  # type: ignore[call-overload]
+    attention(x, x, x, causal="yes")  # type: ignore[call-overload]
+    attention(x, x, x, is_causal=True)  # type: ignore[call-overload]
+    attention(x, x, x, implementation="flesh")  # type: ignore[arg-type]
+    attention(x, x, x, implementation=("flash", "flesh"))  # type: ignore[arg-type]
+    cupyattn.implementations("flesh")  # type: ignore[arg-type]
+
+
+def results(x: Tensor) -> None:
+    other: Floats = attention(x, x, x)  # type: ignore[arg-type]
+    first = attention(x, x, x)[0]  # type: ignore[index]
+    print(other, first)
