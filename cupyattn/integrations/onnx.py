@@ -14,7 +14,7 @@ import numpy as np
 
 from cupyattn import api, reading
 from cupyattn.arrays import Visit, enter, untraced
-from cupyattn.problem import FLOATS, Array, Spec
+from cupyattn.problem import FLOATS, Alignment, Array, Spec
 from cupyattn.reading import refusal
 
 FUNCTION = "onnx.attention"
@@ -151,7 +151,7 @@ class Hidden(NamedTuple):
     """Which keys are seen, as `cupyattn.attention` is told."""
 
     causal: bool
-    alignment: str | None
+    alignment: Alignment | None
     window: tuple[int | None, int | None]
     mask: Array | None
     bias: Array | None
