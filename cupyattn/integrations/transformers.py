@@ -22,6 +22,7 @@ from typing import Any
 from cupyattn import reading
 from cupyattn.api import attention, attention_backward
 from cupyattn.integrations import batching, models
+from cupyattn.integrations.weights import with_weights
 from cupyattn.reading import refusal
 
 FUNCTION = "cupyattn in transformers"
@@ -35,7 +36,6 @@ MEANINGLESS = frozenset(
 """Arguments that layers name and that change nothing about attention, or did so before, in the mask."""
 
 REFUSED = {
-    "output_attentions": "the weights are never in memory; choose attn_implementation='eager' for them",
     "head_mask": "heads cannot be masked",
     "cache": "this transformers batches in another way than 5.24, which is known here",
     "indices": "keys chosen by their indices are not supported",
@@ -48,7 +48,9 @@ PACKED = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_lengt
 """What says where sequences packed into one row start."""
 
 
-def register(name: str = "cupyattn", *, compute_dtype: Any = None, ignored: Iterable[str] = ()) -> None:
+def register(
+    name: str = "cupyattn", *, compute_dtype: Any = None, ignored: Iterable[str] = (), last_queries: int | None = None
+) -> None:
     """Register attention and its masks with transformers, for every model of this process.
 
     Afterwards ``attn_implementation=name`` chooses it, in ``from_pretrained``, ``_from_config`` and
@@ -63,21 +65,24 @@ def register(name: str = "cupyattn", *, compute_dtype: Any = None, ignored: Iter
     ignored : iterable of str
         Names of arguments that a model's layers hand to attention and that may be left out of account.  Others that
         they name and are not known here raise a TypeError.
+    last_queries : int, optional
+        Of the weights of each layer, if a model is asked for them, those of so many last queries; default all.
 
     Raises
     ------
     ImportError
         transformers is not installed, or older than 5.0.
     TypeError, ValueError
-        `name` or `ignored` are not names, `name` means something else to transformers, or `compute_dtype` is not one
-        of those above.
+        `name` or `ignored` are not names, `name` means something else to transformers, `compute_dtype` is not one of
+        those above, or `last_queries` not an integer from 1 on.
 
     Notes
     -----
     Rows that see no key, those of left padding, give zeros, where ``"eager"`` gives the mean of all values; no
     token depends on them.  Dropout applies while the module is training, its seed is drawn from torch's generator.
-    ``output_attentions=True`` raises: weights are never in memory.  Under torch.autocast queries, keys and values are
-    cast as torch's own attention casts them.
+    ``model(..., output_attentions=True)`` gives the weights, (batch, num_heads, seqlen_q, seqlen_k), without dropout,
+    for which scores are computed once more, some rows at a time; not under torch.compile.  Under torch.autocast
+    queries, keys and values are cast as torch's own attention casts them.
 
     Models that do not hand their attention over (Bloom, for one), that look a class up by the name (Falcon) or support
     no implementation but their own (NllbMoe) keep ``"eager"``, however they are made, and a warning names them.  It is
@@ -104,6 +109,7 @@ def register(name: str = "cupyattn", *, compute_dtype: Any = None, ignored: Iter
     if not all(isinstance(each, str) for each in names):
         raise TypeError(refusal("register", "ignored has to hold names of arguments", ("ignored", repr(ignored))))
     compute = reading.compute_dtype("register", compute_dtype)
+    last = None if last_queries is None else reading.integer("register", "last_queries", last_queries, low=1)
     try:
         import torch  # noqa: F401 - transformers can be imported without it
         import transformers
@@ -116,8 +122,9 @@ def register(name: str = "cupyattn", *, compute_dtype: Any = None, ignored: Iter
     models.admit(name)
     batching.admit(models.NAMES)
     _define_operator()
+    function = partial(attend, compute_dtype=compute, ignored=names, last_queries=last)
     for each in (name, f"paged|{name}"):  # as transformers has two names for its own
-        transformers.AttentionInterface.register(each, partial(attend, compute_dtype=compute, ignored=names))
+        transformers.AttentionInterface.register(each, function)
         # Without a mask function of its own an implementation is handed no mask at all, padding or not.
         transformers.AttentionMaskInterface.register(each, models.mask)
 
@@ -138,8 +145,10 @@ def attend(
     *,
     compute_dtype: str | None = None,
     ignored: frozenset[str] = frozenset(),
+    last_queries: int | None = None,
+    output_attentions: bool | None = False,
     **others: Any,
-) -> tuple[Any, None]:
+) -> tuple[Any, Any]:
     """One layer's attention, as transformers calls it.
 
     Parameters
@@ -167,24 +176,26 @@ def attend(
     Returns
     -------
     out : Tensor, shape (batch, seqlen_q, num_heads, head_dim_v)
-    weights : None
+    weights : Tensor, shape (batch, num_heads, rows, seqlen_k), or None
+        With `output_attentions`, those of the last `last_queries` rows, or of all.
     """
     import torch
 
     _refuse_unknown(module, others, ignored)
+    if output_attentions and (_is_recorded() or batching.is_batch(others, s_aux)):
+        rule = "output_attentions: weights are neither for compiled or traced calls nor for continuous batching"
+        raise NotImplementedError(refusal(FUNCTION, rule, ("layer", type(module).__name__)))
     mask, bias = _mask_and_bias(module, attention_mask, position_bias)
     query, key, value, bias = _as_autocast_does(query, key, value, bias)
     left = right = None
     if attention_mask is None:
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        if sliding_window is not None:
-            left = right = sliding_window - 1
-        if causal:
+        left = right = None if sliding_window is None else sliding_window - 1
+        if getattr(module, "is_causal", True) if is_causal is None else is_causal:
             right = 0
     if attention_mask is None and position_bias is None and batching.is_batch(others, s_aux):
-        edits: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
-        edits |= {"window_size": (left, right), "causal": right == 0, "compute_dtype": compute_dtype}
-        return batching.attend(query, key, value, others, **edits), None
+        said: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
+        said |= {"window_size": (left, right), "causal": right == 0, "compute_dtype": compute_dtype}
+        return batching.attend(query, key, value, others, **said), None
     if any(others.get(name) is not None for name in PACKED):
         visible = _packed(module, query, key, others, left, right)
         mask = visible if mask is None else mask & visible
@@ -199,7 +210,10 @@ def attend(
     if _is_recorded():
         seed = torch.randint(0, 2**63 - 1, (), device="cpu") if dropout_p > 0.0 else None
         return torch.ops.cupyattn.attention(q, k, v, mask, bias, s_aux, seed, *rest), None
-    return attention(q, k, v, **_keywords(mask, bias, s_aux, None, *rest)), None
+    keywords = _keywords(mask, bias, s_aux, None, *rest)
+    if output_attentions:
+        return with_weights(q, k, v, keywords, last_queries)
+    return attention(q, k, v, **keywords), None
 
 
 def _is_recorded() -> bool:

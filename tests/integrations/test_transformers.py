@@ -745,14 +745,6 @@ def test_a_mask_of_integers_is_refused_and_told_what_to_pass():
         attend(Layer(), *operands(), torch.ones(2, 1, 5, 5, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_models_asked_for_their_weights_refuse(name):
-    _, ours = both(name, DECODERS.get(name, lambda: transformers.BertConfig(**TINY)))
-    ids, _ = prompts(padded=False)
-    with pytest.raises(NotImplementedError, match="choose attn_implementation='eager'"):
-        ours(ids, output_attentions=True)
-
-
 # ---------------------------------------------------------------------------------------------------
 # register
 # ---------------------------------------------------------------------------------------------------
@@ -785,6 +777,8 @@ def test_another_name_and_compute_dtype(monkeypatch):
         ),
         ({"name": "org/cupyattn"}, ValueError, "a name with '/' in it means to transformers a repository"),
         ({"name": "paged|cupyattn"}, ValueError, r"a name with 'paged\|' in it means to transformers continuous batch"),
+        ({"last_queries": 0}, ValueError, "last_queries has to be from 1"),
+        ({"last_queries": "all"}, TypeError, "last_queries has to be an integer"),
         ({"ignored": [3]}, TypeError, "ignored has to hold names"),
         ({"compute_dtype": "float16"}, ValueError, "compute_dtype has to be"),
     ],
