@@ -29,7 +29,8 @@ def test_a_plan_that_was_pickled_when_plan_was_a_module_is_a_plan_of_today(devic
     assert (type(found), type(found.tile)) == (type(today), type(today.tile))
     for name in ("kernel", "device", "compute_dtype", "flops", "bytes"):  # what was decided besides may be better now
         assert getattr(found, name) == getattr(today, name)
-    assert [line.split()[0] for line in str(found).splitlines()] == [line.split()[0] for line in str(today).splitlines()]
+    said, says = ([line.split()[0] for line in str(plan).splitlines()] for plan in (found, today))
+    assert said == says
 
 
 LOADED = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')))"
