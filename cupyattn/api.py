@@ -152,8 +152,8 @@ def attention(
     out, lse_out : array, optional
         Memory for the results, which is then what is returned: of their shapes and dtypes, of the library and device
         of `q`, writable, apart from each other and from all that is read.  Written to once all is computed; by the
-        kernel itself on a GPU, if it is contiguous and starts at a multiple of 16 bytes.  Not for JAX and dask, whose
-        arrays are immutable, nor where gradients may be asked for.
+        kernel itself on a GPU, if it is contiguous and starts at a multiple of 16 bytes, and there are no seqlens.  Not
+        for JAX and dask, whose arrays are immutable, nor where gradients may be asked for.
 
     Returns
     -------

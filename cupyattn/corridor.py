@@ -61,7 +61,8 @@ def answer(
             visit.arrays = {**visit.arrays, "seed": seed}
             seed = None
     call = Call(function, problem, dict(visit.specs), problem.results, seed or 0, fixed_split_size, allowed)
-    return put(visit, _run(visit, plan, call, into), into)
+    found = _run(visit, plan, call, into)
+    return put(visit, found, into) if into else found
 
 
 def _check_room(function: str, visit: Visit, problem: Problem) -> None:
@@ -131,7 +132,7 @@ def plan_for_gradients(function: str, problem: Problem, device: Device, allowed:
 def planned(problem: Problem, device: Device, allowed: Allowed | None, fixed_split_size: int | None = None) -> Plan:
     """The plan, whatever its kernel is; sequences with lengths of their own are worked on as packed ones."""
     whole = lengths.packed(problem) if problem.layout.seqlens else problem
-    plan = choose(whole, device, fixed_split_size, allowed=allowed)
+    plan = choose(whole, device, fixed_split_size, None, allowed)
     if whole is problem:
         return plan
     return replace(plan, flops=problem.flops, bytes=problem.bytes, notes=(*plan.notes, lengths.NOTE))
