@@ -13,9 +13,12 @@ STEPS = 40
 def attack(seed, cases):
     """So many sequences of `STEPS` calls, as many for each kind of cache."""
     from cache.test_cache_stateful import MACHINES
+    from cache.test_layered import Layers
+    from cache.test_prefix import Requests
 
-    lost, each = [], max(1, cases // len(MACHINES))
-    for machine in MACHINES:
+    machines = (*MACHINES, Layers, Requests)
+    lost, each = [], max(1, cases // len(machines))
+    for machine in machines:
         asked = settings(
             database=None,
             deadline=None,
@@ -27,4 +30,4 @@ def attack(seed, cases):
             run_state_machine_as_test(hypothesis.seed(seed)(machine), settings=asked)
         except Exception:
             lost.append(f"{machine.__name__} of seed {seed}: {traceback.format_exc()[-3000:]}")
-    return Outcome(each * len(MACHINES) * STEPS, lost)
+    return Outcome(each * len(machines) * STEPS, lost)

@@ -246,6 +246,18 @@ def test_a_capacity_bounds_what_is_remembered():
     assert serve(made(capacity=0), 5 * [1]) == (0, 0)
 
 
+def test_what_a_sequence_begins_with_does_not_go_for_its_end():
+    """Two computed the same; what the first left to others is in nobody's way, and used by none."""
+    cache, ids = made(capacity=3), list(range(8))
+    for sequence in (cache.start(ids)[0], cache.start(ids)[0]):
+        compute(cache, sequence, ids)
+    cache.insert(ids[:4], 0)
+    cache.remove(0)
+    assert cache.insert(ids, 0) == 6
+    contents(cache)
+    assert (cache.match([*ids, 0]), cache.num_cached_pages) == (6, 3)
+
+
 def test_a_sequence_that_writes_into_what_it_shares_gets_a_copy():
     cache = made()
     serve(cache, [1, 2, 3, 4, 5])
