@@ -362,8 +362,9 @@ DEVICE_APART void flash_with_care(const Params& params, int tile, int head, cons
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads) flash_forward(const __grid_constant__ Params params) {
-    const int longest = larger(1, ceil_div(params.seqlen_q, Traits::kBlockQ));
-    const Place place = place_of(ptx::block_x(), params.num_heads, tiling_of_rows(params, longest, Traits::kBlockQ));
+    const Tiling tiling = tiling_of(params.at.cu_seqlens_q, params.total_q, sequences_of_rows(params), params.seqlen_q,
+                                    Traits::kBlockQ);
+    const Place place = place_of(ptx::block_x(), params.num_heads, tiling);
     const int head = place.owner;
     const Sequence sequence = sequence_at(place.sequence, params);
     // Under a causal mask the last rows see the most keys: they start first, and short blocks fill the end.

@@ -46,7 +46,7 @@ from cupyattn.plan.hopper import (
     rows_per_box,
 )
 from cupyattn.plan.objections import IMPLEMENTATIONS, LONGEST, objections_of_hopper
-from cupyattn.plan.tiling import num_row_tiles, num_tiles
+from cupyattn.plan.tiling import num_row_tiles, num_tiles, tiles_if_even
 from cupyattn.plan.values import BackwardTile, BackwardTiles, CpuTile, Plan, Tile
 
 __all__ = [
@@ -91,6 +91,7 @@ __all__ = [
     "rows_per_box",
     "shared_memory_of",
     "split_tile",
+    "tiles_if_even",
     "with_num_splits",
 ]
 

@@ -25,7 +25,18 @@ def num_tiles(sequences: int, longest: int, size: int, total: int | None = None)
 def num_row_tiles(problem: Problem, tokens: int) -> int:
     """Tiles of so many rows that a launch has for each head; if ragged, those that wipe rows behind the last sequence
     among them."""
+    return num_tiles(*_sequences_of(problem, tokens))
+
+
+def tiles_if_even(problem: Problem, tokens: int) -> int:
+    """Of each sequence, if all have as many as the longest; 0 if by where they begin there are fewer."""
+    sequences, longest, _, _ = asked = _sequences_of(problem, tokens)
+    each = max(1, -(-longest // tokens))
+    return each if num_tiles(*asked) == sequences * each else 0
+
+
+def _sequences_of(problem: Problem, tokens: int) -> tuple[int, int, int, int | None]:
     sizes = problem.sizes
     if problem.layout.ragged:
-        return num_tiles(sizes.batch + 1, sizes.seqlen_q, tokens, sizes.total_q)
-    return num_tiles(sizes.batch, sizes.seqlen_q, tokens)
+        return sizes.batch + 1, sizes.seqlen_q, tokens, sizes.total_q
+    return sizes.batch, sizes.seqlen_q, tokens, None

@@ -82,15 +82,15 @@ MUTANTS = [
            "tiles"),
     Mutant("first block left out", "hopper.cuh", "{touched.start / kBlockK,", "{ceil_div(touched.start, kBlockK),",
            "tiles"),
-    Mutant("tiles of a short section", "hopper.cuh", "smaller(of_section, units - first)", "of_section", "tiles"),
-    Mutant("sections of all sequences together", "hopper.cuh", "        units = units_per_sequence;\n", "", "ragged"),
-    Mutant("sections of more units than there are", "hopper.cuh",
-           "const int of_section = smaller(given.units_per_section, units),",
-           "const int of_section = given.units_per_section,", "ragged"),
+    Mutant("tiles of a short section", "hopper.cuh", "smaller(given.units_per_section, given.units_in_order - first)",
+           "given.units_per_section", "tiles"),
+    Mutant("tiles of all sequences in the first one's sections", "hopper.cuh",
+           "        index -= its.first * given.units_per_sequence;\n", "", "ragged"),
     Mutant("results of the first sequence", "hopper.cu", "row_tile<Traits>(index, given, tile.sequence.index)",
            "row_tile<Traits>(index, given, 0)", "ragged"),
-    Mutant("no sequence wipes", "tiling.cuh", "params.batch + (starts ? 1 : 0)", "params.batch", "ragged"),
-    Mutant("tiles of the first unit alone", "hopper.cuh", "tiling.sequence_with(index / units_per_sequence)",
+    Mutant("no sequence wipes", "tiling.cuh", "params.batch + (params.at.cu_seqlens_q ? 1 : 0)", "params.batch",
+           "ragged"),
+    Mutant("tiles of the first unit alone", "hopper.cuh", "tiling.sequence_with(index / given.units_per_sequence)",
            "tiling.sequence_with(index)", "ragged"),
     Mutant("one consumer empties all", "hopper.cuh", "key_ring().init(1, Traits::kConsumers);",
            "key_ring().init(1, 1);", "tiles"),
@@ -334,7 +334,9 @@ def ragged(sources):
         held(sources, arrays, ragged_options(arrays, causal=True, **BOTTOM), schedule)
     held(sources, arrays, ragged_options(arrays), 1, persistent=True)
     # each sequence with tiles of its own number
-    arrays = ragged_operands(np.random.default_rng(SEED), "float16", (17, 260, 128, 2), (9, 40, 5, 3), (4, 2, 2))
+    arrays = ragged_operands(
+        np.random.default_rng(SEED), "float16", (17, 260, 128, 2), (9, 40, 5, 3), (4, 2, 2), behind=(5, 0)
+    )
     for units in (1, 3, 64):
         held(sources, arrays, ragged_options(arrays, causal=True, **BOTTOM), 1, units_per_section=units)
 

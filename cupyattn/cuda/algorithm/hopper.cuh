@@ -99,11 +99,14 @@ struct HopperParams {
     TensorMap q, k, v, out;
     DescaledParams params;
     int num_tiles;          // row tiles of all units; as many for each split
-    int tiles_per_unit;     // of the longest sequence; whole clusters of them
+    int tiles_per_unit;     // of the longest sequence; whole clusters of them; 0: each unit has its own number
+    int tiles_per_head;     // of all sequences
     int tokens_per_tile;    // whole ones
     int heads_per_unit;     // a unit is what a tile's rows are of: a head of a sequence, or a group of them if packed
     int rows_per_box;       // of pages: a multiple of 8
     int units_per_section;  // units whose keys are used side by side, so that they stay in the second-level cache
+    int units_in_order;     // of a sequence if its units have their own number of tiles, or else all
+    int units_per_sequence;
 };
 
 // The rows of a tile and the blocks of keys they see.  Producer and consumers go by this, and by nothing else.
@@ -118,36 +121,35 @@ struct RowTile {
 };
 
 // Tiles come in sections; within one the last rows come first, which see the most keys under a causal mask.  Sections of
-// one unit, as clusters have them, make neighbours of neighbouring tiles.  Where sequences have tiles of their own number
-// each has its own sections.  `known` is the sequence of the tile, if that was found before.
+// one unit, as clusters have them, make neighbours of neighbouring tiles.  Where sequences have tiles of their own number,
+// which are never stored as boxes, each has its own sections.  `known` is the tile's sequence, if it was found before.
 //
 // First come all tiles with their first splits, then all with their second ones, and so on: where lengths are data some
 // tiles have fewer splits than there are, and what is empty comes last.  All sequences then have the same number of tiles.
 template <typename Traits>
 DEVICE RowTile row_tile(int index, const HopperParams& given, int known = -1) {
     const Params& params = given.params;
-    int num_tiles = given.num_tiles, split = 0;
+    int split = 0;
     if constexpr (Traits::kSplit) {
-        num_tiles /= params.num_splits;
+        const int num_tiles = given.num_tiles / params.num_splits;
         split = index / num_tiles;
         index -= split * num_tiles;
     }
-    const int units_per_sequence = params.num_heads / given.heads_per_unit;
-    const Tiling tiling = tiling_of_rows(params, given.tiles_per_unit, given.tokens_per_tile);
     Stretch its{0, 0, given.tiles_per_unit};
-    int units = num_tiles / given.tiles_per_unit;
-    if (!Traits::kSplit && !tiling.is_even()) {
-        its = tiling.stretch_of(known < 0 ? tiling.sequence_with(index / units_per_sequence) : known);
-        units = units_per_sequence;
+    if (!Traits::kSplit && !Traits::kStoresBoxes && !given.tiles_per_unit) {
+        const Tiling tiling{params.at.cu_seqlens_q, static_cast<int>(params.total_q), sequences_of_rows(params),
+                            given.tiles_per_head, 0, given.tokens_per_tile};
+        its = tiling.stretch_of(known < 0 ? tiling.sequence_with(index / given.units_per_sequence) : known);
+        index -= its.first * given.units_per_sequence;
     }
-    const int of_section = smaller(given.units_per_section, units), per_section = its.count * of_section;
-    const int section = (index - its.first * units) / per_section, first = section * of_section;
-    const int size = smaller(of_section, units - first), rest = index - its.first * units - section * per_section;
+    const int per_section = its.count * given.units_per_section;
+    const int section = index / per_section, first = section * given.units_per_section;
+    const int size = smaller(given.units_per_section, given.units_in_order - first), rest = index - section * per_section;
     const int unit = first + rest % size, place = its.count - 1 - rest / size;
 
-    RowTile tile{sequence_at(its.sequence + unit / units_per_sequence, params),
-                 unit % units_per_sequence * given.heads_per_unit, place * given.tokens_per_tile, {0, 0}, {0, 0}, its.count,
-                 split, 1};
+    RowTile tile{sequence_at(its.sequence + unit / given.units_per_sequence, params),
+                 unit % given.units_per_sequence * given.heads_per_unit, place * given.tokens_per_tile, {0, 0}, {0, 0},
+                 its.count, split, 1};
     const Band& band = tile.sequence.band;
     const int last = smaller(tile.first_token + given.tokens_per_tile, band.seqlen_q) - 1;
     if (last < tile.first_token) return tile;

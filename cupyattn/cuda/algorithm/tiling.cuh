@@ -15,35 +15,32 @@ struct Stretch {
     int sequence, first, count;
 };
 
-// How sequences are cut into tiles of `size` rows, or keys.
+// How sequences are cut into tiles of `size` rows.
 struct Tiling {
-    const int* starts;  // null: they are all alike
+    const int* starts;
+    int total;  // rows
     int sequences;
-    int total;  // rows, if there are starts
-    int each;   // tiles of the longest sequence
+    int tiles;  // of all sequences
+    int each;   // of each sequence, whatever its length is; 0: by `starts`
     int size;
 
-    // Whether each sequence has the tiles of the longest one, because there are no more of them so.
-    DEVICE_METHOD bool is_even() const {
-        return !starts || static_cast<int64>(sequences) * each <= total / size + sequences;
-    }
     DEVICE_METHOD int start_of(int sequence) const {
         return smaller(larger(ptx::load_global(starts + sequence), 0), total);
     }
     // The first one begins with the first tile, wherever it lies; the last one ends with the last.
     DEVICE_METHOD int first_of(int sequence) const {
-        if (sequence == sequences) return total / size + sequences;
+        if (sequence == sequences) return tiles;
         return sequence == 0 ? 0 : start_of(sequence) / size + sequence;
     }
     DEVICE_METHOD Stretch stretch_of(int sequence) const {
-        if (is_even()) return {sequence, sequence * each, each};
+        if (each) return {sequence, sequence * each, each};
         const int first = first_of(sequence);
         return {sequence, first, first_of(sequence + 1) - first};
     }
     // The sequence that has this tile.  Whatever the numbers in `starts` are, its tiles begin there or before, and those
     // of the next one behind.
     DEVICE_METHOD int sequence_with(int tile) const {
-        if (is_even()) return tile / each;
+        if (each) return tile / each;
         int low = 0, high = sequences;
 #pragma unroll 1
         while (high - low > 1) {
@@ -57,26 +54,15 @@ struct Tiling {
     }
 };
 
+// Of sequences not longer than `longest`.  Each has the tiles of the longest one if those are no more.
+DEVICE Tiling tiling_of(const int* starts, int64 total, int sequences, int longest, int size) {
+    const int rows = static_cast<int>(total), each = larger(1, ceil_div(longest, size)), by_starts = rows / size + sequences;
+    const bool even = !starts || static_cast<int64>(sequences) * each <= by_starts;
+    return {starts, rows, sequences, by_starts, even ? each : 0, size};
+}
+
 // Of queries; one more sequence wipes the rows behind the last one.
-DEVICE Tiling tiling_of_rows(const Params& params, int each, int size) {
-    const int* starts = params.at.cu_seqlens_q;
-    return {starts, params.batch + (starts ? 1 : 0), static_cast<int>(params.total_q), each, size};
-}
-
-// Of the side that stays where gradients are summed: keys if turned, or else queries.
-template <bool kTurned>
-DEVICE Tiling tiling_of_staying(const Params& params, int size) {
-    const int each = larger(1, ceil_div(kTurned ? params.seqlen_k : params.seqlen_q, size));
-    if constexpr (kTurned) return {params.at.cu_seqlens_k, params.batch, static_cast<int>(params.total_k), each, size};
-    return {params.at.cu_seqlens_q, params.batch, static_cast<int>(params.total_q), each, size};
-}
-
-// Among the flags of tiles of 128, see hopper_backward.cu, that of the one with row `first` of a sequence.
-template <bool kTurned>
-DEVICE int flag_of(const Params& params, int sequence, int owners, int owner, int first) {
-    const Stretch its = tiling_of_staying<kTurned>(params, 128).stretch_of(sequence);
-    return its.first * owners + owner * its.count + first / 128;
-}
+DEVICE int sequences_of_rows(const Params& params) { return params.batch + (params.at.cu_seqlens_q ? 1 : 0); }
 
 // A block's tile, of all that a sequence has for each of some owners: heads, or groups of them.
 struct Place {

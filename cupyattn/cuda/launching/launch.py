@@ -31,7 +31,7 @@ from cupyattn.cuda.launching.views import (
 )
 from cupyattn.cuda.making import catalogue
 from cupyattn.cuda.making.module import Specialisation
-from cupyattn.plan import HopperTile, Plan, Tile, num_row_tiles, padded_dims, rows_per_box
+from cupyattn.plan import HopperTile, Plan, Tile, num_row_tiles, padded_dims, rows_per_box, tiles_if_even
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Shape
 
 LARGEST_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
@@ -171,14 +171,16 @@ def _hopper(plan: Plan, tile: HopperTile, problem: Problem, arrays: FactsOfArray
         page_size is not None,
         plan.num_splits > 1,
     )
-    longest = max(1, -(-sizes.seqlen_q // tile.tokens))
-    each_head = num_row_tiles(problem, tile.tokens)
+    units, longest = sizes.num_heads // tile.heads_per_unit, max(1, -(-sizes.seqlen_q // tile.tokens))
+    tiles, per_unit = num_row_tiles(problem, tile.tokens), tiles_if_even(problem, tile.tokens)
     if plan.num_splits > 1:  # sequences are not cut into tiles of their own number, too
-        each_head = longest * _sequences(problem) * plan.num_splits
-    count = each_head * (sizes.num_heads // tile.heads_per_unit)
+        tiles, per_unit = longest * _sequences(problem) * plan.num_splits, longest
+    count = tiles * units
     grid = (min(count, plan.num_workers) if tile.persistent else count, 1, 1)
     per_box = rows_per_box(tile, page_size or 0)
-    numbers = (count, longest, tile.tokens, tile.heads_per_unit, per_box, tile.units_per_section)
+    in_order = units * _sequences(problem) if per_unit else units
+    section = min(tile.units_per_section, max(1, in_order))
+    numbers = (count, per_unit, tiles, tile.tokens, tile.heads_per_unit, per_box, section, in_order, units)
     behind = _descaled(arrays) + _HOPPER.pack(*numbers)
     workspace, merge = Workspace(), None
     if plan.num_splits > 1:
@@ -286,7 +288,7 @@ def tail_of(plan: Plan, problem: Problem, arrays: FactsOfArrays) -> params.Tail:
 _DESCALES = struct.Struct("<3Q")
 _DESCALED = struct.Struct("<6i")
 """What ``DescaledParams`` has behind the record: addresses and numbers."""
-_HOPPER = struct.Struct("<6i")
+_HOPPER = struct.Struct("<9i")
 """And ``HopperParams`` behind those."""
 _MERGE = struct.Struct("<5i4x")
 """Or ``MergeParams``."""

@@ -15,32 +15,38 @@ PROBE = f"""
 #include "algorithm/tiling.cuh"
 namespace alone {{
 using namespace cupyattn;
+struct Asked {{
+    const int* starts;
+    int sequences, total, longest, size;
+}};
 template <int>
-__global__ void place(int count, const Tiling* tilings, const int2* blocks, int* found) {{
+__global__ void place(int count, const Asked* asked, const int2* blocks, int* found) {{
     {BEGIN}
-    const Place at = place_of(blocks[i].x, blocks[i].y, tilings[i]);
+    const Asked& its = asked[i];
+    const Tiling tiling = tiling_of(its.starts, its.total, its.sequences, its.longest, its.size);
+    const Place at = place_of(blocks[i].x, blocks[i].y, tiling);
     const int all[] = {{at.sequence, at.owner, at.tile, at.tiles}};
     for (int field = 0; field < 4; ++field) found[4 * i + field] = all[field];
 }}
 }}
 """
-FIELDS = ("sequences", "total", "each", "size")
-TILING_DTYPE = np.dtype([("starts", "u8"), *((name, "i4") for name in FIELDS)])
+FIELDS = ("sequences", "total", "longest", "size")
+ASKED = np.dtype([("starts", "u8"), *((name, "i4") for name in FIELDS)])
 LARGEST = 2**31 - 1
 BLOCKS, MOST = 15_000, 70
 target = pytest.mark.parametrize("target", TARGETS)
 
 
 def tilings(rng):
-    """(tilings, starts): of sequences end to end, and alike; starts rise in the first half, and lie in the other."""
-    made = np.zeros(BLOCKS, TILING_DTYPE)
+    """(what is asked, starts): of sequences end to end, and alike; starts rise in the first half, later they lie."""
+    made = np.zeros(BLOCKS, ASKED)
     made["sequences"] = rng.integers(1, MOST + 1, BLOCKS)
     made["size"] = rng.choice([1, 7, 16, 42, 64, 128, 192], BLOCKS)
     made["total"] = np.minimum(numbers(rng, BLOCKS, 0, LARGEST), np.where(made["size"] < 16, OPEN, LARGEST))
-    made["each"] = np.maximum(1, numbers(rng, BLOCKS, 0, OPEN) // made["size"])
     whole, as_many = made["sequences"] * made["size"], rng.random(BLOCKS) < 0.1  # tiles of both kinds
     made["total"] -= np.where(as_many, made["total"] % whole, 0)
-    made["each"] = np.where(as_many, made["total"] // whole + 1, made["each"])
+    as_the_longest = made["size"] * (made["total"] // whole + 1)
+    made["longest"] = np.where(as_many & (as_the_longest <= OPEN), as_the_longest, numbers(rng, BLOCKS, 0, OPEN))
     starts = numbers(rng, (BLOCKS, MOST)).astype(np.int32)
     half = BLOCKS // 2
     within = rng.random((half, MOST)) ** rng.choice([0.1, 1.0, 9.0], (half, 1))
@@ -52,10 +58,11 @@ def tilings(rng):
     return made, starts
 
 
-def first_tiles(tiling, starts):
+def first_tiles(asked, starts):
     """Where each sequence's tiles begin, and where they end, by numbers that never wrap."""
-    sequences, total, each, size = (int(tiling[name]) for name in FIELDS)
-    if not tiling["starts"] or sequences * each <= total // size + sequences:
+    sequences, total, longest, size = (int(asked[name]) for name in FIELDS)
+    each = max(1, -(-longest // size))
+    if not asked["starts"] or sequences * each <= total // size + sequences:
         return [each * sequence for sequence in range(sequences + 1)]
     inside = [min(max(int(start), 0), total) for start in starts[:sequences]]
     return [0, *(start // size + at for at, start in enumerate(inside) if at), total // size + sequences]
@@ -100,7 +107,7 @@ def test_every_block_has_a_tile_of_a_sequence_whatever_the_starts_are(rng, targe
         ("smaller(larger(ptx::load_global(starts + sequence), 0), total)", "ptx::load_global(starts + sequence)"),
         ("sequence == 0 ? 0 : start_of", "start_of"),
         ("start_of(middle) <", "start_of(middle) <="),
-        ("<= total / size + sequences", "< total / size + sequences"),
+        ("* each <= by_starts", "* each < by_starts"),
         ("static_cast<int64>(sequences) * each", "sequences * each"),
         ("int low = 0, high = sequences;", "int low = 0, high = sequences - 1;"),
         ("rest / its.count, rest % its.count", "rest % owners, rest / owners"),
@@ -132,8 +139,8 @@ def test_every_tile_of_a_sequence_has_one_block(rng, target):
         starts = np.cumsum([0, *lengths], dtype=np.int32)
         total, longest = int(starts[-1]) + int(rng.integers(0, 2 * size)) * (case % 2), int(lengths.max())
         count = num_tiles(sequences, longest, size, total) * owners
-        made = np.zeros(count, TILING_DTYPE)
-        made[:] = (starts.ctypes.data, sequences, total, max(1, -(-longest // size)), size)
+        made = np.zeros(count, ASKED)
+        made[:] = (starts.ctypes.data, sequences, total, longest, size)
         blocks = np.stack([np.arange(count), np.full(count, owners)], axis=1).astype(np.int32)
         found = run(kernel, [made, blocks], np.zeros((count, 4), np.int32), [starts])
         places = [tuple(row) for row in found[:, :3].tolist()]
