@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Generic, Literal, NamedTuple, overload
 
 from cupyattn import reading
 from cupyattn.allowed import allowed_by
-from cupyattn.arrays import destinations_of, enter, untraced
+from cupyattn.arrays import destinations_of, enter, recorded, shapes
 from cupyattn.corridor import answer, answer_with_gradients, under_our_names
 from cupyattn.problem import A, Alignment, Array, Implementation
 from cupyattn.reading import attention_options, expect, read, refusal
@@ -48,7 +48,13 @@ def attention(
     return_lse: bool, out: A | None = ..., lse_out: A | None = ...,
 ) -> A | tuple[A, A]: ...
 # fmt: on
-@untraced
+@recorded(
+    shapes.of_attention,
+    ("out", "lse"),
+    always={"return_lse": True},
+    destinations=("out", "lse_out"),
+    finish=shapes.with_lse,
+)
 def attention(
     q: Array,
     k: Array,
@@ -171,8 +177,7 @@ def attention(
         Shapes do not fit, a number is out of its range, arrays are on different devices, or
         `alignment` is needed and was not chosen.
     NotImplementedError
-        No implementation takes the problem on this device; the message lists each one's reasons.  Or the call is being
-        traced, by torch.jit.trace for one, and its results would be the trace's constants.
+        No implementation takes the problem on this device; the message lists each one's reasons.
     ImportError, RuntimeError
         The arrays are on a GPU, and CuPy or the driver is missing.
 
@@ -187,6 +192,11 @@ def attention(
 
     Under torch.autocast q, k, v and `bias` are cast as torch's own function casts them: to its dtype, unless they are
     float64 (or float8).  Gradients come back in the dtypes of the arguments.
+
+    Where torch makes a graph (torch.compile, torch.export, make_fx, torch.jit.trace), or its tensors have no values (on
+    the meta device, FakeTensor), the call is one operator, ``torch.ops.cupyattn.attention``, with the same results and
+    gradients to the last bit; `cupyattn.integrations.torch` has its rules.  What shapes rule out is refused there and
+    then, all else where the graph runs.  `implementations` counts where it runs.
 
     torch's autograd keeps lse and a copy of out, or out itself if lse is asked for, where neither has been rounded.
 
@@ -245,7 +255,9 @@ class Gradients(NamedTuple, Generic[A]):
     dalibi_slopes: A | None = None
 
 
-@untraced
+@recorded(
+    shapes.of_gradients, (), has_gradients=False, finish=lambda asked, found: Gradients(*_in_their_places(asked, found))
+)
 def attention_backward(
     dout: A,
     q: A,
@@ -336,3 +348,9 @@ def attention_backward(
             expect(function, specs[name], shape, dtype)
     found = answer_with_gradients(visit, problem, tuple(known), allowed, seed or 0)
     return Gradients(**{f"d{name}": gradient for name, gradient in found.items()})
+
+
+def _in_their_places(asked: Mapping[str, Any], found: Sequence[Array]) -> list[Array | None]:
+    """Gradients of what was given, among those of all that could have been."""
+    rest = iter(found)
+    return [None if asked[name] is None else next(rest) for name in ("q", "k", "v", "bias", "sinks", "alibi_slopes")]

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from cupyattn import numpy_ref, reading
-from cupyattn.arrays import Arrays, Visit, check_destinations, destinations_of, enter, put, untraced
+from cupyattn.arrays import Arrays, Visit, check_destinations, destinations_of, enter, put, recorded, shapes
 from cupyattn.corridor import Named
 from cupyattn.problem import FLOATS, A, Axes, Spec
 from cupyattn.reading import expect, refusal
 from cupyattn.rounding import narrow, widen
 
 
-@untraced
+@recorded(shapes.of_states, ("out", "lse"), destinations=("out", "lse_out"), finish=lambda _, found: tuple(found))
 def merge_states(
     outs: Sequence[A],
     lses: Sequence[A],

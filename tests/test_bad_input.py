@@ -442,7 +442,6 @@ LIBRARIES = [
     bad("two_devices", ATTENTION, ValueError, "q", "CPU_DEVICE", "k", "device1", made=on_two_devices),
     bad("torch_sparse", SDPA, TypeError, "query", "torch.sparse_coo", made=sparse),
     bad("torch_nested", SDPA, TypeError, "key", "nested", made=nested),
-    bad("torch_meta", SDPA, ValueError, "query", "meta", made=lambda: on_meta("query", "key", "value")),
     bad("torch_meta_and_cpu", SDPA, ValueError, "key", "meta", "query", "cpu", made=lambda: on_meta("key")),
     bad(
         "torch_integers", SDPA, TypeError, "key", "int64",

@@ -10,15 +10,22 @@ same library and device, with gradients where the library has them, lazily where
     library       what has to be known of a library, and what any that follows the array API has in common
     numpy, dask, cupy, torch, jax
                   what is special about these five
-    tracing       torch.compile goes around the public functions
+    tracing       how a public function is called: as it is, or recorded where torch makes a graph
+    recording     a call of it as a call of its operator
+    operators     what an operator is: arguments, schema, refusals
+    defining, registering, pulling
+                  the same to torch: kernels, autocast; rules for autograd and vmap; gradients
+    outlines      tensors without values, of which only that can be refused
+    shapes        of results
     xla           programs that JAX compiles call without its arrays
 """
 
+from cupyattn.arrays import shapes
 from cupyattn.arrays.cupy import CUPY
 from cupyattn.arrays.destinations import NOWHERE, Destinations, check_destinations, destinations_of, put
 from cupyattn.arrays.library import Arrays
 from cupyattn.arrays.recognition import alignment_meant, described
-from cupyattn.arrays.tracing import untraced
+from cupyattn.arrays.tracing import define_operators, recorded, untraced
 from cupyattn.arrays.visit import Visit, cpu_device, cuda_lane, enter
 from cupyattn.arrays.xla import objection as objection_to_programs
 from cupyattn.arrays.xla import serve_programs
@@ -33,11 +40,14 @@ __all__ = [
     "check_destinations",
     "cpu_device",
     "cuda_lane",
+    "define_operators",
     "described",
     "destinations_of",
     "enter",
     "objection_to_programs",
     "put",
+    "recorded",
     "serve_programs",
+    "shapes",
     "untraced",
 ]

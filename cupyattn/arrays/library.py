@@ -26,6 +26,22 @@ Backward = Callable[[Arrays, Arrays], Arrays]
 Those of the forward's own results that were to be kept come along under their names, where they are at hand."""
 
 
+class NotNow(Exception):
+    """A call has no numbers to work with now: somebody writes down what is done, or its arrays have no values."""
+
+
+class Traced(NotNow, NotImplementedError):
+    """The first of these."""
+
+
+class Valueless(NotNow, TypeError):
+    """The second, said by an array's type."""
+
+
+class Nowhere(NotNow, ValueError):
+    """The second, said by its device."""
+
+
 @dataclass(eq=False, slots=True)
 class Job:
     """What a library is to do with the arrays of a call."""
@@ -89,6 +105,10 @@ class Library:
             if not hasattr(array, name):
                 return f"has no {name}, {what}; pass what numpy.asarray makes of it"
         return None
+
+    def has_no_values(self, array: Any) -> bool:
+        """Only shape and dtype are known of it, and are what a graph is made of."""
+        return False
 
     def as_called(self, arrays: Arrays, kind: str, in_place: tuple[str, ...]) -> Arrays:
         """The arrays of a call, cast where the library casts them by itself; those `in_place` are written to."""

@@ -17,6 +17,7 @@ from cupyattn.arrays.dask import DASK
 from cupyattn.arrays.jax import JAX
 from cupyattn.arrays.library import Library
 from cupyattn.arrays.numpy import NUMPY
+from cupyattn.arrays.outlines import OUTLINES
 from cupyattn.arrays.torch import TORCH, Torch
 from cupyattn.problem import Alignment, Shape
 from cupyattn.reading import refusal
@@ -50,6 +51,7 @@ def _library_of_type(kind: Any) -> Library | None:
     family = type.mro(kind)
     roots = {base.__module__.partition(".")[0] for base in family}
     for root, name, library in (
+        ("cupyattn", "Outline", OUTLINES),
         ("torch", "Tensor", TORCH),
         ("dask", "Array", DASK),
         ("cupy", "ndarray", CUPY),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import numpy as np
 
-from cupyattn.arrays.library import Arrays, Job, Library, check_no_overlap
-from cupyattn.problem import Alignment, Array, Shape
+from cupyattn.arrays.library import Arrays, Job, Library, Traced, check_no_overlap
+from cupyattn.problem import Alignment, Array, Shape, Spec
 from cupyattn.reading import refusal
 
 CAST = frozenset({"q", "k", "v", "k_new", "v_new", "k_prefix", "v_prefix", "bias", "dout"})
@@ -29,16 +32,19 @@ class Torch(Library):
 
     def check_call(self, function: str) -> None:
         """Refuse to become a constant of somebody's graph.  In the implementation of an operator nothing is traced."""
-        if sys.modules["torch"]._C._is_tracing():
+        own = sys.modules["torch"]._C
+        if own._is_tracing():
             by = "torch.jit.trace"
         elif (proxies := sys.modules.get("torch.fx.experimental.proxy_tensor")) and proxies.get_proxy_mode():
             by = "make_fx or torch.export"
+        elif own._len_torch_dispatch_stack() and own._get_dispatch_mode(own._TorchDispatchModeKey.FAKE):
+            by = "whoever switched FakeTensorMode on"  # what torch.func has wrapped does not say that it is fake
         else:
             return
         rule = (
             f"cannot be traced by {by}, whose graph would hold the numbers of this example for all others. {_TRACEABLE}"
         )
-        raise NotImplementedError(refusal(function, rule))
+        raise Traced(refusal(function, rule))
 
     def refuses(self, array: Any) -> str | None:
         said = _way_of_its_own(type(array))  # type: ignore[arg-type]
@@ -57,7 +63,7 @@ class Torch(Library):
     def has_no_values(self, array: Any) -> bool:
         """On the meta device, or a FakeTensor."""
         kind: Any = type(array)
-        return kind.__name__ == "FakeTensor" or (array.device.type == "meta" and not _way_of_its_own(kind))
+        return kind.__name__ in _FAKE or (array.device.type == "meta" and not _way_of_its_own(kind))
 
     def as_called(self, arrays: Arrays, kind: str, in_place: tuple[str, ...]) -> Arrays:
         """Under torch.autocast as torch's own function has them: q, k, v and a bias, unless they are float64."""
@@ -197,10 +203,8 @@ class Torch(Library):
         return torch.is_grad_enabled() and any(array.requires_grad for array in arrays.values())
 
 
-_TRACEABLE = (
-    "torch.compile goes around the call; a model of transformers with cupyattn's integration, and "
-    "torch.ops.cupyattn.attention, which that defines, are recorded"
-)
+_FAKE = ("FakeTensor", "FunctionalTensor")
+_TRACEABLE = "torch.compile goes around the call; functions of q, k and v, and flash_attn_with_kvcache, are recorded"
 
 
 def _reach(array: Any) -> int:
@@ -220,8 +224,8 @@ def _way_of_its_own(kind: Any) -> str:
     import torch
 
     plain, name = (torch.Tensor, torch.nn.Parameter), kind.__name__
-    if name == "FakeTensor":
-        return f"is a FakeTensor, which has no values: that of a graph which is being traced, perhaps. {_TRACEABLE}"
+    if name in _FAKE:
+        return f"is a {name}, which has no values: that of a graph which is being traced, perhaps. {_TRACEABLE}"
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return f"is a {name}, which has no memory of its own; pass a plain tensor"
     own = (getattr(x.__torch_function__, "__func__", x.__torch_function__) for x in (kind, *plain))
@@ -317,7 +321,7 @@ def _backwards() -> Any:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            raise RuntimeError(_no_second_derivative(ctx.job.function))
+            raise RuntimeError(no_second_derivative(ctx.job.function))
 
     return Backwards
 
@@ -333,7 +337,9 @@ def _forwards() -> Any:
     class Forwards(step):  # type: ignore[misc]
         @staticmethod
         def forward(job: Job, *tensors: Any) -> Any:
-            whole = replace(job, results=job.all_results)
+            whole, at_hand = replace(job, results=job.all_results), _AT_HAND.get()
+            if at_hand is not None:
+                return tuple(_at_hand(spec, at_hand.get(name), tensors[0]) for name, spec in whole.results.items())
             found = Library.run(TORCH, whole, dict(zip(job.names, tensors, strict=True)))
             return tuple(found[name] for name in whole.results)
 
@@ -354,7 +360,7 @@ def _forwards() -> Any:
             if all(grad is None for grad in grads):
                 return (None,) * (1 + count)
             if ctx.job.backward is None:
-                raise RuntimeError(_no_second_derivative(ctx.job.function))
+                raise RuntimeError(no_second_derivative(ctx.job.function))
             saved = ctx.saved_tensors  # asked for once: recomputed checkpoints are given out once
             is_watched = torch.is_grad_enabled() or TORCH.is_transformed()
             found = iter((backwards.apply if is_watched else backwards.forward)(ctx.job, *saved, *grads))
@@ -363,7 +369,31 @@ def _forwards() -> Any:
     return Forwards
 
 
-def _no_second_derivative(function: str) -> str:
+_AT_HAND: ContextVar[Arrays | None] = ContextVar("results of a forward pass that was run before", default=None)
+
+
+@contextmanager
+def results_at_hand(found: Arrays | None) -> Iterator[None]:
+    """Forward passes under autograd are only remembered, not computed: their results, by name, are these.
+
+    Of a result that its backward pass has no use for, memory that nobody has written to will do.
+    """
+    before = _AT_HAND.set(found)
+    try:
+        yield
+    finally:
+        _AT_HAND.reset(before)
+
+
+def _at_hand(spec: Spec, result: Any, like: Any) -> Any:
+    import torch
+
+    if result is None:
+        return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=like.device)
+    return result.detach().view(spec.shape)
+
+
+def no_second_derivative(function: str) -> str:
     return refusal(function, "has first derivatives only, and a gradient of one was asked for")
 
 

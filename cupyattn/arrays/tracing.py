@@ -1,6 +1,8 @@
-"""How a public function is called: around torch.compile, and refusing unknown keywords in our words.
+"""How a public function is called: as it is, or recorded as an operator where others write down what is done.
 
-torch.compile would otherwise trace into NumPy.
+A call is recorded where torch.compile or torch.export traces, under torch.jit.trace and make_fx, and where tensors have
+no values.  An eager call finds out nothing about all that: a function is called as it is, and says by an error of its
+own that it cannot be.  unknown keywords are refused in our words.
 """
 
 from __future__ import annotations
@@ -11,6 +13,11 @@ from functools import wraps
 from inspect import signature
 from typing import Any, ParamSpec, TypeVar, cast
 
+from cupyattn.arrays.defining import define
+from cupyattn.arrays.library import NotNow
+from cupyattn.arrays.operators import Operator, beside_dynamo
+from cupyattn.arrays.recording import Finish, recorder
+from cupyattn.arrays.shapes import Results
 from cupyattn.reading import unknown_words
 
 P = ParamSpec("P")
@@ -22,19 +29,53 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            if "torch._dynamo" not in sys.modules:
-                return function(*args, **kwargs)
-            if function not in _beside_dynamo:
-                _beside_dynamo[function] = sys.modules["torch"].compiler.disable(function)
-            return cast(R, _beside_dynamo[function](*args, **kwargs))
-        except TypeError:
-            if words := _unknown_words(function, args, kwargs):
-                raise TypeError(words) from None
-            raise
+        return cast(R, _as_it_is(function, args, kwargs))
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets
     return call
+
+
+def recorded(
+    results: Results, gives: tuple[str, ...], finish: Finish, **traits: Any
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A public function that is an operator of torch where a graph is made; the arguments are `Operator`'s."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        operator = Operator(function, results, gives, **traits)
+        OPERATORS.append(operator)
+        record, around = recorder(operator, finish), untraced(function)
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if "torch._dynamo" in sys.modules and sys.modules["torch"].compiler.is_dynamo_compiling():
+                return cast(R, record(args, kwargs, around))
+            try:
+                return cast(R, _as_it_is(function, args, kwargs))
+            except NotNow as error:
+                return cast(R, record(args, kwargs, error))
+
+        return call
+
+    return decorate
+
+
+OPERATORS: list[Operator] = []
+"""Of all public functions that have been imported."""
+
+
+def define_operators() -> None:
+    """All of them, now; each is defined by itself where it is first recorded."""
+    for operator in OPERATORS:
+        define(operator)
+
+
+def _as_it_is(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    try:
+        return beside_dynamo(function)(*args, **kwargs)
+    except TypeError:
+        if words := _unknown_words(function, args, kwargs):
+            raise TypeError(words) from None
+        raise
 
 
 def _unknown_words(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
@@ -44,6 +85,3 @@ def _unknown_words(function: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     if words[0] == "self":
         name, words = f"{type(args[0]).__name__ if args else 'Cache'}.{name}", words[1:]
     return unknown_words(name, strangers, words) if strangers else ""
-
-
-_beside_dynamo: dict[Callable[..., Any], Callable[..., Any]] = {}

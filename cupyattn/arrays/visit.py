@@ -9,7 +9,7 @@ from typing import Any
 
 import array_api_compat
 
-from cupyattn.arrays.library import Arrays, Backward, Forward, Job, Library
+from cupyattn.arrays.library import Arrays, Backward, Forward, Job, Library, Nowhere, Valueless
 from cupyattn.arrays.numpy import NUMPY
 from cupyattn.arrays.recognition import OTHER, library_of
 from cupyattn.cpu import num_cores
@@ -167,7 +167,8 @@ Present = Mapping[str, tuple[str, Any]]
 def _check(function: str, library: Library, name: str, array: Any) -> None:
     objection = library.refuses(array)
     if objection:
-        raise TypeError(refusal(function, f"{name} {objection}", (name, type(array).__name__)))
+        kind = Valueless if library.has_no_values(array) else TypeError
+        raise kind(refusal(function, f"{name} {objection}", (name, type(array).__name__)))
 
 
 def _specs(library: Library, present: Present, arrays: Arrays) -> tuple[tuple[str, Spec], ...]:
@@ -222,8 +223,9 @@ def _place(function: str, library: Library, present: Present) -> str:
             raise ValueError(refusal(function, "all arrays have to be on one device", *shown))
     kind = places[0][0]
     if kind not in ("cpu", "cuda"):
-        name = next(iter(present.values()))[0]
-        raise ValueError(refusal(function, "arrays have to be on the CPU or on a CUDA device", (name, places[0][1])))
+        name, array = next(iter(present.values()))
+        error = Nowhere if library.has_no_values(array) else ValueError
+        raise error(refusal(function, "arrays have to be on the CPU or on a CUDA device", (name, places[0][1])))
     return kind
 
 

@@ -16,11 +16,12 @@ changes nothing, as with "eager" and "sdpa".
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 from cupyattn import reading
-from cupyattn.api import attention, attention_backward
+from cupyattn.api import attention
+from cupyattn.arrays import define_operators
 from cupyattn.integrations import batching, models
 from cupyattn.integrations.weights import with_weights
 from cupyattn.reading import refusal
@@ -99,8 +100,8 @@ def register(
     those of a loss or a collator's columns, change nothing.
 
     Under torch.compile, torch.export, torch.jit.trace and make_fx a layer's attention is one operator,
-    ``torch.ops.cupyattn.attention``, without a graph break; the operator has gradients.  What it does is not fused
-    with anything.
+    ``torch.ops.cupyattn.attention``, without a graph break, as every call of `cupyattn.attention` is; the operator has
+    gradients.  What it does is not fused with anything.
 
     Gradients exist on the CPU only, as for `cupyattn.attention`.
     """
@@ -121,7 +122,7 @@ def register(
         raise ImportError(refusal("register", rule, ("transformers", transformers.__version__)))
     models.admit(name)
     batching.admit(models.NAMES)
-    _define_operator()
+    define_operators()
     function = partial(attend, compute_dtype=compute, ignored=names, last_queries=last)
     for each in (name, f"paged|{name}"):  # as transformers has two names for its own
         transformers.AttentionInterface.register(each, function)
@@ -179,8 +180,6 @@ def attend(
     weights : Tensor, shape (batch, num_heads, rows, seqlen_k), or None
         With `output_attentions`, those of the last `last_queries` rows, or of all.
     """
-    import torch
-
     _refuse_unknown(module, others, ignored)
     if output_attentions and (_is_recorded() or batching.is_batch(others, s_aux)):
         rule = "output_attentions: weights are neither for compiled or traced calls nor for continuous batching"
@@ -207,10 +206,7 @@ def attend(
     # Of several queries without a mask the first sees the first key, whatever room a cache has; a lone one is the last.
     several = bool(query.shape[2] > 1)
     rest: tuple[Any, ...] = (left, right, several, scaling, softcap or 0.0, dropout_p, compute_dtype)
-    if _is_recorded():
-        seed = torch.randint(0, 2**63 - 1, (), device="cpu") if dropout_p > 0.0 else None
-        return torch.ops.cupyattn.attention(q, k, v, mask, bias, s_aux, seed, *rest), None
-    keywords = _keywords(mask, bias, s_aux, None, *rest)
+    keywords = _keywords(mask, bias, s_aux, *rest)
     if output_attentions:
         return with_weights(q, k, v, keywords, last_queries)
     return attention(q, k, v, **keywords), None
@@ -312,7 +308,6 @@ def _keywords(
     mask: Any,
     bias: Any,
     sinks: Any,
-    seed: Any,
     left: int | None,
     right: int | None,
     first_row_first_key: bool,
@@ -321,12 +316,11 @@ def _keywords(
     dropout_p: float,
     compute_dtype: str | None,
 ) -> dict[str, Any]:
-    """The operator's arguments after query, key and value, as `cupyattn.attention` calls them."""
+    """What is said besides query, key and value, as `cupyattn.attention` calls it."""
     return {
         "mask": mask,
         "bias": bias,
         "sinks": sinks,
-        "dropout_seed": None if seed is None else int(seed),
         "window_size": (left, right),
         "alignment": "top-left" if first_row_first_key else "bottom-right",
         "softmax_scale": scale,
@@ -334,58 +328,3 @@ def _keywords(
         "dropout_p": dropout_p,
         "compute_dtype": compute_dtype,
     }
-
-
-@cache
-def _define_operator() -> None:
-    """The operator that stands for a call in a compiled graph, and its gradients.
-
-    Once for a process: torch gives no name twice.
-    """
-    import torch
-
-    arguments = (
-        "Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? sinks, Tensor? seed, int? left, "
-        "int? right, bool first_row_first_key, float? scale, float softcap, float dropout_p, str? compute_dtype"
-    )
-    optional = ("bias", "sinks")
-
-    def forward(query: Any, key: Any, value: Any, *rest: Any) -> Any:
-        return attention(query, key, value, **_keywords(*rest))
-
-    def shape_of_forward(query: Any, key: Any, value: Any, *rest: Any) -> Any:
-        return query.new_empty((*query.shape[:3], value.shape[3]))
-
-    def backward(dout: Any, query: Any, key: Any, value: Any, *rest: Any) -> Any:
-        keywords = _keywords(*rest)
-        found = attention_backward(dout, query, key, value, **keywords)
-        # An operator has to return tensors: an empty one where there was no argument.
-        edits = (query.new_empty(0) if keywords[name] is None else getattr(found, f"d{name}") for name in optional)
-        return found.dq, found.dk, found.dv, *edits
-
-    def shape_of_backward(
-        dout: Any, query: Any, key: Any, value: Any, mask: Any, bias: Any, sinks: Any, *_: Any
-    ) -> Any:
-        given = (query, key, value, bias, sinks)
-        return tuple(query.new_empty(0) if x is None else x.new_empty(x.shape) for x in given)
-
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[:7])
-        ctx.options = inputs[7:]
-
-    def differentiate(ctx: Any, dout: Any) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors
-        dq, dk, dv, dbias, dsinks = torch.ops.cupyattn.attention_backward(dout, *tensors, *ctx.options)
-        _, bias, sinks = tensors[3:6]
-        edits = (None, None if bias is None else dbias, None if sinks is None else dsinks, None)
-        return dq, dk, dv, *edits, *(None for _ in ctx.options)
-
-    make = torch.library.custom_op
-    operator = make("cupyattn::attention", forward, mutates_args=(), schema=f"({arguments}) -> Tensor")
-    results = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
-    gradient = make(
-        "cupyattn::attention_backward", backward, mutates_args=(), schema=f"(Tensor dout, {arguments}) -> {results}"
-    )
-    operator.register_fake(shape_of_forward)
-    gradient.register_fake(shape_of_backward)
-    operator.register_autograd(differentiate, setup_context=remember)

@@ -8,13 +8,13 @@ from typing import Any
 import array_api_compat
 
 from cupyattn import reading
-from cupyattn.arrays import enter, untraced
+from cupyattn.arrays import enter, recorded, shapes
 from cupyattn.parts import Part, answer_in_parts
 from cupyattn.problem import Array, Shape
 from cupyattn.reading import AXES, Options, refusal
 
 
-@untraced
+@recorded(shapes.of_cascade, ("out", "lse"), always={"return_lse": True}, finish=shapes.with_lse, is_one_job=False)
 def cascade_attention(
     q: Array,
     k_prefix: Array,

@@ -5,13 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from cupyattn import reading
-from cupyattn.arrays import destinations_of, enter, untraced
+from cupyattn.arrays import destinations_of, enter, recorded, shapes
 from cupyattn.corridor import answer
 from cupyattn.problem import Array
 from cupyattn.reading import Options, refusal
 
+FLASH: Any = {
+    "gives": ("out", "lse", "S_dmask"),
+    "always": {"return_lse": True},
+    "destinations": ("out", "lse_out"),
+    "finish": lambda asked, found: _as_asked(
+        asked["return_lse"], asked["return_attn_probs"], asked["dropout_p"], found
+    ),
+}
+"""What their operators have in common."""
 
-@untraced
+
+@recorded(shapes.of_flash, **FLASH)
 def flash_attn_func(
     q: Array,
     k: Array,
@@ -82,7 +92,7 @@ def flash_attn_func(
     )  # fmt: skip
 
 
-@untraced
+@recorded(shapes.of_flash, **FLASH)
 def flash_attn_qkvpacked_func(
     qkv: Array,
     dropout_p: float = 0.0,
@@ -116,7 +126,7 @@ def flash_attn_qkvpacked_func(
     )  # fmt: skip
 
 
-@untraced
+@recorded(shapes.of_flash, **FLASH)
 def flash_attn_kvpacked_func(
     q: Array,
     kv: Array,
@@ -151,7 +161,7 @@ def flash_attn_kvpacked_func(
     )  # fmt: skip
 
 
-@untraced
+@recorded(shapes.of_varlen, **FLASH)
 def flash_attn_varlen_func(
     q: Array,
     k: Array,
@@ -231,7 +241,7 @@ def flash_attn_varlen_func(
     )  # fmt: skip
 
 
-@untraced
+@recorded(shapes.of_varlen, **FLASH)
 def flash_attn_varlen_qkvpacked_func(
     qkv: Array,
     cu_seqlens: Array,
@@ -271,7 +281,7 @@ def flash_attn_varlen_qkvpacked_func(
     )  # fmt: skip
 
 
-@untraced
+@recorded(shapes.of_varlen, **FLASH)
 def flash_attn_varlen_kvpacked_func(
     q: Array,
     kv: Array,
@@ -364,6 +374,13 @@ def _flash(
     if wants_probs:
         return found["out"], found["lse"], found.get("dropout_mask")
     return (found["out"], found["lse"]) if wants_lse else found["out"]
+
+
+def _as_asked(wants_lse: bool, wants_probs: bool, dropout_p: float, found: Any) -> Any:
+    """Of an operator's results, which are out, lse and S_dmask."""
+    if wants_probs:
+        return found[0], found[1], found[2] if dropout_p > 0.0 else None
+    return (found[0], found[1]) if wants_lse else found[0]
 
 
 def _unpacked(function: str, name: str, packed: Array, count: int, axes: str) -> dict[str, tuple[str, Any]]:

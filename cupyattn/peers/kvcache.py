@@ -7,7 +7,7 @@ from typing import Any
 
 from cupyattn import reading
 from cupyattn.allowed import currently_allowed
-from cupyattn.arrays import Arrays, Destinations, Visit, check_destinations, destinations_of, enter, untraced
+from cupyattn.arrays import Arrays, Destinations, Visit, check_destinations, destinations_of, enter, recorded, shapes
 from cupyattn.corridor import Rotation, answer_from_cache, plan_for, views_on_gpu
 from cupyattn.peers.appending import INDICES, Appended, check_new
 from cupyattn.peers.overlap import Memory
@@ -16,9 +16,19 @@ from cupyattn.problem import Array, Problem
 from cupyattn.reading import Options, refusal
 
 FUNCTION = "flash_attn_with_kvcache"
+NO_GRADIENTS = "has no gradients, as in flash-attn, and knows no transforms; call it under torch.no_grad()"
 
 
-@untraced
+@recorded(
+    shapes.of_kvcache,
+    ("out", "lse"),
+    always={"return_softmax_lse": True},
+    finish=lambda asked, found: tuple(found) if asked["return_softmax_lse"] else found[0],
+    destinations=("out", "lse_out"),
+    overwrites=("k_cache", "v_cache"),
+    has_gradients=False,
+    no_gradients=NO_GRADIENTS,
+)
 def flash_attn_with_kvcache(
     q: Array,
     k_cache: Array,
@@ -253,8 +263,7 @@ def _check_caches(visit: Visit) -> None:
     """Refuse what would lose gradients, and caches that cannot take keys in."""
     library = visit.library
     if library.differentiates(visit.arrays):
-        rule = "has no gradients, as in flash-attn, and knows no transforms; call it under torch.no_grad()"
-        raise NotImplementedError(refusal(FUNCTION, rule))
+        raise NotImplementedError(refusal(FUNCTION, NO_GRADIENTS))
     if "k_new" not in visit.arrays:
         return
     for word in ("k", "v"):

@@ -12,7 +12,7 @@ import array_api_compat
 import numpy as np
 
 from cupyattn import reading
-from cupyattn.arrays import Visit, enter, untraced
+from cupyattn.arrays import Visit, enter, recorded, shapes, untraced
 from cupyattn.problem import Array
 from cupyattn.reading import LARGEST_RESULT, refusal
 
@@ -93,7 +93,7 @@ def unpad_input(
     return rows, here, _home(visit, starts), longest, _home(visit, used.sum(axis=-1, dtype=np.int32))
 
 
-@untraced
+@recorded(shapes.of_padded, ("padded",), finish=lambda _, found: found, is_one_job=False)
 def pad_input(hidden_states: Array, indices: Array, batch: int, seqlen: int) -> Array:
     """Put packed rows back into a padded batch; the padding is zero.
 

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from cupyattn import reading
-from cupyattn.arrays import Arrays, Visit, enter, untraced
+from cupyattn.arrays import Arrays, Visit, enter, recorded, shapes
 from cupyattn.corridor import Named
 from cupyattn.problem import FLOATS, Array, Spec
 from cupyattn.reading import refusal
 from cupyattn.rounding import narrow, widen
 
 
-@untraced
+@recorded(shapes.of_rotary, (), always={"inplace": False}, finish=lambda asked, found: _as_asked(**asked, found=found))
 def apply_rotary_emb(
     x: Array | tuple[Array, Array],
     cos: Array,
@@ -93,6 +93,15 @@ def apply_rotary_emb(
             visit.library.write(function, name, part, result)
         return x
     return tuple(results) if isinstance(x, tuple) else results[0]
+
+
+def _as_asked(x: Any, found: list[Array], inplace: bool, **others: Any) -> Any:
+    """Of an operator's results, which are one or two."""
+    if inplace:
+        for part, result in zip(x if isinstance(x, tuple) else (x,), found, strict=True):
+            part.copy_(result)
+        return x
+    return tuple(found) if isinstance(x, tuple) else found[0]
 
 
 def _parts(function: str, x: Any) -> list[tuple[str, Any]]:

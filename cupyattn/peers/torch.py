@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, overload
 
 from cupyattn import reading
-from cupyattn.arrays import alignment_meant, enter, untraced
+from cupyattn.arrays import alignment_meant, enter, recorded, shapes
 from cupyattn.corridor import answer
 from cupyattn.problem import A, Array
 from cupyattn.reading import Options, refusal
@@ -31,7 +31,7 @@ def scaled_dot_product_attention(
     return_lse: bool,
 ) -> A | tuple[A, A]: ...
 # fmt: on
-@untraced
+@recorded(shapes.of_sdpa, ("out", "lse"), always={"return_lse": True}, finish=shapes.with_lse)
 def scaled_dot_product_attention(
     query: Array,
     key: Array,

@@ -1,0 +1,28 @@
+"""The operators of torch that stand for cupyattn's functions in graphs: once this is imported, they are all there.
+
+torch.compile, torch.export, make_fx and torch.jit.trace need no such import: an operator is defined where a call is
+first recorded.  A program that was exported, by ``torch.export.load``, may run where nothing was recorded; and
+``torch.ops.cupyattn`` may be called by name.
+
+Operators take what the functions of their names take, in that order, by these rules: a pair is a list, with -1 for no
+limit; what may be one number or an array is an argument of each kind; a drawn seed of dropout comes last, as a tensor;
+nothing is written to an `out`.  They give all results: out and lse, and S_dmask of flash-attn's functions, empty if it
+is not asked for.
+
+Examples
+--------
+>>> import torch
+>>> import cupyattn.integrations.torch
+>>> q = torch.ones(1, 3, 2, 8)
+>>> out, lse = torch.ops.cupyattn.attention(q, q, q, causal=True)
+>>> out.shape, lse.shape
+(torch.Size([1, 3, 2, 8]), torch.Size([1, 2, 3]))
+"""
+
+from cupyattn.arrays import define_operators
+from cupyattn.peers import cascade, kvcache
+
+OF = (cascade.cascade_attention, kvcache.flash_attn_with_kvcache)
+"""Functions that nobody has imported before they are asked for, and that are operators, too."""
+
+define_operators()
