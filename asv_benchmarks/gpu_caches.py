@@ -9,6 +9,7 @@ HEADS, HEADS_KV, HEAD_DIM = 32, 8, 128
 
 def caches(report, torch):
     ragged(report, torch)
+    few_rows(report, torch)
     pages(report, torch)
     chunks(report, torch)
     step(report, torch)
@@ -50,6 +51,25 @@ def ragged(report, torch):
 
     times = microseconds({"cupyattn": call(0), "one_split": call(1)}, torch)
     report.row("caches", what="ragged", **{f"{name}_us": took for name, took in times.items()},
+               speed_over_one_split=times["one_split"] / times["cupyattn"])  # fmt: skip
+
+
+def few_rows(report, torch):
+    """32 tokens behind 65536 keys, as a draft is checked, with our splits and with one."""
+    k, v, _ = cache(torch, 1, 65536)
+    q = torch.randn((1, 32, HEADS, HEAD_DIM), device="cuda", dtype=torch.bfloat16)
+    lengths = torch.full((1,), 65536, device="cuda", dtype=torch.int32)
+
+    def call(num_splits):
+        return in_a_graph(
+            lambda: cupyattn.flash_attn_with_kvcache(
+                q, k, v, cache_seqlens=lengths, causal=True, num_splits=num_splits
+            ),
+            torch,
+        )
+
+    times = microseconds({"cupyattn": call(0), "one_split": call(1)}, torch)
+    report.row("caches", what="few rows", **{f"{name}_us": took for name, took in times.items()},
                speed_over_one_split=times["one_split"] / times["cupyattn"])  # fmt: skip
 
 

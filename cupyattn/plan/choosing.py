@@ -37,8 +37,10 @@ def choose(
     With `fixed_split_size` keys to a split the result of a sequence does not depend on what else is in the batch.
     The implementation `without` is not considered; only those `allowed`, if that is not None, may be taken.
     """
+    # What the others leave to the Hopper kernel they take where that may not be taken.
+    seen = device if is_allowed("hopper", allowed) else replace(device, tensor_maps=False)
     asked = {
-        name: objections(problem, device) if is_allowed(name, allowed) else (only(allowed),)
+        name: objections(problem, seen) if is_allowed(name, allowed) else (only(allowed),)
         for name, objections in IMPLEMENTATIONS.items()
         if name != without
     }

@@ -395,6 +395,15 @@ def test_tables_of_every_dtype(rng, table_dtype):
 
 
 EIGHT = {"dtype": FLOAT8, "dims": (64, 48), "descaled": "qkv"}
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_hopper_splits_a_long_cache_among_short_ones_by_the_lengths_on_the_device(rng, page_size):
+    case = case_of(rng, seqlens=(5, 0, 1300), rows=(9,) * 3, new=(9,) * 3, capacity=1344, page_size=page_size, **CAUSAL)
+    found = check(case, "hopper", 1, num_splits=2)
+    assert (found.plan.num_splits, found.plan.split_size) == (2, 0)
+
+
 KERNELS_OF_FLOAT8 = ("splitkv", "hopper")
 
 

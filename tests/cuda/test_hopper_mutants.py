@@ -201,7 +201,7 @@ MUTANTS = [
     Mutant("tiles of the next split are those behind", "hopper.cuh", "        index -= split * num_tiles;\n", "",
            "splits"),
     Mutant("queries come where sums still are", "hopper.cuh",
-           "        ptx::fence_async_proxy();  // before TMA puts queries where sums were\n", "", "ragged_splits"),
+           "        ptx::fence_async_proxy();  // before TMA puts queries where sums were\n", "", "splits_of_lengths"),
     Mutant("every split wipes the rows", "hopper.cu", "if (!Traits::kSplit || tile.split == 0) store_nothing();",
            "store_nothing();", "ragged_splits"),
     Mutant("a split without keys is not told of", "store90.cuh",
@@ -380,6 +380,11 @@ def ragged_splits(sources):
         held_in_splits(sources, arrays, ragged_options(arrays, causal=True, **BOTTOM), schedule, 2, heads_per_unit=2)
 
 
+def splits_of_lengths(sources):
+    arrays = ragged_operands(np.random.default_rng(SEED), "float16", (5, 80), (30, 1200), (2, 2, 2))
+    held_in_splits(sources, arrays, ragged_options(arrays, causal=True, **BOTTOM), 1, 2)
+
+
 def splits_in_pages(sources):
     rng = np.random.default_rng(SEED)
     arrays = ragged_operands(rng, "float16", (17, 40), (40, 1300), (4, 2, 2), behind=(0, 7))
@@ -397,7 +402,7 @@ def splits_of_float8(sources):
 GROUPS = {
     group.__name__: group
     for group in (tiles, wide, switches, clusters, pages, strays, packed, ragged, float8, splits, ragged_splits,
-                  splits_in_pages, splits_of_float8)
+                  splits_of_lengths, splits_in_pages, splits_of_float8)
 }  # fmt: skip
 
 

@@ -169,6 +169,13 @@ def test_beside_hopper_who_splits_keys_too_up_to_16_rows_are(seqlen_q, kernel):
     assert choose(replace(problem, dropout_p=0.1), H100).kernel == ("splitkv" if seqlen_q < 17 else "flash")
 
 
+def test_where_hopper_may_not_be_taken_splitkv_takes_what_it_leaves_to_hopper():
+    problem = asked(seqlens=(16, 8192))
+    assert choose(problem, H100, allowed=("splitkv", "flash")).kernel == "splitkv"
+    assert choose(problem, H100, allowed=("splitkv",)).kernel == "splitkv"
+    assert choose(problem, H100, allowed=("splitkv", "hopper")).kernel == "hopper"
+
+
 def test_of_rows_that_hopper_takes_splitkv_says_how_often_it_would_read_their_keys():
     assert against(asked(seqlens=(8, 8192)))["splitkv"] == (
         "would read keys again for every 16 of 32 rows; hopper splits them, too",

@@ -252,6 +252,8 @@ def specialisations(target: str) -> list[Specialisation]:
                     found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0))
                     cut = cut._replace(cluster=base_cluster(head_dim, reach, dtype))
                     found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0))
+                if dtype == FLOAT8:
+                    continue
                 # Of few rows behind many keys, which a group of heads shares.
                 cut = base_tile(head_dim, head_dim_v, RIGHT_EDGE, dtype)._replace(heads_per_unit=2)
                 found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0, splits=True))
