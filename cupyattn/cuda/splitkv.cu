@@ -9,8 +9,9 @@
 //     partial_out [piece, split, kBlockQ, kHeadDimV], not yet divided; partial_lse [piece, split, kBlockQ, 2]: the
 //     exponent of two they are relative to, and the sum of weights; counters [piece]: splits that are done.
 //
-// Keys and values lie in the rings as they come, and are what products take, halves or planes, in the registers of the
-// warp that owns them: see raw.cuh.  Halves hold the numbers of float8 exactly, and its weights are halves, too.
+// Keys and values lie in the rings as they come, and are made what products take, halves or planes, in the registers of
+// the warp that owns them: see raw.cuh.  Halves hold the numbers of float8 exactly, and its weights are halves, too.
+// Float32 of wide heads is made planes on the way into the rings, by as many registers as sums leave.
 //
 // How many splits a sequence gets is decided here if lengths are data (split_size 0), by the rule of splits.cuh, and
 // by the host otherwise.
@@ -38,7 +39,7 @@ struct SplitBlock : SplitStates<Traits> {
     using typename States::RowState;
     using Element = typename Traits::Element;
     using Kept = typename Traits::Kept;
-    using Operand = Raw<Element>;
+    using Operand = typename Traits::Operand;
     using QueryTile = typename Traits::QueryTile;
     static constexpr int kRowTiles = Traits::kRowTiles, kBlockK = Traits::kBlockK, kThreads = Traits::kThreads;
     static constexpr int kPlanes = Planes<Kept>::kCount;
@@ -106,7 +107,7 @@ struct SplitBlock : SplitStates<Traits> {
 
     DEVICE_METHOD void load_queries() {
         const Element* anywhere = static_cast<const Element*>(params.at.q);
-        load_rows_from<kThreads, Traits::kAligned>(queries, ptx::thread(), num_rows, params.head_dim, anywhere,
+        load_rows_from<kThreads, Traits::kAligned, Traits::kOfLoads>(queries, ptx::thread(), num_rows, params.head_dim, anywhere,
                                                    [&](int row) { return row_of<const Element>(anywhere, params.q, row); });
         ptx::commit_copies();
         ptx::wait_copies<0>();
@@ -153,15 +154,15 @@ struct SplitBlock : SplitStates<Traits> {
         const Element* base = static_cast<const Element*>(data) + head * strides.head;
         if constexpr (!Traits::kPaged) {
             base += sequence.place * strides.batch + (sequence.first_key + key) * strides.row;
-            load_rows<32, Traits::kAligned>(tile, ptx::lane(), left, num_cols, base, strides.row);
+            load_rows<32, Traits::kAligned, Traits::kOfLoads>(tile, ptx::lane(), left, num_cols, base, strides.row);
         } else {
             key += static_cast<int>(sequence.first_key);
             if ((params.page_size | key) % 16 == 0) {  // all of the tile is in one page
                 const Element* first = left > 0 ? row_in_pages(base, strides, key, sequence, params) : nullptr;
-                load_rows<32, Traits::kAligned>(tile, ptx::lane(), first ? left : 0, num_cols, first ? first : base,
+                load_rows<32, Traits::kAligned, Traits::kOfLoads>(tile, ptx::lane(), first ? left : 0, num_cols, first ? first : base,
                                                 strides.row);
             } else {
-                load_rows_from<32, Traits::kAligned>(tile, ptx::lane(), left, num_cols, base, [&](int row) {
+                load_rows_from<32, Traits::kAligned, Traits::kOfLoads>(tile, ptx::lane(), left, num_cols, base, [&](int row) {
                     return row_in_pages(base, strides, key + row, sequence, params);
                 });
             }
@@ -204,7 +205,7 @@ struct SplitBlock : SplitStates<Traits> {
     DEVICE_METHOD void absorb(int key, int stage) {
         Accumulator<16> scores[kRowTiles];
         const auto take_left = [&](QueryFragments& left, int step) { take_queries(left, step); };
-        multiply_by_rows<Element, Traits::kHeadDim>(scores, key_tile(stage), take_left);
+        multiply_by_rows<Operand, Traits::kHeadDim>(scores, key_tile(stage), take_left);
         Fragment<Kept, 16> weights[kRowTiles];
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
@@ -221,7 +222,7 @@ struct SplitBlock : SplitStates<Traits> {
             }
             weights[m].round_from(scores[m]);
         }
-        multiply_by_columns<Element>(out, weights, value_tile(stage), [&](uint32(&right)[kPlanes][4]) {
+        multiply_by_columns<Operand>(out, weights, value_tile(stage), [&](uint32(&right)[kPlanes][4]) {
             if constexpr (kCare) take_strays<Kept>(right, counting);
         });
         if (kCare && counting)

@@ -27,8 +27,8 @@ def split_tile(head_dim: int, rows: int, dtype: str, shared_memory: int) -> Tile
     Four warps, or fewer where the two stages that each needs would not fit.
     """
     block_q = 32 if rows > 16 and head_dim <= 64 and dtype != "float32" else 16
-    stage = 2 * 16 * bytes_in_a_ring(head_dim, dtype)
-    room = shared_memory // 2 if bytes_in_a_ring(head_dim, dtype) <= 256 else shared_memory  # for two blocks
+    stage = 2 * 16 * bytes_in_a_ring(head_dim, dtype, head_dim)
+    room = shared_memory // 2 if bytes_in_a_ring(head_dim, dtype, head_dim) <= 256 else shared_memory  # for two blocks
     queries = block_q * bytes_of_a_query(head_dim, dtype)
     num_warps = 4
     while num_warps > 1 and queries + 2 * num_warps * stage > shared_memory:
@@ -39,19 +39,24 @@ def split_tile(head_dim: int, rows: int, dtype: str, shared_memory: int) -> Tile
 
 def blocks_per_unit(tile: Tile, head_dim: int, dtype: str, shared_memory: int) -> int:
     """Split-KV blocks that one multiprocessor runs side by side: their registers let it be two."""
-    ring = tile.num_warps * tile.num_stages * 2 * 16 * bytes_in_a_ring(head_dim, dtype)
+    ring = tile.num_warps * tile.num_stages * 2 * 16 * bytes_in_a_ring(head_dim, dtype, head_dim)
     needed = tile.block_q * bytes_of_a_query(head_dim, dtype) + ring
     return min(BLOCKS_PER_UNIT, max(1, (shared_memory + 1024) // (needed + 1024)))  # 1 KB of each is the system's
 
 
-def bytes_in_a_ring(columns: int, dtype: str) -> int:
-    """Of a row of keys or values of the split-KV kernel, as it comes from memory: whole slabs of 64."""
+def bytes_in_a_ring(columns: int, dtype: str, widest: int) -> int:
+    """Of a row of keys or values of the split-KV kernel, as it comes from memory, in whole slabs of 64.
+
+    Of float32 in heads of more than 128 columns, k's or v's, the three numbers that it becomes.
+    """
+    if dtype == "float32" and widest > 128:
+        return columns * bytes_in_a_tile(dtype)
     return -(-columns * ITEMSIZE[dtype] // 64) * 64
 
 
 def bytes_of_a_query(columns: int, dtype: str) -> int:
     """Of a row of queries there, which are read many times and are made planes first."""
-    return columns * bytes_in_a_tile(dtype) if dtype == "float32" else bytes_in_a_ring(columns, dtype)
+    return columns * bytes_in_a_tile(dtype) if dtype == "float32" else bytes_in_a_ring(columns, dtype, columns)
 
 
 def bytes_in_a_tile(dtype: str) -> int:

@@ -67,7 +67,7 @@ def objections_of_splitkv(problem: Problem, device: Device) -> tuple[str, ...]:
     if device.kind == "cuda" and rows > LONGEST:
         reasons.append(f"counts packed rows in 32 bits, at most {LONGEST}, not {rows}")
     columns, dtype = padded(problem.sizes), problem.dtype  # queries, and two stages of one warp
-    least = 16 * bytes_of_a_query(columns, dtype) + 4 * 16 * bytes_in_a_ring(columns, dtype)
+    least = 16 * bytes_of_a_query(columns, dtype) + 4 * 16 * bytes_in_a_ring(columns, dtype, columns)
     if device.kind == "cuda" and least > device.shared_memory:
         reasons.append(f"needs {least} bytes of shared memory for such heads; a block has {device.shared_memory}")
     return tuple(reasons)

@@ -240,13 +240,12 @@ def test_every_kernel_reads_pages_and_hopper_those_of_whole_boxes(problem, page_
     assert objects(paged, "multiple of 8 keys", on=on) == (set() if page_size == 16 else {"hopper"})
 
 
-@pytest.mark.parametrize(("head_dim", "kernel"), [(192, "splitkv"), (232, "flash"), (256, "flash")])
-def test_wide_heads_in_float32_need_more_shared_memory_than_less_than_any_gpu_has(head_dim, kernel):
+@pytest.mark.parametrize(("head_dim", "kernel"), [(192, "splitkv"), (200, "flash"), (256, "flash")])
+def test_wide_heads_in_float32_need_more_shared_memory_than_small_gpus_have(head_dim, kernel):
     wide = replace(DECODE, dtype="float32", sizes=replace(DECODE.sizes, head_dim=head_dim))
-    less = replace(NAMED_DEVICES["L4"], shared_memory=80 * 1024)
-    assert choose(wide, less).kernel == kernel
-    assert choose(wide, NAMED_DEVICES["L4"]).kernel == "splitkv"
-    assert objects(wide, "shared memory", on=less) == ({"splitkv"} if kernel == "flash" else set())
+    assert choose(wide, NAMED_DEVICES["L4"]).kernel == kernel
+    assert choose(wide, NAMED_DEVICES["A100"]).kernel == "splitkv"
+    assert objects(wide, "shared memory", on=NAMED_DEVICES["L4"]) == ({"splitkv"} if kernel == "flash" else set())
 
 
 def test_what_runs_has_no_objections_and_what_does_not_has_some():
@@ -414,7 +413,9 @@ def test_the_tile_of_a_gpu_fits_in_its_shared_memory(kernel, name, dtype):
         if shared_memory(kernel, dtype, *head_dims, tile) > NAMED_DEVICES[name].shared_memory
     }
     assert not too_large
-    assert {head_dims for head_dims, _ in found} == set(itertools.product(HEAD_DIMS, repeat=2))
+    small = kernel == "splitkv" and dtype == "float32" and NAMED_DEVICES[name].shared_memory < 100 * 1024
+    widest = 192 if small else 256
+    assert {head_dims for head_dims, _ in found} == set(itertools.product(range(8, widest + 1, 8), repeat=2))
 
 
 @every_recent_gpu
@@ -439,8 +440,8 @@ def test_tiles_are_what_the_kernels_are_made_for(name, dtype):
         ("L4", "float16", 128, Tile(16, 64, 4, 2)),
         ("L4", "float16", 256, Tile(16, 32, 2, 2)),
         ("L4", "float32", 128, Tile(16, 32, 2, 2)),
-        ("L4", "float32", 192, Tile(16, 16, 1, 3)),
-        ("H100", "float32", 256, Tile(16, 32, 2, 3)),
+        ("L4", "float32", 192, Tile(16, 16, 1, 2)),
+        ("H100", "float32", 256, Tile(16, 32, 2, 2)),
         ("H100", "float8_e4m3fn", 128, Tile(16, 64, 4, 4)),
         ("L4", "float8_e4m3fn", 256, Tile(16, 64, 4, 2)),
     ],

@@ -38,10 +38,14 @@ template <typename Element_, int kHeadDim_, int kHeadDimV_, int kBlockQ_, int kN
 struct SplitTraits {
     using Element = Element_;
     static constexpr bool kFloat8 = Same<Element, Float8>::value;
-    using Kept = typename Raw<Element>::Kept;
     using Out = typename Choice<kFloat8, BFloat16, Element>::Type;
     using Given = typename Choice<kFloat8, DescaledParams, Params>::Type;
     static constexpr int kHeadDim = kHeadDim_, kHeadDimV = kHeadDimV_;  // as padded in the tiles
+    // Sums of wide heads leave no registers to make planes in.
+    static constexpr bool kReady = Same<Element, float>::value && larger(kHeadDim, kHeadDimV) > 128;
+    using Operand = typename Choice<kReady, Ready<Element>, Raw<Element>>::Type;
+    using Kept = typename Operand::Kept;
+    static constexpr int kOfLoads = kReady ? 8 : 32;  // registers
     static constexpr int kBlockQ = kBlockQ_, kRowTiles = kBlockQ / 16;
     static constexpr int kNumWarps = kNumWarps_, kThreads = 32 * kNumWarps;
     static constexpr int kBlockK = 16 * kNumWarps;
@@ -53,8 +57,8 @@ struct SplitTraits {
     // Float8 queries are made halves when they go into registers, once; float32 ones are read again and again.
     using QueryTile = typename Choice<kFloat8, RawTile<Element, kBlockQ, kHeadDim>,
                                       SharedTile<Element, kBlockQ, kHeadDim>>::Type;
-    using KeyTile = typename Raw<Element>::template Tile<16, kHeadDim>;
-    using ValueTile = typename Raw<Element>::template Tile<16, kHeadDimV>;
+    using KeyTile = typename Operand::template Tile<16, kHeadDim>;
+    using ValueTile = typename Operand::template Tile<16, kHeadDimV>;
     static constexpr int kStageBytes = KeyTile::kBytes + ValueTile::kBytes;
 
     static_assert(kBlockQ % 16 == 0, "fragments have 16 rows");

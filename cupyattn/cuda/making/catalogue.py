@@ -110,7 +110,8 @@ def splitkv(
         aligned,
         edits,
     )
-    row = bytes_in_a_ring(columns, dtype) + bytes_in_a_ring(columns_v, dtype)
+    widest = max(columns, columns_v)
+    row = bytes_in_a_ring(columns, dtype, widest) + bytes_in_a_ring(columns_v, dtype, widest)
     ring = tile.num_warps * tile.num_stages * 16 * row
     queries = tile.block_q * bytes_of_a_query(columns, dtype)
     states = tile.num_warps * tile.block_q * (columns_v + 2) * 4

@@ -15,13 +15,14 @@
 
 namespace cupyattn {
 
+// How they are taken where they were made what products take on the way into a tile.
 template <typename Element>
-struct Raw {
+struct Ready {
     using Kept = Element;  // what products take it for
     template <int kRows, int kCols>
     using Tile = SharedTile<Element, kRows, kCols>;
     static constexpr int kTogether = 1;  // fragments of 16 columns that are taken at once
-    using Fragments = uint32[kTogether][1][4];
+    using Fragments = uint32[kTogether][Planes<Element>::kCount][4];
 
     // Where a lane finds its part of the right operand: see fragments.cuh.
     template <typename Tile>
@@ -35,16 +36,24 @@ struct Raw {
     // Columns [16 * kTogether * step, ...), of 16 rows.
     template <typename Tile>
     DEVICE_METHOD static void take_rows(Fragments& to, uint32 right, int step) {
-        ptx::load_matrices(to[0][0], Tile::advance(right, step));
+#pragma unroll
+        for (int plane = 0; plane < Planes<Element>::kCount; ++plane)
+            ptx::load_matrices(to[0][plane], Tile::advance(right, step) + plane * Tile::kPlane);
     }
     template <typename Tile>
     DEVICE_METHOD static void take_columns(Fragments& to, uint32 right, int step) {
-        ptx::load_matrices_transposed(to[0][0], Tile::advance(right, step));
+#pragma unroll
+        for (int plane = 0; plane < Planes<Element>::kCount; ++plane)
+            ptx::load_matrices_transposed(to[0][plane], Tile::advance(right, step) + plane * Tile::kPlane);
     }
     // Beyond first_column(), as of an accumulator.
     DEVICE_METHOD static int first_column() { return Accumulator<16>::first_column(); }
     DEVICE_METHOD static constexpr int column(int block, int i) { return Accumulator<16>::column(block, i); }
 };
+
+// And where they lie as they came.
+template <typename Element>
+struct Raw : Ready<Element> {};
 
 // Of sums whose columns were taken in pairs of neighbours, for two blocks of 8.
 struct PairsOfBlocks {
@@ -157,9 +166,8 @@ struct Raw<float> : PairsOfBlocks {
 };
 
 // sums[m] = left[m] x 16 rows of a tile, along kCols columns: `take_left(left, step)` brings 16 of them.
-template <typename Element, int kCols, typename Tile, int kRowTiles, typename TakeLeft>
+template <typename Operand, int kCols, typename Tile, int kRowTiles, typename TakeLeft>
 DEVICE void multiply_by_rows(Accumulator<16> (&sums)[kRowTiles], const Tile& tile, const TakeLeft& take_left) {
-    using Operand = Raw<Element>;
     using Kept = typename Operand::Kept;
     const uint32 from = Operand::by_rows(tile);
 #pragma unroll
@@ -182,10 +190,9 @@ DEVICE void multiply_by_rows(Accumulator<16> (&sums)[kRowTiles], const Tile& til
 }
 
 // sums[m] += left[m] x 16 rows of a tile, which are summed over; `change(right)` may change them in registers.
-template <typename Element, typename Tile, typename Kept, int kRowTiles, int kCols, typename Change>
+template <typename Operand, typename Tile, typename Kept, int kRowTiles, int kCols, typename Change>
 DEVICE void multiply_by_columns(Accumulator<kCols> (&sums)[kRowTiles], const Fragment<Kept, 16> (&left)[kRowTiles],
                                 const Tile& tile, const Change& change) {
-    using Operand = Raw<Element>;
     const uint32 from = Operand::by_columns(tile);
 #pragma unroll
     for (int first = 0; first < kCols / 16; first += Operand::kTogether) {

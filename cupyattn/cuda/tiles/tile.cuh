@@ -191,12 +191,12 @@ DEVICE void load_rows(const Tile& tile, int thread, int num_rows, int num_cols, 
 }
 
 // The same for rows that lie anywhere: `row_address(row)` is asked for rows below num_rows; null is a row of zeros.
-template <int kThreads, bool kAligned, typename Tile, typename Element, typename RowAddress>
+template <int kThreads, bool kAligned, int kRegisters = 32, typename Tile, typename Element, typename RowAddress>
 DEVICE void load_rows_from(const Tile& tile, int thread, int num_rows, int num_cols, const Element* anywhere,
                            const RowAddress& row_address) {
     using Its = Share<Tile, kThreads>;
     const Its share(tile, thread);
-    fill<kAligned, 32, Element>(tile, share, num_cols, [&](int pass) {
+    fill<kAligned, kRegisters, Element>(tile, share, num_cols, [&](int pass) {
         const int row = share.row + pass * Its::kRowsAtOnce;
         const Element* found = row < num_rows ? row_address(row) : nullptr;
         return RowPart<Element>{(found ? found : anywhere) + Tile::kPerChunk * share.chunk, found != nullptr};
