@@ -90,13 +90,13 @@ def workers(monkeypatch):
         torch.set_num_threads(count)
         monkeypatch.setattr("cupyattn.arrays.visit.num_cores", lambda: count)
         monkeypatch.setattr("cupyattn.cpu.threads._blas.num_threads", lambda: count)
-        for remembered in (plan.choose, cupyattn.arrays.visit._cpu):
+        for remembered in (plan.choose, cupyattn.arrays.visit.cpu_device):
             remembered.cache_clear()
         return torch
 
     yield set_to
     torch.set_num_threads(before)
-    for remembered in (plan.choose, cupyattn.arrays.visit._cpu):
+    for remembered in (plan.choose, cupyattn.arrays.visit.cpu_device):
         remembered.cache_clear()
 
 

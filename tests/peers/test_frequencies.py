@@ -71,7 +71,7 @@ def ours(scaling, length):
 def in_float64(monkeypatch):
     """torch's words for float32 mean float64, so that transformers computes without a rounding to float32."""
     torch = needs("torch")
-    needs("transformers")
+    needs("transformers.modeling_utils")  # which imports what keeps a table of dtypes, for good
     monkeypatch.setattr(torch, "float", torch.float64)
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

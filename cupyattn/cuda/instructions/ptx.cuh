@@ -157,8 +157,6 @@ DEVICE void store_global_fresh(float* address, float value) {
 DEVICE void copy_async(uint32 to, const void* from, int size) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
 }
-// All sixteen, or zeros.
-DEVICE void copy_async(uint32 to, const void* from, bool valid) { copy_async(to, from, valid ? 16 : 0); }
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most `kPending` of this thread's latest groups are under way.
 template <int kPending>
