@@ -82,7 +82,7 @@ MUTANTS = [
            "tiles"),
     Mutant("first block left out", "hopper.cuh", "{touched.start / kBlockK,", "{ceil_div(touched.start, kBlockK),",
            "tiles"),
-    Mutant("tiles of a short section", "hopper.cuh", "smaller(given.units_per_section, given.units_in_order - first)",
+    Mutant("tiles of a short section", "hopper.cuh", "smaller(given.units_per_section, units - first)",
            "given.units_per_section", "tiles"),
     Mutant("tiles of all sequences in the first one's sections", "hopper.cuh",
            "        index -= its.first * given.units_per_sequence;\n", "", "ragged"),

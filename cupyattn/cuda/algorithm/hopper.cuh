@@ -142,9 +142,12 @@ DEVICE RowTile row_tile(int index, const HopperParams& given, int known = -1) {
         its = tiling.stretch_of(known < 0 ? tiling.sequence_with(index / given.units_per_sequence) : known);
         index -= its.first * given.units_per_sequence;
     }
+    int units = given.units_in_order;
+    if constexpr (Traits::kStoresBoxes && !Traits::kSplit)
+        units = given.num_tiles / given.tiles_per_unit;  // the same, for which ptxas keeps fewer numbers through the walk
     const int per_section = its.count * given.units_per_section;
     const int section = index / per_section, first = section * given.units_per_section;
-    const int size = smaller(given.units_per_section, given.units_in_order - first), rest = index - section * per_section;
+    const int size = smaller(given.units_per_section, units - first), rest = index - section * per_section;
     const int unit = first + rest % size, place = its.count - 1 - rest / size;
 
     RowTile tile{sequence_at(its.sequence + unit / given.units_per_sequence, params),
