@@ -213,7 +213,7 @@ def _on_gpu(buffers: _Buffers) -> list[Any]:
 
     found = []
     for address, shape, name in _facts(buffers):
-        dtype = np.dtype(getattr(ml_dtypes, name, name))
+        dtype = np.dtype(np.uint8 if name == FLOAT8 else getattr(ml_dtypes, name, name))  # CuPy has no float8
         size = math.prod(shape) * dtype.itemsize
         memory = cupy.cuda.UnownedMemory(address, size, None) if size else cupy.cuda.Memory(0)
         found.append(cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0)))

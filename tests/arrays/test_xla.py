@@ -287,7 +287,9 @@ def gpu(driver, monkeypatch):
     monkeypatch.setattr(memory.CuPyMemory, "empty", empty)
     monkeypatch.setattr(memory.CuPyMemory, "zero", lambda self, x: _host(x).fill(0))
     monkeypatch.setattr(memory.CuPyMemory, "to_host", lambda self, x: np.array(_host(x)))
-    monkeypatch.setattr(memory.CuPyMemory, "from_host", lambda self, x, values: np.copyto(_host(x), values))
+    monkeypatch.setattr(
+        memory.CuPyMemory, "from_host", lambda self, x, values: np.copyto(_host(x).view(values.dtype), values)
+    )
     monkeypatch.setattr(cupy.cuda, "UnownedMemory", of_program)
     monkeypatch.setattr(cupy.cuda, "ExternalStream", lambda stream: entered.append(stream) or nullcontext())
     return entered
@@ -340,6 +342,16 @@ def test_what_no_kernel_takes_is_computed_on_the_host(gpu, driver):
     assert Frame(described(arrays, "float64"), arrays, [out]).call() == []
     assert driver.launches == []
     np.testing.assert_array_equal(out, cupyattn.attention(*arrays))
+
+
+def test_float8_of_a_program_on_a_gpu_is_computed_on_the_host(gpu, driver):
+    kind = needs("ml_dtypes").float8_e4m3fn
+    arrays = operands_on_gpu(kind)
+    exact = cupyattn.attention(*arrays)
+    out = np.zeros(exact.shape, exact.dtype)
+    assert Frame(described(arrays, "float8_e4m3fn"), arrays, [out]).call() == []
+    assert driver.launches == []
+    np.testing.assert_array_equal(out.astype(np.float32), exact.astype(np.float32))
 
 
 def test_what_goes_wrong_on_a_gpu_is_the_programs_error(gpu, monkeypatch):
