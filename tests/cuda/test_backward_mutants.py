@@ -16,7 +16,7 @@ import pytest
 from cases import additive, slopes
 from emulated import definition, operands, options_of, problem_of, ragged_operands, ragged_options
 from emulated_backward import A100, Call, check, with_dout
-from mutants import Mutant, assert_caught, some_of_them
+from mutants import Mutant, assert_caught, groups_of, some_of_them
 
 from cupyattn.plan import OF_BIAS, OF_KEYS, OF_QUERIES, OF_VALUES, BackwardTile
 
@@ -476,7 +476,7 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", groups_of(GROUPS, MUTANTS))
 def test_the_sources_as_they_are_pass(group):
     GROUPS[group](None)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from cases import HIDDEN, STRAYS
 from emulated import Call, check, operands, options_of, paged, problem_of, ragged_operands, ragged_options
-from mutants import Mutant, assert_caught, some_of_them
+from mutants import Mutant, assert_caught, groups_of, some_of_them
 
 from cupyattn.plan.hopper import Switches, hopper_tile
 
@@ -406,7 +406,7 @@ GROUPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", groups_of(GROUPS, MUTANTS))
 def test_the_sources_as_they_are_pass(group):
     GROUPS[group](None)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call
 from emulated import Call, check, operands, options_of, paged, ragged_operands, ragged_options
-from mutants import Mutant, assert_caught, some_of_them
+from mutants import Mutant, assert_caught, groups_of, some_of_them
 
 from cupyattn.plan import Tile
 
@@ -553,7 +553,7 @@ GROUPS = {
 }
 
 
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("group", groups_of(GROUPS, MUTANTS))
 def test_the_sources_as_they_are_pass(group):
     GROUPS[group](None)
 
