@@ -22,8 +22,8 @@
 // Twin     cpu.flash.flash, in float64 with the same names.
 // Source   Shah et al., FlashAttention-3, 2024 (arXiv 2407.08608): warp specialisation, overlap, ping-pong.
 // Needs    sm_90a.
-// Launch   any number of whole clusters of blocks: block i takes row tiles i, i + blocks, and so on, the longest
-//          first, or with kSplit all of them once for each split; kThreads threads; kSharedBytes.
+// Launch   any number of whole clusters of blocks, which take row tiles in rounds, the longest first (`tile_of_round`),
+//          or with kSplit all of them once for each split; kThreads threads; kSharedBytes.
 
 #include "algorithm/fetch90.cuh"
 #include "algorithm/softmax90.cuh"
@@ -56,7 +56,7 @@ struct HopperRows : HopperResult<Traits> {
     DEVICE_METHOD void run() {
         if (Switches::kPingPong && consumer == 0) ptx::named_barrier_arrive(kTurnBarrier, 256);  // it may begin
 #pragma unroll 1
-        for (uint32 index = ptx::block_x(); index < uint32(given.num_tiles); index += ptx::grid_x()) {
+        for (uint32 round = 0, index; (index = tile_of_round<Traits>(round)) < uint32(given.num_tiles); ++round) {
             tile = row_tile<Traits>(index, given);
             if (tile.blocks.empty()) {
                 if (!Traits::kSplit || tile.split == 0) store_nothing();
@@ -204,7 +204,7 @@ struct HopperRows : HopperResult<Traits> {
     DEVICE_METHOD void multiply_queries_by_keys(Accumulator<kBlockK>& scores, int its_use) const {
         using QueryTile = typename Traits::QueryTile;
         using KeyTile = typename Traits::KeyTile;
-        const uint64 left = memory.queries().by_rows(64 * consumer), right = memory.keys(its_use).by_rows(0);
+        const uint64 left = memory.queries(tile_use).by_rows(64 * consumer), right = memory.keys(its_use).by_rows(0);
         ptx::wgmma_fence();
 #pragma unroll
         for (int step = 0; step < Traits::kHeadDim * QueryTile::kItem / 32; ++step)
@@ -301,8 +301,10 @@ template <typename Traits>
 DEVICE void clear_spare_rows(const HopperParams& given, const HopperMemory<Traits>& memory) {
     using QueryTile = typename Traits::QueryTile;
     const int first = given.tokens_per_tile * given.heads_per_unit, chunks = QueryTile::kSlabs * QueryTile::kSwizzle / 16;
-    for (int i = ptx::thread(); i < (Traits::kBlockQ - first) * chunks; i += Traits::kThreads)
-        ptx::store_shared(memory.queries().address(first + i / chunks, i % chunks), 0u, 0u, 0u, 0u);
+#pragma unroll
+    for (int stage = 0; stage < Traits::kQueryStages; ++stage)
+        for (int i = ptx::thread(); i < (Traits::kBlockQ - first) * chunks; i += Traits::kThreads)
+            ptx::store_shared(memory.queries(stage).address(first + i / chunks, i % chunks), 0u, 0u, 0u, 0u);
     ptx::fence_async_proxy();
 }
 

@@ -43,10 +43,11 @@ from cupyattn.plan.hopper import (
     base_tile,
     hopper_tile,
     padded_dims,
+    query_stages,
     rows_per_box,
 )
 from cupyattn.plan.objections import IMPLEMENTATIONS, LONGEST, objections_of_hopper
-from cupyattn.plan.tiling import num_row_tiles, num_tiles, tiles_if_even
+from cupyattn.plan.tiling import num_row_tiles, num_tiles, tile_of_round, tiles_if_even
 from cupyattn.plan.values import BackwardTile, BackwardTiles, CpuTile, Plan, Tile
 
 __all__ = [
@@ -88,9 +89,11 @@ __all__ = [
     "objections_of_hopper",
     "padded_dims",
     "passes_of",
+    "query_stages",
     "rows_per_box",
     "shared_memory_of",
     "split_tile",
+    "tile_of_round",
     "tiles_if_even",
     "with_num_splits",
 ]

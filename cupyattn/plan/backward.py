@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from cupyattn.plan.choosing import choose
 from cupyattn.plan.gpu import bytes_in_a_tile, padded
-from cupyattn.plan.hopper import padded_dims
+from cupyattn.plan.hopper import HOPPER_MEMORY, padded_dims
 from cupyattn.plan.objections import objections_of_flash, objections_of_hopper, objections_of_numpy, only
 from cupyattn.plan.values import BackwardTile, BackwardTiles, Plan
 from cupyattn.problem import Device, Problem, Sizes
@@ -185,10 +185,6 @@ def hopper_backward_tile(wide: int, wide_v: int, wanted: int, capped: bool = Fal
         moves = 32 if widest > 192 and wanted == OF_KEYS else 64
     tiles = (BackwardTile(128, moves, 12, stages) for stages in (4, 3, 2))
     return next(tile for tile in tiles if hopper_shared_memory_of(wide, wide_v, tile, wanted) <= HOPPER_MEMORY)
-
-
-HOPPER_MEMORY = 227 * 1024
-"""Bytes of shared memory that a block may use there."""
 
 
 def hopper_shared_memory_of(columns: int, columns_v: int, tile: BackwardTile, wanted: int) -> int:

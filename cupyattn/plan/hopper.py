@@ -17,6 +17,8 @@ KEYS_IN_A_BOX = 8
 """What TMA brings from a page is a multiple of so many keys, as rows of a tile are swizzled."""
 ALL_KEYS, RIGHT_EDGE, BOTH_EDGES = 0, 1, 2
 """``Reach`` in ``hopper.cu``."""
+HOPPER_MEMORY = 227 * 1024
+"""Bytes of shared memory that a block can have on Hopper."""
 L2_FOR_KEYS = 32 * 2**20
 """Bytes of keys and values that stay in the second-level cache of an H100 beside everything else."""
 
@@ -80,6 +82,14 @@ def padded_dims(sizes: Sizes, dtype: str) -> tuple[int, int]:
 def base_cluster(head_dim: int, reach: int, dtype: str) -> int:
     """Blocks of a cluster, where `may_cluster` lets them be: more than one where few rows read wide keys."""
     return 2 if reach == ALL_KEYS and head_dim >= 128 and dtype != FLOAT8 else 1
+
+
+def query_stages(queries: int, beside: int) -> int:
+    """How many tiles of queries of so many bytes there are room for beside everything else but barriers.
+
+    With two the next tile's queries come while this one's are multiplied; ``kQueryStages`` in ``hopper.cuh``.
+    """
+    return 2 if 2 * queries + beside + 1024 <= HOPPER_MEMORY else 1
 
 
 def may_cluster(problem: Problem, tile: HopperTile, cluster: int) -> bool:
@@ -156,4 +166,6 @@ def hopper_tile(problem: Problem) -> HopperTile:
     keys = max(1, sizes.seqlen_k * (head_dim + head_dim_v) * ITEMSIZE[problem.dtype])
     heads = 1 << max(0, (L2_FOR_KEYS // keys).bit_length() - 1)
     units = max(1, sizes.batch * sizes.num_heads // tile.heads_per_unit)
-    return tile._replace(units_per_section=min(units, heads * group // tile.heads_per_unit))
+    section = min(units, heads * group // tile.heads_per_unit)
+    # Where lengths are data nobody knows which tiles are long; the GPU shares them out better than a rule.
+    return tile._replace(units_per_section=section, persistent=not problem.layout.lengths_are_data)

@@ -22,6 +22,18 @@ def num_tiles(sequences: int, longest: int, size: int, total: int | None = None)
     return as_the_longest if total is None else min(as_the_longest, total // size + sequences)
 
 
+def tile_of_round(round_: int, block: int, blocks: int, forth_and_back: bool) -> int:
+    """The tile that a block takes in a round of as many tiles as there are blocks.
+
+    Tiles come the longest first; forth and back, nobody has the longest of every round.
+    Twin of the function of this name in ``tiling.cuh``.
+
+    >>> [[tile_of_round(x, block, 3, True) for x in range(4)] for block in range(3)]
+    [[0, 5, 6, 11], [1, 4, 7, 10], [2, 3, 8, 9]]
+    """
+    return round_ * blocks + (blocks - 1 - block if forth_and_back and round_ % 2 else block)
+
+
 def num_row_tiles(problem: Problem, tokens: int) -> int:
     """Tiles of so many rows that a launch has for each head; if ragged, those that wipe rows behind the last sequence
     among them."""

@@ -109,6 +109,18 @@ def test_blocks_take_one_tile_after_the_other(rng, workers):
     held(arrays, options_of(), 1, workers, persistent=True)
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_rounds_forth_and_back_do_not_change_a_bit(rng, dtype, workers):
+    """Queries of the next tile come while the output of this one is on its way."""
+    arrays = operands(rng, dtype, "bshd", 1, (3, 3, 3), (400, 400), (128, 128))
+    options = options_of(causal=True)
+    expected = left(arrays, options, persistent=False)
+    found = run(arrays, options, "hopper", 2, tile=small(arrays, options), num_workers=workers)
+    assert np.array_equal(found.out, expected.out)
+    assert np.array_equal(found.lse, expected.lse)
+
+
 @pytest.mark.parametrize("units", [1, 2, 3, 100])
 def test_tiles_come_in_any_order_of_sections(rng, units):
     arrays = operands(rng, "bfloat16", "bshd", 1, (5, 5, 5), (270, 150))

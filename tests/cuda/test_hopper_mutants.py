@@ -27,6 +27,13 @@ MUTANTS = [
            "const int column = 0;", "wide"),
     Mutant("phases of single uses", "tile90.cuh", "return use / kNumStages & 1;", "return use & 1;", "tiles"),
     Mutant("nothing is empty at first", "tile90.cuh", "parity(use) ^ 1", "parity(use)", "tiles"),
+    # ---- Tile after tile
+    Mutant("queries of the tile before", "hopper.cu", "memory.queries(tile_use).by_rows",
+           "memory.queries(tile_use ? tile_use - 1 : 0).by_rows", "tiles"),
+    Mutant("output over the next queries", "store90.cuh", "memory.out(tile_use);", "memory.out(tile_use + 1);",
+           "tiles"),
+    Mutant("a tile of two rounds", "tiling.cuh", "blocks - 1 - block : block", "blocks - block : block", "tiles"),
+    Mutant("the next queries do not wait", "fetch90.cuh", "query_ring.wait_empty(tile_use);", "", "tiles"),
     # ---- The first warpgroup
     Mutant("half of the keys expected", "fetch90.cuh", "expect(barrier, its_tile.kBytes)",
            "expect(barrier, its_tile.kBytes / 2)", "tiles"),

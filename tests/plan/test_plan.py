@@ -13,7 +13,17 @@ from hypothesis import strategies as st
 import cupyattn
 from cupyattn import plan
 from cupyattn.cuda.making.catalogue import shared_memory
-from cupyattn.plan import CpuTile, Tile, choose, cpu_tile, gpu_tile, with_num_splits
+from cupyattn.plan import (
+    RIGHT_EDGE,
+    CpuTile,
+    Tile,
+    base_tile,
+    choose,
+    cpu_tile,
+    gpu_tile,
+    query_stages,
+    with_num_splits,
+)
 from cupyattn.plan.cpu import BLOCK_K, BLOCK_Q, NUMBERS_SIDE_BY_SIDE, SCORES_SIDE_BY_SIDE
 from cupyattn.plan.splits import live_split_blocks
 from cupyattn.problem import NAMED_DEVICES, Device, Layout, Mask, Problem, ScoreEdits, Sizes
@@ -218,10 +228,26 @@ def test_where_hopper_cannot_read_the_arrays_flash_or_splitkv_runs_instead():
     assert choose(replace(PREFILL, dtype="float8_e4m3fn"), H100).instead.kernel == "splitkv"
 
 
-def test_hopper_runs_a_block_to_a_multiprocessor_where_all_tiles_are_alike():
-    chosen = choose(PREFILL, H100)
+@pytest.mark.parametrize("mask", [Mask(), Mask(right=0), Mask(left=100, right=0)], ids=["full", "causal", "window"])
+def test_hopper_runs_a_block_to_a_multiprocessor(mask):
+    chosen = choose(replace(PREFILL, mask=mask), H100)
     assert chosen.tile.persistent
     assert chosen.num_workers == 132
+
+
+@pytest.mark.parametrize("layout", [Layout("thd"), Layout("bshd", cached=True)], ids=["packed", "cached"])
+def test_hopper_runs_a_block_to_a_tile_where_lengths_are_data(layout):
+    chosen = choose(replace(PREFILL, mask=Mask(right=0), layout=layout), H100)
+    assert not chosen.tile.persistent
+
+
+def test_two_tiles_of_queries_wherever_there_is_room():
+    found = {}
+    for head_dim in (64, 96, 128, 192, 256):
+        tile = base_tile(head_dim, head_dim, RIGHT_EDGE, "bfloat16")
+        beside = 4 * head_dim * tile.block_k * tile.num_stages
+        found[head_dim] = query_stages(2 * head_dim * tile.block_q, beside)
+    assert found == {64: 2, 96: 2, 128: 2, 192: 1, 256: 1}
 
 
 @pytest.mark.parametrize(

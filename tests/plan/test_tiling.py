@@ -1,5 +1,6 @@
 """Tiles of sequences whose lengths are not known: enough for any, few in vain, and what plans and launches say."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from emulated import options_of, problem_of, ragged_options
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from cupyattn.cuda.launching.launch import recipe_of
 from cupyattn.cuda.launching.views import view_of_numpy
-from cupyattn.plan import choose, num_tiles
+from cupyattn.plan import choose, num_tiles, tile_of_round
 from cupyattn.problem import NAMED_DEVICES
 
 LENGTHS = st.lists(st.integers(0, 700), min_size=1, max_size=40)
@@ -18,6 +19,33 @@ LENGTHS = st.lists(st.integers(0, 700), min_size=1, max_size=40)
 def test_there_is_a_tile_for_every_row_of_any_lengths(lengths, size, behind):
     most = num_tiles(len(lengths), max(lengths), size, sum(lengths) + behind)
     assert sum(-(-length // size) for length in lengths) <= most <= num_tiles(len(lengths), max(lengths), size)
+
+
+@given(st.integers(1, 200), st.integers(1, 60), st.booleans())
+def test_every_tile_is_taken_in_one_round_by_one_block(count, blocks, forth_and_back):
+    rounds = range(-(-count // blocks))
+    taken = [tile_of_round(x, block, blocks, forth_and_back) for x in rounds for block in range(blocks)]
+    assert sorted(taken) == [*range(len(rounds) * blocks)]
+
+
+@pytest.mark.parametrize("heads", [(16, 16), (32, 8), (28, 4)], ids=str)
+@pytest.mark.parametrize("seqlen", [2048, 4096, 8192, 16384])
+def test_no_block_has_much_more_to_do_than_others_under_a_causal_mask(rng, seqlen, heads):
+    shapes = [(16384 // seqlen, seqlen, count, 128) for count in (heads[0], heads[1], heads[1])]
+    arrays = {name: np.empty(shape, ml_dtypes.bfloat16) for name, shape in zip("qkv", shapes, strict=True)}
+    plan = choose(problem_of(arrays, options_of(causal=True)), NAMED_DEVICES["H100"])
+    tiles, units = -(-seqlen // plan.tile.tokens), 16384 // seqlen * heads[0] // plan.tile.heads_per_unit
+    sections = [min(plan.tile.units_per_section, units - x) for x in range(0, units, plan.tile.units_per_section)]
+    costs = []
+    for index, size in enumerate(sections):
+        places = range(tiles, 0, -1)
+        costs += [cost for cost in (places[::-1] if index % 2 == len(sections) % 2 else places) for _ in range(size)]
+    rounds, of_blocks = range(-(-len(costs) // plan.num_workers)), []
+    for block in range(plan.num_workers):
+        its = [tile_of_round(x, block, plan.num_workers, True) for x in rounds]
+        of_blocks.append(sum(costs[index] for index in its if index < len(costs)))
+    assert plan.tile.persistent
+    assert max(of_blocks) <= 1.04 * sum(costs) / plan.num_workers
 
 
 def skewed(rng, longest=8192, total=65536, batch=64):

@@ -31,7 +31,7 @@ DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory)
     const int query_bytes = given.tokens_per_tile * given.heads_per_unit * Traits::kHeadDim * sizeof(typename Traits::Element);
     int use = 0, tile_use = 0;
 #pragma unroll 1
-    for (uint32 index = ptx::block_x(); index < uint32(given.num_tiles); index += ptx::grid_x()) {
+    for (uint32 round = 0, index; (index = tile_of_round<Traits>(round)) < uint32(given.num_tiles); ++round) {
         const RowTile tile = row_tile<Traits>(index, given);
         if (tile.blocks.empty()) continue;
         const int batch = params.at.cu_seqlens_q ? 0 : tile.sequence.index;
@@ -52,7 +52,7 @@ DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory)
         load_keys(tile.blocks.stop - 1, use);
         query_ring.wait_empty(tile_use);
         ptx::mbarrier_arrive_expect(query_ring.full(tile_use), query_bytes);
-        load_tile<1>(memory.queries(), given.q, query_ring.full(tile_use),
+        load_tile<1>(memory.queries(tile_use), given.q, query_ring.full(tile_use),
                      static_cast<int>(tile.sequence.first_row) + tile.first_token, tile.head / given.heads_per_unit,
                      batch, ptx::kDropFromL2);
         ++tile_use;
@@ -106,7 +106,7 @@ DEVICE void inspect(const HopperParams& given, const HopperMemory<Traits>& memor
     const int inspector = ptx::warp() - 1;
     int use = 0, inspected = 0;
 #pragma unroll 1
-    for (uint32 index = ptx::block_x(); index < uint32(given.num_tiles); index += ptx::grid_x()) {
+    for (uint32 round = 0, index; (index = tile_of_round<Traits>(round)) < uint32(given.num_tiles); ++round) {
         const RowTile tile = row_tile<Traits>(index, given);
 #pragma unroll 1
         for (int block = tile.blocks.stop - 1; block >= tile.blocks.start; --block, ++use) {

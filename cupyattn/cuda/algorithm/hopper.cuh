@@ -12,6 +12,8 @@ namespace cupyattn {
 // Which keys can be hidden from a row: beyond the ends of its sequence, right of its diagonal, on both sides of it.
 enum Reach { kAllKeys, kRightEdge, kBothEdges };
 
+constexpr int kMostSharedBytes = 232448;  // of a block
+
 // What can be had in two ways, to be settled by measurements; the defaults are in hopper.py.
 template <bool kPingPong_, bool kOverlap_, bool kPinned_, bool kRescaleFirst_, bool kLazy_, bool kWeightsInShared_,
           int kPolynomials_, bool kTwoLevel_>
@@ -62,18 +64,22 @@ struct HopperTraits {
     static constexpr int kOutParts = sizeof(Out) / sizeof(Element);
     using OutTile = SwizzledTile<Out, kBlockQ, kHeadDimV / kOutParts>;
 
-    static constexpr int kQueryBytes = QueryTile::kBytes;
     static constexpr int kFetchedBytes = kFloat8 ? kNumStages * FetchedTile::kBytes : 0;
     static constexpr int kWeightBytes = Switches::kWeightsInShared ? kConsumers * WeightTile::kBytes : 0;
-    static constexpr int kKeys = kQueryBytes, kValues = kKeys + kNumStages * KeyTile::kBytes;
+    // Where there is room, the next tile's queries come while this one's are multiplied, or its output is on its way.
+    static constexpr int kBesideQueries = kNumStages * (KeyTile::kBytes + ValueTile::kBytes) + kFetchedBytes + kWeightBytes + 1024;
+    static constexpr int kQueryStages = 2 * QueryTile::kBytes + kBesideQueries <= kMostSharedBytes ? 2 : 1;
+    static constexpr int kKeys = kQueryStages * QueryTile::kBytes, kValues = kKeys + kNumStages * KeyTile::kBytes;
     static constexpr int kFetched = kValues + kNumStages * ValueTile::kBytes;
     static constexpr int kWeights = kFetched + kFetchedBytes;
     static constexpr int kFound = kWeights + kWeightBytes;          // 16 bytes for each stage
     static constexpr int kBarriers = kFound + 16 * kNumStages;
-    static constexpr int kSplitSize = kBarriers + 5 * Ring<kNumStages>::kBytes;  // blocks of a split, if kSplit
+    static constexpr int kQueryBarriers = kBarriers + 4 * Ring<kNumStages>::kBytes;
+    static constexpr int kSplitSize = kQueryBarriers + Ring<kQueryStages>::kBytes;  // blocks of a split, if kSplit
     static constexpr int kSharedBytes = kSplitSize + (kSplit ? 16 : 0);
 
     static_assert(kBlockQ == 128 || kBlockQ == 192, "two or three warpgroups of 64 rows");
+    static_assert(kSharedBytes - kQueryStages * QueryTile::kBytes <= kBesideQueries, "there is the room that was counted on");
     static_assert(kBlockK % 16 == 0 && kBlockK <= 256, "the sizes of a wgmma");
     static_assert(kCluster == 1 || !kPaged, "a block brings its share in one piece");
     static_assert(kCluster == 1 || kReach == kAllKeys, "neighbouring tiles see the same blocks of keys");
@@ -107,6 +113,7 @@ struct HopperParams {
     int units_per_section;  // units whose keys are used side by side, so that they stay in the second-level cache
     int units_in_order;     // of a sequence if its units have their own number of tiles, or else all
     int units_per_sequence;
+    int rising;  // of every second section, 0 or 1, the first rows come first; -1: of none
 };
 
 // The rows of a tile and the blocks of keys they see.  Producer and consumers go by this, and by nothing else.
@@ -120,7 +127,9 @@ struct RowTile {
     int split, num_splits;  // if kSplit: which of its splits this is, out of how many
 };
 
-// Tiles come in sections; within one the last rows come first, which see the most keys under a causal mask.  Sections of
+// Tiles come in sections; within one the last rows come first, which see the most keys under a causal mask.  Where a
+// block takes one tile after the other that is so of every second section, the last one among them: then neighbouring
+// tiles have about as much to do everywhere, and rounds forth and back (tiling.cuh) give blocks equal shares. Sections of
 // one unit, as clusters have them, make neighbours of neighbouring tiles.  Where sequences have tiles of their own number,
 // which are never stored as boxes, each has its own sections.  `known` is the tile's sequence, if it was found before.
 //
@@ -148,7 +157,8 @@ DEVICE RowTile row_tile(int index, const HopperParams& given, int known = -1) {
     const int per_section = its.count * given.units_per_section;
     const int section = index / per_section, first = section * given.units_per_section;
     const int size = smaller(given.units_per_section, units - first), rest = index - section * per_section;
-    const int unit = first + rest % size, place = its.count - 1 - rest / size;
+    const bool rises = Traits::kReach != kAllKeys && section % 2 == given.rising;
+    const int unit = first + rest % size, place = rises ? rest / size : its.count - 1 - rest / size;
 
     RowTile tile{sequence_at(its.sequence + unit / given.units_per_sequence, params),
                  unit % given.units_per_sequence * given.heads_per_unit, place * given.tokens_per_tile, {0, 0}, {0, 0},
@@ -166,6 +176,12 @@ DEVICE RowTile row_tile(int index, const HopperParams& given, int known = -1) {
         tile.blocks = its.part, tile.num_splits = its.count;
     }
     return tile;
+}
+
+// What this thread block takes in a round, of as many tiles as there are blocks.
+template <typename Traits>
+DEVICE uint32 tile_of_round(uint32 round) {
+    return tile_of_round<Traits::kReach != kAllKeys>(round, ptx::block_x(), ptx::grid_x());
 }
 
 // Has row_tile know how many blocks a split has; all threads have to meet before anybody asks.
@@ -190,8 +206,10 @@ struct HopperMemory {
     using ValueStages = typename Choice<Traits::kFloat8, Stages, SharedStages>::Type;
     uint32 base;
 
-    DEVICE_METHOD typename Traits::QueryTile queries() const { return {base}; }
-    DEVICE_METHOD typename Traits::OutTile out() const { return {base}; }
+    DEVICE_METHOD typename Traits::QueryTile queries(int tile_use) const {
+        return {base + Ring<Traits::kQueryStages>::slot(tile_use) * Traits::QueryTile::kBytes};
+    }
+    DEVICE_METHOD typename Traits::OutTile out(int tile_use) const { return {queries(tile_use).base}; }
     DEVICE_METHOD typename Traits::KeyTile keys(int use) const {
         return {base + Traits::kKeys + Stages::slot(use) * Traits::KeyTile::kBytes};
     }
@@ -208,15 +226,15 @@ struct HopperMemory {
     // Four words: whether each of the inspecting warps found values that are not finite, and 0.
     DEVICE_METHOD uint32 found(int use) const { return base + Traits::kFound + 16 * Stages::slot(use); }
 
-    DEVICE_METHOD Ring<1> query_ring() const { return {base + Traits::kBarriers}; }
-    DEVICE_METHOD SharedStages key_ring() const { return {base + Traits::kBarriers + Stages::kBytes}; }
-    DEVICE_METHOD ValueStages value_ring() const { return {base + Traits::kBarriers + 2 * Stages::kBytes}; }
+    DEVICE_METHOD Ring<Traits::kQueryStages> query_ring() const { return {base + Traits::kQueryBarriers}; }
+    DEVICE_METHOD SharedStages key_ring() const { return {base + Traits::kBarriers}; }
+    DEVICE_METHOD ValueStages value_ring() const { return {base + Traits::kBarriers + Stages::kBytes}; }
     // Of what was found in values that had to be inspected.
-    DEVICE_METHOD Stages inspected_ring() const { return {base + Traits::kBarriers + 3 * Stages::kBytes}; }
+    DEVICE_METHOD Stages inspected_ring() const { return {base + Traits::kBarriers + 2 * Stages::kBytes}; }
 
     // Of values as TMA brings them.
     DEVICE_METHOD SharedStages fetched_ring() const {
-        return {base + Traits::kBarriers + (Traits::kFloat8 ? 4 : 2) * Stages::kBytes};
+        return {base + Traits::kBarriers + (Traits::kFloat8 ? 3 : 1) * Stages::kBytes};
     }
 
     DEVICE_METHOD void init() const {

@@ -76,7 +76,7 @@ struct HopperResult {
     // Some columns, by way of the queries' place, of which a warp reads and writes its own 16 rows.
     DEVICE_METHOD void store_part(int part, bool suspicious) {
         constexpr int kCols = Traits::OutTile::kCols;
-        const auto staged = memory.out();
+        const auto staged = memory.out(tile_use);
         const int first = 64 * consumer + 16 * (ptx::warp() % 4);
 #pragma unroll
         for (int step = 0; step < kCols / 16; ++step) {

@@ -74,4 +74,11 @@ DEVICE Place place_of(int block, int owners, const Tiling& tiling) {
     return {its.sequence, rest / its.count, rest % its.count, its.count};
 }
 
+// The tile that a block takes in a round. Where tiles have less and less to do, rounds go through the blocks forth and
+// back, so that nobody has the longest tile of each.
+template <bool kForthAndBack>
+DEVICE uint32 tile_of_round(uint32 round, uint32 block, uint32 blocks) {
+    return round * blocks + (kForthAndBack && round % 2 ? blocks - 1 - block : block);
+}
+
 }  // namespace cupyattn

@@ -31,7 +31,7 @@ from cupyattn.cuda.launching.views import (
 )
 from cupyattn.cuda.making import catalogue
 from cupyattn.cuda.making.module import Specialisation
-from cupyattn.plan import HopperTile, Plan, Tile, num_row_tiles, padded_dims, rows_per_box, tiles_if_even
+from cupyattn.plan import ALL_KEYS, HopperTile, Plan, Tile, num_row_tiles, padded_dims, rows_per_box, tiles_if_even
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Shape
 
 LARGEST_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
@@ -180,7 +180,8 @@ def _hopper(plan: Plan, tile: HopperTile, problem: Problem, arrays: FactsOfArray
     per_box = rows_per_box(tile, page_size or 0)
     in_order = units * _sequences(problem) if per_unit else units
     section = min(tile.units_per_section, max(1, in_order))
-    numbers = (count, per_unit, tiles, tile.tokens, tile.heads_per_unit, per_box, section, in_order, units)
+    rising = -(-in_order // section) % 2 if tile.persistent and tile.reach != ALL_KEYS else -1
+    numbers = (count, per_unit, tiles, tile.tokens, tile.heads_per_unit, per_box, section, in_order, units, rising)
     behind = _descaled(arrays) + _HOPPER.pack(*numbers)
     workspace, merge = Workspace(), None
     if plan.num_splits > 1:
@@ -288,7 +289,7 @@ def tail_of(plan: Plan, problem: Problem, arrays: FactsOfArrays) -> params.Tail:
 _DESCALES = struct.Struct("<3Q")
 _DESCALED = struct.Struct("<6i")
 """What ``DescaledParams`` has behind the record: addresses and numbers."""
-_HOPPER = struct.Struct("<9i")
+_HOPPER = struct.Struct("<10i")
 """And ``HopperParams`` behind those."""
 _MERGE = struct.Struct("<5i4x")
 """Or ``MergeParams``."""

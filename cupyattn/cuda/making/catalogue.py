@@ -19,6 +19,7 @@ from cupyattn.plan import (
     hopper_backward_tile,
     hopper_shared_memory_of,
     passes_of,
+    query_stages,
     shared_memory_of,
     split_tile,
 )
@@ -155,13 +156,15 @@ def hopper(
     values = 2 * head_dim_v if dtype == FLOAT8 else head_dim_v  # as they come, and turned
     keys_and_values = tile.num_stages * tile.block_k * (head_dim + values) * item
     weights = tile.block_q * tile.block_k * item if tile.switches.weights_in_shared else 0
-    barriers = 6 * 16 * tile.num_stages
+    beside = keys_and_values + weights
+    stages = query_stages(queries, beside)
+    barriers = 5 * 16 * tile.num_stages + 16 * stages
     kernel = "hopper_forward" if tile.cluster == 1 else "hopper_forward_in_clusters"
     return Specialisation(
         "hopper.cu",
         f"cupyattn::{kernel}<cupyattn::HopperTraits<{', '.join(map(_literal, arguments))}>>",
         32 * tile.num_warps,
-        queries + keys_and_values + weights + barriers + (16 if splits else 0),
+        stages * queries + beside + barriers + (16 if splits else 0),
         tile.cluster,
     )
 

@@ -6,7 +6,7 @@ from ptx import ExecutorError
 from ptx.alone import BEGIN, TARGETS, built, numbers, planted, rows_of, run
 
 from cupyattn.cuda.launching.params import OPEN
-from cupyattn.plan import num_tiles
+from cupyattn.plan import num_tiles, tile_of_round
 
 pytestmark = pytest.mark.usefixtures("nvrtc")
 
@@ -27,6 +27,11 @@ __global__ void place(int count, const Asked* asked, const int2* blocks, int* fo
     const Place at = place_of(blocks[i].x, blocks[i].y, tiling);
     const int all[] = {{at.sequence, at.owner, at.tile, at.tiles}};
     for (int field = 0; field < 4; ++field) found[4 * i + field] = all[field];
+}}
+template <bool kForthAndBack>
+__global__ void rounds(int count, const uint32* asked, uint32* found) {{
+    {BEGIN}
+    found[i] = tile_of_round<kForthAndBack>(asked[3 * i], asked[3 * i + 1], asked[3 * i + 2]);
 }}
 }}
 """
@@ -152,3 +157,25 @@ def test_every_tile_of_a_sequence_has_one_block(rng, target):
             for tile in range(-(-length // size))
         }
         assert needed <= set(places), (lengths, size, owners)
+
+
+def hold_rounds(rng, forth_and_back, target, sources=None):
+    kernel = built(PROBE, f"alone::rounds<{str(forth_and_back).lower()}>", target, sources)
+    blocks = rng.choice([1, 2, 66, 132, 1000, LARGEST // 3], BLOCKS)
+    block = np.where(rng.random(BLOCKS) < 0.3, blocks - 1, (blocks * rng.random(BLOCKS)).astype(np.int64))
+    rounds = rng.integers(0, LARGEST // blocks, endpoint=True)
+    found = run(kernel, [np.stack([rounds, block, blocks], axis=1).astype(np.uint32)], np.zeros(BLOCKS, np.uint32))
+    cases = zip(rounds.tolist(), block.tolist(), blocks.tolist(), strict=True)
+    assert found.tolist() == [tile_of_round(*case, forth_and_back) for case in cases]
+
+
+@target
+@pytest.mark.parametrize("forth_and_back", [False, True])
+def test_what_a_block_takes_in_a_round_is_what_python_says(rng, forth_and_back, target):
+    hold_rounds(rng, forth_and_back, target)
+
+
+def test_a_fault_in_rounds_is_found(rng):
+    fault = planted(TILING, "blocks - 1 - block : block", "blocks - block : block")
+    with pytest.raises(AssertionError):
+        hold_rounds(rng, True, "sm_90a", fault)
