@@ -12,6 +12,9 @@ Instructions are those of the usual way through the loop: what a branch within i
 the look at what was found in values of the block before, if that was at an edge, and the multiplication of sums where
 nothing has to shrink (`Switches.lazy`). "all" counts these, too. "alone" are those behind the last wait, beside which
 no product of the same warpgroup runs.
+
+Then the same around the loop, for causal calls of 16k tokens, 16 heads of 128: which share of its time the busiest
+multiprocessor is in the loop, if what is around it takes as long as `AROUND` says, which is estimated and not counted.
 """
 
 import argparse
@@ -25,7 +28,9 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from resources import loops
+from rounds import places_of_blocks
 
+from cupyattn import explain
 from cupyattn.cuda.making import catalogue, compiler, source
 from cupyattn.plan import ALL_KEYS, RIGHT_EDGE, base_tile
 
@@ -44,6 +49,13 @@ FORWARD = {
     "128, float8": (FLOAT8, 128, ALL_KEYS, 0),
     "256, float8": (FLOAT8, 256, ALL_KEYS, 0),
 }
+
+
+AROUND = {"its place": 300, "the first weights": 870, "the output": 700}
+"""Clocks of a tile beside which no product runs."""
+ALONE = {"the block's beginning": 1000, "the first keys and queries": 900}
+"""And those of a tile that has a thread block to itself, which were there before blocks took one after the other."""
+SEQLENS = (2048, 4096, 8192, 16384)
 
 
 class Clocks(NamedTuple):
@@ -95,6 +107,23 @@ def of_forward(dtype, head_dim, reach, edits):
     return clocks_of(loop, tile.block_q // 64)
 
 
+def around(clocks_of_block):
+    """For each length: of the busiest multiprocessor's time, what it is in the loop; and that of a block to a tile."""
+    found = {}
+    for seqlen in SEQLENS:
+        batch = 16384 // seqlen
+        shape = (batch, seqlen, 16, 128)
+        plan = explain(shape, shape, shape, dtype="bfloat16", device="H200", causal=True)
+        of_blocks = places_of_blocks(plan, seqlen, 16 * batch)
+        per_tile = plan.tile.tokens / plan.tile.block_k
+        work = [[(place + 1) * per_tile * clocks_of_block for place in places] for places in of_blocks]
+        mean = sum(map(sum, work)) / len(work)
+        busiest = max(sum(its) + len(its) * sum(AROUND.values()) for its in work)
+        by_itself = mean + sum(map(len, work)) / len(work) * sum((*AROUND.values(), *ALONE.values()))
+        found[seqlen] = (mean / busiest, mean / by_itself)
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures there, too")
@@ -105,9 +134,16 @@ def main():
     for name, row in table.items():
         clocks = f"{row.tensor:>8}{row.special:>9}{row.issue:>7}  {row.binds:<9}"
         print(f"{name:<24}{row.instructions:>14}{row.all:>6}{row.alone:>7}{clocks}{row.utilisation:.2f}")
+    causal = table["128, causal"]
+    shares = around(max(causal.tensor, causal.special, causal.issue))
+    print("\nof the time in the loop   a block to a tile, perfectly shared out")
+    for seqlen, (share, by_itself) in shares.items():
+        print(f"{seqlen:>6} causal, 128  {share:>7.3f}{by_itself:>10.3f}")
     if given.json:
         figures = {name: {**row._asdict(), "binds": row.binds} for name, row in table.items()}
-        given.json.write_text(json.dumps({"nvrtc": compiler.version(), "clocks": figures}, indent=1) + "\n")
+        given.json.write_text(
+            json.dumps({"nvrtc": compiler.version(), "clocks": figures, "in_the_loop": shares}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":
