@@ -4,7 +4,7 @@ from cupyattn.plan import tile_of_round
 
 
 def places_of_blocks(plan, seqlen, units):
-    """For each block the places of its tiles in their sequences, 0 the first rows; `units` heads, or groups if packed."""
+    """For each block the places of its tiles in their sequences, 0 the first rows, of so many `units`."""
     tiles, size = -(-seqlen // plan.tile.tokens), plan.tile.units_per_section
     sections = [min(size, units - first) for first in range(0, units, size)]
     places = []
