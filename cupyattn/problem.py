@@ -91,7 +91,8 @@ class Mask:
     """Keys seen before the diagonal; None: all of them."""
     right: int | None = None
     """Keys seen after the diagonal; None: all of them, 0: causal."""
-    alignment: Alignment = "bottom-right"
+    alignment: Alignment | int = "bottom-right"
+    """Where the diagonal of row 0 is; the key itself, as a number, is for the CPU alone."""
     array: Shape | None = None
     """Shape of the boolean array (True: may be seen) that broadcasts to (..., heads, seqlen_q, seqlen_k)."""
 
@@ -101,6 +102,8 @@ class Mask:
 
     def offset(self, seqlen_q: int, seqlen_k: int) -> int:
         """The key on the diagonal of row 0."""
+        if isinstance(self.alignment, int):
+            return self.alignment
         return seqlen_k - seqlen_q if self.alignment == "bottom-right" else 0
 
     def visible_keys(self, row: int, seqlen_q: int, seqlen_k: int) -> Span:

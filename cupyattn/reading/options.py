@@ -15,7 +15,8 @@ class Options(NamedTuple):
 
     axes: Axes = "bshd"
     causal: bool = False
-    alignment: Alignment | None = "bottom-right"
+    alignment: Alignment | int | None = "bottom-right"
+    """As `Mask.alignment`; a number is never a caller's."""
     window: tuple[int | None, int | None] = (None, None)
     softmax_scale: float | None = None
     softcap: float = 0.0

@@ -1,0 +1,31 @@
+"""Attention of sequences that are shared out among ranks: processes, machines, or threads of one process.
+
+sharding     which tokens are whose, as a value; arrays cut by it and put together again
+comm         what ranks say to each other: the protocol
+threads      ranks that are threads of this process: the engine that is always there
+rectangles   who sees whom: rows of one rank over keys of another, as `attention` can be asked for them
+route        the way of the keys round the ring, and what of them is sent on
+traffic      keys and gradients as messages
+agreement    all ranks ask for the same, or all raise
+asked        what is asked of all ranks together
+work         the arithmetic of one rank
+running      a call on one rank, from the caller's arrays to his results
+ring         ring_attention
+"""
+
+from cupyattn.distributed.comm import Comm, RankFailed
+from cupyattn.distributed.ring import ring_attention, ring_attention_backward
+from cupyattn.distributed.sharding import Sharding, shard_sequence, unshard_sequence
+from cupyattn.distributed.threads import ThreadComm, run_ranks
+
+__all__ = [
+    "Comm",
+    "RankFailed",
+    "Sharding",
+    "ThreadComm",
+    "ring_attention",
+    "ring_attention_backward",
+    "run_ranks",
+    "shard_sequence",
+    "unshard_sequence",
+]

@@ -1,0 +1,216 @@
+"""What is asked of all ranks together, read and refused as `attention` would the whole of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cupyattn.allowed import Allowed, allowed_by
+from cupyattn.arrays import Visit, enter
+from cupyattn.corridor import under_our_names
+from cupyattn.distributed.agreement import Statement, agree, check_same_shapes, is_comm
+from cupyattn.distributed.comm import Comm
+from cupyattn.distributed.rectangles import Band
+from cupyattn.distributed.sharding import KINDS, Sharding
+from cupyattn.problem import FLOAT8, Problem, Spec
+from cupyattn.reading import Options, attention_options, read, refusal
+
+Specs = Mapping[str, Spec]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One call, as one rank sees it."""
+
+    function: str
+    comm: Comm
+    visit: Visit
+    rows: Sharding
+    keys: Sharding
+    problem: Problem
+    """Of this rank's rows over all keys; its band is that of the whole, and means nothing by itself."""
+    band: Band
+    allowed: Allowed | None
+    packed: bool
+    options: Options
+
+    @property
+    def axis(self) -> int:
+        """That of the tokens in the caller's arrays."""
+        return 0 if self.packed else {"bshd": 1, "bhsd": 2}[self.options.axes]
+
+    @property
+    def compute_dtype(self) -> str:
+        """Of the arithmetic, and of what is kept for gradients."""
+        return self.options.compute_dtype or "float64"
+
+
+def ask(
+    function: str,
+    comm: Any,
+    sharding: Any,
+    arrays: Mapping[str, Any],
+    known: Mapping[str, Any],
+    *,
+    replicated_rows: bool,
+    implementation: Any,
+    **scalars: Any,
+) -> Asked:
+    """Look at a call on all ranks; where one of them cannot mean it, all raise.
+
+    `arrays` are operands, `known` those that gradients come with.
+    """
+    if not is_comm(comm):
+        rule = "comm has to be one of cupyattn.distributed's: by run_ranks, MpiComm or TorchComm"
+        raise TypeError(refusal(function, rule, ("comm", repr(comm), type(comm).__name__)))
+    mine: dict[str, Any] = {}
+
+    def state() -> Statement:
+        options = attention_options(function, return_lse=True, dropout_p=0.0, **scalars)
+        visit = enter(function, under_our_names(**arrays, **known))
+        _check_home(visit)
+        name = _sharding_meant(function, sharding, options, comm.size)
+        mine.update(options=options, visit=visit, allowed=allowed_by(function, implementation), sharding=name)
+        return Statement(dict(visit.specs), {"options": repr(options), "sharding": repr(name)})
+
+    of_ranks = agree(comm, function, state)
+    options, sharding = mine["options"], mine["sharding"]
+    packed = isinstance(sharding, Sharding) and len(of_ranks[0]["q"].shape) == 3
+    axis = 0 if packed else {"bshd": 1, "bhsd": 2}[options.axes]
+    for word in ("q", "k", "v", "alibi_slopes", "sinks"):
+        check_same_shapes(function, of_ranks, word, axis if word in "qkv" else None)
+    _check_rank(function, of_ranks[0], packed, sharding)
+    rows, keys = _shardings(function, sharding, options, of_ranks, axis, comm.size, replicated_rows)
+    problems = [_problem(function, specs, options, rows, keys, axis, packed) for specs in of_ranks]
+    right = 0 if options.causal else options.window[1]
+    band = Band(options.window[0], right, problems[0].mask.alignment == "bottom-right")
+    if "alibi_slopes" in of_ranks[0] and (rows.kind == "striped" or keys.kind == "striped"):
+        rule = "alibi_slopes are not for striped sequences; zigzag and contiguous ones have them"
+        raise ValueError(refusal(function, rule, ("sharding", keys)))
+    return Asked(
+        function, comm, mine["visit"], rows, keys, problems[comm.rank], band, mine["allowed"], packed, options
+    )  # fmt: skip
+
+
+def _check_home(visit: Visit) -> None:
+    """Refuse arrays whose values are not to be had here and now."""
+    if visit.kind == "cuda":
+        rule = "works on the CPU, and the arrays are on a GPU; under jax.shard_map see JaxComm"
+        raise ValueError(refusal(visit.function, rule, *((x.name, x.shape) for _, x in visit.specs)))
+    if visit.library.is_deferred(visit.arrays):
+        rule = "needs the arrays' values now, and they are traced; under jax.shard_map see JaxComm"
+        raise ValueError(refusal(visit.function, rule, *((x.name, x.shape) for _, x in visit.specs)))
+    specs = dict(visit.specs)
+    if specs["q"].dtype == FLOAT8:
+        raise TypeError(refusal(visit.function, f"does not take {FLOAT8}", ("q", specs["q"].shape, FLOAT8)))
+
+
+def _sharding_meant(function: str, sharding: Any, options: Options, size: int) -> Sharding | str:
+    """The layout, or the name of one; by default that in which all ranks have the same work."""
+    if sharding is None:
+        return "zigzag" if options.causal else "contiguous"
+    if isinstance(sharding, str) and sharding in KINDS:
+        return sharding
+    if not isinstance(sharding, Sharding):
+        rule = f"sharding has to be a Sharding, or one of {', '.join(map(repr, KINDS))}"
+        raise ValueError(refusal(function, rule, ("sharding", repr(sharding))))
+    if sharding.size != size:
+        rule = f"sharding has to be for as many ranks as there are, {size}"
+        raise ValueError(refusal(function, rule, ("sharding", sharding)))
+    return sharding
+
+
+def _check_rank(function: str, specs: Specs, packed: bool, sharding: Any) -> None:
+    rank = 3 if packed else 4
+    if not packed and isinstance(sharding, Sharding) and len(sharding.seqlens) != 1:
+        rule = "packed sequences are (tokens, num_heads, head_dim), and a layout of others has one length"
+        raise ValueError(refusal(function, rule, ("q", specs["q"].shape), ("sharding", sharding)))
+    for word in ("q", "k", "v"):
+        if len(specs[word].shape) != rank:
+            rule = f"{word} has to have 4 axes, or 3, (tokens, num_heads, head_dim), where sharding is a Sharding"
+            raise ValueError(refusal(function, rule, *((x, specs[x].shape) for x in ("q", "k", "v"))))
+    if packed:
+        for word in ("mask", "bias"):
+            if word in specs:
+                rule = f"{word} does not go with packed sequences"
+                raise ValueError(refusal(function, rule, (word, specs[word].shape)))
+
+
+def _shardings(
+    function: str,
+    sharding: Sharding | str,
+    options: Options,
+    of_ranks: list[Specs],
+    axis: int,
+    size: int,
+    replicated_rows: bool,
+) -> tuple[Sharding, Sharding]:
+    """Whose rows and keys are where, once every rank's arrays are known to be as long as that says."""
+    found = []
+    for word in ("q", "k"):
+        lengths = tuple(specs[word].shape[axis] for specs in of_ranks)
+        if word == "q" and replicated_rows:
+            found.append(_everywhere(function, lengths, size))
+            continue
+        if isinstance(sharding, Sharding):
+            layout = sharding
+        elif sharding == "contiguous":
+            layout = Sharding("contiguous", size, (sum(lengths),), lengths)
+        else:
+            layout = Sharding(sharding, size, (sum(lengths),))  # type: ignore[arg-type]
+        for rank, length in enumerate(lengths):
+            if length != layout.length(rank):
+                shown = [(f"rank {i}", n, f"{layout.length(i)} expected") for i, n in enumerate(lengths)]
+                rule = f"{word} of rank {rank} is not as long as the layout says, {layout.length(rank)}"
+                raise ValueError(refusal(function, rule, ("sharding", layout), *shown))
+        found.append(layout)
+    return found[0], found[1]
+
+
+def _everywhere(function: str, lengths: tuple[int, ...], size: int) -> Sharding:
+    """All rows on every rank; each of them is rank 0 of this."""
+    if len(set(lengths)) > 1:
+        rule = "all ranks have to have the same queries"
+        raise ValueError(refusal(function, rule, *((f"rank {i}", n) for i, n in enumerate(lengths))))
+    return Sharding("contiguous", size, (lengths[0],), (lengths[0],) + (0,) * (size - 1))
+
+
+def _problem(
+    function: str, specs: Specs, options: Options, rows: Sharding, keys: Sharding, axis: int, packed: bool
+) -> Problem:
+    """A rank's rows over all keys, as `attention` would read it; packed sequences as a batch of one."""
+    total_q, total_k = sum(rows.seqlens), sum(keys.seqlens)
+    if packed and rows.seqlens != keys.seqlens:
+        rule = "packed sequences have as many queries as keys"
+        raise ValueError(refusal(function, rule, ("q", rows.seqlens), ("k", keys.seqlens)))
+    if options.alignment is None and total_q != total_k:  # whose rows are a part: their own number says nothing
+        read(function, tuple(_whole(specs, axis, total_q, total_k).items()), options)
+    whole = dict(specs)
+    for word in ("k", "v"):
+        spec = specs[word]
+        own = specs["k"].shape[axis]
+        length = total_k if spec.shape[axis] == own else spec.shape[axis]
+        whole[word] = spec._replace(shape=(*spec.shape[:axis], length, *spec.shape[axis + 1 :]))
+    operands = {word: spec for word, spec in whole.items() if word not in ("dout", "out", "lse", "dlse")}
+    if packed:
+        operands = {
+            word: spec._replace(shape=(1, *spec.shape)) if word in ("q", "k", "v") else spec
+            for word, spec in operands.items()
+        }
+        slopes = operands.get("alibi_slopes")
+        if slopes is not None and len(slopes.shape) == 2:
+            if slopes.shape[0] != len(rows.seqlens):
+                rule = f"alibi_slopes have to be (num_heads,) or (sequences, num_heads), with {len(rows.seqlens)}"
+                raise ValueError(refusal(function, rule, ("alibi_slopes", slopes.shape)))
+            operands["alibi_slopes"] = slopes._replace(shape=(1, slopes.shape[1]))
+    alignment = options.alignment or "bottom-right"
+    return read(function, tuple(operands.items()), options._replace(alignment=alignment))
+
+
+def _whole(specs: Specs, axis: int, total_q: int, total_k: int) -> dict[str, Spec]:
+    def longer(spec: Spec, length: int) -> Spec:
+        return spec._replace(shape=(*spec.shape[:axis], length, *spec.shape[axis + 1 :]))
+
+    found = {word: longer(specs[word], total_q if word == "q" else total_k) for word in ("q", "k", "v")}
+    return found | {word: specs[word] for word in ("alibi_slopes",) if word in specs}

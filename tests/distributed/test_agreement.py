@@ -1,0 +1,190 @@
+"""Bad input, and ranks that differ, die or go away: an error on every rank, in time, that says what came."""
+
+import time
+
+import numpy as np
+import pytest
+
+from cupyattn.distributed import RankFailed, Sharding, ring_attention, ring_attention_backward, run_ranks
+
+X = np.ones((1, 4, 2, 8))
+
+
+def errors_of(function, size=3, timeout=20.0):
+    """What each rank raises; no rank may return."""
+
+    def rank(comm):
+        try:
+            function(comm)
+        except Exception as error:
+            return error
+        return None
+
+    began = time.monotonic()
+    found = run_ranks(rank, size, timeout=timeout)
+    assert time.monotonic() - began < timeout + 10.0
+    assert None not in found
+    return found
+
+
+def call(comm, at=None, **changes):
+    """A call that is right; on rank `at`, or on all, with other arguments."""
+    arguments = {"q": X, "k": X, "v": X, "comm": comm}
+    if at is None or comm.rank == at:
+        arguments |= changes
+    return ring_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"q": np.ones((1, 4, 2, 16)), "k": np.ones((1, 4, 2, 16))}, "agree about the shape of q"),
+        ({name: X.astype(np.float32) for name in "qkv"}, "agree about the dtype of q"),
+        ({"causal": True}, "agree about options"),
+        ({"softcap": 3.0}, "agree about options"),
+        ({"sharding": "striped"}, "agree about sharding"),
+        ({"sinks": np.ones(2)}, "agree about the dtype of sinks"),
+        ({"k": np.ones((1, 4, 1, 8))}, "agree about the shape of k"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else " ".join(x),
+)
+def test_a_rank_that_differs_is_an_error_on_all(changes, said):
+    for error in errors_of(lambda comm: call(comm, at=1, **changes)):
+        assert type(error) is ValueError
+        assert said in str(error)
+        assert "rank 1" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        ({"q": [[1.0]]}, TypeError, "q has to be an array"),
+        ({"softcap": -1.0}, ValueError, "softcap has to be"),
+        ({"window_size": 3}, TypeError, "window_size has to be a pair"),
+        ({"sharding": "spiral"}, ValueError, "sharding has to be a Sharding"),
+        ({"sharding": Sharding("zigzag", 2, (12,))}, ValueError, "as many ranks as there are, 3"),
+        ({"implementation": "magic"}, ValueError, "no implementation 'magic'"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, dict) else None,
+)
+def test_what_one_rank_is_refused_all_others_hear_of(changes, kind, said):
+    errors = errors_of(lambda comm: call(comm, at=2, **changes))
+    assert type(errors[2]) is kind
+    assert all(said in str(error) for error in errors)
+    for error in errors[:2]:
+        assert "rank 2 was refused" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mask": np.ones((4, 13), bool)}, "mask does not broadcast"),
+        ({"bias": np.ones((5, 12))}, "bias does not broadcast"),
+        ({"k": np.ones((1, 4, 3, 8)), "v": np.ones((1, 4, 3, 8))}, "divide"),
+        ({"v": np.ones((1, 5, 2, 8))}, "k and v"),
+        ({"sinks": np.ones(3)}, "sinks has to hold one logit"),
+        ({"q": np.ones((4, 2, 8))}, "q has to have 4 axes"),
+        ({"sharding": Sharding("zigzag", 3, (13,))}, "not as long as the layout says"),
+        ({"sharding": Sharding("zigzag", 3, (6, 6))}, "has one length"),
+        ({"sharding": "striped", "alibi_slopes": np.ones(2)}, "not for striped"),
+        ({"k": X[:, :3], "v": X[:, :3], "causal": True, "sharding": "contiguous"}, "alignment has to be chosen"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else " ".join(x),
+)
+def test_what_cannot_be_meant_is_refused_on_all_ranks(changes, said):
+    for error in errors_of(lambda comm: call(comm, **changes)):
+        assert type(error) is ValueError
+        assert said in str(error)
+
+
+@pytest.mark.parametrize("name", ["dout", "out", "lse", "dlse"])
+def test_gradients_of_another_shape_are_refused_on_all_ranks(name):
+    known = {"dout": X, name: np.ones((1, 4, 3, 8))}
+    for error in errors_of(lambda comm: ring_attention_backward(q=X, k=X, v=X, comm=comm, **known)):
+        assert type(error) is ValueError
+        assert f"{name} has to have the shape" in str(error)
+
+
+def test_what_is_no_comm_is_refused():
+    with pytest.raises(TypeError, match="comm has to be one of"):
+        ring_attention(X, X, X, comm=3)
+
+
+def test_a_rank_that_raises_is_heard_of_at_once():
+    def rank(comm):
+        if comm.rank == 1:
+            raise MemoryError("no room")
+        call(comm)
+
+    began = time.monotonic()
+    with pytest.raises(MemoryError):
+        run_ranks(rank, 3, timeout=60.0)
+    assert time.monotonic() - began < 30.0
+
+
+def test_the_others_are_told_which_rank_raised_and_what():
+    heard = []
+
+    def rank(comm):
+        if comm.rank == 1:
+            raise MemoryError("no room")
+        try:
+            call(comm)
+        except RankFailed as error:
+            heard.append(str(error))
+            raise
+
+    with pytest.raises(MemoryError):
+        run_ranks(rank, 3)
+    assert sorted(heard) == [f"rank {rank}: rank 1 gave up: MemoryError: no room" for rank in (0, 2)]
+
+
+def test_a_rank_that_says_nothing_is_an_error_within_the_timeout():
+    def rank(comm):
+        if comm.rank == 0:
+            time.sleep(1.5)  # alive, and elsewhere
+            raise RankFailed
+        call(comm)
+
+    for error in errors_of(rank, timeout=0.3):
+        assert type(error) is RankFailed
+
+
+def test_a_rank_that_has_returned_is_not_waited_for():
+    def rank(comm):
+        if comm.rank != 0:
+            call(comm)
+        else:
+            comm.size = 1
+            raise RankFailed
+
+    began = time.monotonic()
+    for error in errors_of(rank, timeout=60.0)[1:]:
+        assert "rank 0 has returned and said nothing" in str(error)
+    assert time.monotonic() - began < 30.0
+
+
+def test_a_rank_that_fails_while_keys_are_on_their_way_is_heard_of(monkeypatch):
+    def rank(comm):
+        if comm.rank == 2:
+            monkeypatch.setattr(comm, "send", _failing_after(comm.send, 4))
+        call(comm)
+
+    errors = errors_of(rank)
+    assert type(errors[2]) is OSError
+    for error in errors[:2]:
+        assert type(error) is RankFailed
+        assert "cable" in str(error)
+
+
+def _failing_after(send, count):
+    """What the first few messages, by which ranks agree, do not need."""
+    sent = []
+
+    def failing(array, to):
+        sent.append(to)
+        if len(sent) > count:
+            raise OSError("the cable is out")
+        return send(array, to)
+
+    return failing
