@@ -70,6 +70,7 @@ $(VENV)/test: $(VENV)/demo
 	$(BIN)/python -c 'import torch' && $(BIN)/python -m pip install --quiet accelerate || echo 'no accelerate here: a test of the Trainer will be skipped'
 	$(BIN)/python -m pip install --quiet $(JAX) || echo 'no JAX here: its tests will be skipped'
 	$(BIN)/python -m pip install --quiet '$(TRANSFORMERS)' || echo 'no $(TRANSFORMERS) here: its tests will be skipped'
+	$(BIN)/python -m pip install --quiet mpi4py mpich || echo 'no MPI here: its tests will be skipped'
 	$(BIN)/python -m pip install --quiet cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || echo 'no CuPy here: its tests will be skipped'
 	touch $@
 

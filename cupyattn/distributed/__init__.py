@@ -14,18 +14,28 @@ ring         ring_attention
 """
 
 from cupyattn.distributed.comm import Comm, RankFailed
+from cupyattn.distributed.decode import sharded_decode, sharded_decode_backward
+from cupyattn.distributed.mpi import MpiComm
 from cupyattn.distributed.ring import ring_attention, ring_attention_backward
 from cupyattn.distributed.sharding import Sharding, shard_sequence, unshard_sequence
 from cupyattn.distributed.threads import ThreadComm, run_ranks
+from cupyattn.distributed.torch import TorchComm
+from cupyattn.distributed.ulysses import ulysses_attention, ulysses_attention_backward
 
 __all__ = [
     "Comm",
+    "MpiComm",
     "RankFailed",
     "Sharding",
     "ThreadComm",
+    "TorchComm",
     "ring_attention",
     "ring_attention_backward",
     "run_ranks",
     "shard_sequence",
+    "sharded_decode",
+    "sharded_decode_backward",
+    "ulysses_attention",
+    "ulysses_attention_backward",
     "unshard_sequence",
 ]

@@ -17,6 +17,8 @@ from cupyattn.problem import FLOAT8, Problem, Spec
 from cupyattn.reading import Options, attention_options, read, refusal
 
 Specs = Mapping[str, Spec]
+_WORDS = {"axes": "layout", "window": "window_size"}
+"""What callers call our options, where it is something else."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Asked:
     allowed: Allowed | None
     packed: bool
     options: Options
+    of_ranks: tuple[Specs, ...]
+    """Of all ranks' arrays."""
 
     @property
     def axis(self) -> int:
@@ -54,12 +58,14 @@ def ask(
     known: Mapping[str, Any],
     *,
     replicated_rows: bool,
+    rectangles: bool = True,
     implementation: Any,
     **scalars: Any,
 ) -> Asked:
     """Look at a call on all ranks; where one of them cannot mean it, all raise.
 
-    `arrays` are operands, `known` those that gradients come with.
+    `arrays` are operands, `known` those that gradients come with.  Where work is cut into `rectangles` keys that are
+    not neighbours cannot have distances from a diagonal.
     """
     if not is_comm(comm):
         rule = "comm has to be one of cupyattn.distributed's: by run_ranks, MpiComm or TorchComm"
@@ -72,7 +78,8 @@ def ask(
         _check_home(visit)
         name = _sharding_meant(function, sharding, options, comm.size)
         mine.update(options=options, visit=visit, allowed=allowed_by(function, implementation), sharding=name)
-        return Statement(dict(visit.specs), {"options": repr(options), "sharding": repr(name)})
+        said = {_WORDS.get(word, word): repr(value) for word, value in options._asdict().items()}
+        return Statement(dict(visit.specs), {**said, "sharding": repr(name)})
 
     of_ranks = agree(comm, function, state)
     options, sharding = mine["options"], mine["sharding"]
@@ -85,11 +92,12 @@ def ask(
     problems = [_problem(function, specs, options, rows, keys, axis, packed) for specs in of_ranks]
     right = 0 if options.causal else options.window[1]
     band = Band(options.window[0], right, problems[0].mask.alignment == "bottom-right")
-    if "alibi_slopes" in of_ranks[0] and (rows.kind == "striped" or keys.kind == "striped"):
+    if rectangles and "alibi_slopes" in of_ranks[0] and (rows.kind == "striped" or keys.kind == "striped"):
         rule = "alibi_slopes are not for striped sequences; zigzag and contiguous ones have them"
         raise ValueError(refusal(function, rule, ("sharding", keys)))
     return Asked(
-        function, comm, mine["visit"], rows, keys, problems[comm.rank], band, mine["allowed"], packed, options
+        function, comm, mine["visit"], rows, keys, problems[comm.rank], band, mine["allowed"], packed, options,
+        tuple(of_ranks),
     )  # fmt: skip
 
 

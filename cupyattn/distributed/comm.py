@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from cupyattn import reading
 from cupyattn.numpy_ref import Array
 from cupyattn.problem import Shape
 
@@ -104,3 +105,9 @@ class PointToPoint:
         for other in others:
             first += other
         return first
+
+
+def seconds(function: str, timeout: Any) -> float:
+    """How long to wait for others."""
+    rule = "a positive number of seconds"
+    return reading.number(function, "timeout", timeout, rule=rule, ok=lambda number: number > 0)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cupyattn import reading
-from cupyattn.distributed.comm import PointToPoint, RankFailed, Receiving, Sending
+from cupyattn.distributed.comm import PointToPoint, RankFailed, Receiving, Sending, seconds
 from cupyattn.numpy_ref import Array
 from cupyattn.problem import Shape
 
@@ -129,7 +129,7 @@ def run_ranks(function: Callable[[ThreadComm], R], size: int, *, timeout: float 
     [3, 3, 3]
     """
     reading.integer("run_ranks", "size", size, low=1, high=4096)
-    timeout = reading.number("run_ranks", "timeout", timeout, rule="a positive number of seconds", ok=lambda x: x > 0)
+    timeout = seconds("run_ranks", timeout)
     world = _World(size)
     found: list[Any] = [None] * size
     errors: list[tuple[int, BaseException]] = []

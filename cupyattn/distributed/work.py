@@ -47,12 +47,12 @@ class Work:
     def dtype(self) -> str:
         return self.asked.compute_dtype
 
-    def begin(self) -> State:
+    def begin(self, with_sinks: bool = True) -> State:
         """Of no keys: all that there is are the sinks."""
         sizes = self.asked.problem.sizes
         shape = (sizes.batch, sizes.num_heads, sizes.seqlen_q)
         lse = np.full(shape, -np.inf)
-        if self.sinks is not None:
+        if with_sinks and self.sinks is not None:
             lse[...] = widen(self.sinks, "float64")[:, None]
         return State(np.zeros((*shape, sizes.head_dim_v)), lse)
 
@@ -98,6 +98,14 @@ class Work:
     def wide_q(self) -> Array:
         return widen(self.q, self.dtype)
 
+    @cached_property
+    def wide_k(self) -> Array:
+        return widen(self.k, self.dtype)
+
+    @cached_property
+    def wide_v(self) -> Array:
+        return widen(self.v, self.dtype)
+
     def _rectangle(self, rectangle: Rectangle, q: Array, k: Array, v: Array) -> tuple[Arrays, Problem]:
         operands = {"q": q[:, :, rectangle.rows], "k": k, "v": v}
         alignment: Any = "top-left"
@@ -113,7 +121,7 @@ class Work:
         options = self.asked.options._replace(
             axes="bhsd", causal=False, window=window, alignment=alignment, needs_lse=True
         )
-        return operands, _read(self.asked.function, operands, options, q.dtype)
+        return operands, problem_of(self.asked.function, operands, options)
 
     def _edited(self, array: Array, rectangle: Rectangle) -> tuple[Any, ...]:
         """A rectangle's place in an array of this rank's rows and all keys, either of which may be one for all."""
@@ -146,7 +154,8 @@ class Work:
         return found
 
 
-def _read(function: str, operands: Arrays, options: Options, dtype: Any) -> Problem:
+def problem_of(function: str, operands: Arrays, options: Options) -> Problem:
+    """Of arrays, as their shapes and dtypes ask for it."""
     specs = []
     for word, array in operands.items():
         kind = "bfloat16" if are_bits(array) else array.dtype.name

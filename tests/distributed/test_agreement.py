@@ -40,8 +40,9 @@ def call(comm, at=None, **changes):
     [
         ({"q": np.ones((1, 4, 2, 16)), "k": np.ones((1, 4, 2, 16))}, "agree about the shape of q"),
         ({name: X.astype(np.float32) for name in "qkv"}, "agree about the dtype of q"),
-        ({"causal": True}, "agree about options"),
-        ({"softcap": 3.0}, "agree about options"),
+        ({"causal": True}, "agree about causal"),
+        ({"softcap": 3.0}, "agree about softcap"),
+        ({"window_size": (2, 3)}, "agree about window_size"),
         ({"sharding": "striped"}, "agree about sharding"),
         ({"sinks": np.ones(2)}, "agree about the dtype of sinks"),
         ({"k": np.ones((1, 4, 1, 8))}, "agree about the shape of k"),

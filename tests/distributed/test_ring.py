@@ -165,6 +165,17 @@ def test_a_gradient_of_lse_is_taken_along(rng):
         assert_matches(np.concatenate([getattr(x, name) for x in found], axis=1), getattr(expected, name), **FEW_UNITS)
 
 
+def test_the_gradient_of_lse_goes_to_a_sink_of_infinity(rng):
+    q, k, v, dout = draw(rng, 4)
+    sinks, dlse = np.array([0.0, np.inf, 1.0, -np.inf]), rng.standard_normal((2, 4, 4))
+
+    def rank(comm):
+        return ring_attention_backward(dout, q, k, v, dlse=dlse, sinks=sinks, comm=comm)
+
+    expected = attention_backward(dout, q, k, v, dlse=dlse, sinks=sinks)
+    assert_matches(run_ranks(rank, 1)[0].dsinks, expected.dsinks, **FEW_UNITS)
+
+
 def test_a_hidden_key_that_holds_nan_never_reaches_the_result(rng):
     arrays = draw(rng, 12, dtype=np.float64)
     arrays[1][:, 9] = arrays[2][:, 9] = np.nan

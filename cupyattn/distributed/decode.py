@@ -1,0 +1,189 @@
+"""Decoding over keys that are shared out among ranks: queries everywhere, one exchange of what each rank has found."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal
+
+import numpy as np
+
+from cupyattn.api import Gradients
+from cupyattn.arrays import Arrays
+from cupyattn.distributed.asked import Asked, ask
+from cupyattn.distributed.comm import Comm
+from cupyattn.distributed.rectangles import Rectangle, rectangles_of, shifts_of
+from cupyattn.distributed.running import run, run_backward
+from cupyattn.distributed.sharding import Kind, Sharding
+from cupyattn.distributed.work import Work
+from cupyattn.numpy_ref import State, merge
+from cupyattn.problem import Alignment, Array, Implementation
+from cupyattn.reading import flag
+
+
+def sharded_decode(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    comm: Comm,
+    sharding: Sharding | Kind = "contiguous",
+    layout: Literal["bshd", "bhsd"] = "bshd",
+    causal: bool = False,
+    alignment: Alignment | None = None,
+    window_size: tuple[int | None, int | None] = (None, None),
+    mask: Array | None = None,
+    bias: Array | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    compute_dtype: Any = None,
+    implementation: Implementation | Collection[Implementation] | None = None,
+    return_lse: bool = False,
+) -> Any:
+    """`attention` of queries that all ranks have, over keys of which each rank has some.  Every rank calls it.
+
+    Parameters
+    ----------
+    q : array, shape (batch, seqlen_q, num_heads, head_dim)
+        The same on all ranks; all else that is not named here, too.  On the CPU.
+    k, v : array, shapes (batch, own tokens, num_heads_kv, head_dim), ...
+        Of this rank's tokens; there may be none.
+    comm : Comm
+        Who takes part: by `run_ranks`, `MpiComm` or `TorchComm`.
+    sharding : Sharding or {"contiguous", "zigzag", "striped"}
+        Which keys are whose.  The keys of "contiguous" ranks may be as many as they are.
+    causal, alignment, window_size, ...
+        As for `attention`, of the whole.  `alignment` has to be chosen where there is a diagonal, and says
+        "bottom-right" for queries that are the last tokens.
+    mask, bias : array, optional
+        They broadcast to (batch, num_heads, seqlen_q, all keys), keys in the sequence's order.
+
+    Returns
+    -------
+    out : array, as q with head_dim_v for head_dim
+        The same on all ranks.
+    lse : array, shape (batch, num_heads, seqlen_q), only if `return_lse`
+
+    Raises
+    ------
+    TypeError, ValueError, RankFailed
+        As `ring_attention`.
+
+    Notes
+    -----
+    One exchange: of each rank's out and lse in float64, merged by every rank in the order of ranks, rounded once.
+
+    torch's autograd gives gradients; where all ranks have the same gradient of the output, those of q and of all
+    else that is the same on all ranks are whole on all.
+
+    References
+    ----------
+    .. [1] V. Shyam et al., "Tree Attention", 2024, arXiv:2408.04093.
+
+    Examples
+    --------
+    >>> import numpy as np, cupyattn
+    >>> from cupyattn.distributed import run_ranks, sharded_decode
+    >>> q, k, v = np.ones((1, 1, 2, 4)), *np.random.default_rng(0).standard_normal((2, 1, 10, 2, 4))
+    >>> def rank(comm):
+    ...     own = slice(4 * comm.rank, 4 * comm.rank + 4)
+    ...     return sharded_decode(q, k[:, own], v[:, own], comm=comm)
+    >>> [bool(np.allclose(out, cupyattn.attention(q, k, v))) for out in run_ranks(rank, 3)]
+    [True, True, True]
+    """
+    function = "sharded_decode"
+    asked = ask(
+        function, comm, sharding,
+        {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}, {},
+        replicated_rows=True, implementation=implementation,
+        layout=layout, causal=causal, alignment=alignment, window_size=window_size, softmax_scale=softmax_scale,
+        softcap=softcap, compute_dtype=compute_dtype,
+    )  # fmt: skip
+    return_lse = flag(function, "return_lse", return_lse)
+    found = run(asked, _forward, _backward, return_lse)
+    return (found["out"], found["lse"]) if return_lse else found["out"]
+
+
+def sharded_decode_backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    comm: Comm,
+    out: Array | None = None,
+    lse: Array | None = None,
+    dlse: Array | None = None,
+    sharding: Sharding | Kind = "contiguous",
+    layout: Literal["bshd", "bhsd"] = "bshd",
+    causal: bool = False,
+    alignment: Alignment | None = None,
+    window_size: tuple[int | None, int | None] = (None, None),
+    mask: Array | None = None,
+    bias: Array | None = None,
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sinks: Array | None = None,
+    compute_dtype: Any = None,
+    implementation: Implementation | Collection[Implementation] | None = None,
+) -> Gradients[Any]:
+    """Gradients of `sharded_decode`, given the gradient of its output, the same on all ranks.  Every rank calls it.
+
+    Parameters
+    ----------
+    dout : array, shape of out
+        Gradient of the output; `dlse` that of lse, if anything was made of it.  The same on all ranks.
+    q, k, v : array
+        As they were given to `sharded_decode`; likewise all arguments not named here.
+    out, lse : array, optional
+        What it returned; both save finding them again, where they are in the dtype of the arithmetic.
+
+    Returns
+    -------
+    Gradients
+        dk and dv of this rank's keys; all others whole, and the same on all ranks.
+
+    Raises
+    ------
+    TypeError, ValueError, RankFailed
+        As `ring_attention_backward`.
+    """
+    asked = ask(
+        "sharded_decode_backward", comm, sharding,
+        {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks},
+        {"dout": dout, "out": out, "lse": lse, "dlse": dlse},
+        replicated_rows=True, implementation=implementation,
+        layout=layout, causal=causal, alignment=alignment, window_size=window_size, softmax_scale=softmax_scale,
+        softcap=softcap, compute_dtype=compute_dtype,
+    )  # fmt: skip
+    return Gradients(**{f"d{name}": array for name, array in run_backward(asked, _forward, _backward).items()})
+
+
+def _seen(asked: Asked) -> tuple[Rectangle, ...]:
+    """What all rows see of this rank's keys."""
+    shifts = shifts_of(asked.rows, asked.keys, asked.band)
+    return rectangles_of(asked.rows.pieces[0], asked.keys.pieces[asked.comm.rank], shifts, asked.band)
+
+
+def _forward(asked: Asked, operands: Arrays) -> tuple[Work, State]:
+    work = Work(asked, operands, asked.visit.device())
+    own = work.begin(with_sinks=asked.comm.rank == 0)
+    for rectangle in _seen(asked):
+        keys = slice(*rectangle.keys)
+        work.attend(own, rectangle, work.k[:, :, keys], work.v[:, :, keys])
+    found = asked.comm.all_gather(np.concatenate([own.out, own.lse[..., None]], axis=-1))
+    return work, merge([State(x[..., :-1], x[..., -1]) for x in found])
+
+
+def _backward(work: Work, rows: Arrays) -> Arrays:
+    totals = work.totals()
+    for rectangle in _seen(work.asked):
+        keys = slice(*rectangle.keys)
+        k, v = (np.asarray(x[:, :, keys]) for x in (work.wide_k, work.wide_v))
+        dk, dv = work.gradients(totals, rows, rectangle, k, v)
+        totals["k"][:, :, keys] += dk
+        totals["v"][:, :, keys] += dv
+    common = [name for name in totals if name not in ("k", "v")]
+    return totals | {name: work.asked.comm.all_reduce(totals[name]) for name in common}

@@ -1,0 +1,125 @@
+"""Ranks that are processes of MPI, by mpi4py, which is imported late."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cupyattn.distributed.comm import PointToPoint, RankFailed, Receiving, Sending, seconds
+from cupyattn.numpy_ref import Array
+from cupyattn.problem import Shape
+
+DATA, GIVEN_UP = 7001, 7002
+"""Tags of MPI messages: of arrays, and of the reason why a rank gives up."""
+NAPS = (0.0, 1e-5, 1e-4, 1e-3)
+"""Seconds between looks at a message that is waited for: a core is left to those who compute."""
+
+
+def _until(done: Callable[[], bool], check: Callable[[], None], timeout: float, late: str) -> None:
+    """Look until something is done, and raise if it takes too long, or others gave up."""
+    end, looks = time.monotonic() + timeout, 0
+    while not done():
+        check()
+        if time.monotonic() > end:
+            raise RankFailed(f"{late} for {timeout:g} seconds")
+        time.sleep(NAPS[min(looks // 50, len(NAPS) - 1)])
+        looks += 1
+
+
+class MpiComm(PointToPoint):
+    """`Comm` by mpi4py: ranks are processes that ``mpirun`` has started, on one machine or many.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm, optional
+        Its ranks take part.  Default ``MPI.COMM_WORLD``.  It is duplicated, by a call that all of its ranks make: no
+        message of the caller's is mistaken for one of ours.
+    timeout : float
+        Seconds that a rank waits for another.
+
+    Raises
+    ------
+    ImportError
+        There is no mpi4py.
+    TypeError, ValueError
+        `timeout` is not a positive number.
+
+    Notes
+    -----
+    A rank that raises in the middle of a call tells the others, which raise `RankFailed`.  One that dies is noticed by
+    the launcher, which ends all of them, or after `timeout`.  Messages that nobody took are then left behind, and
+    MPI may wait for them at its end: end such a program by ``MPI.COMM_WORLD.Abort()``.
+    """
+
+    def __init__(self, comm: Any = None, *, timeout: float = 60.0) -> None:
+        self.timeout = seconds("MpiComm", timeout)
+        from mpi4py import MPI
+
+        self._mpi: Any = MPI
+        self._comm: Any = (MPI.COMM_WORLD if comm is None else comm).Dup()
+        self.rank, self.size = int(self._comm.Get_rank()), int(self._comm.Get_size())
+        self._failure: str | None = None
+
+    def send(self, array: Array, to: int) -> Sending:
+        self.check()
+        data = np.ascontiguousarray(array)
+        return _MpiMessage(self, self._comm.Isend([_bytes_of(data), self._mpi.BYTE], to, DATA), data, to)
+
+    def receive(self, shape: Shape, dtype: Any, source: int) -> Receiving:
+        self.check()
+        array = np.empty(shape, dtype)
+        return _MpiArray(self, self._comm.Irecv([_bytes_of(array), self._mpi.BYTE], source, DATA), array, source)
+
+    def check(self) -> None:
+        """Raise if another rank gave up."""
+        if self._failure is None and self._comm.Iprobe(self._mpi.ANY_SOURCE, GIVEN_UP):
+            status = self._mpi.Status()
+            text = self._comm.recv(source=self._mpi.ANY_SOURCE, tag=GIVEN_UP, status=status)
+            self._failure = f"rank {self.rank}: rank {status.Get_source()} gave up: {text}"
+        if self._failure is not None:
+            raise RankFailed(self._failure)
+
+    def abort(self, reason: str) -> None:
+        if self._failure is None:
+            self._failure = f"rank {self.rank} gave up: {reason}"
+            self._last = [self._comm.isend(reason, to, GIVEN_UP) for to in range(self.size) if to != self.rank]
+
+
+def _bytes_of(array: Array) -> Array:
+    return array.reshape(-1).view(np.uint8)
+
+
+@dataclass
+class _MpiMessage:
+    comm: MpiComm
+    request: Any
+    array: Array
+    """Kept until it has been sent."""
+    other: int
+
+    def wait(self) -> None:
+        comm = self.comm
+        late = f"rank {comm.rank}: rank {self.other} took no message"
+        _until(lambda: bool(self.request.Test()), comm.check, comm.timeout, late)
+
+
+@dataclass
+class _MpiArray:
+    comm: MpiComm
+    request: Any
+    array: Array
+    other: int
+
+    def wait(self) -> Array:
+        comm, status = self.comm, self.comm._mpi.Status()
+        late = f"rank {comm.rank}: rank {self.other} said nothing"
+        _until(lambda: bool(self.request.Test(status)), comm.check, comm.timeout, late)
+        came = status.Get_count(comm._mpi.BYTE)
+        if came != self.array.nbytes:
+            rule = f"rank {comm.rank}: rank {self.other} sent {came} bytes, and {self.array.nbytes} were expected"
+            raise RankFailed(rule)
+        return self.array

@@ -1,0 +1,94 @@
+"""Ranks that are processes: mpi4py's and torch.distributed's do what threads do, and fail as these do."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cupyattn
+from cupyattn.distributed import TorchComm
+
+SCRIPT = Path(__file__).with_name("process.py")
+SECONDS = 150.0
+
+
+def launcher(engine, size):
+    """The command that starts processes, or a skip that says what is missing."""
+    if engine == "mpi":
+        if find_spec("mpi4py") is None:
+            pytest.skip("needs mpi4py")
+        beside = Path(sys.executable).with_name("mpiexec")
+        command = str(beside) if beside.exists() else shutil.which("mpiexec")
+        if command is None:
+            pytest.skip("needs mpiexec, of Open MPI or MPICH")
+        return [command, "-n", str(size), sys.executable]
+    if find_spec("torch") is None:
+        pytest.skip("needs torch")
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+
+
+def run(engine, size, what):
+    """What the ranks print, and how the launcher ended."""
+    home = str(Path(cupyattn.__file__).parents[1])
+    path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+    environment = {**os.environ, "PYTHONPATH": path, **dict.fromkeys(names, "1")}
+    call = [*launcher(engine, size), str(SCRIPT), engine, what]
+    ended = subprocess.run(call, capture_output=True, text=True, timeout=SECONDS, env=environment)
+    return ended.stdout, ended.stderr, ended.returncode
+
+
+every_engine = pytest.mark.parametrize("engine", ["mpi", "torch"])
+
+
+@pytest.mark.parametrize(
+    ("engine", "size"),
+    [("mpi", 2), ("torch", 2), pytest.param("mpi", 4, marks=pytest.mark.long)],
+)
+def test_processes_agree_with_one_device(engine, size):
+    said, errors, code = run(engine, size, "agree")
+    assert code == 0, errors
+    assert sorted(re.findall(r"rank (\d) of \d is done", said)) == [str(rank) for rank in range(size)], errors
+
+
+@pytest.mark.long
+@every_engine
+def test_a_process_that_raises_is_heard_of(engine):
+    said, errors, _ = run(engine, 2, "raise")
+    assert re.search(r"rank 0 after \d s: RankFailed: rank 0: rank 1 gave up: OSError: the cable is out", said), errors
+
+
+@pytest.mark.long
+@every_engine
+def test_a_process_that_dies_ends_the_others_in_time(engine):
+    """By an error of theirs, or by the launcher."""
+    said, _, code = run(engine, 2, "die")
+    assert code != 0
+    assert "is done" not in said
+
+
+@pytest.mark.long
+@every_engine
+def test_processes_that_differ_all_raise_and_go_on(engine):
+    said, errors, code = run(engine, 2, "differ")
+    assert code == 0, errors
+    assert said.count("all ranks have to agree about causal") == 2
+    assert said.count("is done") == 2
+
+
+def test_torch_has_to_be_initialised():
+    pytest.importorskip("torch", reason="needs torch")
+    with pytest.raises(ValueError, match=r"torch\.distributed has to be initialised"):
+        TorchComm()
+
+
+@pytest.mark.parametrize("timeout", [0, -1.0, np.nan])
+def test_a_timeout_that_is_none_is_refused(timeout):
+    with pytest.raises(ValueError, match="timeout has to be a positive number of seconds"):
+        TorchComm(timeout=timeout)
