@@ -15,6 +15,7 @@ ring         ring_attention
 
 from cupyattn.distributed.comm import Comm, RankFailed
 from cupyattn.distributed.decode import sharded_decode, sharded_decode_backward
+from cupyattn.distributed.explaining import DistributedPlan, explain
 from cupyattn.distributed.mpi import MpiComm
 from cupyattn.distributed.ring import ring_attention, ring_attention_backward
 from cupyattn.distributed.sharding import Sharding, shard_sequence, unshard_sequence
@@ -24,11 +25,13 @@ from cupyattn.distributed.ulysses import ulysses_attention, ulysses_attention_ba
 
 __all__ = [
     "Comm",
+    "DistributedPlan",
     "MpiComm",
     "RankFailed",
     "Sharding",
     "ThreadComm",
     "TorchComm",
+    "explain",
     "ring_attention",
     "ring_attention_backward",
     "run_ranks",

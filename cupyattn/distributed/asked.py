@@ -76,7 +76,7 @@ def ask(
         options = attention_options(function, return_lse=True, dropout_p=0.0, **scalars)
         visit = enter(function, under_our_names(**arrays, **known))
         _check_home(visit)
-        name = _sharding_meant(function, sharding, options, comm.size)
+        name = sharding_meant(function, sharding, options, comm.size)
         mine.update(options=options, visit=visit, allowed=allowed_by(function, implementation), sharding=name)
         said = {_WORDS.get(word, word): repr(value) for word, value in options._asdict().items()}
         return Statement(dict(visit.specs), {**said, "sharding": repr(name)})
@@ -114,7 +114,7 @@ def _check_home(visit: Visit) -> None:
         raise TypeError(refusal(visit.function, f"does not take {FLOAT8}", ("q", specs["q"].shape, FLOAT8)))
 
 
-def _sharding_meant(function: str, sharding: Any, options: Options, size: int) -> Sharding | str:
+def sharding_meant(function: str, sharding: Any, options: Options, size: int) -> Sharding | str:
     """The layout, or the name of one; by default that in which all ranks have the same work."""
     if sharding is None:
         return "zigzag" if options.causal else "contiguous"
@@ -127,6 +127,11 @@ def _sharding_meant(function: str, sharding: Any, options: Options, size: int) -
         rule = f"sharding has to be for as many ranks as there are, {size}"
         raise ValueError(refusal(function, rule, ("sharding", sharding)))
     return sharding
+
+
+def layout_of(sharding: Sharding | str, size: int, total: int) -> Sharding:
+    """A layout, or that of one sequence by its name."""
+    return sharding if isinstance(sharding, Sharding) else Sharding(sharding, size, (total,))  # type: ignore[arg-type]
 
 
 def _check_rank(function: str, specs: Specs, packed: bool, sharding: Any) -> None:
@@ -161,12 +166,10 @@ def _shardings(
         if word == "q" and replicated_rows:
             found.append(_everywhere(function, lengths, size))
             continue
-        if isinstance(sharding, Sharding):
-            layout = sharding
-        elif sharding == "contiguous":
+        if sharding == "contiguous":
             layout = Sharding("contiguous", size, (sum(lengths),), lengths)
         else:
-            layout = Sharding(sharding, size, (sum(lengths),))  # type: ignore[arg-type]
+            layout = layout_of(sharding, size, sum(lengths))
         for rank, length in enumerate(lengths):
             if length != layout.length(rank):
                 shown = [(f"rank {i}", n, f"{layout.length(i)} expected") for i, n in enumerate(lengths)]

@@ -85,6 +85,10 @@ class Route:
         """How many keys a rank sends on, during a step, for the next."""
         return count(self.carried(self.owner(rank, step), step + 1)) if step + 1 < self.size else 0
 
+    def seen_keys(self, rank: int, owner: int) -> Spans:
+        """Those of an owner's keys that a rank's rows see."""
+        return joined(rectangle.keys for rectangle in self.seen(rank, owner))
+
     def pairs(self, rank: int) -> int:
         """How many (query, key) pairs a rank's rows have."""
         return sum(x.count_visible for owner in range(self.size) for x in self.seen(rank, owner))

@@ -8,7 +8,7 @@ import numpy as np
 
 from cupyattn.distributed.comm import Comm, Receiving, Sending
 from cupyattn.distributed.rectangles import Rectangle
-from cupyattn.distributed.route import Route, Spans, count, joined
+from cupyattn.distributed.route import Route, Spans, count
 from cupyattn.numpy_ref import Array
 from cupyattn.problem import Span
 from cupyattn.rounding import widen
@@ -120,14 +120,11 @@ class Returns:
     _coming: list[tuple[Spans, Receiving]] = field(default_factory=list)
     _going: list[Sending] = field(default_factory=list)
 
-    def _spans(self, rank: int, owner: int) -> Spans:
-        return joined(rectangle.keys for rectangle in self.route.seen(rank, owner))
-
     def begin(self, step: int) -> None:
         """Begin to receive what somebody else finds at this step."""
         comm = self.comm
         source = (comm.rank + step) % comm.size
-        spans = self._spans(source, comm.rank)
+        spans = self.route.seen_keys(source, comm.rank)
         if step and spans:
             size = Keys((), self.dk, self.dv).bytes(spans)
             self._coming.append((spans, comm.receive((size,), np.uint8, source)))
@@ -135,7 +132,7 @@ class Returns:
     def end(self, step: int, found: Keys) -> None:
         """Send what was found at this step, or add it to one's own."""
         owner = self.route.owner(self.comm.rank, step)
-        spans = self._spans(self.comm.rank, owner)
+        spans = self.route.seen_keys(self.comm.rank, owner)
         if step == 0:
             self.dk += found.k
             self.dv += found.v

@@ -1,0 +1,116 @@
+"""The plan: what it says is sent is sent, and what it says of balance is so."""
+
+import numpy as np
+import pytest
+from ranks import TIMEOUT, draw
+
+from cupyattn.distributed import (
+    Sharding,
+    explain,
+    ring_attention,
+    ring_attention_backward,
+    run_ranks,
+    sharded_decode,
+    sharded_decode_backward,
+    ulysses_attention,
+    ulysses_attention_backward,
+)
+from cupyattn.distributed import shard_sequence as shard
+
+SHAPES = (1, 8192, 8, 64), (1, 8192, 2, 64), (1, 8192, 2, 64)
+
+
+def bytes_sent(size, call):
+    """By each rank to others, without what ranks agree by: a length and a text to each other one."""
+
+    def rank(comm):
+        send, sent = comm.send, []
+
+        def counting(array, to):
+            sent.append(array.nbytes)
+            return send(array, to)
+
+        comm.send = counting
+        call(comm)
+        return sum(sent[2 * (comm.size - 1) :])
+
+    return run_ranks(rank, size, timeout=TIMEOUT)
+
+
+CALLS = {
+    "ring": (ring_attention, ring_attention_backward),
+    "ulysses": (ulysses_attention, ulysses_attention_backward),
+    "decode": (sharded_decode, sharded_decode_backward),
+}
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("by", CALLS)
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": True}, {"causal": True, "window_size": (9, None)}], ids=["all", "causal", "window"]
+)
+def test_what_is_sent_is_what_the_plan_says(by, options, backward, rng):
+    q, k, v, dout = draw(rng, 50, batch=1, heads=(6, 2), dtype=np.float32)
+    size, kind = 3, "zigzag" if by == "ring" else "contiguous"
+    layout = Sharding(kind, size, (50,))
+    options = {"compute_dtype": "float32", **options}
+
+    def call(comm):
+        rows = [q, dout] if by == "decode" else [shard(x, layout, comm.rank) for x in (q, dout)]
+        mine = [rows[0], *(shard(x, layout, comm.rank) for x in (k, v))]
+        own = {"comm": comm, "sharding": kind, **options}
+        if backward:
+            state = {"out": np.zeros_like(rows[1]), "lse": np.zeros((1, 6, rows[0].shape[1]), np.float32)}
+            CALLS[by][1](rows[1], *mine, **state, **own)
+        else:
+            CALLS[by][0](*mine, **own)
+
+    plan = explain(q.shape, k.shape, v.shape, size=size, by=by, sharding=kind, backward=backward, **options)
+    assert bytes_sent(size, call) == [sum(steps) for steps in plan.bytes_sent]
+
+
+def test_causal_zigzag_is_balanced_at_8_ranks():
+    assert explain(*SHAPES, size=8, causal=True).balance <= 1.05
+
+
+def test_causal_striped_is_balanced_at_8_ranks():
+    assert explain(*SHAPES, size=8, causal=True, sharding="striped").balance <= 1.05
+
+
+@pytest.mark.parametrize("by", ["ring", "ulysses", "decode"])
+def test_flops_of_all_ranks_are_those_of_one_device(by):
+    plan = explain(*SHAPES, size=8, by=by, causal=True)
+    assert sum(plan.flops) == 2 * 8 * 128 * (8192 * 8193 // 2)
+
+
+def test_gradients_are_five_products_for_two():
+    forward, backward = (explain(*SHAPES, size=4, backward=x) for x in (False, True))
+    assert sum(backward.flops) * 2 == sum(forward.flops) * 5
+
+
+def test_it_prints_a_line_for_each_rank():
+    said = str(explain(*SHAPES, size=4, causal=True)).splitlines()
+    assert [line.split()[0] for line in said] == ["ring", "rank", "0", "1", "2", "3", "balance:"]
+
+
+def test_packed_sequences_are_explained():
+    layout = Sharding("zigzag", 2, (100, 30))
+    plan = explain((130, 4, 8), (130, 2, 8), (130, 2, 8), size=2, sharding=layout, causal=True)
+    assert sum(plan.flops) == 2 * 4 * 16 * (100 * 101 // 2 + 30 * 31 // 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"by": "magic"}, ValueError, "by has to be one of"),
+        ({"size": 0}, ValueError, "size has to be"),
+        ({"sharding": Sharding("zigzag", 4, (10,))}, ValueError, "as many tokens as there are"),
+        ({"sharding": Sharding("zigzag", 3, (8192,))}, ValueError, "as many ranks as there are, 4"),
+        ({"q": 3}, TypeError, "q has to be a shape"),
+        ({"backward": 1}, TypeError, "backward has to be True or False"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(changes, error, said):
+    arguments = dict(zip("qkv", SHAPES, strict=True)) | {"size": 4} | changes
+    with pytest.raises(error, match=said):
+        explain(**arguments)
