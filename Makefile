@@ -42,7 +42,7 @@ attack: $(VENV)/test
 
 # The PTX of every kernel that plans choose by default, executed on the CPU; ARGS='--only hopper --target sm_90a' for some.
 proof: $(VENV)/test
-	$(if $(ARGS),,$(BIN)/python -m pytest -m 'covered or long' -n auto --dist worksteal tests/cuda)
+	$(if $(ARGS),,$(BIN)/python -m pytest -m 'covered or long' -n auto --dist worksteal tests/cuda tests/distributed)
 	$(BIN)/python tests/proof.py $(ARGS)
 
 # On a machine with a GPU, by its own Python with CuPy, torch and pytest, and without a network. On another one

@@ -16,6 +16,7 @@ ring         ring_attention
 from cupyattn.distributed.comm import Comm, RankFailed
 from cupyattn.distributed.decode import sharded_decode, sharded_decode_backward
 from cupyattn.distributed.explaining import DistributedPlan, explain
+from cupyattn.distributed.jax import JaxComm
 from cupyattn.distributed.mpi import MpiComm
 from cupyattn.distributed.ring import ring_attention, ring_attention_backward
 from cupyattn.distributed.sharding import Sharding, shard_sequence, unshard_sequence
@@ -26,6 +27,7 @@ from cupyattn.distributed.ulysses import ulysses_attention, ulysses_attention_ba
 __all__ = [
     "Comm",
     "DistributedPlan",
+    "JaxComm",
     "MpiComm",
     "RankFailed",
     "Sharding",

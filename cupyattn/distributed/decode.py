@@ -9,8 +9,10 @@ import numpy as np
 
 from cupyattn.api import Gradients
 from cupyattn.arrays import Arrays
+from cupyattn.distributed import jax as in_jax
 from cupyattn.distributed.asked import Asked, ask
 from cupyattn.distributed.comm import Comm
+from cupyattn.distributed.jax import JaxComm
 from cupyattn.distributed.rectangles import Rectangle, rectangles_of, shifts_of
 from cupyattn.distributed.running import run, run_backward
 from cupyattn.distributed.sharding import Kind, Sharding
@@ -25,7 +27,7 @@ def sharded_decode(
     k: Array,
     v: Array,
     *,
-    comm: Comm,
+    comm: Comm | JaxComm,
     sharding: Sharding | Kind = "contiguous",
     layout: Literal["bshd", "bhsd"] = "bshd",
     causal: bool = False,
@@ -93,14 +95,16 @@ def sharded_decode(
     [True, True, True]
     """
     function = "sharded_decode"
-    asked = ask(
-        function, comm, sharding,
-        {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}, {},
-        replicated_rows=True, implementation=implementation,
-        layout=layout, causal=causal, alignment=alignment, window_size=window_size, softmax_scale=softmax_scale,
-        softcap=softcap, compute_dtype=compute_dtype,
-    )  # fmt: skip
     return_lse = flag(function, "return_lse", return_lse)
+    arrays = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    scalars = {
+        "layout": layout, "causal": causal, "alignment": alignment, "window_size": window_size,
+        "softmax_scale": softmax_scale, "softcap": softcap, "compute_dtype": compute_dtype,
+        "implementation": implementation,
+    }  # fmt: skip
+    if isinstance(comm, JaxComm):
+        return in_jax.decode(function, comm, sharding, arrays, return_lse, **scalars)
+    asked = ask(function, comm, sharding, arrays, {}, replicated_rows=True, **scalars)
     found = run(asked, _forward, _backward, return_lse)
     return (found["out"], found["lse"]) if return_lse else found["out"]
 

@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from cupyattn.api import Gradients
 from cupyattn.arrays import Arrays
+from cupyattn.distributed import jax as in_jax
 from cupyattn.distributed.asked import Asked, ask
 from cupyattn.distributed.comm import Comm
+from cupyattn.distributed.jax import JaxComm
 from cupyattn.distributed.route import Route, route_of
 from cupyattn.distributed.running import run, run_backward
 from cupyattn.distributed.sharding import Kind, Sharding
@@ -24,7 +26,7 @@ def ring_attention(
     k: Array,
     v: Array,
     *,
-    comm: Comm,
+    comm: Comm | JaxComm,
     sharding: Sharding | Kind | None = None,
     layout: Literal["bshd", "bhsd"] = "bshd",
     causal: bool = False,
@@ -107,14 +109,16 @@ def ring_attention(
     True
     """
     function = "ring_attention"
-    asked = ask(
-        function, comm, sharding,
-        {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}, {},
-        replicated_rows=False, implementation=implementation,
-        layout=layout, causal=causal, alignment=alignment, window_size=window_size, softmax_scale=softmax_scale,
-        softcap=softcap, compute_dtype=compute_dtype,
-    )  # fmt: skip
     return_lse = flag(function, "return_lse", return_lse)
+    arrays = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    scalars = {
+        "layout": layout, "causal": causal, "alignment": alignment, "window_size": window_size,
+        "softmax_scale": softmax_scale, "softcap": softcap, "compute_dtype": compute_dtype,
+        "implementation": implementation,
+    }  # fmt: skip
+    if isinstance(comm, JaxComm):
+        return in_jax.ring(function, comm, sharding, arrays, return_lse, **scalars)
+    asked = ask(function, comm, sharding, arrays, {}, replicated_rows=False, **scalars)
     found = run(asked, _forward, _backward, return_lse)
     return (found["out"], found["lse"]) if return_lse else found["out"]
 

@@ -64,7 +64,7 @@ class TorchComm(PointToPoint):
 
     def send(self, array: Array, to: int) -> Sending:
         self.check()
-        data = np.ascontiguousarray(array)
+        data = np.ascontiguousarray(array) if array.flags.writeable else np.array(array, order="C")  # or torch warns
         return _Sent(_Work(self, self._begun(self._dist.isend, _tensor_of(data), to), to), data)
 
     def receive(self, shape: Shape, dtype: Any, source: int) -> Receiving:

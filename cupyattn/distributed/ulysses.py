@@ -9,9 +9,11 @@ import numpy as np
 
 from cupyattn.api import Gradients
 from cupyattn.arrays import Arrays
+from cupyattn.distributed import jax as in_jax
 from cupyattn.distributed.asked import Asked, ask
 from cupyattn.distributed.comm import Comm
 from cupyattn.distributed.exchange import Exchange, has_rows
+from cupyattn.distributed.jax import JaxComm
 from cupyattn.distributed.running import run, run_backward
 from cupyattn.distributed.sharding import Kind, Sharding
 from cupyattn.distributed.work import Work
@@ -25,7 +27,7 @@ def ulysses_attention(
     k: Array,
     v: Array,
     *,
-    comm: Comm,
+    comm: Comm | JaxComm,
     sharding: Sharding | Kind = "contiguous",
     layout: Literal["bshd", "bhsd"] = "bshd",
     causal: bool = False,
@@ -83,15 +85,17 @@ def ulysses_attention(
     True
     """
     function = "ulysses_attention"
-    asked = ask(
-        function, comm, sharding,
-        {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}, {},
-        replicated_rows=False, rectangles=False, implementation=implementation,
-        layout=layout, causal=causal, alignment=alignment, window_size=window_size, softmax_scale=softmax_scale,
-        softcap=softcap, compute_dtype=compute_dtype,
-    )  # fmt: skip
-    _check_rows(asked)
     return_lse = flag(function, "return_lse", return_lse)
+    arrays = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    scalars = {
+        "layout": layout, "causal": causal, "alignment": alignment, "window_size": window_size,
+        "softmax_scale": softmax_scale, "softcap": softcap, "compute_dtype": compute_dtype,
+        "implementation": implementation,
+    }  # fmt: skip
+    if isinstance(comm, JaxComm):
+        return in_jax.ulysses(function, comm, sharding, arrays, return_lse, **scalars)
+    asked = ask(function, comm, sharding, arrays, {}, replicated_rows=False, rectangles=False, **scalars)
+    _check_rows(asked)
     found = run(asked, _forward, _backward, return_lse)
     return (found["out"], found["lse"]) if return_lse else found["out"]
 

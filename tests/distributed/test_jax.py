@@ -1,0 +1,49 @@
+"""Inside of `jax.shard_map` results and gradients are those of attention; what is not done there is refused."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cupyattn
+from cupyattn.distributed import JaxComm, ring_attention, run_ranks
+
+SCRIPT = Path(__file__).with_name("devices.py")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "ring",
+        *(pytest.param(case, marks=pytest.mark.long) for case in ("ring-striped", "ring-bias", "ulysses", "decode")),
+        pytest.param("refuse", marks=pytest.mark.long),
+    ],
+)
+def test_devices_of_a_mesh_agree_with_one(case):
+    if find_spec("jax") is None:
+        pytest.skip("needs jax")
+    home = str(Path(cupyattn.__file__).parents[1])
+    path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    call = [sys.executable, str(SCRIPT), case]
+    ended = subprocess.run(call, capture_output=True, text=True, timeout=300.0, env={**os.environ, **flags})
+    assert f"{case} is right" in ended.stdout, ended.stderr
+
+
+def test_an_axis_that_is_no_name_is_refused():
+    with pytest.raises(TypeError, match="axis_name has to be a string"):
+        JaxComm(0)
+
+
+def test_traced_arrays_are_refused_by_ranks_of_this_process():
+    jax = pytest.importorskip("jax", reason="needs jax")
+
+    def rank(comm):
+        return jax.jit(lambda x: ring_attention(x, x, x, comm=comm))(np.ones((1, 2, 2, 8), np.float32))
+
+    with pytest.raises(ValueError, match="they are traced; under"):
+        run_ranks(rank, 2)
