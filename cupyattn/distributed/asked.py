@@ -69,6 +69,7 @@ def ask(
     """
     if not is_comm(comm):
         rule = "comm has to be one of cupyattn.distributed's: by run_ranks, MpiComm or TorchComm"
+        rule += "; gradients inside of jax.shard_map are jax.grad's"
         raise TypeError(refusal(function, rule, ("comm", repr(comm), type(comm).__name__)))
     mine: dict[str, Any] = {}
 

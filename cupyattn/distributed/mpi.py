@@ -50,6 +50,10 @@ class MpiComm(PointToPoint):
 
     Notes
     -----
+    Many MPI libraries move a large message only while both sides are inside of a call of theirs, unless they are told
+    to have a thread for that, as MPICH is by ``MPICH_ASYNC_PROGRESS=1``: without it keys are under way while others are
+    attended only as far as they look.
+
     A rank that raises in the middle of a call tells the others, which raise `RankFailed`.  One that dies is noticed by
     the launcher, which ends all of them, or after `timeout`.  Messages that nobody took are then left behind, and
     MPI may wait for them at its end: end such a program by ``MPI.COMM_WORLD.Abort()``.

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any, Literal
 
 from cupyattn.api import Gradients
-from cupyattn.arrays import Arrays
+from cupyattn.arrays import Arrays, untraced
 from cupyattn.distributed import jax as in_jax
 from cupyattn.distributed.asked import Asked, ask
 from cupyattn.distributed.comm import Comm
@@ -21,6 +21,7 @@ from cupyattn.problem import Alignment, Array, Implementation, Span
 from cupyattn.reading import flag
 
 
+@untraced
 def ring_attention(
     q: Array,
     k: Array,
@@ -123,6 +124,7 @@ def ring_attention(
     return (found["out"], found["lse"]) if return_lse else found["out"]
 
 
+@untraced
 def ring_attention_backward(
     dout: Array,
     q: Array,

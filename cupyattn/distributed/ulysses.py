@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from cupyattn.api import Gradients
-from cupyattn.arrays import Arrays
+from cupyattn.arrays import Arrays, untraced
 from cupyattn.distributed import jax as in_jax
 from cupyattn.distributed.asked import Asked, ask
 from cupyattn.distributed.comm import Comm
@@ -22,6 +22,7 @@ from cupyattn.problem import Alignment, Array, Implementation
 from cupyattn.reading import flag
 
 
+@untraced
 def ulysses_attention(
     q: Array,
     k: Array,
@@ -100,6 +101,7 @@ def ulysses_attention(
     return (found["out"], found["lse"]) if return_lse else found["out"]
 
 
+@untraced
 def ulysses_attention_backward(
     dout: Array,
     q: Array,

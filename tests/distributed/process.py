@@ -51,6 +51,9 @@ def agree(comm):
         np.testing.assert_allclose(actual, shard_sequence(wanted, layout, comm.rank), atol=1e-12)
     found = sharded_decode(q[:, -1:], *mine[1:], comm=comm, sharding=layout)
     np.testing.assert_allclose(found, attention(q[:, -1:], k, v), atol=1e-13)
+    one_head = [x[:, :, :1] for x in mine]  # all ranks but one have nothing to do
+    found = ulysses_attention(*one_head, comm=comm, sharding=layout, causal=True)
+    np.testing.assert_allclose(found, out[:, :, :1], atol=1e-13)
     assert comm.all_reduce(np.array([1.0]))[0] == comm.size
 
 

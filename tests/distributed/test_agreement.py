@@ -189,3 +189,9 @@ def _failing_after(send, count):
         return send(array, to)
 
     return failing
+
+
+def test_a_keyword_of_others_is_told_what_it_is_called_here():
+    for error in errors_of(lambda comm: call(comm, is_causal=True)):
+        assert type(error) is TypeError
+        assert "is_causal  here it is causal" in str(error)

@@ -204,20 +204,18 @@ def test_torch_has_gradients_by_its_autograd(rng):
 
 def test_what_torch_keeps_for_gradients_is_not_the_callers(rng):
     torch = pytest.importorskip("torch", reason="needs torch")
-    x = torch.from_numpy(draw(rng, 6)[0])
+    x = torch.from_numpy(draw(rng, 6)[0]).transpose(1, 2)
 
-    def rank(comm):
+    def gradient(attend, factor):
         leaves = [x.clone().requires_grad_() for _ in range(3)]
-        out = ring_attention(*leaves, comm=comm)
+        out = attend(*leaves, layout="bhsd")
         loss = out.sum()
         with torch.no_grad():
-            out.mul_(0.0)
+            out.mul_(factor)
         loss.backward()
-        return leaves[2].grad
+        return leaves[1].grad
 
-    def plain(q, k, v):
-        return attention(q, k, v).sum()
+    def rank(comm):
+        return gradient(lambda *qkv, **options: ring_attention(*qkv, comm=comm, **options), 0.0)
 
-    leaves = [x.clone().requires_grad_() for _ in range(3)]
-    plain(*leaves).backward()
-    assert torch.allclose(run_ranks(rank, 1)[0], leaves[2].grad)
+    assert torch.allclose(run_ranks(rank, 1)[0], gradient(attention, 1.0))
