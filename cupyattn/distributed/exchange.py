@@ -134,7 +134,7 @@ class Exchange:
         """Of this rank's heads of all rows and keys, and of what edits them, in the shapes of `whole`."""
         asked, device, dtype = self.work.asked, self.work.device, self.work.dtype
         names = [name for name in ("q", "k", "v", "bias", "alibi_slopes") if name in whole]
-        totals = {name: np.zeros(whole[name].shape, dtype) for name in names}
+        totals: Arrays = {name: np.zeros(whole[name].shape, dtype) for name in names}
         for sequence in self.sequences() if self.num_heads else ():
             i, rows, keys = sequence
             problem, operands = self.call(whole, sequence)

@@ -6,11 +6,11 @@ are JAX's own, of `attention`'s and of the merging of states, which is written i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-from cupyattn.api import attention
+from cupyattn import api
 from cupyattn.distributed.asked import layout_of, sharding_meant
 from cupyattn.distributed.rectangles import Band, Rectangle, rectangles_of, shifts_of
 from cupyattn.distributed.route import route_of
@@ -18,6 +18,8 @@ from cupyattn.distributed.sharding import Sharding
 from cupyattn.problem import Array
 from cupyattn.reading import attention_options, refusal
 
+attention: Any = api.attention
+"""Of keywords that are data here, which its overloads cannot know."""
 State = tuple[Array, Array]
 """out, (batch, num_heads, rows, head_dim_v), in the dtype of lse, (batch, num_heads, rows)."""
 
@@ -58,7 +60,8 @@ def ring(
     for step in range(call.size):
         further = step + 1 < call.size and any(route.carried(owner, step + 1) for owner in range(call.size))
         following = [call.passed_on(x) for x in (k, v)] if further else None
-        state = call.by_rank(lambda rank, step=step: route.seen(rank, route.owner(rank, step)), state, k, v)
+        seen = [route.seen(rank, route.owner(rank, step)) for rank in range(call.size)]
+        state = call.by_rank(seen, state, k, v)
         if following is None:
             break
         k, v = following
@@ -75,11 +78,8 @@ def decode(
     call = _Call(function, comm, sharding, arrays, scalars, replicated_rows=True)
     lax: Any = jax.lax
     shifts = shifts_of(call.rows, call.keys, call.band)
-    pieces = call.rows.pieces[0]
-    bare = call.begin(with_sinks=False)
-    out, lse = call.by_rank(
-        lambda rank: rectangles_of(pieces, call.keys.pieces[rank], shifts, call.band), bare, arrays["k"], arrays["v"]
-    )
+    seen = [rectangles_of(call.rows.pieces[0], keys, shifts, call.band) for keys in call.keys.pieces]
+    out, lse = call.by_rank(seen, call.begin(with_sinks=False), arrays["k"], arrays["v"])
     sinks = arrays.get("sinks")
     highest = lax.pmax(lax.stop_gradient(lse), comm.axis_name)
     if sinks is not None:
@@ -202,14 +202,14 @@ class _Call:
         """What the rank before this one has."""
         import jax
 
-        ranks = [(rank, (rank + 1) % self.size) for rank in range(self.size)]
-        return jax.lax.ppermute(array, self.comm.axis_name, ranks)
+        ranks, lax = [(rank, (rank + 1) % self.size) for rank in range(self.size)], cast(Any, jax.lax)
+        return lax.ppermute(array, self.comm.axis_name, ranks)
 
-    def by_rank(self, rectangles: Callable[[int], tuple[Rectangle, ...]], state: State, k: Array, v: Array) -> State:
+    def by_rank(self, seen: Sequence[tuple[Rectangle, ...]], state: State, k: Array, v: Array) -> State:
         """The state with what each rank sees of some keys."""
         import jax
 
-        branches = [partial(self._attended, rectangles(rank)) for rank in range(self.size)]
+        branches = [partial(self._attended, rectangles) for rectangles in seen]
         found: State = jax.lax.switch(jax.lax.axis_index(self.comm.axis_name), branches, state, k, v)
         return found
 

@@ -63,7 +63,7 @@ def run_backward(asked: Asked, forward: Forward, backward: Backward) -> Arrays:
             expect(visit.function, specs[name], results[like].shape, results[like].dtype)
 
     def numbers(everything: Arrays) -> Arrays:
-        known = {name: everything[name] for name in ("dout", "out", "lse", "dlse") if name in everything}
+        known: Arrays = {name: everything[name] for name in ("dout", "out", "lse", "dlse") if name in everything}
         operands = {name: array for name, array in everything.items() if name not in known}
         if asked.problem.dtype != asked.compute_dtype:  # they have been rounded
             known = {name: array for name, array in known.items() if name in ("dout", "dlse")}

@@ -160,7 +160,8 @@ def shard_sequence(array: A, sharding: Sharding, rank: int, *, axis: int = 1) ->
     if array.shape[axis] != total:
         rule = f"axis {axis} of array has to be as long as the layout says, {total}"
         raise ValueError(refusal(function, rule, ("array", tuple(array.shape)), ("sharding", sharding)))
-    return _taken(array, axis, sharding.positions(rank))
+    shard: A = _taken(array, axis, sharding.positions(rank))
+    return shard
 
 
 def unshard_sequence(shards: Sequence[A], sharding: Sharding, *, axis: int = 1) -> A:
@@ -202,7 +203,8 @@ def unshard_sequence(shards: Sequence[A], sharding: Sharding, *, axis: int = 1) 
     xp: Any = array_api_compat.array_namespace(*shards)
     places = [place for rank in range(sharding.size) for place in sharding.positions(rank)]
     whence = sorted(range(len(places)), key=places.__getitem__)
-    return _taken(xp.concat(list(shards), axis=axis), axis, tuple(whence))
+    whole: A = _taken(xp.concat(list(shards), axis=axis), axis, tuple(whence))
+    return whole
 
 
 def _axis(function: str, array: Any, axis: int) -> int:

@@ -62,7 +62,7 @@ class Keys:
 
 def _bytes_of_a_key(array: Array) -> int:
     batch, heads, _, dim = array.shape
-    return batch * heads * dim * array.itemsize
+    return int(batch * heads * dim * array.itemsize)
 
 
 @dataclass

@@ -62,8 +62,9 @@ class Work:
         plan = plan_for(self.asked.function, problem, self.device, self.asked.allowed)
         found = cpu.run(plan, replace(problem, dtype="float64", needs_lse=True), operands)
         rows = rectangle.rows
-        before = State(whole.out[:, :, rows], whole.lse[:, :, rows])
-        after = merge([before, State(found["out"], found["lse"])])
+        before, after = State(whole.out[:, :, rows], whole.lse[:, :, rows]), State(found["out"], found["lse"])
+        if not np.isneginf(before.lse).all():
+            after = merge([before, after])
         whole.out[:, :, rows], whole.lse[:, :, rows] = after.out, after.lse
 
     def gradients(self, totals: Arrays, known: Arrays, rectangle: Rectangle, k: Array, v: Array) -> tuple[Array, Array]:
