@@ -7,7 +7,7 @@ from cupyattn.distributed import Sharding, ring_attention, ring_attention_backwa
 from cupyattn.distributed import shard_sequence as shard
 from cupyattn.distributed import unshard_sequence as unshard
 
-TIMEOUT = 20.0
+TIMEOUT = 120.0
 
 
 def draw(rng, seqlen_q=21, seqlen_k=None, *, batch=2, heads=(4, 2), head_dim_v=6, dtype=np.float64):

@@ -65,7 +65,7 @@ class TorchComm(PointToPoint):
     def send(self, array: Array, to: int) -> Sending:
         self.check()
         if not array.nbytes:  # both sides know
-            return _Nothing(array)
+            return _Sent(_Done(), array)
         data = np.ascontiguousarray(array) if array.flags.writeable else np.array(array, order="C")  # or torch warns
         return _Sent(_Work(self, self._begun(self._dist.isend, _tensor_of(data), to), to), data)
 
@@ -73,7 +73,7 @@ class TorchComm(PointToPoint):
         self.check()
         array = np.empty(shape, dtype)
         if not array.nbytes:
-            return _Nothing(array)
+            return _Expected(_Done(), array)
         return _Expected(_Work(self, self._begun(self._dist.irecv, _tensor_of(array), source), source), array)
 
     def _begun(self, start: Any, tensor: Any, other: int) -> Any:
@@ -138,19 +138,16 @@ class _Work:
             raise RankFailed(f"rank {comm.rank}: rank {self.other} is not heard of: {self.error}") from self.error
 
 
-@dataclass
-class _Nothing:
-    """A message of no bytes, which is not sent."""
+class _Done:
+    """Of a message of no bytes, which is not sent."""
 
-    array: Array
-
-    def wait(self) -> Array:
-        return self.array
+    def wait(self) -> None:
+        pass
 
 
 @dataclass
 class _Sent:
-    work: _Work
+    work: _Work | _Done
     array: Array
     """Kept until it has been sent."""
 
@@ -160,7 +157,7 @@ class _Sent:
 
 @dataclass
 class _Expected:
-    work: _Work
+    work: _Work | _Done
     array: Array
 
     def wait(self) -> Array:

@@ -23,7 +23,7 @@ from cupyattn.distributed import (
     ulysses_attention,
 )
 
-TIMEOUT = 30.0
+TIMEOUT = 120.0
 
 
 def engine(name):

@@ -15,7 +15,7 @@ import cupyattn
 from cupyattn.distributed import TorchComm
 
 SCRIPT = Path(__file__).with_name("process.py")
-SECONDS = 150.0
+SECONDS = 600.0
 
 
 def launcher(engine, size):
