@@ -11,7 +11,14 @@ from oracle import assert_correctly_rounded, assert_matches, assert_same_bits
 from ranks import TIMEOUT, draw, drawn_options, on_one_device, on_ranks
 
 from cupyattn import attention, attention_backward
-from cupyattn.distributed import Sharding, ring_attention, ring_attention_backward, run_ranks
+from cupyattn.distributed import (
+    Sharding,
+    ring_attention,
+    ring_attention_backward,
+    run_ranks,
+    ulysses_attention,
+    ulysses_attention_backward,
+)
 from cupyattn.distributed import shard_sequence as shard
 from cupyattn.distributed import unshard_sequence as unshard
 
@@ -219,3 +226,15 @@ def test_what_torch_keeps_for_gradients_is_not_the_callers(rng):
         return gradient(lambda *qkv, **options: ring_attention(*qkv, comm=comm, **options), 0.0)
 
     assert torch.allclose(run_ranks(rank, 1)[0], gradient(attention, 1.0))
+
+
+@pytest.mark.parametrize("by", ["ring", "ulysses"])
+def test_keys_of_one_sequence_serve_all_and_heads_of_values_may_be_others(by, rng):
+    q, k, _, dout = draw(rng, 9)
+    arrays = q, k[:1], rng.standard_normal((1, 9, 4, 6)), dout
+    functions = {
+        "ring": (ring_attention, ring_attention_backward),
+        "ulysses": (ulysses_attention, ulysses_attention_backward),
+    }
+    options = {"causal": True}
+    assert_same(on_ranks(arrays, 2, "zigzag", options, *functions[by]), on_one_device(arrays, options), **FEW_UNITS)
