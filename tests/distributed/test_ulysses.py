@@ -36,9 +36,10 @@ def test_any_number_of_heads_and_ranks(size, heads, rng):
     assert_same(draw(rng, 13, heads=heads), size, "striped", options)
 
 
-def test_heads_of_one_rank_may_use_key_heads_unequally(rng):
-    """Heads 2, 3 and 4 of 8 use key heads 0, 0 and 1 of 2."""
-    assert_same(draw(rng, 7, heads=(8, 2)), 3, "contiguous", {"causal": True})
+@pytest.mark.parametrize("heads", [(8, 2), (12, 4)])
+def test_heads_of_one_rank_may_use_key_heads_unequally(heads, rng):
+    """On 3 ranks, heads 2, 3 and 4 of 8 use key heads 0, 0 and 1 of 2; heads 0 to 3 of 12 use 0, 0, 0 and 1 of 4."""
+    assert_same(draw(rng, 7, heads=heads), 3, "contiguous", {"causal": True})
 
 
 def test_a_bias_that_is_one_for_all_heads_is_added_up(rng):
