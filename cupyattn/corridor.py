@@ -19,7 +19,7 @@ from cupyattn import cpu, lengths
 from cupyattn.allowed import Allowed, currently_allowed
 from cupyattn.arrays import NOWHERE, Arrays, Destinations, Visit, check_destinations, enter, put
 from cupyattn.described import Call
-from cupyattn.plan import Plan, choose, choose_backward, for_live_keys
+from cupyattn.plan import Plan, choose, choose_backward, for_live_keys, memory_of
 from cupyattn.problem import FLOAT8, Device, Problem, Spec
 from cupyattn.reading import Options, check_lengths, check_sequences, read, refusal
 
@@ -51,6 +51,7 @@ def answer(
     problem = read(function, visit.specs, options)
     allowed = allowed or currently_allowed()
     plan = plan_for(function, problem, visit.device(), allowed, fixed_split_size)
+    visit.before_work((problem, plan))
     if into:
         check_destinations(visit, into, problem.results)
     if problem.needs_dropout_mask and visit.kind == "cpu":
@@ -148,10 +149,37 @@ def planned_backward(problem: Problem, device: Device, allowed: Allowed | None) 
     return replace(plan, flops=flops, bytes=3 * problem.bytes, notes=(*plan.notes, lengths.NOTE))
 
 
+def weighed(plan: Plan, problem: Problem, specs: Mapping[str, Spec], gradients: bool = False) -> Plan:
+    """The plan that says how much memory it takes, and how large the cache is that keys are in."""
+    in_cache = problem.layout.cached or problem.layout.page_size is not None
+    cache = sum(specs[name].nbytes for name in ("k", "v")) if in_cache else 0
+    if plan.kernel == "none":
+        return replace(plan, cache_bytes=cache)
+    whole, turned = problem, 0
+    if problem.layout.seqlens:
+        whole, own = lengths.packed(problem), specs
+        specs = lengths.packed_specs(problem, own)
+        if plan.kernel == "numpy":  # which works on one of the three sequences that each is
+            whole = replace(whole, sizes=replace(whole.sizes, batch_shape=(problem.sizes.batch,)))
+        if problem.layout.axes == "bhsd":  # heads and rows change places
+            turned = sum(own[name].nbytes for name in ("q", "k", "v"))
+    return replace(plan, memory=turned + memory_of(plan, whole, specs, gradients), cache_bytes=cache)
+
+
+class NoImplementation(NotImplementedError):
+    """Every implementation objects."""
+
+    because: tuple[Problem, Plan]
+    """Of what, and what says so."""
+
+
 def _agreed(function: str, problem: Problem, plan: Plan) -> Plan:
     if plan.kernel == "none":
         reasons = [(name, reason) for name, against in plan.objections for reason in against]
-        raise NotImplementedError(refusal(function, f"no implementation takes this problem\n    {problem}", *reasons))
+        rule = f"no implementation takes this problem\n    {problem}"
+        error = NoImplementation(refusal(function, rule, *reasons))
+        error.because = problem, plan
+        raise error
     return plan
 
 
@@ -281,6 +309,7 @@ def answer_with_gradients(
     """Gradients of a visit's floating operands, by name; those of its arrays that are `known` are none."""
     specs = dict(visit.specs)
     plan = plan_for_gradients(visit.function, problem, visit.device(), allowed)
+    visit.before_work((problem, plan))
 
     def backward(everything: Arrays) -> Arrays:
         known_here = {name: everything[name] for name in known if name in everything}

@@ -233,6 +233,7 @@ def _answer(
     if into:
         check_destinations(visit, into, problem.results)
     plan = with_num_splits(plan_for(FUNCTION, problem, visit.device(), currently_allowed()), problem, splits)
+    visit.before_work((problem, plan))
 
     def append(operands: Arrays) -> Arrays:
         """On the CPU: what attention is asked of, once new keys are in the caches."""
