@@ -15,7 +15,7 @@ from cupyattn.arrays.pulling import add_gradients
 from cupyattn.arrays.registering import Registered, tensors_of
 
 CAST = frozenset({"q", "k", "v", "query", "key", "value", "qkv", "kv", "bias", "attn_mask", "dout"}) | frozenset(
-    {"k_prefix", "v_prefix"}
+    {"k_prefix", "v_prefix", "Q", "K", "V", "past_key", "past_value"}
 )
 """What torch.autocast casts, by the callers' names."""
 
@@ -26,7 +26,7 @@ def define(operator: Operator) -> str:
     is_list = not operator.gives
 
     def forward(*args: Any) -> Any:
-        found = [x.contiguous() for x in operator.run(operator.named(args))]
+        found = _apart([x.contiguous() for x in operator.run(operator.named(args))], args)
         return found if is_list else _one_or_more(found)
 
     def without_values(*args: Any) -> Any:
@@ -47,6 +47,12 @@ def define(operator: Operator) -> str:
     for kind in ("CPU", "CUDA"):
         made.library.impl(operator.name, _under_autocast(operator, kind), f"Autocast{kind}")
     return operator.name
+
+
+def _apart(found: list[Any], args: tuple[Any, ...]) -> list[Any]:
+    """Results in memory of their own, as those of operators have to be, but for what is overwritten anyway."""
+    theirs = {x.untyped_storage()._cdata for x in tensors_of(args)}
+    return [x.clone() if x.untyped_storage()._cdata in theirs else x for x in found]
 
 
 def _one_or_more(found: list[Any]) -> Any:

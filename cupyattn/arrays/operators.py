@@ -7,6 +7,7 @@ function's signature, so that an argument more is an argument of the operator, t
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,21 +25,25 @@ KINDS = {
     "Sequence[A]": "Tensor[]",
     "Array | tuple[Array, Array]": "Tensor[]",
     "bool": "bool",
+    "int | bool": "SymInt",
     "float": "float",
     "float | None": "float?",
     "int": "SymInt",
     "int | None": "SymInt?",
+    "Array | int": "Tensor",
     "int | Array": "Tensor?",
     "int | Array | None": "Tensor?",
     "Alignment | None": "str?",
     "Implementation | Collection[Implementation] | None": "str?",
     "Axes": "str",
+    "str": "str",
+    "Mapping[str, Any] | None": "str?",
     "Literal['bshd', 'bhsd']": "str",
     "Any": "str?",
     "tuple[int | None, int | None]": "SymInt[2]",
 }
-"""How a schema says what an annotation says: a compute_dtype, which may be anything, by its name, and several names as
-one, with commas."""
+"""How a schema says what an annotation says: a compute_dtype, which may be anything, by its name, several names as
+one, with commas, and a mapping as JSON."""
 
 
 class Argument(NamedTuple):
@@ -50,8 +55,8 @@ class Argument(NamedTuple):
     """In the words of schemas."""
     default: Any = inspect.Parameter.empty
     part: str = ""
-    """ "array" or "number" where the function takes either, "several" where it takes an array or a pair, "seed" for one
-    that was drawn."""
+    """ "array" or "number" where the function takes either, "several" where it takes an array or a pair, "flag" where a
+    number may be a bool, "count" where one stands for all before it, "mapping", "seed" for one that was drawn."""
 
     @property
     def name(self) -> str:
@@ -88,10 +93,14 @@ class Operator:
     has_gradients: bool = True
     no_gradients: str = ""
     """What to say where gradients are wanted and there are none."""
+    smooth: int = 2
+    """So many results have gradients, the first ones."""
+    title: str = ""
+    """Its name, if another one has its function's."""
 
     @property
     def name(self) -> str:
-        return self.function.__name__
+        return self.title or self.function.__name__
 
     @property
     def draws(self) -> bool:
@@ -111,7 +120,7 @@ class Operator:
             if "int | Array" in str(parameter.annotation):
                 found += [Argument(word, kind, None, "array"), Argument(word, "SymInt?", default, "number")]
             else:
-                found.append(Argument(word, kind, default, "several" if "tuple[Array" in parameter.annotation else ""))
+                found.append(Argument(word, kind, default, _part_of(str(parameter.annotation))))
         return (*found, Argument("dropout_seed", "Tensor?", None, "seed")) if self.draws else tuple(found)
 
     @property
@@ -134,16 +143,21 @@ class Operator:
                 value = int(value)
             if argument.part == "several":
                 value = tuple(value) if len(value) > 1 else value[0]
+            if argument.part == "mapping" and value is not None:
+                value = json.loads(value)
             if argument.word == "implementation" and value is not None:
                 value = tuple(value.split(","))
-            if not argument.part or (value is not None and found.get(argument.word) is None):
+            if argument.part not in ("array", "number", "several", "seed") or (
+                value is not None and found.get(argument.word) is None
+            ):
                 found[argument.word] = tuple(value) if argument.kind == "SymInt[2]" else value
         return found
 
     def run(self, values: Values) -> list[Any]:
-        """Its results: all of them, and each of them a tensor."""
+        """Its results: all of them, and each of them a tensor; a number is the length of one."""
         found = beside_dynamo(self.function)(**self.asked(values))
-        tensors = [x for x in (found if isinstance(found, (tuple, list)) else (found,)) if x is not None]
+        given = [x for x in (found if isinstance(found, (tuple, list)) else (found,)) if x is not None]
+        tensors = [given[0].new_zeros(x) if isinstance(x, int) else x for x in given]
         return [*tensors, *(tensors[0].new_empty(0) for _ in self.gives[len(tensors) :])]
 
     def refuse(self, values: Values) -> None:
@@ -160,6 +174,11 @@ class Operator:
             except NotImplementedError:  # of implementations, and an outline has those of the CPU
                 if all(x.device.type == "cpu" for x in values.values() if isinstance(x, torch.Tensor)):
                     raise
+
+
+def _part_of(annotation: str) -> str:
+    known = {"int | bool": "flag", "Array | int": "count", "Mapping[str, Any] | None": "mapping"}
+    return "several" if "tuple[Array" in annotation else known.get(annotation, "")
 
 
 class _Unknown(Exception):

@@ -20,9 +20,11 @@ Examples
 """
 
 from cupyattn.arrays import define_operators
+from cupyattn.integrations import onnx
+from cupyattn.linear import linear_attention
 from cupyattn.peers import cascade, kvcache
 
-OF = (cascade.cascade_attention, kvcache.flash_attn_with_kvcache)
+OF = (cascade.cascade_attention, kvcache.flash_attn_with_kvcache, linear_attention, onnx.attention)
 """Functions that nobody has imported before they are asked for, and that are operators, too."""
 
 define_operators()
