@@ -23,7 +23,14 @@ same library and device, with gradients where the library has them, lazily where
 
 from cupyattn.arrays import shapes
 from cupyattn.arrays.cupy import CUPY
-from cupyattn.arrays.destinations import NOWHERE, Destinations, check_destinations, destinations_of, put
+from cupyattn.arrays.destinations import (
+    NOWHERE,
+    Destinations,
+    check_destinations,
+    check_pair_apart,
+    destinations_of,
+    put,
+)
 from cupyattn.arrays.library import Arrays
 from cupyattn.arrays.recognition import alignment_meant, described
 from cupyattn.arrays.sketches import Rehearsed, Sketch, Sketches
@@ -43,6 +50,7 @@ __all__ = [
     "Visit",
     "alignment_meant",
     "check_destinations",
+    "check_pair_apart",
     "cpu_device",
     "cuda_lane",
     "define_operators",

@@ -15,7 +15,7 @@ from cupyattn.arrays.pulling import add_gradients
 from cupyattn.arrays.registering import Registered, tensors_of
 
 CAST = frozenset({"q", "k", "v", "query", "key", "value", "qkv", "kv", "bias", "attn_mask", "dout"}) | frozenset(
-    {"k_prefix", "v_prefix", "Q", "K", "V", "past_key", "past_value"}
+    {"k_prefix", "v_prefix"}
 )
 """What torch.autocast casts, by the callers' names."""
 
@@ -68,6 +68,10 @@ def _under_autocast(operator: Operator, kind: str) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(kind.lower())
+        if operator.casts_inside:
+            named = operator.named(args) | {"autocast": str(dtype).removeprefix("torch.")}
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return getattr(torch.ops.cupyattn, operator.name)(*named.values())
         named = zip(operator.arguments, args, strict=False)
         cast = [
             x.to(dtype) if argument.name in CAST and x is not None and x.dtype in narrow else x for argument, x in named

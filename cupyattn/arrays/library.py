@@ -276,9 +276,7 @@ def bits_of(array: Array) -> Array:
     return array if bits is None else array.view(bits)
 
 
-CAST = frozenset({"q", "k", "v", "k_new", "v_new", "k_prefix", "v_prefix", "bias", "dout"}) | frozenset(
-    {"Q", "K", "V", "past_key", "past_value", "attn_mask"}
-)
+CAST = frozenset({"q", "k", "v", "k_new", "v_new", "k_prefix", "v_prefix", "bias", "dout"})
 """Our words for what torch.autocast casts: what its own function is given, by any name."""
 
 BITS = {"bfloat16": np.uint16, FLOAT8: np.uint8}

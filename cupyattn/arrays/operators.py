@@ -10,6 +10,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -95,6 +96,8 @@ class Operator:
     """What to say where gradients are wanted and there are none."""
     smooth: int = 2
     """So many results have gradients, the first ones."""
+    casts_inside: bool = False
+    """Under torch.autocast it is told so, and its function casts what it casts by itself: not all that is like q."""
     title: str = ""
     """Its name, if another one has its function's."""
 
@@ -121,7 +124,9 @@ class Operator:
                 found += [Argument(word, kind, None, "array"), Argument(word, "SymInt?", default, "number")]
             else:
                 found.append(Argument(word, kind, default, _part_of(str(parameter.annotation))))
-        return (*found, Argument("dropout_seed", "Tensor?", None, "seed")) if self.draws else tuple(found)
+        seed = [Argument("dropout_seed", "Tensor?", None, "seed")] if self.draws else []
+        autocast = [Argument("autocast", "str?", None, "autocast")] if self.casts_inside else []
+        return (*found, *seed, *autocast)
 
     @property
     def schema(self) -> str:
@@ -139,6 +144,8 @@ class Operator:
         found = dict(self.always)
         for argument in self.arguments:
             value = values[argument.name]
+            if argument.part == "autocast":
+                continue
             if argument.part == "seed" and value is not None:
                 value = int(value)
             if argument.part == "several":
@@ -155,7 +162,8 @@ class Operator:
 
     def run(self, values: Values) -> list[Any]:
         """Its results: all of them, and each of them a tensor; a number is the length of one."""
-        found = beside_dynamo(self.function)(**self.asked(values))
+        with _under(values.get("autocast"), values[self.arguments[0].name]):
+            found = beside_dynamo(self.function)(**self.asked(values))
         given = [x for x in (found if isinstance(found, (tuple, list)) else (found,)) if x is not None]
         tensors = [given[0].new_zeros(x) if isinstance(x, int) else x for x in given]
         return [*tensors, *(tensors[0].new_empty(0) for _ in self.gives[len(tensors) :])]
@@ -174,6 +182,14 @@ class Operator:
             except NotImplementedError:  # of implementations, and an outline has those of the CPU
                 if all(x.device.type == "cpu" for x in values.values() if isinstance(x, torch.Tensor)):
                     raise
+
+
+def _under(dtype: str | None, like: Any) -> AbstractContextManager[Any]:
+    """torch.autocast to a dtype, on the device of a tensor; nothing if that is None."""
+    if dtype is None:
+        return nullcontext()
+    torch = sys.modules["torch"]
+    return torch.autocast(like.device.type, dtype=getattr(torch, dtype))  # type: ignore[no-any-return]
 
 
 def _part_of(annotation: str) -> str:

@@ -133,6 +133,8 @@ def of_linear(values: Values) -> list[Result]:
 
 def of_onnx(values: Values) -> list[Result]:
     """Y, present keys and values, and scores, which are empty if they were not asked for."""
+    import torch
+
     q, k, v = (_heads_first(values[word], values[count]) for word, count in _HEADS)
     (batch, heads, rows, _), (_, heads_kv, keys, head_dim), head_dim_v = q, k, v[3]
     if values["past_key"] is not None:
@@ -141,7 +143,9 @@ def of_onnx(values: Values) -> list[Result]:
     out = (batch, rows, heads * head_dim_v) if flat else (batch, heads, rows, head_dim_v)
     scores = (0,) if values["qk_matmul_output_mode"] is None else (batch, heads, rows, keys)
     present = [(batch, heads_kv, keys, head_dim), (batch, heads_kv, keys, head_dim_v)]
-    return [(shape, values["Q"].dtype) for shape in (out, *present, scores)]
+    kind = values["Q"].dtype
+    cast = values["autocast"] is not None and kind != torch.float64
+    return [(out, getattr(torch, values["autocast"]) if cast else kind), *((x, kind) for x in (*present, scores))]
 
 
 _HEADS = (("Q", "q_num_heads"), ("K", "kv_num_heads"), ("V", "kv_num_heads"))

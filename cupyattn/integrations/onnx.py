@@ -38,6 +38,7 @@ class Outputs(NamedTuple):
     finish=lambda asked, found: Outputs(*found[:3], None if asked["qk_matmul_output_mode"] is None else found[3]),
     is_one_job=False,
     smooth=4,
+    casts_inside=True,
     title="onnx_attention",
 )
 def attention(

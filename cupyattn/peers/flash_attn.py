@@ -83,8 +83,7 @@ def flash_attn_func(
         As `attention`.
     """
     function = "flash_attn_func"
-    arrays = {"q": ("q", q), "k": ("k", k), "v": ("v", v)}
-    arrays |= {"seqlens_q": ("seqlens_q", seqlens_q), "seqlens_k": ("seqlens_k", seqlens_k)}
+    arrays = {"q": ("q", q), "k": ("k", k), "v": ("v", v), **_seqlens(seqlens_q, seqlens_k)}
     return _flash(
         function, arrays,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -110,6 +109,8 @@ def flash_attn_qkvpacked_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
+    seqlens_q: Array | None = None,
+    seqlens_k: Array | None = None,
     out: Array | None = None,
     lse_out: Array | None = None,
 ) -> Any:
@@ -118,7 +119,7 @@ def flash_attn_qkvpacked_func(
     Parameters, results and errors as for `flash_attn_func`.
     """
     function = "flash_attn_qkvpacked_func"
-    arrays = _unpacked(function, "qkv", qkv, 3, "batch, seqlen")
+    arrays = _unpacked(function, "qkv", qkv, 3, "batch, seqlen") | _seqlens(seqlens_q, seqlens_k)
     return _flash(
         function, arrays,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -145,6 +146,8 @@ def flash_attn_kvpacked_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
+    seqlens_q: Array | None = None,
+    seqlens_k: Array | None = None,
     out: Array | None = None,
     lse_out: Array | None = None,
 ) -> Any:
@@ -153,7 +156,7 @@ def flash_attn_kvpacked_func(
     `kv` is (batch, seqlen_k, 2, num_heads_kv, head_dim).  Parameters, results and errors as for `flash_attn_func`.
     """
     function = "flash_attn_kvpacked_func"
-    arrays = {"q": ("q", q), **_unpacked(function, "kv", kv, 2, "batch, seqlen")}
+    arrays = {"q": ("q", q), **_unpacked(function, "kv", kv, 2, "batch, seqlen"), **_seqlens(seqlens_q, seqlens_k)}
     return _flash(
         function, arrays,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -374,6 +377,10 @@ def _flash(
     if wants_probs:
         return found["out"], found["lse"], found.get("dropout_mask")
     return (found["out"], found["lse"]) if wants_lse else found["out"]
+
+
+def _seqlens(seqlens_q: Array | None, seqlens_k: Array | None) -> dict[str, tuple[str, Any]]:
+    return {"seqlens_q": ("seqlens_q", seqlens_q), "seqlens_k": ("seqlens_k", seqlens_k)}
 
 
 def _as_asked(wants_lse: bool, wants_probs: bool, dropout_p: float, found: Any) -> Any:

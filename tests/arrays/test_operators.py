@@ -393,6 +393,14 @@ def test_a_compiled_call_knows_of_autocast_and_so_do_its_gradients():
         assert_same(compiled(cupyattn.attention_backward)(dout, q, k, v), expected)
 
 
+def test_a_compiled_call_of_onnx_leaves_the_past_as_it_is_under_autocast():
+    tensors, graph = operands_of(onnx_attention), compiled(onnx_attention)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = graph(*tensors), onnx_attention(*tensors)
+    assert (found.Y.dtype, found.present_key.dtype) == (torch.bfloat16, torch.float32)
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("transform", ["vmap", "grad", "vmap of grad"])
 def test_torch_funs_transforms_are_compiled(transform):
     q, k, v = qkv(3, 2, 5, 4, 8)
