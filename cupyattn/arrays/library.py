@@ -207,6 +207,10 @@ class Library:
         """Values are not to be had now: under a trace, or in a graph."""
         return False
 
+    def is_placed_later(self, arrays: Arrays) -> bool:
+        """Where the call will be done is not known now: it becomes part of a program."""
+        return False
+
     def index_dtype(self) -> str:
         return "int64"
 
