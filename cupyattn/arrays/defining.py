@@ -69,9 +69,9 @@ def _under_autocast(operator: Operator, kind: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(kind.lower())
         if operator.casts_inside:
-            named = operator.named(args) | {"autocast": str(dtype).removeprefix("torch.")}
+            told = operator.named(args) | {"autocast": str(dtype).removeprefix("torch.")}
             with torch._C._ExcludeDispatchKeyGuard(keys):
-                return getattr(torch.ops.cupyattn, operator.name)(*named.values())
+                return getattr(torch.ops.cupyattn, operator.name)(*told.values())
         named = zip(operator.arguments, args, strict=False)
         cast = [
             x.to(dtype) if argument.name in CAST and x is not None and x.dtype in narrow else x for argument, x in named

@@ -39,6 +39,10 @@ class Cache:
     dtype, heads and head_dim are those of the first tokens appended; arrays of any library that can be written to
     will do, and those of JAX, which are copied at each append.  Values are kept, gradients are not.
 
+    torch.compile calls a cache between two graphs: what it is, lengths and pages and who shares them, is kept in Python
+    and decides what is computed.  So ``fullgraph=True`` refuses it; where a step has to be one graph, or a CUDA graph,
+    `flash_attn_with_kvcache` takes tokens in and attends over arrays and lengths of the caller's.
+
     A call that raises leaves the cache as it was, whatever it raises: KeyboardInterrupt and MemoryError too.  Copies
     have memory of their own, those of `copy.copy` too.
     """

@@ -35,7 +35,9 @@ class Outputs(NamedTuple):
 @recorded(
     shapes.of_onnx,
     ("Y", "present_key", "present_value", "qk_matmul_output"),
-    finish=lambda asked, found: Outputs(*found[:3], None if asked["qk_matmul_output_mode"] is None else found[3]),
+    finish=lambda asked, found: Outputs(
+        found[0], found[1], found[2], None if asked["qk_matmul_output_mode"] is None else found[3]
+    ),
     is_one_job=False,
     smooth=4,
     casts_inside=True,

@@ -57,6 +57,12 @@ def unpad_input(
         known yet: of dask, or under jax.jit.
     ValueError
         Shapes do not fit, or a mask's values are neither 0 nor 1.
+
+    Notes
+    -----
+    In a graph of torch the rows are as many, and the longest sequence as long, as a mask says that has no values yet.
+    torch.compile has such sizes once ``torch._dynamo.config.capture_dynamic_output_shape_ops`` is switched on; without
+    it, the call is between two graphs, and an error with ``fullgraph=True``.
     """
     function = "unpad_input"
     named = {

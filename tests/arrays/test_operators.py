@@ -462,6 +462,36 @@ def test_a_compiled_step_decodes_over_a_cache(lengths):
     assert caches.count_nonzero() > 0
 
 
+CACHES = {
+    "dynamic": cupyattn.DynamicCache,
+    "static": lambda: cupyattn.StaticCache(16),
+    "paged": lambda: cupyattn.PagedCache(8, 4),
+}
+
+
+def decoded(cache, step):
+    generator = torch.Generator().manual_seed(5)
+    return [step(cache, *(torch.randn(2, 1, heads, 8, generator=generator) for heads in (4, 2, 2))) for _ in range(3)]
+
+
+def appended_and_attended(cache, q, k, v):
+    cache.append(k * 2, v * 2)
+    return cache.attend(q * 2) + 1
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_compiled_step_calls_a_cache_between_its_graphs(name):
+    graph = torch.compile(appended_and_attended, backend="eager")
+    found, expected = (decoded(CACHES[name](), step) for step in (graph, appended_and_attended))
+    for a, b in zip(found, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_one_graph_with_a_cache_is_refused_and_says_what_to_do():
+    with pytest.raises(Exception, match="In one graph flash_attn_with_kvcache takes the same steps"):
+        decoded(cupyattn.DynamicCache(), compiled(appended_and_attended, "eager"))
+
+
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_what_no_operator_takes_is_called_between_two_graphs():
     """As all calls were before there were operators: NumPy's arrays, numbers in tensors, masks that are no tensors."""
