@@ -51,7 +51,8 @@ def implementations(*names: Implementation) -> AbstractContextManager[None]:
     backward pass goes by what was allowed when its forward pass was called.
 
     It holds in this thread, or this asyncio task and those that are started inside; a new thread begins without.  What
-    jax.jit has traced keeps what held then.
+    jax.jit has traced keeps what held then, and refuses where the program runs and none of them can; it is traced
+    wherever that may be, unless there is no device on which any of them could take it.
 
     Only attention itself is chosen: merging states, rotary embedding and taking new keys into a cache are done in one
     way each.

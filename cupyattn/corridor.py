@@ -19,8 +19,8 @@ from cupyattn import cpu, lengths
 from cupyattn.allowed import Allowed, currently_allowed
 from cupyattn.arrays import NOWHERE, Arrays, Destinations, Visit, check_destinations, enter, put
 from cupyattn.described import Call
-from cupyattn.plan import Plan, choose, choose_backward, for_live_keys
-from cupyattn.problem import FLOAT8, Device, Problem, Spec
+from cupyattn.plan import Plan, choose, choose_backward, for_live_keys, memory_of
+from cupyattn.problem import FLOAT8, NAMED_DEVICES, Device, Problem, Spec
 from cupyattn.reading import Options, check_lengths, check_sequences, read, refusal
 
 Named = Mapping[str, tuple[str, Any]]
@@ -50,7 +50,8 @@ def answer(
     visit = enter(function, arrays)
     problem = read(function, visit.specs, options)
     allowed = allowed or currently_allowed()
-    plan = plan_for(function, problem, visit.device(), allowed, fixed_split_size)
+    plan = _at_hand(visit, problem, lambda device: planned(problem, device, allowed, fixed_split_size))
+    visit.before_work((problem, plan))
     if into:
         check_destinations(visit, into, problem.results)
     if problem.needs_dropout_mask and visit.kind == "cpu":
@@ -117,6 +118,17 @@ def views_on_gpu(visit: Visit, words: tuple[str, ...]) -> list[Any]:
     )
 
 
+def _at_hand(visit: Visit, problem: Problem, plan_on: Callable[[Device], Plan]) -> Plan:
+    """The plan where the arrays are.  Of a program, which may run elsewhere, one that objects is refused when it runs,
+    unless no device there is could take it."""
+    plan = plan_on(visit.device())
+    if plan.kernel == "none" and visit.library.is_placed_later(visit.arrays):
+        if any(found.kernel != "none" for found in map(plan_on, NAMED_DEVICES.values())):
+            return plan
+        plan = plan_on(NAMED_DEVICES["H200"])  # whose reasons say more than those of a CPU
+    return _agreed(visit.function, problem, plan)
+
+
 def plan_for(
     function: str, problem: Problem, device: Device, allowed: Allowed | None, fixed_split_size: int | None = None
 ) -> Plan:
@@ -148,10 +160,37 @@ def planned_backward(problem: Problem, device: Device, allowed: Allowed | None) 
     return replace(plan, flops=flops, bytes=3 * problem.bytes, notes=(*plan.notes, lengths.NOTE))
 
 
+def weighed(plan: Plan, problem: Problem, specs: Mapping[str, Spec], gradients: bool = False) -> Plan:
+    """The plan that says how much memory it takes, and how large the cache is that keys are in."""
+    in_cache = problem.layout.cached or problem.layout.page_size is not None
+    cache = sum(specs[name].nbytes for name in ("k", "v")) if in_cache else 0
+    if plan.kernel == "none":
+        return replace(plan, cache_bytes=cache)
+    whole, turned = problem, 0
+    if problem.layout.seqlens:
+        whole, own = lengths.packed(problem), specs
+        specs = lengths.packed_specs(problem, own)
+        if plan.kernel == "numpy":  # which works on one of the three sequences that each is
+            whole = replace(whole, sizes=replace(whole.sizes, batch_shape=(problem.sizes.batch,)))
+        if problem.layout.axes == "bhsd":  # heads and rows change places
+            turned = sum(own[name].nbytes for name in ("q", "k", "v"))
+    return replace(plan, memory=turned + memory_of(plan, whole, specs, gradients), cache_bytes=cache)
+
+
+class NoImplementation(NotImplementedError):
+    """Every implementation objects."""
+
+    because: tuple[Problem, Plan]
+    """Of what, and what says so."""
+
+
 def _agreed(function: str, problem: Problem, plan: Plan) -> Plan:
     if plan.kernel == "none":
         reasons = [(name, reason) for name, against in plan.objections for reason in against]
-        raise NotImplementedError(refusal(function, f"no implementation takes this problem\n    {problem}", *reasons))
+        rule = f"no implementation takes this problem\n    {problem}"
+        error = NoImplementation(refusal(function, rule, *reasons))
+        error.because = problem, plan
+        raise error
     return plan
 
 
@@ -171,6 +210,7 @@ def in_numpy(plan: Plan, call: Call) -> tuple[Callable[[Arrays], Arrays], Callab
     function, problem, specs, _, seed, *_ = call
 
     def forward(operands: Arrays) -> Arrays:
+        _agreed(function, problem, plan)
         if problem.layout.ragged:
             check_sequences(function, specs, problem.sizes, operands)
         if problem.layout.seqlens:
@@ -179,6 +219,7 @@ def in_numpy(plan: Plan, call: Call) -> tuple[Callable[[Arrays], Arrays], Callab
         return cpu.run(plan, problem, operands, int(operands.get("seed", seed)))
 
     def backward(operands: Arrays, known: Arrays) -> Arrays:
+        _agreed(function, problem, plan)
         if problem.dtype == FLOAT8:
             rule = f"has no gradients of {FLOAT8}, nor of what comes with it, and one was asked for"
             raise NotImplementedError(refusal(function, rule))
@@ -280,13 +321,15 @@ def answer_with_gradients(
 ) -> Arrays:
     """Gradients of a visit's floating operands, by name; those of its arrays that are `known` are none."""
     specs = dict(visit.specs)
-    plan = plan_for_gradients(visit.function, problem, visit.device(), allowed)
+    plan = _at_hand(visit, problem, lambda device: planned_backward(problem, device, allowed))
+    visit.before_work((problem, plan))
 
     def backward(everything: Arrays) -> Arrays:
         known_here = {name: everything[name] for name in known if name in everything}
         operands = {name: array for name, array in everything.items() if name not in known}
         if visit.kind == "cuda":
             return gradients_on_gpu(visit, visit.device(), problem, operands, known_here, allowed, seed)
+        _agreed(visit.function, problem, plan)
         if problem.layout.seqlens:
             check_lengths(visit.function, specs, problem.sizes, operands)
         return gradients(plan, problem, operands, known_here, seed)

@@ -1,22 +1,52 @@
-"""`explain`: what `attention` would do, as a value."""
+"""`explain`: what a call would do, as a value."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any, Literal
-
-import numpy as np
+from functools import wraps
+from typing import Any, Literal, overload
 
 from cupyattn import reading
 from cupyattn.allowed import allowed_by
-from cupyattn.arrays import Visit, described, enter, untraced
-from cupyattn.corridor import planned, planned_backward, under_our_names
+from cupyattn.arrays import described, enter, untraced
+from cupyattn.corridor import planned, planned_backward, under_our_names, weighed
 from cupyattn.plan import Plan
-from cupyattn.problem import FLOAT8, NAMED_DEVICES, Alignment, Device, Implementation, Spec
+from cupyattn.problem import Alignment, Implementation, Spec
 from cupyattn.reading import attention_options, read, refusal
+from cupyattn.rehearsing import check_device, device_meant, explain_call, unsaid_dtype
 
 
+def _or_a_call(of_arrays: Callable[..., Plan]) -> Callable[..., Plan]:
+    """`explain` that takes a function and its arguments as well."""
+
+    @wraps(of_arrays)
+    def either(*args: Any, **words: Any) -> Plan:
+        if args and callable(args[0]):
+            return explain_call(*args, **words)
+        return of_arrays(*args, **words)
+
+    return either
+
+
+# fmt: off
+@overload
+def explain(
+    function: Callable[..., Any], /, *args: Any, dtype: Any = ..., device: str | None = ..., backward: bool = ...,
+    **words: Any,
+) -> Plan: ...
+@overload
+def explain(
+    q: Any, k: Any, v: Any, *, dtype: Any = ..., device: str | None = ..., layout: Literal["bshd", "bhsd"] = ...,
+    causal: bool = ..., alignment: Alignment | None = ..., window_size: tuple[int | None, int | None] = ...,
+    mask: Any = ..., bias: Any = ..., softmax_scale: float | None = ..., softcap: float = ..., alibi_slopes: Any = ...,
+    sinks: Any = ..., q_descale: Any = ..., k_descale: Any = ..., v_descale: Any = ..., seqlens_q: Any = ...,
+    seqlens_k: Any = ..., dropout_p: float = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    fixed_split_size: int | None = ..., return_lse: bool = ...,
+    implementation: Implementation | Collection[Implementation] | None = ..., backward: bool = ...,
+) -> Plan: ...
+# fmt: on
+@_or_a_call
 @untraced
 def explain(
     q: Any,
@@ -48,15 +78,23 @@ def explain(
     implementation: Implementation | Collection[Implementation] | None = None,
     backward: bool = False,
 ) -> Plan:
-    """How `attention` would do a call, or its gradients, and why not otherwise; nothing is computed.
+    """How a call would be done, or its gradients, and why not otherwise; nothing is computed.
+
+    ``explain(q, k, v, ...)`` is about `attention`.  ``explain(function, ...)`` is about ``function(...)``, one of the
+    attention functions here, or `attend` of a cache: the call as it is, with `explain` in front of it.
 
     Parameters
     ----------
+    function : callable
+        `attention`, `attention_backward`, `scaled_dot_product_attention`, `cascade_attention`, `flash_attn_func` and
+        its kind, `flash_attn_with_kvcache`, or a cache's ``cache.attend``; its own arguments follow.  Arrays may be
+        given by their shapes, as below; lengths and tables of int32 as well, whose values no plan depends on.  `out`
+        and `lse_out` are not looked at.
     q, k, v, mask, bias, alibi_slopes, sinks, seqlens_q, ... : array or tuple of int
         Arrays as `attention` takes them, or their shapes alone; or what has a shape and a dtype and no values,
         like a jax.ShapeDtypeStruct or a torch.Tensor on the meta device.
     dtype : str or dtype, optional
-        Of q, k and v where only shapes are given.  Default float32 on the CPU, float16 on a GPU.
+        Of q, k and v where only shapes are given.  Default float32 on the CPU, float16 on a GPU; a cache's own.
     device : str, optional
         "cpu", or a GPU by name: one of the names in the error that an unknown name gives.  Default: where the
         arrays are; "cpu" where none has values.
@@ -68,18 +106,26 @@ def explain(
     Returns
     -------
     Plan
-        Prints itself: implementation, tile, splits, workers, flops, bytes, the reason for it, and each
-        other implementation's reasons against it.  Its `kernel` is "none" if all object.
+        Prints itself: implementation, tile, splits, workers, flops, bytes, the memory it takes besides the operands,
+        the size of a cache, the reason for it, and each other implementation's reasons against it.  Its `kernel` is
+        "none" if all object.
 
     Raises
     ------
     TypeError, ValueError
-        As `attention` would; also for an unknown `device`, and for a `fixed_split_size` of gradients, which are
-        not split.
+        As the call would before it looks at values; also for an unknown `device`, for a function that is none of those,
+        for gradients of what has none, and for a `fixed_split_size` of gradients, which are not split.
 
     Notes
     -----
     For a decode on a GPU the plan also says into how many splits flash-attn 2 and 3 would have cut the keys.
+
+    `Plan.memory` has the results in it.  On a GPU it is what is asked of the library's allocator, but for arrays that
+    have to be copied, which the plan names.  On a CPU it is an estimate: within a factor of 1.6, up or down, of what
+    NumPy allocates at the peak, in the tests.  Where lengths are data it is for the longest.  Operands of gradients are
+    dout, out and lse as well.  The memory of a compiled program of JAX is not counted.
+
+    A cascade is two problems, whose plans are one: the first one's, with what both take, but for their merge on a GPU.
 
     Examples
     --------
@@ -88,6 +134,19 @@ def explain(
     >>> plan = cupyattn.explain(*shape, dtype="bfloat16", device="H100")
     >>> plan.kernel, plan.num_splits > 1
     ('splitkv', True)
+
+    A call as it is, of arrays or shapes; and of a cache:
+
+    >>> pages = (1024, 64, 8, 128)
+    >>> call = cupyattn.flash_attn_with_kvcache, (8, 1, 32, 128), pages, pages
+    >>> plan = cupyattn.explain(*call, block_table=(8, 128), cache_seqlens=(8,), dtype="bfloat16", device="H100")
+    >>> plan.kernel, plan.cache_bytes
+    ('splitkv', 268435456)
+    >>> import numpy as np
+    >>> cache, x = cupyattn.DynamicCache(), np.ones((1, 9, 2, 8), np.float32)
+    >>> cache.append(x, x)
+    >>> cupyattn.explain(cache.attend, x[:, -1:]).cache_bytes == cache.nbytes
+    True
     """
     function = "explain"
     reading.dropout_seed(function, dropout_seed)
@@ -109,27 +168,16 @@ def explain(
             shapes[name] = found
     present = {name: entry for name, entry in given.items() if entry[1] is not None or name in ("q", "k", "v")}
     arrays = {name: entry for name, entry in present.items() if name not in shapes}
-    _check_device(function, device)
+    check_device(function, device)
     visit = enter(function, arrays) if arrays else None
     specs = dict(visit.specs) if visit else {}
     specs |= _specs_of_shapes(function, shapes, specs, dtype, device)
     problem = read(function, tuple((name, specs[name]) for name in given if name in specs), options)
-    there = _device_meant(device, visit)
+    there = device_meant(device, visit)
     plan = planned_backward(problem, there, allowed) if backward else planned(problem, there, allowed, size)
+    plan = weighed(plan, problem, specs, backward)
     as_they_lie = device is None and visit is not None and not problem.layout.seqlens
     return replace(plan, notes=plan.notes + visit.notes(problem, plan)) if visit and as_they_lie else plan
-
-
-def _check_device(function: str, device: Any) -> None:
-    if device is not None and not (isinstance(device, str) and (device == "cpu" or device in NAMED_DEVICES)):
-        rule = f"device has to be 'cpu' or one of {', '.join(NAMED_DEVICES)}"
-        raise ValueError(refusal(function, rule, ("device", repr(device))))
-
-
-def _device_meant(device: str | None, visit: Visit | None) -> Device:
-    if device is not None:
-        return _cpu_device() if device == "cpu" else NAMED_DEVICES[device]
-    return _cpu_device() if visit is None else visit.device()
 
 
 def _check_backward(function: str, backward: Any, size: int | None) -> None:
@@ -157,18 +205,5 @@ def _specs_of_shapes(
     specs = {}
     for name, (shape, kind) in shapes.items():
         sizes = tuple(reading.integer(function, name, size, low=0, high=2**63 - 1) for size in shape)
-        specs[name] = Spec(name, sizes, kind or _unsaid_dtype(name, name_of_dtype))
+        specs[name] = Spec(name, sizes, kind or unsaid_dtype(name, name_of_dtype))
     return specs
-
-
-def _unsaid_dtype(name: str, own: str) -> str:
-    """Of an argument of which only the shape is known, beside q, k and v in the dtype `own`."""
-    if name in ("q", "k", "v"):
-        return own
-    if name == "mask" or name in reading.INDICES:
-        return "bool" if name == "mask" else "int32"
-    return "float32" if own == FLOAT8 or name in reading.DESCALES else own
-
-
-def _cpu_device() -> Device:
-    return enter("explain", {"q": ("q", np.empty(0))}).device()

@@ -39,6 +39,7 @@ def answer_in_parts(function: str, parts: Sequence[Part], needs_lse: bool) -> Ar
     ]
     device = visit.device()
     plans = [plan_for(function, problem, device, currently_allowed()) for problem in problems]
+    visit.before_work(*zip(problems, plans, strict=True))
     exact = [replace(problem, dtype="float64", needs_lse=True) for problem in problems]
     first = problems[0]
     if visit.kind == "cuda":

@@ -5,6 +5,7 @@ import threading
 
 import numpy as np
 import pytest
+from homes import needs
 
 import cupyattn
 from cupyattn.allowed import currently_allowed, implementations
@@ -218,3 +219,31 @@ def test_unknown_names_are_refused_before_the_with(names, error, says):
     with pytest.raises(error, match=f"^implementations: {says}"):
         implementations(*names)
     assert currently_allowed() is None
+
+
+@pytest.mark.parametrize("differentiated", [False, True], ids=["forward", "gradients"])
+def test_a_program_of_jax_is_traced_with_kernels_that_are_not_here_and_refuses_when_it_runs(differentiated):
+    jax = needs("jax")
+    x = jax.numpy.ones((1, 6, 2, 8), "float32")
+
+    def program(q):
+        out = cupyattn.attention(q, q, q, causal=True)
+        return out.sum() if differentiated else out
+
+    def afresh():  # or jax.jit would have traced it before
+        return jax.jit(jax.grad(lambda q: program(q)) if differentiated else lambda q: program(q))
+
+    with cupyattn.implementations("flash"):
+        traced = afresh().lower(x)
+        with pytest.raises(Exception, match="may not be taken: only flash may"):
+            jax.block_until_ready(afresh()(x))
+    assert "cupyattn" in traced.as_text() or "callback" in traced.as_text()
+    with cupyattn.implementations("numpy"):
+        assert jax.numpy.isfinite(afresh()(x)).all()
+
+
+def test_a_program_that_no_device_could_run_is_refused_when_it_is_traced():
+    jax = needs("jax")
+    x = jax.numpy.ones((1, 6, 2, 7), "float32")
+    with cupyattn.implementations("flash"), pytest.raises(NotImplementedError, match="multiple of 8"):
+        jax.jit(lambda q: cupyattn.attention(q, q, q)).lower(x)

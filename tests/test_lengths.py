@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import SEED
 from homes import needs
-from oracle import assert_matches
+from oracle import assert_matches, assert_same_bits
 
 import cupyattn
 
@@ -126,6 +126,22 @@ def test_flash_attns_function_takes_them_and_aligns_bottom_right():
     found = cupyattn.flash_attn_func(**batch(), causal=True, return_lse=True)
     for got, exact in zip(found, expected(batch(), causal=True, alignment="bottom-right"), strict=True):
         assert_matches(got, exact, atol=1e-13)
+
+
+def test_flash_attns_packed_functions_take_them_and_so_do_their_gradients():
+    torch = needs("torch")
+    qkv = torch.randn(3, 7, 3, 4, 8, dtype=torch.float64, requires_grad=True)
+    used = {"seqlens_q": torch.tensor([7, 2, 5], dtype=torch.int32), "seqlens_k": torch.tensor([6, 7, 0]).int()}
+    q, k, v = qkv.unbind(2)
+    right = cupyattn.flash_attn_func(q, k, v, causal=True, **used)
+    for packed in (
+        cupyattn.flash_attn_qkvpacked_func(qkv, causal=True, **used),
+        cupyattn.flash_attn_kvpacked_func(q, qkv[:, :, 1:], causal=True, **used),
+    ):
+        assert_same_bits(packed, right)
+        slopes = [torch.autograd.grad(x.square().sum(), qkv, retain_graph=True)[0] for x in (packed, right)]
+        assert_same_bits(*slopes)
+        assert slopes[0].count_nonzero()
 
 
 def test_descales_of_sequences_go_with_them():

@@ -16,15 +16,24 @@ same library and device, with gradients where the library has them, lazily where
     defining, registering, pulling
                   the same to torch: kernels, autocast; rules for autograd and vmap; gradients
     outlines      tensors without values, of which only that can be refused
+    sketches      arrays of any device without values, by which calls are rehearsed
     shapes        of results
     xla           programs that JAX compiles call without its arrays
 """
 
 from cupyattn.arrays import shapes
 from cupyattn.arrays.cupy import CUPY
-from cupyattn.arrays.destinations import NOWHERE, Destinations, check_destinations, destinations_of, put
+from cupyattn.arrays.destinations import (
+    NOWHERE,
+    Destinations,
+    check_destinations,
+    check_pair_apart,
+    destinations_of,
+    put,
+)
 from cupyattn.arrays.library import Arrays
 from cupyattn.arrays.recognition import alignment_meant, described
+from cupyattn.arrays.sketches import Rehearsed, Sketch, Sketches
 from cupyattn.arrays.tracing import define_operators, recorded, untraced
 from cupyattn.arrays.visit import Visit, cpu_device, cuda_lane, enter
 from cupyattn.arrays.xla import objection as objection_to_programs
@@ -35,9 +44,13 @@ __all__ = [
     "NOWHERE",
     "Arrays",
     "Destinations",
+    "Rehearsed",
+    "Sketch",
+    "Sketches",
     "Visit",
     "alignment_meant",
     "check_destinations",
+    "check_pair_apart",
     "cpu_device",
     "cuda_lane",
     "define_operators",

@@ -26,7 +26,7 @@ def define(operator: Operator) -> str:
     is_list = not operator.gives
 
     def forward(*args: Any) -> Any:
-        found = [x.contiguous() for x in operator.run(operator.named(args))]
+        found = _apart([x.contiguous() for x in operator.run(operator.named(args))], args)
         return found if is_list else _one_or_more(found)
 
     def without_values(*args: Any) -> Any:
@@ -49,6 +49,12 @@ def define(operator: Operator) -> str:
     return operator.name
 
 
+def _apart(found: list[Any], args: tuple[Any, ...]) -> list[Any]:
+    """Results in memory of their own, as those of operators have to be, but for what is overwritten anyway."""
+    theirs = {x.untyped_storage()._cdata for x in tensors_of(args)}
+    return [x.clone() if x.untyped_storage()._cdata in theirs else x for x in found]
+
+
 def _one_or_more(found: list[Any]) -> Any:
     return found[0] if len(found) == 1 else tuple(found)
 
@@ -62,6 +68,10 @@ def _under_autocast(operator: Operator, kind: str) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         dtype = torch.get_autocast_dtype(kind.lower())
+        if operator.casts_inside:
+            told = operator.named(args) | {"autocast": str(dtype).removeprefix("torch.")}
+            with torch._C._ExcludeDispatchKeyGuard(keys):
+                return getattr(torch.ops.cupyattn, operator.name)(*told.values())
         named = zip(operator.arguments, args, strict=False)
         cast = [
             x.to(dtype) if argument.name in CAST and x is not None and x.dtype in narrow else x for argument, x in named

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,6 +106,24 @@ def _memory(visit: Visit, arrays: Arrays, specs: Mapping[str, Spec]) -> dict[str
         word: np.asarray(_Elsewhere(view.pointer, view.shape, view.strides, sizes[view.dtype]))
         for word, view in views.items()
     }
+
+
+def check_pair_apart(visits: Sequence[Visit], word: str, arrays: Sequence[Any]) -> None:
+    """Refuse to overwrite two arrays, by the same word of two visits, that have an element in common.
+
+    Where arrays have no values they have no memory either, and nothing is found out.
+    """
+    one, other = visits
+    if one.kind != other.kind or any(x.library.has_no_values(y) for x, y in zip(visits, arrays, strict=True)):
+        return
+    specs = [dict(visit.specs)[word] for visit in visits]
+    there = [
+        _memory(visit, {word: array}, {word: spec})[word]
+        for visit, array, spec in zip(visits, arrays, specs, strict=True)
+    ]
+    if _share(*there):
+        rule = f"{specs[0].name} shares memory with {specs[1].name}, and both were to be overwritten"
+        raise ValueError(refusal(one.function, rule, *((spec.name, spec.shape) for spec in specs)))
 
 
 class _Elsewhere:

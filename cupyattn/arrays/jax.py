@@ -26,6 +26,9 @@ class Jax(Library):
     def is_deferred(self, arrays: Arrays) -> bool:
         return any(map(self.is_traced, arrays.values()))
 
+    def is_placed_later(self, arrays: Arrays) -> bool:
+        return self.is_deferred(arrays)
+
     def index_dtype(self) -> str:
         """int32 unless the user has switched 64-bit types on."""
         return "int64" if sys.modules["jax"].config.jax_enable_x64 else "int32"

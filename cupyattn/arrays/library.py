@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -15,10 +15,12 @@ import array_api_compat
 import numpy as np
 
 from cupyattn.described import Call
-from cupyattn.problem import FLOAT8, Alignment, Array, Shape, Spec
+from cupyattn.problem import FLOAT8, Alignment, Array, Device, Problem, Shape, Spec
 from cupyattn.reading import dtype_name, refusal
 
 Arrays = dict[str, Any]
+Specs = tuple[tuple[str, Spec], ...]
+"""Of a call's arrays, by our words for them."""
 Forward = Callable[[Arrays], Arrays]
 """NumPy operands by name to NumPy results by name."""
 Backward = Callable[[Arrays, Arrays], Arrays]
@@ -92,6 +94,13 @@ class Library:
     def notes(self) -> tuple[str, ...]:
         """What `explain` says of how the library is served."""
         return ()
+
+    def imagined(self, array: Any) -> Device | None:
+        """The device that an array is said to be on, where it is on none."""
+        return None
+
+    def before_work(self, specs: Specs, steps: Sequence[tuple[Problem, Any]]) -> None:
+        """Told what is going to be computed, each problem with its plan, once nothing more is refused."""
 
     def check_call(self, function: str) -> None:
         """Refuse any call there is now, where nothing that is computed would be right later."""
@@ -198,6 +207,10 @@ class Library:
         """Values are not to be had now: under a trace, or in a graph."""
         return False
 
+    def is_placed_later(self, arrays: Arrays) -> bool:
+        """Where the call will be done is not known now: it becomes part of a program."""
+        return False
+
     def index_dtype(self) -> str:
         return "int64"
 
@@ -266,6 +279,9 @@ def bits_of(array: Array) -> Array:
     bits = BITS.get(name_of(array.dtype))
     return array if bits is None else array.view(bits)
 
+
+CAST = frozenset({"q", "k", "v", "k_new", "v_new", "k_prefix", "v_prefix", "bias", "dout"})
+"""Our words for what torch.autocast casts: what its own function is given, by any name."""
 
 BITS = {"bfloat16": np.uint16, FLOAT8: np.uint8}
 

@@ -7,8 +7,10 @@ function's signature, so that an argument more is an argument of the operator, t
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,21 +26,25 @@ KINDS = {
     "Sequence[A]": "Tensor[]",
     "Array | tuple[Array, Array]": "Tensor[]",
     "bool": "bool",
+    "int | bool": "SymInt",
     "float": "float",
     "float | None": "float?",
     "int": "SymInt",
     "int | None": "SymInt?",
+    "Array | int": "Tensor",
     "int | Array": "Tensor?",
     "int | Array | None": "Tensor?",
     "Alignment | None": "str?",
     "Implementation | Collection[Implementation] | None": "str?",
     "Axes": "str",
+    "str": "str",
+    "Mapping[str, Any] | None": "str?",
     "Literal['bshd', 'bhsd']": "str",
     "Any": "str?",
     "tuple[int | None, int | None]": "SymInt[2]",
 }
-"""How a schema says what an annotation says: a compute_dtype, which may be anything, by its name, and several names as
-one, with commas."""
+"""How a schema says what an annotation says: a compute_dtype, which may be anything, by its name, several names as
+one, with commas, and a mapping as JSON."""
 
 
 class Argument(NamedTuple):
@@ -50,8 +56,8 @@ class Argument(NamedTuple):
     """In the words of schemas."""
     default: Any = inspect.Parameter.empty
     part: str = ""
-    """ "array" or "number" where the function takes either, "several" where it takes an array or a pair, "seed" for one
-    that was drawn."""
+    """ "array" or "number" where the function takes either, "several" where it takes an array or a pair, "flag" where a
+    number may be a bool, "count" where one stands for all before it, "mapping", "seed" for one that was drawn."""
 
     @property
     def name(self) -> str:
@@ -88,10 +94,16 @@ class Operator:
     has_gradients: bool = True
     no_gradients: str = ""
     """What to say where gradients are wanted and there are none."""
+    smooth: int = 2
+    """So many results have gradients, the first ones."""
+    casts_inside: bool = False
+    """Under torch.autocast it is told so, and its function casts what it casts by itself: not all that is like q."""
+    title: str = ""
+    """Its name, if another one has its function's."""
 
     @property
     def name(self) -> str:
-        return self.function.__name__
+        return self.title or self.function.__name__
 
     @property
     def draws(self) -> bool:
@@ -111,8 +123,10 @@ class Operator:
             if "int | Array" in str(parameter.annotation):
                 found += [Argument(word, kind, None, "array"), Argument(word, "SymInt?", default, "number")]
             else:
-                found.append(Argument(word, kind, default, "several" if "tuple[Array" in parameter.annotation else ""))
-        return (*found, Argument("dropout_seed", "Tensor?", None, "seed")) if self.draws else tuple(found)
+                found.append(Argument(word, kind, default, _part_of(str(parameter.annotation))))
+        seed = [Argument("dropout_seed", "Tensor?", None, "seed")] if self.draws else []
+        autocast = [Argument("autocast", "str?", None, "autocast")] if self.casts_inside else []
+        return (*found, *seed, *autocast)
 
     @property
     def schema(self) -> str:
@@ -130,20 +144,28 @@ class Operator:
         found = dict(self.always)
         for argument in self.arguments:
             value = values[argument.name]
+            if argument.part == "autocast":
+                continue
             if argument.part == "seed" and value is not None:
                 value = int(value)
             if argument.part == "several":
                 value = tuple(value) if len(value) > 1 else value[0]
+            if argument.part == "mapping" and value is not None:
+                value = json.loads(value)
             if argument.word == "implementation" and value is not None:
                 value = tuple(value.split(","))
-            if not argument.part or (value is not None and found.get(argument.word) is None):
+            if argument.part not in ("array", "number", "several", "seed") or (
+                value is not None and found.get(argument.word) is None
+            ):
                 found[argument.word] = tuple(value) if argument.kind == "SymInt[2]" else value
         return found
 
     def run(self, values: Values) -> list[Any]:
-        """Its results: all of them, and each of them a tensor."""
-        found = beside_dynamo(self.function)(**self.asked(values))
-        tensors = [x for x in (found if isinstance(found, (tuple, list)) else (found,)) if x is not None]
+        """Its results: all of them, and each of them a tensor; a number is the length of one."""
+        with _under(values.get("autocast"), values[self.arguments[0].name]):
+            found = beside_dynamo(self.function)(**self.asked(values))
+        given = [x for x in (found if isinstance(found, (tuple, list)) else (found,)) if x is not None]
+        tensors = [given[0].new_zeros(x) if isinstance(x, int) else x for x in given]
         return [*tensors, *(tensors[0].new_empty(0) for _ in self.gives[len(tensors) :])]
 
     def refuse(self, values: Values) -> None:
@@ -160,6 +182,19 @@ class Operator:
             except NotImplementedError:  # of implementations, and an outline has those of the CPU
                 if all(x.device.type == "cpu" for x in values.values() if isinstance(x, torch.Tensor)):
                     raise
+
+
+def _under(dtype: str | None, like: Any) -> AbstractContextManager[Any]:
+    """torch.autocast to a dtype, on the device of a tensor; nothing if that is None."""
+    if dtype is None:
+        return nullcontext()
+    torch = sys.modules["torch"]
+    return torch.autocast(like.device.type, dtype=getattr(torch, dtype))  # type: ignore[no-any-return]
+
+
+def _part_of(annotation: str) -> str:
+    known = {"int | bool": "flag", "Array | int": "count", "Mapping[str, Any] | None": "mapping"}
+    return "several" if "tuple[Array" in annotation else known.get(annotation, "")
 
 
 class _Unknown(Exception):

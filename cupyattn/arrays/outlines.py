@@ -41,6 +41,9 @@ class Outlines(Torch):
     def values(self, array: Any) -> Array:
         raise ValuesAsked
 
+    def bring(self, values: Array, like: Any) -> Any:
+        return outline(values.shape, None, values.dtype.name)
+
     def note_overwritten(self, array: Any) -> None:
         """Nothing was."""
 

@@ -55,7 +55,7 @@ def add_gradients(operator: Operator, made: Registered) -> None:
         uses_results = operator.is_one_job and _uses_results(tensors[0], operator.named(args))
         ctx.save_for_backward(*tensors, *(results[:2] if uses_results else ()))
         ctx.count, ctx.args = len(tensors), with_tensors(args, iter([PLACE] * len(tensors)))
-        ctx.mark_non_differentiable(*results[2:])
+        ctx.mark_non_differentiable(*results[operator.smooth :])
 
     def differentiate(ctx: Any, grads: tuple[Any, ...]) -> Sequence[Any]:
         saved = ctx.saved_tensors

@@ -18,6 +18,7 @@ from cupyattn.arrays.jax import JAX
 from cupyattn.arrays.library import Library
 from cupyattn.arrays.numpy import NUMPY
 from cupyattn.arrays.outlines import OUTLINES
+from cupyattn.arrays.sketches import SKETCHES
 from cupyattn.arrays.torch import TORCH, Torch
 from cupyattn.problem import Alignment, Shape
 from cupyattn.reading import refusal
@@ -52,6 +53,7 @@ def _library_of_type(kind: Any) -> Library | None:
     roots = {base.__module__.partition(".")[0] for base in family}
     for root, name, library in (
         ("cupyattn", "Outline", OUTLINES),
+        ("cupyattn", "Sketch", SKETCHES),
         ("torch", "Tensor", TORCH),
         ("dask", "Array", DASK),
         ("cupy", "ndarray", CUPY),

@@ -5,6 +5,7 @@ torch.compile traces this, so that it is written for that: constants, loops, and
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Mapping
 from inspect import Parameter, signature
@@ -47,8 +48,12 @@ def recorder(operator: Operator, finish: Finish) -> Record:
         given: list[Any] = []
         for word, kind, part in arguments:
             value = _part(values[word], kind, part) if word in values else None
-            value = value if in_dynamo else _plain(name, word, kind, value, _first(values[names[0]]))
-            if not _fits(value, kind, in_dynamo):
+            first = _first(values[names[0]])
+            if not in_dynamo:
+                value = _plain(name, word, kind, value, first)
+            elif isinstance(value, np.ndarray) and isinstance(first, torch.Tensor):
+                value = torch.as_tensor(value, device=first.device)
+            if not _fits(value, kind, in_dynamo and word != "dropout_seed"):  # which may be larger than an operator's
                 if in_dynamo:
                     return otherwise(*args, **kwargs)
                 raise TypeError(refusal(name, f"{word} cannot be recorded", (word, repr(value), type(value).__name__)))
@@ -93,6 +98,12 @@ def _part(value: Any, kind: str, part: str) -> Any:
         return None
     if part == "number":
         return None if isinstance(value, sys.modules["torch"].Tensor) else value
+    if part == "mapping":
+        return None if value is None else _as_json(value)
+    if part == "count":
+        return sys.modules["torch"].arange(value) if isinstance(value, (int, sys.modules["torch"].SymInt)) else value
+    if part == "flag":
+        return int(value) if isinstance(value, bool) else value
     if part == "several":
         return list(value) if isinstance(value, tuple) else [value]
     if part == "array":
@@ -104,6 +115,17 @@ def _part(value: Any, kind: str, part: str) -> Any:
     if kind == "SymInt[2]" and isinstance(value, (list, tuple)):
         return [-1 if side is None else side for side in value]
     return value
+
+
+def _as_json(mapping: Any) -> Any:
+    """A mapping as text; as it is, which no operator takes, if it cannot be written so."""
+    try:
+        return json.dumps(dict(mapping))
+    except (TypeError, ValueError):
+        return mapping
+
+
+_as_json._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
 
 
 def _plain(function: str, word: str, kind: str, value: Any, like: Any) -> Any:
@@ -135,4 +157,5 @@ def _fits(value: Any, kind: str, in_dynamo: bool) -> bool:
         return False
     if kind == "float":
         return isinstance(value, (int, float, torch.SymInt, torch.SymFloat))
-    return isinstance(value, torch.SymInt) or (isinstance(value, int) and -(2**63) <= value < 2**63)
+    # A number that depends on values cannot be compared while it is traced.
+    return isinstance(value, torch.SymInt) or (isinstance(value, int) and (in_dynamo or -(2**63) <= value < 2**63))

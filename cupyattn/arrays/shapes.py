@@ -6,8 +6,11 @@ arguments fit each other has been found out before, see `outlines`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from cupyattn.reading import refusal
 
 Values = Mapping[str, Any]
 """Arguments by the caller's names; torch's tensors, with or without values."""
@@ -83,6 +86,82 @@ def of_rotary(values: Values) -> list[Result]:
 def of_padded(values: Values) -> list[Result]:
     rows = values["hidden_states"]
     return [((values["batch"], values["seqlen"], *rows.shape[1:]), rows.dtype)]
+
+
+def of_unpadded(values: Values) -> list[Result]:
+    """The packed rows, of which there are as many as a mask says; its longest sequence is the length of a tensor."""
+    import torch
+
+    try:
+        context = torch.library.get_ctx()
+    except RuntimeError:
+        context = None
+    if context is None:
+        rule = "needs the values of attention_mask, on which the number of rows depends"
+        raise TypeError(refusal("unpad_input", rule, ("attention_mask", tuple(values["attention_mask"].shape))))
+    rows = values["hidden_states"]
+    total, longest = context.new_dynamic_size(), context.new_dynamic_size()
+    starts = values["attention_mask"].shape[0]
+    return [
+        ((total, *rows.shape[2:]), rows.dtype),
+        ((total,), torch.int64),
+        ((starts + 1,), torch.int32),
+        ((longest,), rows.dtype),
+        ((starts,), torch.int32),
+    ]
+
+
+def of_tables(values: Values) -> list[Result]:
+    """Cosines and sines."""
+    import torch
+
+    scaling = json.loads(values["scaling"] or "{}")
+    share = 1.0 if scaling.get("rope_type") == "proportional" else scaling.get("partial_rotary_factor") or 1.0
+    shape = (*values["positions"].shape, int(values["dim"] * share) // 2)
+    return [(shape, getattr(torch, values["dtype"]))] * 2
+
+
+def of_linear(values: Values) -> list[Result]:
+    """out, and the state after the last token."""
+    import torch
+
+    q, v, state = values["q"], values["v"], values["state"]
+    heads = 1 if values["layout"] == "bhsd" else 2
+    kind = state.dtype if state is not None else torch.float64 if q.dtype == torch.float64 else torch.float32
+    return [((*q.shape[:-1], v.shape[-1]), q.dtype), ((q.shape[0], v.shape[heads], q.shape[-1], v.shape[-1]), kind)]
+
+
+def of_onnx(values: Values) -> list[Result]:
+    """Y, present keys and values, and scores, which are empty if they were not asked for."""
+    import torch
+
+    q, k, v = (_heads_first(values[word], values[count]) for word, count in _HEADS)
+    (batch, heads, rows, _), (_, heads_kv, keys, head_dim), head_dim_v = q, k, v[3]
+    if values["past_key"] is not None:
+        keys = keys + values["past_key"].shape[2]
+    flat = values["Q"].dim() == 3
+    out = (batch, rows, heads * head_dim_v) if flat else (batch, heads, rows, head_dim_v)
+    scores = (0,) if values["qk_matmul_output_mode"] is None else (batch, heads, rows, keys)
+    present = [(batch, heads_kv, keys, head_dim), (batch, heads_kv, keys, head_dim_v)]
+    kind = values["Q"].dtype
+    cast = values["autocast"] is not None and kind != torch.float64
+    return [(out, getattr(torch, values["autocast"]) if cast else kind), *((x, kind) for x in (*present, scores))]
+
+
+_HEADS = (("Q", "q_num_heads"), ("K", "kv_num_heads"), ("V", "kv_num_heads"))
+
+
+def _heads_first(array: Any, heads: Any) -> Any:
+    """(batch, heads, seqlen, head_dim), of this or of heads side by side."""
+    if array.dim() == 4:
+        return array.shape
+    return array.shape[0], heads, array.shape[1], array.shape[2] // heads
+
+
+def of_linear_gradients(values: Values) -> list[Result]:
+    """Those of what was given."""
+    given = [values[name] for name in ("q", "k", "v", "decay", "beta", "state")]
+    return [(tuple(x.shape), x.dtype) for x in given if x is not None]
 
 
 def of_gradients(values: Values) -> list[Result]:

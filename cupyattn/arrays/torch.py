@@ -12,12 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from cupyattn.arrays.library import Arrays, Job, Library, Traced, check_no_overlap
+from cupyattn.arrays.library import CAST, Arrays, Job, Library, Traced, check_no_overlap
 from cupyattn.problem import Alignment, Array, Shape, Spec
 from cupyattn.reading import refusal
-
-CAST = frozenset({"q", "k", "v", "k_new", "v_new", "k_prefix", "v_prefix", "bias", "dout"})
-"""Our words for what torch.autocast casts: what its own function is given, by any name."""
 
 
 class Torch(Library):

@@ -31,8 +31,16 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         return cast(R, _as_it_is(function, args, kwargs))
 
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets, as the next
+    if next(iter(signature(function).parameters), "") == "self":
+        call._torchdynamo_disable_msg = _OF_A_CACHE  # type: ignore[attr-defined]
     return call
+
+
+_OF_A_CACHE = (
+    "a cache keeps its lengths and where its tokens are in Python, which no graph does: it is called between two "
+    "graphs. In one graph flash_attn_with_kvcache takes the same steps, over arrays and lengths of the caller's"
+)
 
 
 def recorded(

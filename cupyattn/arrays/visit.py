@@ -33,11 +33,18 @@ class Visit:
 
     def device(self) -> Device:
         """What the planner has to know of the arrays' device."""
+        imagined = self.library.imagined(next(iter(self.arrays.values())))
+        if imagined is not None:
+            return imagined
         if self.kind == "cpu":
             return cpu_device(self.library.num_threads())
         from cupyattn import cuda
 
         return cuda.device_of(self.function, self.library.title, next(iter(self.arrays.values())))
+
+    def before_work(self, *steps: tuple[Problem, Any]) -> None:
+        """Say what is going to be computed, each problem with its plan; a rehearsal ends here."""
+        self.library.before_work(self.specs, steps)
 
     def notes(self, problem: Problem, plan: Any) -> tuple[str, ...]:
         """What is done with these very arrays besides the plan."""

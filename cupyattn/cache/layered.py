@@ -10,12 +10,12 @@ from itertools import zip_longest
 from typing import Any, NamedTuple, Self, TypeVar
 
 from cupyattn import reading
-from cupyattn.arrays import untraced
+from cupyattn.arrays import Sketches, untraced
 from cupyattn.cache.contiguous import DynamicCache, SlidingWindowCache, StaticCache
 from cupyattn.cache.offloaded import OffloadedCache
 from cupyattn.cache.paged import PagedCache
-from cupyattn.cache.protocol import Cache
-from cupyattn.problem import Array
+from cupyattn.cache.protocol import Cache, Kind
+from cupyattn.problem import Array, Device
 from cupyattn.reading import refusal
 
 Layer = TypeVar("Layer", bound=Cache)
@@ -110,6 +110,19 @@ class LayeredCache:
         twin = object.__new__(type(self))
         vars(twin).update(vars(self))
         twin._state = self._state._replace(layers=tuple(copy.copy(layer) for layer in self._state.layers))
+        return twin
+
+    @property
+    def _kind(self) -> Kind | None:
+        """That of the first layer's tokens: all of them are at one place."""
+        return self._state.layers[0]._kind  # type: ignore[no-any-return]
+
+    def _sketched(self, device: Device, library: Sketches) -> Self:
+        """A twin of sketches, as of `Cache`."""
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        layers = tuple(layer._sketched(device, library) for layer in self._state.layers)
+        twin._state = self._state._replace(layers=layers)
         return twin
 
     def __len__(self) -> int:

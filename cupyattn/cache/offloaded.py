@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import array_api_compat
 
 from cupyattn import reading
-from cupyattn.arrays import cuda_lane, untraced
+from cupyattn.arrays import Sketch, cuda_lane, untraced
 from cupyattn.cache.contiguous import SMALLEST
 from cupyattn.cache.protocol import Cache, Kind, integers, nbytes_of
 from cupyattn.problem import Array, Shape
@@ -89,6 +89,14 @@ class OffloadedCache(Cache):
         lane = _lane(type(self).__name__, state.kind)
         capacity, batch = state.host.k.shape[:2]
         return state._replace(lane=lane, fetched=None, host=_moved(lane, state.kind, batch, capacity, state.live()))
+
+    def _state_over(self, kind: Kind, sketch: Callable[[Array], Sketch]) -> State:
+        state = self._state
+        assert state is not None
+        host, fetched = Fetched(*map(sketch, state.host)), state.fetched
+        if fetched is not None:
+            fetched = Fetched(*map(sketch, fetched))
+        return state._replace(kind=kind, lane=HostLane(kind.library), host=host, fetched=fetched)
 
     def __getstate__(self) -> dict[str, Any]:
         """For `pickle` and `copy.deepcopy`: what is on the host, once it is there."""

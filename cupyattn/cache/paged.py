@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import array_api_compat
 import numpy as np
 
 from cupyattn import reading
-from cupyattn.arrays import enter, untraced
+from cupyattn.arrays import Sketch, enter, untraced
 from cupyattn.cache.pages import NoPagesError, Pages
 from cupyattn.cache.protocol import Cache, Kind, attend_options, check_rows, integers, nbytes_of, own
 from cupyattn.corridor import Named, answer
@@ -75,6 +75,9 @@ class PagedCache(Cache):
             return State(pages)
         k, v = (own(kind, array) for array in (self._state.k, self._state.v))
         return self._state._replace(pages=pages, k=k, v=v)
+
+    def _state_over(self, kind: Kind, sketch: Callable[[Array], Sketch]) -> State:
+        return super()._state_over(kind, sketch)._replace(table=None)  # type: ignore[no-any-return]
 
     @property
     def _pages(self) -> Pages:

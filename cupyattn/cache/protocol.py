@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 
 from cupyattn import reading
-from cupyattn.arrays import enter, untraced
+from cupyattn.arrays import Sketch, Sketches, enter, untraced
 from cupyattn.corridor import answer
-from cupyattn.problem import ITEMSIZE, Array, Shape, Spec
+from cupyattn.problem import ITEMSIZE, Array, Device, Shape, Spec
 from cupyattn.reading import AXES, Options, refusal
 
 
@@ -38,6 +38,10 @@ class Cache:
     What all caches can do.  A decoder has one for each layer, in a list: layers need not be alike.  Library, device,
     dtype, heads and head_dim are those of the first tokens appended; arrays of any library that can be written to
     will do, and those of JAX, which are copied at each append.  Values are kept, gradients are not.
+
+    torch.compile calls a cache between two graphs: what it is, lengths and pages and who shares them, is kept in Python
+    and decides what is computed.  So ``fullgraph=True`` refuses it; where a step has to be one graph, or a CUDA graph,
+    `flash_attn_with_kvcache` takes tokens in and attends over arrays and lengths of the caller's.
 
     A call that raises leaves the cache as it was, whatever it raises: KeyboardInterrupt and MemoryError too.  Copies
     have memory of their own, those of `copy.copy` too.
@@ -204,6 +208,22 @@ class Cache:
     @property
     def _kind(self) -> Kind | None:
         return None if self._state is None else self._state.kind
+
+    def _sketched(self, device: Device, library: Sketches) -> Cache:
+        """A twin of sketches on a device, to rehearse what `attend` would do; the cache itself if it has no tokens."""
+        kind = self._kind
+        if kind is None:
+            return self
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        anchor = Sketch((0,), kind.dtype, device)
+        own = replace(kind, library=library, anchor=anchor, place=device.kind)
+        twin._state = self._state_over(own, lambda array: Sketch(tuple(array.shape), own.dtype, device))
+        return twin
+
+    def _state_over(self, kind: Kind, sketch: Callable[[Array], Sketch]) -> Any:
+        """The state, with sketches for its arrays."""
+        return self._state._replace(kind=kind, k=sketch(self._state.k), v=sketch(self._state.v))
 
     def _tokens(self, function: str, k: Array, v: Array, axes: str, otherwise: str = "") -> tuple[Kind, Array, Array]:
         """Look at new tokens, and return them as they are kept; refuse those that do not go with the others.

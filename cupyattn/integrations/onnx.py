@@ -13,7 +13,7 @@ import array_api_compat
 import numpy as np
 
 from cupyattn import api, reading
-from cupyattn.arrays import Visit, enter, untraced
+from cupyattn.arrays import Visit, enter, recorded, shapes
 from cupyattn.problem import FLOATS, Alignment, Array, Spec
 from cupyattn.reading import refusal
 
@@ -32,7 +32,17 @@ class Outputs(NamedTuple):
     """None unless a `qk_matmul_output_mode` was given."""
 
 
-@untraced
+@recorded(
+    shapes.of_onnx,
+    ("Y", "present_key", "present_value", "qk_matmul_output"),
+    finish=lambda asked, found: Outputs(
+        found[0], found[1], found[2], None if asked["qk_matmul_output_mode"] is None else found[3]
+    ),
+    is_one_job=False,
+    smooth=4,
+    casts_inside=True,
+    title="onnx_attention",
+)
 def attention(
     Q: Array,
     K: Array,
@@ -42,7 +52,7 @@ def attention(
     past_value: Array | None = None,
     nonpad_kv_seqlen: Array | None = None,
     *,
-    is_causal: int = 0,
+    is_causal: int | bool = 0,
     kv_num_heads: int | None = None,
     left_window_size: int = -1,
     q_num_heads: int | None = None,

@@ -6,8 +6,9 @@ first recorded.  A program that was exported, by ``torch.export.load``, may run 
 
 Operators take what the functions of their names take, in that order, by these rules: a pair is a list, with -1 for no
 limit; what may be one number or an array is an argument of each kind; a drawn seed of dropout comes last, as a tensor;
-nothing is written to an `out`.  They give all results: out and lse, and S_dmask of flash-attn's functions, empty if it
-is not asked for.
+a mapping is JSON; nothing is written to an `out`.  They give all results: out and lse, and S_dmask of flash-attn's
+functions, empty if it is not asked for.  A number among results, the longest sequence of `unpad_input`, is the length
+of a tensor.  ``onnx_attention`` is `cupyattn.integrations.onnx.attention`, and is told last what autocast casts to.
 
 Examples
 --------
@@ -20,9 +21,11 @@ Examples
 """
 
 from cupyattn.arrays import define_operators
+from cupyattn.integrations import onnx
+from cupyattn.linear import linear_attention
 from cupyattn.peers import cascade, kvcache
 
-OF = (cascade.cascade_attention, kvcache.flash_attn_with_kvcache)
+OF = (cascade.cascade_attention, kvcache.flash_attn_with_kvcache, linear_attention, onnx.attention)
 """Functions that nobody has imported before they are asked for, and that are operators, too."""
 
 define_operators()

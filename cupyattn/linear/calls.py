@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from cupyattn.arrays import Arrays, enter, untraced
+from cupyattn.arrays import Arrays, enter, recorded, shapes
 from cupyattn.linear.asked import Asked, read
 from cupyattn.linear.chunks import by_chunks
 from cupyattn.linear.tokens import gradients
@@ -14,7 +15,12 @@ from cupyattn.problem import Array, Axes, Spec
 from cupyattn.reading import flag, refusal
 
 
-@untraced
+@recorded(
+    shapes.of_linear,
+    ("out", "state"),
+    always={"return_state": True},
+    finish=lambda asked, found: tuple(found) if asked["return_state"] else found[0],
+)
 def linear_attention(
     q: Array,
     k: Array,
@@ -165,7 +171,12 @@ class LinearGradients(NamedTuple):
     dstate: Array | None = None
 
 
-@untraced
+@recorded(
+    shapes.of_linear_gradients,
+    (),
+    has_gradients=False,
+    finish=lambda asked, found: LinearGradients(*_in_their_places(asked, found)),
+)
 def linear_attention_backward(
     dout: Array,
     q: Array,
@@ -232,6 +243,12 @@ def linear_attention_backward(
 
     found = visit.as_given(visit.run(backward, None, own))
     return LinearGradients(**{f"d{word}": gradient for word, gradient in found.items()})
+
+
+def _in_their_places(asked: Mapping[str, Any], found: Sequence[Array]) -> list[Array | None]:
+    """Gradients of what was given, among those of all that could have been."""
+    rest = iter(found)
+    return [None if asked[name] is None else next(rest) for name in ("q", "k", "v", "decay", "beta", "state")]
 
 
 def _expect(function: str, spec: Spec, like: Spec) -> None:

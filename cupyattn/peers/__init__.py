@@ -8,18 +8,16 @@ their way into a cache, and `overlap`, which of its tokens share bytes, are what
 how fast features turn, of what `rotary_tables` is.
 """
 
-from cupyattn.peers.flash_attn import (
-    flash_attn_func,
-    flash_attn_kvpacked_func,
-    flash_attn_qkvpacked_func,
-    flash_attn_varlen_func,
-    flash_attn_varlen_kvpacked_func,
-    flash_attn_varlen_qkvpacked_func,
-)
+from cupyattn.peers.flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
 from cupyattn.peers.padding import pad_input, unpad_input
 from cupyattn.peers.rotary import apply_rotary_emb
 from cupyattn.peers.rotary_tables import rotary_tables
 from cupyattn.peers.torch import scaled_dot_product_attention
+from cupyattn.peers.varlen import (
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
 
 __all__ = [
     "apply_rotary_emb",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 from cupyattn import reading
 from cupyattn.allowed import currently_allowed
@@ -12,13 +12,54 @@ from cupyattn.corridor import Rotation, answer_from_cache, plan_for, views_on_gp
 from cupyattn.peers.appending import INDICES, Appended, check_new
 from cupyattn.peers.overlap import Memory
 from cupyattn.plan import with_num_splits
-from cupyattn.problem import Array, Problem
+from cupyattn.problem import A, Array, Problem
 from cupyattn.reading import Options, refusal
 
 FUNCTION = "flash_attn_with_kvcache"
 NO_GRADIENTS = "has no gradients, as in flash-attn, and knows no transforms; call it under torch.no_grad()"
 
 
+# fmt: off
+@overload
+def flash_attn_with_kvcache(
+    q: A, k_cache: A, v_cache: A, k: A | None = ..., v: A | None = ..., rotary_cos: Array | None = ...,
+    rotary_sin: Array | None = ..., cache_seqlens: int | Array | None = ..., cache_batch_idx: Array | None = ...,
+    cache_leftpad: Array | None = ..., block_table: Array | None = ..., softmax_scale: float | None = ...,
+    causal: bool = ..., window_size: tuple[int | None, int | None] = ..., softcap: float = ...,
+    rotary_interleaved: bool = ..., alibi_slopes: Array | None = ..., num_splits: int = ...,
+    return_softmax_lse: Literal[False] = ..., *, cu_seqlens_q: Array | None = ..., max_seqlen_q: int | None = ...,
+    cu_seqlens_k_new: Array | None = ..., rotary_seqlens: Array | None = ..., page_table: Array | None = ...,
+    q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    sinks: Array | None = ..., compute_dtype: Any = ..., check_indices: bool = ..., out: A | None = ...,
+    lse_out: A | None = ...,
+) -> A: ...
+@overload
+def flash_attn_with_kvcache(
+    q: A, k_cache: A, v_cache: A, k: A | None = ..., v: A | None = ..., rotary_cos: Array | None = ...,
+    rotary_sin: Array | None = ..., cache_seqlens: int | Array | None = ..., cache_batch_idx: Array | None = ...,
+    cache_leftpad: Array | None = ..., block_table: Array | None = ..., softmax_scale: float | None = ...,
+    causal: bool = ..., window_size: tuple[int | None, int | None] = ..., softcap: float = ...,
+    rotary_interleaved: bool = ..., alibi_slopes: Array | None = ..., num_splits: int = ...,
+    *, return_softmax_lse: Literal[True], cu_seqlens_q: Array | None = ..., max_seqlen_q: int | None = ...,
+    cu_seqlens_k_new: Array | None = ..., rotary_seqlens: Array | None = ..., page_table: Array | None = ...,
+    q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    sinks: Array | None = ..., compute_dtype: Any = ..., check_indices: bool = ..., out: A | None = ...,
+    lse_out: A | None = ...,
+) -> tuple[A, A]: ...
+@overload
+def flash_attn_with_kvcache(
+    q: A, k_cache: A, v_cache: A, k: A | None = ..., v: A | None = ..., rotary_cos: Array | None = ...,
+    rotary_sin: Array | None = ..., cache_seqlens: int | Array | None = ..., cache_batch_idx: Array | None = ...,
+    cache_leftpad: Array | None = ..., block_table: Array | None = ..., softmax_scale: float | None = ...,
+    causal: bool = ..., window_size: tuple[int | None, int | None] = ..., softcap: float = ...,
+    rotary_interleaved: bool = ..., alibi_slopes: Array | None = ..., num_splits: int = ...,
+    return_softmax_lse: bool = ..., *, cu_seqlens_q: Array | None = ..., max_seqlen_q: int | None = ...,
+    cu_seqlens_k_new: Array | None = ..., rotary_seqlens: Array | None = ..., page_table: Array | None = ...,
+    q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    sinks: Array | None = ..., compute_dtype: Any = ..., check_indices: bool = ..., out: A | None = ...,
+    lse_out: A | None = ...,
+) -> A | tuple[A, A]: ...
+# fmt: on
 @recorded(
     shapes.of_kvcache,
     ("out", "lse"),
@@ -233,6 +274,7 @@ def _answer(
     if into:
         check_destinations(visit, into, problem.results)
     plan = with_num_splits(plan_for(FUNCTION, problem, visit.device(), currently_allowed()), problem, splits)
+    visit.before_work((problem, plan))
 
     def append(operands: Arrays) -> Arrays:
         """On the CPU: what attention is asked of, once new keys are in the caches."""

@@ -12,12 +12,18 @@ import array_api_compat
 import numpy as np
 
 from cupyattn import reading
-from cupyattn.arrays import Visit, enter, recorded, shapes, untraced
+from cupyattn.arrays import Visit, enter, recorded, shapes
 from cupyattn.problem import Array
 from cupyattn.reading import LARGEST_RESULT, refusal
 
 
-@untraced
+@recorded(
+    shapes.of_unpadded,
+    ("rows", "indices", "cu_seqlens", "longest", "seqused"),
+    finish=lambda _, found: (*found[:3], found[3].shape[0], found[4]),
+    is_one_job=False,
+    smooth=1,
+)
 def unpad_input(
     hidden_states: Array, attention_mask: Array, unused_mask: Array | None = None
 ) -> tuple[Array, Array, Array, int, Array]:
@@ -51,6 +57,12 @@ def unpad_input(
         known yet: of dask, or under jax.jit.
     ValueError
         Shapes do not fit, or a mask's values are neither 0 nor 1.
+
+    Notes
+    -----
+    In a graph of torch the rows are as many, and the longest sequence as long, as a mask says that has no values yet.
+    torch.compile has such sizes once ``torch._dynamo.config.capture_dynamic_output_shape_ops`` is switched on; without
+    it, the call is between two graphs, and an error with ``fullgraph=True``.
     """
     function = "unpad_input"
     named = {

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cupyattn import reading
-from cupyattn.arrays import Arrays, Visit, enter, recorded, shapes
+from cupyattn.arrays import Arrays, Visit, check_pair_apart, enter, recorded, shapes
 from cupyattn.corridor import Named
 from cupyattn.problem import FLOATS, Array, Spec
 from cupyattn.reading import refusal
@@ -59,7 +59,8 @@ def apply_rotary_emb(
     TypeError
         Not arrays, of different libraries, wrong dtypes, or `inplace` where arrays are immutable.
     ValueError
-        Shapes do not fit, rotary_dim exceeds head_dim, or a position lies outside cos and sin.
+        Shapes do not fit, rotary_dim exceeds head_dim, or a position lies outside cos and sin.  A pair that is to be
+        overwritten shares memory; a compiled graph, where nobody knows where arrays lie, writes the second one last.
 
     References
     ----------
@@ -87,6 +88,8 @@ def apply_rotary_emb(
         max_seqlen = reading.integer(function, "max_seqlen", max_seqlen, low=0)
     parts = _parts(function, x)
     visits = [_entered(function, name, part, tables, max_seqlen, overwrite) for name, part in parts]
+    if overwrite and len(visits) > 1:
+        check_pair_apart(visits, "x", [part for _, part in parts])
     results = [_turned(visit, offset, max_seqlen, pairs_adjacent) for visit in visits]
     if overwrite:
         for visit, (name, part), result in zip(visits, parts, results, strict=True):

@@ -8,16 +8,21 @@ from typing import Any
 import numpy as np
 
 from cupyattn import reading
-from cupyattn.arrays import Arrays, enter, untraced
+from cupyattn.arrays import Arrays, enter, recorded, shapes
 from cupyattn.peers.frequencies import read_rule
 from cupyattn.problem import FLOATS, Array, Spec
 from cupyattn.reading import refusal
 from cupyattn.rounding import narrow
 
 
-@untraced
+@recorded(
+    shapes.of_tables,
+    ("cos", "sin"),
+    has_gradients=False,
+    finish=lambda asked, found: _as_positions(asked["positions"], found),
+)
 def rotary_tables(
-    positions: int | Array,
+    positions: Array | int,
     dim: int,
     *,
     theta: float | None = None,
@@ -82,6 +87,9 @@ def rotary_tables(
     than the sequence.  transformers computes the same in float32, where angles of large positions p are off by about
     ``p * 2**-24``.
 
+    In a graph of torch.compile tables of a number of tokens are NumPy's, too, but for bfloat16, which it does not know
+    there: these are tensors.
+
     References
     ----------
     .. [1] J. Su et al., "RoFormer", 2021, arXiv:2104.09864, section 3.2.2.
@@ -135,3 +143,10 @@ def rotary_tables(
     shape = (*spec.shape, rule.dim // 2)
     found = visit.run(forward, None, {"cos": Spec("cos", shape, kind), "sin": Spec("sin", shape, kind)})
     return found["cos"], found["sin"]
+
+
+def _as_positions(positions: Any, tables: Any) -> tuple[Any, Any]:
+    """An operator's tables, in a graph: NumPy's where the positions were a number."""
+    cos, sin = tables
+    is_tensor = hasattr(positions, "shape") or str(cos.dtype) == "torch.bfloat16"
+    return (cos, sin) if is_tensor else (cos.numpy(), sin.numpy())

@@ -8,6 +8,7 @@ returns a `Plan` that prints itself.  Nothing here touches an array or a GPU.
 - `choosing`: the choice, and what mends a plan when more is known
 - `cpu`, `gpu`, `hopper`: the tiles of NumPy, of the flash and split-KV kernels, of the Hopper kernel
 - `backward`: the plan of the gradients, and the tiles of their kernels
+- `memory`: how much a plan takes besides the operands
 - `tiling`: how many tiles sequences take whose lengths are not known yet
 - `splits`: into how many pieces a decode cuts its keys, by our rule and by those of flash-attn
 """
@@ -46,6 +47,7 @@ from cupyattn.plan.hopper import (
     query_stages,
     rows_per_box,
 )
+from cupyattn.plan.memory import memory_of
 from cupyattn.plan.objections import IMPLEMENTATIONS, LONGEST, objections_of_hopper
 from cupyattn.plan.tiling import num_row_tiles, num_tiles, tile_of_round, tiles_if_even
 from cupyattn.plan.values import BackwardTile, BackwardTiles, CpuTile, Plan, Tile
@@ -84,6 +86,7 @@ __all__ = [
     "hopper_backward_tile",
     "hopper_shared_memory_of",
     "hopper_tile",
+    "memory_of",
     "num_row_tiles",
     "num_tiles",
     "objections_of_hopper",

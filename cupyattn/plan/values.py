@@ -90,6 +90,10 @@ class Plan:
     """What else is done: what float8 operands stand for, which of these very arrays are copied."""
     instead: Plan | None = field(default=None)
     """What runs where the arrays lie so that the kernel cannot read them."""
+    memory: int | None = field(default=None, compare=False)
+    """Bytes besides the operands, at the peak: results, and what is needed to make them; None: nobody has asked."""
+    cache_bytes: int = field(default=0, compare=False)
+    """Of the cache that keys are in, used or not."""
 
     def __hash__(self) -> int:
         """Remembered: launches are looked up by their plan."""
@@ -111,6 +115,10 @@ class Plan:
             f"  workers    {self.num_workers}",
             f"  arithmetic {self.compute_dtype}, {self.flops:.3g} flop, {self.bytes:.3g} bytes",
         ]
+        if self.memory is not None:
+            lines.append(f"  memory     {self.memory:.3g} bytes besides the operands, results among them")
+        if self.cache_bytes:
+            lines.append(f"  cache      {self.cache_bytes:.3g} bytes")
         lines += [f"  {name} would make {splits} splits" for name, splits in self.peers]
         lines += [f"  {note}" for note in self.notes]
         width = max((len(name) for name, _ in self.objections), default=0) + 1

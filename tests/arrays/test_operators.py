@@ -12,6 +12,7 @@ from oracle import assert_same_bits
 import cupyattn
 import cupyattn.integrations.torch
 from cupyattn.arrays.tracing import OPERATORS
+from cupyattn.integrations import onnx
 
 torch = needs("torch")
 
@@ -113,6 +114,33 @@ def pad_input(packed_q, indices):
     return cupyattn.pad_input(packed_q, indices, 2, 6)
 
 
+def linear_attention(q, k_new, v_new, decay, beta, state):
+    return cupyattn.linear_attention(
+        q, k_new, v_new, decay=decay, beta=beta, state=state, rule="gated_delta", return_state=True
+    )
+
+
+def linear_attention_alone(q, k_new, v_new):
+    return cupyattn.linear_attention(q, k_new, v_new, chunk_size=4)
+
+
+def linear_attention_backward(dout, q, k_new, v_new, decay):
+    return cupyattn.linear_attention_backward(dout, q, k_new, v_new, decay=decay, rule="gated")
+
+
+def onnx_attention(query, key, value, past_key, past_value, bias):
+    return onnx.attention(query, key, value, bias, past_key, past_value, is_causal=1, qk_matmul_output_mode=3)
+
+
+def onnx_attention_of_flat_heads(rows_q, rows_kv):
+    return onnx.attention(rows_q, rows_kv, rows_kv, is_causal=True, q_num_heads=4, kv_num_heads=2)
+
+
+def rotary_tables(positions):
+    scaling = {"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}
+    return cupyattn.rotary_tables(positions, 8, scaling=scaling, dtype=torch.bfloat16)
+
+
 def flash_attn_with_kvcache(q, k_cache, v_cache, k_new, v_new, cos, sin, seqlens):
     return cupyattn.flash_attn_with_kvcache(
         q, k_cache, v_cache, k_new, v_new, cos, sin, seqlens, causal=True, return_softmax_lse=True
@@ -129,9 +157,11 @@ SMOOTH = [
     *(flash_attn_qkvpacked_func, flash_attn_kvpacked_func, flash_attn_varlen_func, flash_attn_varlen_func_of_pages),
     *(flash_attn_varlen_qkvpacked_func, flash_attn_varlen_kvpacked_func, merge_states, apply_rotary_emb),
     *(apply_rotary_emb_packed, apply_rotary_emb_of_a_pair, cascade_attention, pad_input),
+    *(linear_attention, linear_attention_alone, onnx_attention, onnx_attention_of_flat_heads),
 ]
 APPENDING = [flash_attn_with_kvcache, flash_attn_with_kvcache_of_pages]
-CALLS = [*SMOOTH, attention_backward, *APPENDING]
+ROUGH = [attention_backward, linear_attention_backward, rotary_tables]
+CALLS = [*SMOOTH, *ROUGH, *APPENDING]
 calls = pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
 smooth_calls = pytest.mark.parametrize("call", SMOOTH, ids=lambda call: call.__name__)
 
@@ -167,6 +197,10 @@ def operands_of(call, dtype=torch.float32, seed=3, batch=2):
         "k_cache": draw(batch, 12, 2, 8), "v_cache": draw(batch, 12, 2, 8),
         "k_new": draw(batch, 6, 2, 8), "v_new": draw(batch, 6, 2, 8),
         "seqlens": torch.tensor([3, 0, 6, 1][:batch], dtype=torch.int32),
+        "decay": -draw(batch, 6, 2).abs(), "beta": draw(batch, 6, 2).sigmoid(),
+        "state": draw(batch, 2, 8, 8, kind=wide),
+        "past_key": draw(batch, 2, 3, 8), "past_value": draw(batch, 2, 3, 5), "positions": torch.arange(10).view(2, 5),
+        "rows_q": draw(batch, 6, 32), "rows_kv": draw(batch, 7, 16),
     }  # fmt: skip
     return [drawn[name] for name in inspect.signature(call).parameters]
 
@@ -225,7 +259,7 @@ def qkv(*shape, grad=False):
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("call", [attention_backward, *APPENDING], ids=lambda call: call.__name__)
+@pytest.mark.parametrize("call", [*ROUGH, *APPENDING], ids=lambda call: call.__name__)
 def test_a_compiled_call_is_one_graph_and_gives_and_overwrites_the_same_bits(call, backend):
     here, there = (operands_of(call) for _ in range(2))
     assert_same(compiled(call, backend)(*here), call(*there))
@@ -286,6 +320,62 @@ def test_a_size_that_depends_on_values_is_one():
         assert_same_bits(compiled(kept)(x, mask), kept(x, mask))
 
 
+UNPADDED = torch.tensor([[1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 0]])
+
+
+def over_tokens_alone(x, mask):
+    rows, indices, starts, longest, _ = cupyattn.unpad_input(x, mask)
+    out = cupyattn.flash_attn_varlen_func(rows, rows, rows, starts, starts, longest, longest, causal=True)
+    return cupyattn.pad_input(out, indices, *x.shape[:2])
+
+
+def test_a_graph_without_padding_is_one_with_sizes_that_depend_on_a_mask():
+    here, there = (x.requires_grad_() for x in (qkv(2, 6, 4, 8)[0], qkv(2, 6, 4, 8)[0]))
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        graph = compiled(over_tokens_alone)
+        for mask in (UNPADDED, UNPADDED.flip(0), torch.ones(2, 6, dtype=torch.bool)):
+            found, expected = graph(here, mask), over_tokens_alone(there, mask)
+            assert_same_bits(found, expected)
+            slopes = [torch.autograd.grad(y.square().sum(), x)[0] for y, x in ((found, here), (expected, there))]
+            assert_same_bits(*slopes)
+
+
+def test_compiled_unpadding_gives_what_it_always_gives():
+    x, unused = qkv(2, 6, 4, 8)[0], UNPADDED.flip(1)
+    expected = cupyattn.unpad_input(x, UNPADDED, unused)
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        found = compiled(cupyattn.unpad_input)(x, UNPADDED, unused)
+    assert [type(y) for y in found] == [type(y) for y in expected]
+    assert found[3] == expected[3] == 6
+    for i in (0, 1, 2, 4):
+        assert_same_bits(found[i], expected[i])
+
+
+def test_unpadding_keeps_the_rules_of_operators():
+    x = qkv(2, 6, 4, 8)[0].requires_grad_()
+    torch.library.opcheck(torch.ops.cupyattn.unpad_input.default, (x, UNPADDED))
+
+
+def test_a_mask_without_values_is_refused_in_our_words():
+    with pytest.raises(TypeError, match="unpad_input: needs the values of attention_mask"):
+        cupyattn.unpad_input(qkv(2, 6, 4, 8)[0].to("meta"), UNPADDED.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_compiled_tables_of_a_number_of_tokens_are_numpys_and_rotate(dtype):
+    kind = getattr(torch, dtype)
+
+    def rotated(x):
+        cos, sin = cupyattn.rotary_tables(6, 8, dtype=dtype)
+        return cupyattn.apply_rotary_emb(x, cos, sin), cos
+
+    x = qkv(2, 6, 4, 8)[0].to(kind)
+    found, cos = compiled(rotated)(x)
+    positions = torch.arange(6)
+    assert_same_bits(found, cupyattn.apply_rotary_emb(x, *cupyattn.rotary_tables(positions, 8, dtype=dtype)))
+    assert isinstance(cos, np.ndarray) == (dtype == "float64")
+
+
 def test_a_compiled_call_knows_of_autocast_and_so_do_its_gradients():
     q, k, v = qkv(2, 6, 4, 8, grad=True)
     graph, found = compiled(attention_alone), []
@@ -301,6 +391,14 @@ def test_a_compiled_call_knows_of_autocast_and_so_do_its_gradients():
         dout = out.detach().float()
         expected = cupyattn.attention_backward(dout, q, k, v)
         assert_same(compiled(cupyattn.attention_backward)(dout, q, k, v), expected)
+
+
+def test_a_compiled_call_of_onnx_leaves_the_past_as_it_is_under_autocast():
+    tensors, graph = operands_of(onnx_attention), compiled(onnx_attention)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = graph(*tensors), onnx_attention(*tensors)
+    assert (found.Y.dtype, found.present_key.dtype) == (torch.bfloat16, torch.float32)
+    assert_same(found, expected)
 
 
 @pytest.mark.parametrize("transform", ["vmap", "grad", "vmap of grad"])
@@ -364,6 +462,36 @@ def test_a_compiled_step_decodes_over_a_cache(lengths):
     assert caches.count_nonzero() > 0
 
 
+CACHES = {
+    "dynamic": cupyattn.DynamicCache,
+    "static": lambda: cupyattn.StaticCache(16),
+    "paged": lambda: cupyattn.PagedCache(8, 4),
+}
+
+
+def decoded(cache, step):
+    generator = torch.Generator().manual_seed(5)
+    return [step(cache, *(torch.randn(2, 1, heads, 8, generator=generator) for heads in (4, 2, 2))) for _ in range(3)]
+
+
+def appended_and_attended(cache, q, k, v):
+    cache.append(k * 2, v * 2)
+    return cache.attend(q * 2) + 1
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_a_compiled_step_calls_a_cache_between_its_graphs(name):
+    graph = torch.compile(appended_and_attended, backend="eager")
+    found, expected = (decoded(CACHES[name](), step) for step in (graph, appended_and_attended))
+    for a, b in zip(found, expected, strict=True):
+        assert_same_bits(a, b)
+
+
+def test_one_graph_with_a_cache_is_refused_and_says_what_to_do():
+    with pytest.raises(Exception, match="In one graph flash_attn_with_kvcache takes the same steps"):
+        decoded(cupyattn.DynamicCache(), compiled(appended_and_attended, "eager"))
+
+
 @pytest.mark.filterwarnings("ignore:.*:UserWarning")
 def test_what_no_operator_takes_is_called_between_two_graphs():
     """As all calls were before there were operators: NumPy's arrays, numbers in tensors, masks that are no tensors."""
@@ -386,7 +514,8 @@ def test_what_no_operator_takes_is_called_between_two_graphs():
 
 def test_every_public_function_of_arrays_is_an_operator():
     own = {"attention", "attention_backward", "merge_states", "scaled_dot_product_attention", "cascade_attention"}
-    helpers = {"apply_rotary_emb", "pad_input"}
+    own |= {"linear_attention", "linear_attention_backward", "onnx_attention"}
+    helpers = {"apply_rotary_emb", "pad_input", "unpad_input", "rotary_tables"}
     flash = {name for name in cupyattn.__all__ if name.startswith("flash_attn_")}
     assert {operator.name for operator in OPERATORS} == own | helpers | flash
 
@@ -427,7 +556,7 @@ def test_tensors_without_values_give_such_of_the_same_shapes(call):
         fake = call(*map(mode.from_tensor, tensors))
     for found in (results_of(fake), results_of(call(*(x.to("meta") for x in tensors)))):
         for a, b in zip(found, expected, strict=True):
-            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.contiguous().stride())
 
 
 def test_what_shapes_rule_out_is_refused_in_our_words_before_there_are_values():

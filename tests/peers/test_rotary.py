@@ -248,6 +248,29 @@ def test_inplace_may_have_its_own_values_as_cos():
     assert_same_bits(x, expected)
 
 
+def of_a_pair(whole, first, second):
+    return whole[:, :, first], whole[:, :, second]
+
+
+@pytest.mark.parametrize("heads", [(slice(0, 2), slice(0, 2)), (slice(0, 3), slice(2, 4))], ids=["same", "one"])
+@pytest.mark.parametrize("library", ["numpy", "torch"])
+def test_inplace_is_refused_of_a_pair_that_shares_memory(library, heads):
+    xp = pytest.importorskip(library)
+    whole, table = xp.ones((1, 3, 4, 8)), xp.ones((3, 4))
+    with pytest.raises(ValueError, match=r"x\[0\] shares memory with x\[1\], and both were to be overwritten"):
+        apply_rotary_emb(of_a_pair(whole, *heads), table, 0.5 * table, inplace=True)
+    assert (whole == 1).all()
+
+
+def test_inplace_takes_a_pair_that_lies_side_by_side():
+    whole, table = np.ones((2, 1024, 3, 8, 64)), np.ones((1024, 32))
+    q, k = whole[:, :, 0], whole[:, :, 1]
+    expected = apply_rotary_emb((q, k), table, 0.5 * table)
+    apply_rotary_emb((q, k), table, 0.5 * table, inplace=True)
+    assert_same_bits(q, expected[0])
+    assert_same_bits(k, expected[1])
+
+
 @pytest.mark.parametrize("home", [Jax("float32"), Jax("float32", jit=True), Dask("float32")], ids=str)
 def test_inplace_is_refused_where_arrays_are_immutable(home):
     x, cos, sin = map(home.make, drawn("float32"))

@@ -30,7 +30,7 @@ def test_a_plan_that_was_pickled_when_plan_was_a_module_is_a_plan_of_today(devic
     for name in ("kernel", "device", "compute_dtype", "flops", "bytes"):  # what was decided besides may be better now
         assert getattr(found, name) == getattr(today, name)
     said, says = ([line.split()[0] for line in str(plan).splitlines()] for plan in (found, today))
-    assert said == says
+    assert said == [word for word in says if word != "memory"]  # of which nobody was told then
 
 
 LOADED = "import pickle, sys; print(pickle.load(open(sys.argv[1], 'rb')))"

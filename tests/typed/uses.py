@@ -36,6 +36,24 @@ def of_one_library(x: Tensor, y: Floats, unknown: Any, flag: bool) -> None:
     assert_type(attention(unknown, unknown, unknown), Any)
     assert_type(scaled_dot_product_attention(x, x, x, None, 0.0, True), Tensor)
     assert_type(scaled_dot_product_attention(x, x, x, return_lse=True), tuple[Tensor, Tensor])
+    assert_type(cupyattn.flash_attn_func(x, x, x, causal=True), Tensor)
+    assert_type(cupyattn.flash_attn_func(y, y, y, 0.0, None, True, (3, None)), Floats)
+    assert_type(cupyattn.flash_attn_func(x, x, x, return_lse=True, seqlens_k=y), tuple[Tensor, Tensor])
+    assert_type(cupyattn.flash_attn_func(x, x, x, return_attn_probs=True), tuple[Tensor, Tensor, Tensor | None])
+    either = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
+    assert_type(cupyattn.flash_attn_func(x, x, x, return_lse=flag), either)
+    assert_type(cupyattn.flash_attn_qkvpacked_func(x), Tensor)
+    assert_type(cupyattn.flash_attn_qkvpacked_func(x, return_lse=True), tuple[Tensor, Tensor])
+    assert_type(cupyattn.flash_attn_kvpacked_func(x, x, out=x), Tensor)
+    assert_type(cupyattn.flash_attn_varlen_func(x, x, x, y, y, 5, 5, block_table=y), Tensor)
+    probs = cupyattn.flash_attn_varlen_func(x, x, x, y, y, 5, 5, return_attn_probs=True, block_table=y)
+    assert_type(probs, tuple[Tensor, Tensor, Tensor | None])
+    assert_type(cupyattn.flash_attn_varlen_qkvpacked_func(x, y, 5, return_lse=True), tuple[Tensor, Tensor])
+    assert_type(cupyattn.flash_attn_varlen_kvpacked_func(x, x, y, y, 5, 5), Tensor)
+    assert_type(cupyattn.flash_attn_with_kvcache(x, x, x, x, x, cache_seqlens=3, causal=True), Tensor)
+    assert_type(cupyattn.flash_attn_with_kvcache(x, x, x, return_softmax_lse=True), tuple[Tensor, Tensor])
+    assert_type(cupyattn.flash_attn_with_kvcache(x, x, x, return_softmax_lse=flag), Tensor | tuple[Tensor, Tensor])
+    assert_type(cupyattn.explain(cupyattn.flash_attn_func, x, (1, 9, 4, 8), (1, 9, 4, 8), causal=True), Plan)
     assert_type(merge_states([x, x], [x, x]), tuple[Tensor, Tensor])
     assert_type(attention_backward(x, x, x, x), Gradients[Tensor])
     assert_type(attention_backward(x, x, x, x).dq, Tensor)
@@ -50,6 +68,8 @@ def arrays_that_do_not_go_together_have_results_of_no_library(x: Tensor, y: Floa
     attention(x, x, y, return_lse=True)[0].reshape(3)  # type: ignore[attr-defined]
     attention_backward(y, x, x, x).dq.reshape(3)  # type: ignore[attr-defined]
     scaled_dot_product_attention(x, y, y).reshape(3)  # type: ignore[attr-defined]
+    cupyattn.flash_attn_func(x, y, y).reshape(3)  # type: ignore[attr-defined]
+    cupyattn.flash_attn_with_kvcache(x, y, y).reshape(3)  # type: ignore[attr-defined]
     merge_states([x], [y])[0].reshape(3)  # type: ignore[attr-defined]
     attention(x, x, x, out=y).reshape(3)  # type: ignore[attr-defined]
 
@@ -69,6 +89,9 @@ def words_and_numbers(x: Tensor) -> None:
     attention(x, x, x, implementation="flesh")  # type: ignore[arg-type]
     attention(x, x, x, implementation=("flash", "flesh"))  # type: ignore[arg-type]
     cupyattn.implementations("flesh")  # type: ignore[arg-type]
+    cupyattn.flash_attn_func(x, x, x, causal="yes")  # type: ignore[call-overload]
+    cupyattn.flash_attn_varlen_func(x, x, x, x, x)  # type: ignore[call-overload]
+    cupyattn.flash_attn_with_kvcache(1, 2, 3)  # type: ignore[call-overload]
 
 
 def results(x: Tensor) -> None:

@@ -1,0 +1,300 @@
+"""flash-attn's functions of sequences packed end to end: causal masks are aligned bottom-right."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+from cupyattn import reading
+from cupyattn.arrays import recorded, shapes
+from cupyattn.peers.flash_call import FLASH, flash_answer, unpacked
+from cupyattn.problem import A, Array
+
+
+# fmt: off
+@overload
+def flash_attn_varlen_func(
+    q: A, k: A, v: A, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int | None, int | None] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., block_table: Array | None = ..., *,
+    q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    return_lse: Literal[False] = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    out: A | None = ..., lse_out: A | None = ...,
+) -> A: ...
+@overload
+def flash_attn_varlen_func(
+    q: A, k: A, v: A, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int | None, int | None] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., block_table: Array | None = ..., *,
+    q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    return_lse: Literal[True], dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    out: A | None = ..., lse_out: A | None = ...,
+) -> tuple[A, A]: ...
+@overload
+def flash_attn_varlen_func(
+    q: A, k: A, v: A, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int | None, int | None] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., *, return_attn_probs: Literal[True],
+    block_table: Array | None = ...,
+    q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    return_lse: bool = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    out: A | None = ..., lse_out: A | None = ...,
+) -> tuple[A, A, A | None]: ...
+@overload
+def flash_attn_varlen_func(
+    q: A, k: A, v: A, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int | None, int | None] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: bool = ..., block_table: Array | None = ..., *,
+    q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    return_lse: bool = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    out: A | None = ..., lse_out: A | None = ...,
+) -> A | tuple[A, A] | tuple[A, A, A | None]: ...
+# fmt: on
+@recorded(shapes.of_varlen, **FLASH)
+def flash_attn_varlen_func(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Array | None = None,
+    *,
+    q_descale: Array | None = None,
+    k_descale: Array | None = None,
+    v_descale: Array | None = None,
+    return_lse: bool = False,
+    dropout_seed: int | None = None,
+    compute_dtype: Any = None,
+    out: Array | None = None,
+    lse_out: Array | None = None,
+) -> Any:
+    """flash-attn's flash_attn_varlen_func: sequences of different lengths, packed end to end.
+
+    Parameters
+    ----------
+    q : array, shape (total_q, num_heads, head_dim)
+    k, v : array, shape (total_k, num_heads_kv, head_dim)
+        Or pages, (num_pages, page_size, num_heads_kv, head_dim), any page size, if `block_table` is given.
+    cu_seqlens_q, cu_seqlens_k : array of int32, shape (batch + 1,)
+        Where each sequence starts, and the end of the last one; a sequence may be empty.  Rows of q after
+        the end give zeros.  No other integers, as in flash-attn: on a GPU they would cost one more launch.
+    max_seqlen_q, max_seqlen_k : int
+        At least the longest sequence.
+    block_table : array of int32, shape (batch, pages of a sequence), optional
+        The page of each page_size keys; entries after a sequence's last page are not looked at.
+    others
+        As for `flash_attn_func`; `alibi_slopes` (num_heads,) or (batch, num_heads).
+
+    Returns
+    -------
+    out : array, shape (total_q, num_heads, head_dim)
+    lse : array, shape (num_heads, total_q)
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As `attention`; also if cu_seqlens decrease, run past their array or exceed max_seqlen, or if
+        block_table names a page that does not exist.
+
+    Notes
+    -----
+    On a GPU nobody waits for the values of cu_seqlens and block_table, so that wrong ones are not refused there: what
+    they name outside the arrays is cut off, and rows of `out` that they leave out are not set.
+    """
+    function = "flash_attn_varlen_func"
+    arrays = {
+        "q": ("q", q),
+        "k": ("k", k),
+        "v": ("v", v),
+        "cu_seqlens_q": ("cu_seqlens_q", cu_seqlens_q),
+        "cu_seqlens_k": ("cu_seqlens_k", cu_seqlens_k),
+        "block_table": ("block_table", block_table),
+    }
+    longest_q = reading.integer(function, "max_seqlen_q", max_seqlen_q, low=0)
+    longest_k = reading.integer(function, "max_seqlen_k", max_seqlen_k, low=0)
+    return flash_answer(
+        function, arrays,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype, out, lse_out,
+        (longest_q, longest_k),
+    )  # fmt: skip
+
+
+# fmt: off
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: A, cu_seqlens: Array, max_seqlen: int, dropout_p: float = ...,
+    softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int | None, int | None] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *,
+    q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    return_lse: Literal[False] = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    out: A | None = ..., lse_out: A | None = ...,
+) -> A: ...
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: A, cu_seqlens: Array, max_seqlen: int, dropout_p: float = ...,
+    softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int | None, int | None] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *,
+    q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    return_lse: Literal[True], dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    out: A | None = ..., lse_out: A | None = ...,
+) -> tuple[A, A]: ...
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: A, cu_seqlens: Array, max_seqlen: int, dropout_p: float = ...,
+    softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int | None, int | None] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., *, return_attn_probs: Literal[True],
+    q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    return_lse: bool = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    out: A | None = ..., lse_out: A | None = ...,
+) -> tuple[A, A, A | None]: ...
+@overload
+def flash_attn_varlen_qkvpacked_func(
+    qkv: A, cu_seqlens: Array, max_seqlen: int, dropout_p: float = ...,
+    softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int | None, int | None] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: bool = ..., *,
+    q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    return_lse: bool = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    out: A | None = ..., lse_out: A | None = ...,
+) -> A | tuple[A, A] | tuple[A, A, A | None]: ...
+# fmt: on
+@recorded(shapes.of_varlen, **FLASH)
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Array,
+    cu_seqlens: Array,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    q_descale: Array | None = None,
+    k_descale: Array | None = None,
+    v_descale: Array | None = None,
+    return_lse: bool = False,
+    dropout_seed: int | None = None,
+    compute_dtype: Any = None,
+    out: Array | None = None,
+    lse_out: Array | None = None,
+) -> Any:
+    """flash-attn's flash_attn_varlen_qkvpacked_func: `flash_attn_varlen_func` with q, k and v in one array.
+
+    `qkv` is (total, 3, num_heads, head_dim); `cu_seqlens` and `max_seqlen` hold for q and for k.  Other parameters,
+    results and errors as for `flash_attn_varlen_func`.
+    """
+    function = "flash_attn_varlen_qkvpacked_func"
+    starts = ("cu_seqlens", cu_seqlens)
+    arrays = {**unpacked(function, "qkv", qkv, 3, "total"), "cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    longest = reading.integer(function, "max_seqlen", max_seqlen, low=0)
+    return flash_answer(
+        function, arrays,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype, out, lse_out,
+        (longest, longest),
+    )  # fmt: skip
+
+
+# fmt: off
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: A, kv: A, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int | None, int | None] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *,
+    q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    return_lse: Literal[False] = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    out: A | None = ..., lse_out: A | None = ...,
+) -> A: ...
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: A, kv: A, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int | None, int | None] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: Literal[False] = ..., *,
+    q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    return_lse: Literal[True], dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    out: A | None = ..., lse_out: A | None = ...,
+) -> tuple[A, A]: ...
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: A, kv: A, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int | None, int | None] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., *, return_attn_probs: Literal[True],
+    q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    return_lse: bool = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    out: A | None = ..., lse_out: A | None = ...,
+) -> tuple[A, A, A | None]: ...
+@overload
+def flash_attn_varlen_kvpacked_func(
+    q: A, kv: A, cu_seqlens_q: Array, cu_seqlens_k: Array, max_seqlen_q: int, max_seqlen_k: int,
+    dropout_p: float = ..., softmax_scale: float | None = ..., causal: bool = ...,
+    window_size: tuple[int | None, int | None] = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    deterministic: bool = ..., return_attn_probs: bool = ..., *,
+    q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    return_lse: bool = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
+    out: A | None = ..., lse_out: A | None = ...,
+) -> A | tuple[A, A] | tuple[A, A, A | None]: ...
+# fmt: on
+@recorded(shapes.of_varlen, **FLASH)
+def flash_attn_varlen_kvpacked_func(
+    q: Array,
+    kv: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    *,
+    q_descale: Array | None = None,
+    k_descale: Array | None = None,
+    v_descale: Array | None = None,
+    return_lse: bool = False,
+    dropout_seed: int | None = None,
+    compute_dtype: Any = None,
+    out: Array | None = None,
+    lse_out: Array | None = None,
+) -> Any:
+    """flash-attn's flash_attn_varlen_kvpacked_func: `flash_attn_varlen_func` with k and v in one array.
+
+    `kv` is (total_k, 2, num_heads_kv, head_dim).  Parameters, results and errors as for `flash_attn_varlen_func`.
+    """
+    function = "flash_attn_varlen_kvpacked_func"
+    arrays = {"q": ("q", q), **unpacked(function, "kv", kv, 2, "total_k")}
+    arrays |= {"cu_seqlens_q": ("cu_seqlens_q", cu_seqlens_q), "cu_seqlens_k": ("cu_seqlens_k", cu_seqlens_k)}
+    longest_q = reading.integer(function, "max_seqlen_q", max_seqlen_q, low=0)
+    longest_k = reading.integer(function, "max_seqlen_k", max_seqlen_k, low=0)
+    return flash_answer(
+        function, arrays,
+        dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype, out, lse_out,
+        (longest_q, longest_k),
+    )  # fmt: skip
