@@ -24,7 +24,6 @@ class Driver:
 
     def __init__(self):
         self.launches, self.storages = [], {}
-        self.counters, self.standing = [], []
         self.stream, self.nodes = 0, None
 
     def kernel(self, specialisation, index):
@@ -58,25 +57,6 @@ class Driver:
     def look_at_numpy(self, array):
         self.storages[array.ctypes.data] = SimpleNamespace(nbytes=lambda: array.nbytes, array=array)
 
-    def scratch(self, real):
-        def scratch(memory, workspace, *more):
-            addresses, kept = real(memory, workspace, *more)
-            if workspace.counters:
-                numbers = (ctypes.c_int32 * workspace.counters).from_address(addresses["counters"])
-                self.counters.append(np.ctypeslib.as_array(numbers))
-            return addresses, kept
-
-        return scratch
-
-    def clear(self, address, count, stream):
-        self.queue(lambda: ctypes.memset(address, 0, 4 * count))
-
-    def standing_memory(self, count):
-        array = np.full(count, -1, np.int32)
-        self.look_at_numpy(array)
-        self.standing.append((self.stream, array))
-        return SimpleNamespace(ptr=array.ctypes.data)
-
     def buffers(self):
         """(bytes, writable) of each storage, as the emulator wants to know."""
         return [
@@ -98,10 +78,7 @@ def driver(monkeypatch):
     for kind in (memory.CuPyMemory, memory.TorchMemory):
         monkeypatch.setattr(kind, "stream", lambda self, index: memory.Stream(found.stream))
         monkeypatch.setattr(kind, "is_capturing", lambda self, stream: found.nodes is not None)
-    monkeypatch.setattr(memory.CuPyMemory, "scratch", found.scratch(memory.CuPyMemory.scratch))
-    monkeypatch.setattr(memory.CuPyMemory, "standing", lambda self, count: found.standing_memory(count))
-    monkeypatch.setattr(memory.CuPyMemory, "clear", lambda self, *given: found.clear(*given))
-    # Every test has counters of its own, and its calls share them.
+    # Every test has an adapter of its own.
     monkeypatch.setattr(cuda, "_memory", functools.cache(cuda._memory.__wrapped__))
     return found
 

@@ -22,7 +22,8 @@ from cupyattn import numpy_ref, plan
 from cupyattn.cuda.launching.launch import recipe_of, record_of
 from cupyattn.cuda.launching.views import view_of_numpy
 from cupyattn.plan.hopper import hopper_tile
-from cupyattn.plan.splits import split, split_pieces
+from cupyattn.plan.schedule import EVEN
+from cupyattn.plan.splits import pieces_of_splitkv, scheduled_blocks, split, split_pieces
 from cupyattn.problem import ITEMSIZE, NAMED_DEVICES, Spec
 from cupyattn.reading import Options, attention_options, read
 
@@ -153,10 +154,16 @@ def plan_of(problem, kernel, device=H100, fixed_split_size=None, **edits):
     size, splits = 0, 1
     if kernel == "splitkv":
         size, splits, _, _ = split(problem, device, tile.block_q, tile.block_k, fixed_split_size)
+        edits.setdefault("num_slots", 2 * device.num_units)
     elif kernel == "hopper" and fixed_split_size is not None:
         size, splits, _, _ = split_pieces(problem, 1, 1, tile.block_k, fixed_split_size)
-    if "num_splits" in edits and (size or (kernel == "hopper" and not problem.layout.lengths_are_data)):
+    if "num_splits" in edits and problem.layout.lengths_are_data and kernel == "splitkv":
+        size = size or EVEN
+    elif "num_splits" in edits and (size or (kernel == "hopper" and not problem.layout.lengths_are_data)):
         size = -(-max(1, problem.sizes.seqlen_k) // (tile.block_k * edits["num_splits"])) * tile.block_k
+    if kernel == "splitkv" and problem.layout.lengths_are_data:
+        pieces, most = pieces_of_splitkv(problem, tile.block_q), edits.get("num_splits", splits)
+        edits.setdefault("num_workers", scheduled_blocks(problem, pieces, most, edits["num_slots"]))
     chosen = plan.choose(problem, device)
     if kernel == "hopper":
         edits.setdefault("num_slots", device.num_units)
@@ -198,16 +205,16 @@ class Call:
         self.scratch = {
             "partial_out": guarded(workspace.partial_out, np.float32),
             "partial_lse": guarded(workspace.partial_lse, np.float32),
-            "counters": np.zeros(workspace.counters, np.int32),
             "told": np.full(workspace.told, UNTOLD, np.int32),
+            "schedule": np.full(workspace.schedule, UNTOLD, np.int32),
         }
-        addresses = {name: x.ctypes.data for name, x in self.scratch.items()}
+        addresses = {name: x.ctypes.data for name, x in self.scratch.items() if x.size}
         self.grid, self.wanted = recipe.grid, recipe.specialisation
         given = [(x, False) for x in arrays.values()]
         given += [(x, True) for x in (*self.results.values(), *self.scratch.values())]
         self.buffers = [(x, writable) for x, writable in given if x.size]
         self.launches = []
-        for each in filter(None, (recipe, recipe.merge)):
+        for each in recipe.launches:
             what = each.specialisation
             record = record_of(each, views, homes, dropout_seed, addresses, encode=encode)
             built = emulator.build(what.source, what.expression, sources=sources, flags=flags)
@@ -217,7 +224,6 @@ class Call:
         for built, record, grid, what in self.launches:
             block = (what.threads, what.shared_memory)
             built.launch(record, grid, *block, self.buffers, schedule, seed, cluster=what.cluster)
-        assert not self.scratch["counters"].any(), "a counter was not put back"
         return Result(self.results["out"], self.results.get("lse"), self.problem, self.plan)
 
 

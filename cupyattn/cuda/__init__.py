@@ -326,10 +326,10 @@ def _ready(
                 kept.append(copy)
                 views[name] = memory.view(copy, "float32" if name in ("alibi_slopes", "sinks") else specs[name].dtype)
             recipe = recipe_of(plan, problem, views)
-        scratch, workspace = memory.scratch(recipe.workspace, index, stream, operands["q"])
+        scratch, workspace = memory.scratch(recipe.workspace, operands["q"])
     addresses = {name: memory.pointer(array) for name, array in results.items()}
     launches = []
-    for each in filter(None, (recipe, recipe.merge)):
+    for each in recipe.launches:
         record, what = record_of(each, views, addresses, seed, scratch, cache_seqlen), each.specialisation
         launches.append(Launch(kernel(what, index), each.grid, what, record, stream, [*kept, workspace]))
     return launches

@@ -6,7 +6,8 @@
 //     exponent of two they are relative to, and the sum of weights; told [piece, split]: twice the number of splits that
 //     the piece has, and one more if values that are not finite were taken for 0.
 //
-// Rows of a piece that has one split are done already.  A warp has a row, and adds up the splits always in the same
+// Where pieces are cut by shares of thread blocks (kByShares) nobody is told, for it follows from the schedule, and there
+// are two places for each thread block, see schedule.cuh.  Rows of a piece that has one split are done already.  A warp has a row, and adds up the splits always in the same
 // order.  Where a row sees values that are not finite they are looked for, one by one, in all of its keys.
 //
 // Twin     numpy_ref.merge.
@@ -16,6 +17,7 @@
 
 #include "algorithm/descales.cuh"
 #include "algorithm/pages.cuh"
+#include "algorithm/schedule.cuh"
 #include "algorithm/softmax.cuh"
 #include "tiles/numbers.cuh"
 
@@ -42,6 +44,7 @@ struct MergedRow {
     int64 piece;
     int row;  // of the piece
     int token, head;
+    int splits, owner;  // of the piece; the thread block that has the first one, where they are cut by shares
     float exponent, sum, column[kChunks][4];
 
     DEVICE_METHOD MergedRow(const MergeParams& given, uint32 index) : params(given) {
@@ -56,7 +59,26 @@ struct MergedRow {
     }
     DEVICE_METHOD bool exists() const { return token < sequence.band.seqlen_q; }
 
-    DEVICE_METHOD int64 place_of(int split) const { return piece * params.num_splits + split; }
+    // Before anything is read of a split.
+    DEVICE_METHOD void find_splits() {
+        if (!params.at.schedule || params.split_size != kByShares) {
+            splits = told(0) >> 1;
+            return;
+        }
+        const Schedule schedule(params);
+        const int units = params.num_heads / params.heads_per_unit, index = sequence.index;
+        const int tiles = row_tiles_of(sequence.band.seqlen_q, params.heads_per_unit, params.block_q);
+        const int64 step = schedule.step_of(index, tiles * units);
+        const int place = head / params.heads_per_unit * tiles + static_cast<int>(piece % params.pieces_per_unit);
+        const LinePiece its = schedule.piece_of(schedule.start_of(index), step, place);
+        owner = schedule.owner_of(its.start);
+        splits = schedule.owner_of(its.start + larger(its.length, 1) - 1) - owner + 1;
+    }
+    DEVICE_METHOD int64 place_of(int split) const {
+        if (params.at.schedule && params.split_size == kByShares) return 2 * (owner + split) + (split == 0);
+        return piece * params.num_splits + split;
+    }
+    DEVICE_METHOD bool strays_in(int split) const { return params.mends && told(split) & 1; }
     DEVICE_METHOD int told(int split) const { return ptx::load_global(params.at.told + place_of(split)); }
     DEVICE_METHOD const float* sums_of(int split) const {
         return params.at.partial_lse + (place_of(split) * params.block_q + row) * 2;
@@ -65,7 +87,7 @@ struct MergedRow {
     DEVICE_METHOD bool has(int chunk) const { return first_column(chunk) < params.head_dim_v; }
 
     // All splits, the largest exponent first of all.  What is not finite counts however little it weighs.
-    DEVICE_METHOD void merge(int splits) {
+    DEVICE_METHOD void merge() {
         exponent = -ptx::infinity(), sum = 0.f;
         for (int split = ptx::lane(); split < splits; split += 32)
             exponent = ptx::max(exponent, ptx::load_global(sums_of(split)));
@@ -99,7 +121,7 @@ struct MergedRow {
         const float sink = params.at.sinks ? ptx::load_global(params.at.sinks + head) * kLog2e : -ptx::infinity();
         const Finish end = finish_row(exponent, sum, sink);
         float factor = end.factor, probe = 0.f;
-        if constexpr (Traits::kFloat8) factor *= descale_of_values(params, sequence.index, head);
+        if constexpr (Traits::kFloat8) factor *= params.of_columns * descale_of_values(params, sequence.index, head);
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk)
 #pragma unroll
@@ -107,20 +129,31 @@ struct MergedRow {
                 column[chunk][i] *= factor;
                 probe += column[chunk][i] * 0.f;
             }
-        if (ptx::any(strays || probe != 0.f) && sum * 0.f == 0.f) mend();  // a score that is nan makes the whole row nan
+        // A score that is nan makes the whole row nan.
+        if (params.mends && ptx::any(strays || probe != 0.f) && sum * 0.f == 0.f) mend();
         Out* to = static_cast<Out*>(params.at.out) + sequence.index * params.out.batch +
                   (sequence.first_row + token) * params.out.row + head * params.out.head;
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk)
-            if (has(chunk)) store_four(to + first_column(chunk), column[chunk]);
+            if (has(chunk)) store_four(to + first_column(chunk), column[chunk], params.head_dim_v - first_column(chunk));
         if (params.at.lse && ptx::lane() == 0)
             ptx::store_global(params.at.lse + sequence.index * params.lse_batch + head * params.lse_head +
                                   sequence.first_row + token,
                               end.lse);
     }
-    DEVICE_METHOD static void store_four(Out* to, const float (&x)[4]) {
-        const uint32 bits[2] = {ptx::pack<Out>(x[0], x[1]), ptx::pack<Out>(x[2], x[3])};
-        ptx::store_global(static_cast<void*>(to), bits);
+    // Of which `left` are there.
+    DEVICE_METHOD static void store_four(Out* to, const float (&x)[4], int left) {
+        const bool aligned = reinterpret_cast<uint64>(to) % (4 * sizeof(Out)) == 0;
+        if constexpr (sizeof(Out) == 2) {
+            const uint32 bits[2] = {ptx::pack<Out>(x[0], x[1]), ptx::pack<Out>(x[2], x[3])};
+            if (aligned && left >= 4) return ptx::store_global(static_cast<void*>(to), bits);
+        } else {
+            const uint32 bits[4] = {ptx::bits(x[0]), ptx::bits(x[1]), ptx::bits(x[2]), ptx::bits(x[3])};
+            if (aligned && left >= 4) return ptx::store_global(static_cast<void*>(to), bits);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (i < left) store_rounded(to + i, x[i]);
     }
 
     // Puts inf and nan where the row sees values that are not finite, which is slow, and needed by no good data.
@@ -138,6 +171,7 @@ struct MergedRow {
                 if (!its_row) continue;
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
+                    if (first_column(chunk) + i >= params.head_dim_v) break;
                     const float value = number_of(ptx::load_global(its_row + first_column(chunk) + i));
                     if (value * 0.f != 0.f) found[i] += value;
                 }
@@ -160,11 +194,11 @@ __global__ void __launch_bounds__(Traits::kThreads) merge_splits(const __grid_co
     if (index >= params.batch * units * params.pieces_per_unit * params.rows_per_piece) return;
     MergedRow<Traits> row(params, index);
     if (!row.exists()) return;
-    const int splits = row.told(0) >> 1;
-    if (splits <= 1) return;
+    row.find_splits();
+    if (row.splits <= 1) return;
     bool strays = false;
-    for (int split = ptx::lane(); split < splits; split += 32) strays |= row.told(split) & 1;
-    row.merge(splits);
+    for (int split = ptx::lane(); split < row.splits; split += 32) strays |= row.strays_in(split);
+    row.merge();
     row.store(strays);
 }
 

@@ -1,32 +1,30 @@
-// splitkv.cu: exact attention for few queries and many keys, in one launch.
+// splitkv.cu: exact attention for few queries and many keys.
 //
 // A piece is kBlockQ rows that share their keys: the query heads of one group and, if there are several, the
 // queries of one sequence, token by token, so that keys and values are read once for all of them.  Its keys are
 // cut into splits, a thread block each, and within a block the warps take turns, 16 keys at a time, each with
-// copies of its own under way and none waiting for another.  At the end the warps' sums are merged, and the last
-// block of a piece to finish merges the splits.
-//
-//     partial_out [piece, split, kBlockQ, kHeadDimV], not yet divided; partial_lse [piece, split, kBlockQ, 2]: the
-//     exponent of two they are relative to, and the sum of weights; counters [piece]: splits that are done.
+// copies of its own under way and none waiting for another.  At the end the warps' sums are merged, and stored as
+// results where there is one split; otherwise they are left for merge.cu, which is launched behind it.
 //
 // Keys and values lie in the rings as they come, and are made what products take, halves or planes, in the registers of
 // the warp that owns them: see raw.cuh.  Halves hold the numbers of float8 exactly, and its weights are halves, too.
 // Float32 of wide heads is made planes on the way into the rings, by as many registers as sums leave.
 //
-// How many splits a sequence gets is decided here if lengths are data (split_size 0), by the rule of splits.cuh, and
-// by the host otherwise.
+// Where lengths are data the grid is as large as the GPU, and a block takes one split after the other, by a schedule that
+// schedule.cu has made of the lengths; where the host knows them a block has one.
 //
 // Twin     cpu.flash.flash and numpy_ref.merge.
 // Source   Dao, Haziza, Massa and Sizov, Flash-Decoding, 2023.
 // Needs    sm_80.
-// Launch   one block per (split, row tile, group, sequence), the split fastest; kThreads threads.
+// Launch   one block per (split, row tile, group, sequence), the split fastest, or, behind schedule.cu, num_slots of
+//          them; kThreads threads; merge.cu behind it, if pieces may have several splits.
 
 #include "algorithm/descales.cuh"
 #include "algorithm/dropout.cuh"
 #include "algorithm/merge.cuh"
 #include "algorithm/pages.cuh"
-#include "algorithm/splits.cuh"
 #include "algorithm/traits.cuh"
+#include "algorithm/walk.cuh"
 #include "tiles/strays.cuh"
 
 namespace cupyattn {
@@ -94,13 +92,6 @@ struct SplitBlock : SplitStates<Traits> {
     DEVICE_METHOD float scale() const {
         if constexpr (Traits::kFloat8) return descaled;
         return params.softmax_scale;
-    }
-
-    // The blocks of keys that some row sees.
-    DEVICE_METHOD Span blocks() const {
-        if (num_rows <= 0) return {0, 0};
-        const Span touched = sequence.band.touched(token_of(0), token_of(num_rows - 1));
-        return touched.empty() ? Span{0, 0} : Span{touched.start / kBlockK, ceil_div(touched.stop, kBlockK)};
     }
 
     // ---- Loads ----
@@ -306,61 +297,49 @@ DEVICE_APART void split_with_care(const typename Traits::Given& params, int tile
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads) split_forward(const __grid_constant__ typename Traits::Given params) {
-    const int groups = params.num_heads / params.queries_per_pair;
-    const int row_tiles = larger(1, ceil_div(params.seqlen_q * params.queries_per_pair, Traits::kBlockQ));
-    const int split = ptx::block_x() % params.num_splits, piece = ptx::block_x() / params.num_splits;
-    const int group = piece / row_tiles % groups;
-    const Sequence sequence = sequence_at(piece / row_tiles / groups, params);
-    const int tile = piece % row_tiles;
-    if (sequence.index == params.batch) {
-        const int head = group * params.queries_per_pair;
-        if (split == 0)
-            wipe<typename Traits::Out>(params, sequence, {head, head + params.queries_per_pair}, tile, row_tiles);
-        return;
-    }
-    if (tile * Traits::kBlockQ >= sequence.band.seqlen_q * params.queries_per_pair) return;
-    int size = params.split_size / Traits::kBlockK;
-    if (size == 0) size = live_size<Traits>(params, groups);
-
-    SplitBlock<Traits, false> block(params, tile, group, sequence);
-    const Span blocks = block.blocks();
-    const int count = blocks.stop - blocks.start;
-    // Never more splits than the grid has; split_size 0 promises nothing about where they end, so they are even.
-    const int splits = smaller(params.num_splits, larger(1, ceil_div(count, size)));
-    const int each = params.split_size && splits * size >= count ? size : ceil_div(count, splits);
-    if (split >= splits) return;
-    const Span part{blocks.start + split * each, smaller(blocks.stop, blocks.start + (split + 1) * each)};
-
+DEVICE void attend_to(const typename Traits::Given& params, const SplitItem& item) {
+    using Walk = SplitWalk<Traits>;
+    SplitBlock<Traits, false> block(params, item.tile, item.group, item.sequence);
     block.load_queries();
-    block.attend(part);
+    block.attend(item.part);
     if (block.is_suspicious())
-        split_with_care<Traits>(params, tile, group, sequence, part);
+        split_with_care<Traits>(params, item.tile, item.group, item.sequence, item.part);
     else
         block.leave_state();
     ptx::barrier();
+    const bool is_whole = Walk::is_whole();
+    const int64 place = Walk::place();
     for (int row = ptx::warp(); row < block.num_rows; row += Traits::kNumWarps) {
         const auto state = block.merged_warps(row);
-        if (splits == 1)
+        if (is_whole)
             block.store(state, row);
         else
-            block.leave_partial(state, piece, split, row);
+            block.leave_partial(state, place, row);
     }
-    if (splits == 1) return;
+    if (Walk::splits() && params.num_splits > 1 && ptx::thread() == 0)
+        ptx::store_global(params.at.told + place, 2 * Walk::splits());
+}
 
-    ptx::fence_gpu();
-    ptx::barrier();  // this block's partial results are out, and the states' memory is free
-    const uint32 flag = ptx::shared_memory();
-    if (ptx::thread() == 0) {
-        const bool last = ptx::atomic_add(params.at.counters + piece, 1) == splits - 1;
-        if (last) ptx::store_global(params.at.counters + piece, 0);
-        ptx::store_shared(flag, static_cast<uint32>(last));
+// Apart, with registers of its own.
+template <typename Traits>
+DEVICE_APART bool next_item(const Params& params, SplitItem& item) {
+    return SplitWalk<Traits>(params).next(item);
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads) split_forward(const __grid_constant__ typename Traits::Given params) {
+    SplitWalk<Traits>(params).begin();
+    SplitItem item;
+#pragma unroll 1
+    while (next_item<Traits>(params, item)) {
+        if (item.sequence.index < params.batch) {
+            attend_to<Traits>(params, item);
+        } else if (item.part.start == 0) {
+            const int head = item.group * params.queries_per_pair;
+            wipe<typename Traits::Out>(params, item.sequence, {head, head + params.queries_per_pair}, item.tile,
+                                       item.tiles);
+        }
     }
-    ptx::barrier();
-    if (!ptx::load_shared(flag)) return;
-    ptx::fence_gpu();
-    for (int row = ptx::warp(); row < block.num_rows; row += Traits::kNumWarps)
-        block.store(block.merged_splits(piece, splits, row), row);
 }
 
 }  // namespace cupyattn

@@ -10,6 +10,7 @@ returns a `Plan` that prints itself.  Nothing here touches an array or a GPU.
 - `backward`: the plan of the gradients, and the tiles of their kernels
 - `memory`: how much a plan takes besides the operands
 - `tiling`: how many tiles sequences take whose lengths are not known yet
+- `schedule`: which keys of which rows a thread block has where lengths are data
 - `splits`: into how many pieces a decode cuts its keys, by our rule and by those of flash-attn
 """
 
@@ -49,12 +50,16 @@ from cupyattn.plan.hopper import (
 )
 from cupyattn.plan.memory import memory_of
 from cupyattn.plan.objections import IMPLEMENTATIONS, LONGEST, objections_of_hopper
+from cupyattn.plan.schedule import BY_SHARES, num_sequences, num_words
+from cupyattn.plan.splits import FEWEST_KEYS
 from cupyattn.plan.tiling import num_row_tiles, num_tiles, tile_of_round, tiles_if_even
 from cupyattn.plan.values import BackwardTile, BackwardTiles, CpuTile, Plan, Tile
 
 __all__ = [
     "ALL_KEYS",
     "BOTH_EDGES",
+    "BY_SHARES",
+    "FEWEST_KEYS",
     "HEAD_DIMS",
     "IMPLEMENTATIONS",
     "KEYS_IN_A_BOX",
@@ -88,7 +93,9 @@ __all__ = [
     "hopper_tile",
     "memory_of",
     "num_row_tiles",
+    "num_sequences",
     "num_tiles",
+    "num_words",
     "objections_of_hopper",
     "padded_dims",
     "passes_of",

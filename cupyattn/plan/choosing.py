@@ -15,7 +15,16 @@ from cupyattn.plan.cpu import cpu_tile
 from cupyattn.plan.gpu import blocks_per_unit, gpu_tile, padded
 from cupyattn.plan.hopper import HopperTile, hopper_tile
 from cupyattn.plan.objections import IMPLEMENTATIONS, is_allowed, only
-from cupyattn.plan.splits import FEWEST_KEYS, FEWEST_KEYS_OF_TILES, PEERS, split, split_pieces
+from cupyattn.plan.schedule import EVEN
+from cupyattn.plan.splits import (
+    FEWEST_KEYS,
+    FEWEST_KEYS_OF_TILES,
+    PEERS,
+    pieces_of_splitkv,
+    scheduled_blocks,
+    split,
+    split_pieces,
+)
 from cupyattn.plan.tiling import num_row_tiles, num_tiles
 from cupyattn.plan.values import CpuTile, Plan, Tile
 from cupyattn.problem import FLOAT8, Device, Problem
@@ -206,17 +215,15 @@ def with_num_splits(plan: Plan, problem: Problem, num_splits: int) -> Plan:
         return plan
     fewest = FEWEST_KEYS_OF_TILES if on_hopper else FEWEST_KEYS
     most = max(1, min(num_splits, math.ceil(problem.sizes.seqlen_k / fewest)))
-    pieces = plan.num_workers // plan.num_splits
     reason = f"up to {most} splits a sequence, as was asked"
     instead = None if plan.instead is None else with_num_splits(plan.instead, problem, num_splits)
-    return replace(
-        plan,
-        num_splits=most,
-        num_workers=pieces * most,
-        num_slots=ANY_NUMBER_OF_SLOTS,
-        reason=reason,
-        instead=instead,
-    )
+    tiles = plan.num_workers // plan.num_splits
+    plan = replace(plan, num_splits=most, reason=reason, instead=instead)
+    if on_hopper:
+        return replace(plan, num_workers=tiles * most, num_slots=ANY_NUMBER_OF_SLOTS)
+    assert isinstance(plan.tile, Tile)
+    workers = scheduled_blocks(problem, pieces_of_splitkv(problem, plan.tile.block_q), most, plan.num_slots)
+    return replace(plan, split_size=EVEN, num_workers=workers)
 
 
 def for_live_keys(plan: Plan, problem: Problem, live_keys: int) -> Plan:

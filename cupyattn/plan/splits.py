@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from cupyattn.plan.schedule import BY_SHARES, most_cuts, num_sequences, shortest_share
 from cupyattn.problem import ITEMSIZE, Device, Problem, Span
 
 FEWEST_KEYS = 256
@@ -156,11 +157,30 @@ def split(
     blocks_per_unit: int = BLOCKS_PER_UNIT,
 ) -> tuple[int, int, int, str]:
     """(split_size, most splits of a piece, thread blocks, reason) of the split-KV kernel."""
-    sizes = problem.sizes
-    group = sizes.queries_per_pair
-    row_tiles = max(1, math.ceil(sizes.seqlen_q * group / block_q))
-    pieces = sizes.batch * (sizes.num_heads // group) * row_tiles
-    return split_pieces(problem, pieces, blocks_per_unit * device.num_units, block_k, fixed_split_size)
+    pieces, slots = pieces_of_splitkv(problem, block_q), blocks_per_unit * device.num_units
+    if not problem.layout.lengths_are_data:
+        return split_pieces(problem, pieces * problem.sizes.batch, slots, block_k, fixed_split_size)
+    size, blocks = BY_SHARES, math.ceil(problem.sizes.seqlen_k / block_k)  # a window may lie anywhere
+    if fixed_split_size is not None:
+        size = math.ceil(fixed_split_size / block_k) * block_k
+        splits, reason = max(1, math.ceil(blocks * block_k / size)), f"splits of {size} keys, as was asked"
+    else:
+        splits = most_cuts(blocks, pieces, slots, shortest_share(FEWEST_KEYS, block_k))
+        reason = f"up to {splits} splits a sequence, by the lengths on the device"
+    return size, splits, scheduled_blocks(problem, pieces, splits, slots), reason
+
+
+def pieces_of_splitkv(problem: Problem, block_q: int) -> int:
+    """Of a sequence: rows that share keys, as many as a tile has at most."""
+    sizes, group = problem.sizes, problem.sizes.queries_per_pair
+    return (sizes.num_heads // group) * max(1, math.ceil(sizes.seqlen_q * group / block_q))
+
+
+def scheduled_blocks(problem: Problem, pieces: int, splits: int, slots: int) -> int:
+    """Thread blocks for sequences of so many pieces, whose lengths are data: those that run at once, if any is cut."""
+    if splits == 1:
+        return problem.sizes.batch * pieces
+    return min(slots, num_sequences(problem.layout, problem.sizes.batch) * pieces * splits)
 
 
 def split_pieces(

@@ -81,7 +81,8 @@ class Plan:
     objections: tuple[tuple[str, tuple[str, ...]], ...] = field(default=())
     """Each other implementation's reasons against it."""
     split_size: int = 0
-    """Keys of a split; 0: found on the GPU, from the lengths there."""
+    """Keys of a split; where lengths are data, 0: found on the GPU, from those there; -1: even splits, as many as may
+    be."""
     num_slots: int = 0
     """Thread blocks of a kernel that splits keys that the GPU runs at once."""
     peers: tuple[tuple[str, int], ...] = field(default=())

@@ -214,13 +214,13 @@ def run(case, kernel="splitkv", schedule=0, seed=0, sources=None, num_splits=Non
     scratch = {
         "partial_out": guarded(space.partial_out, np.float32),
         "partial_lse": guarded(space.partial_lse, np.float32),
-        "counters": np.zeros(space.counters, np.int32),
         "told": np.full(space.told, UNTOLD, np.int32),
+        "schedule": np.full(space.schedule, UNTOLD, np.int32),
     }
-    addresses = [{name: x.ctypes.data for name, x in some.items()} for some in (results, scratch)]
+    addresses = [{name: x.ctypes.data for name, x in some.items() if x.size} for some in (results, scratch)]
     buffers = [(x, False) for name, x in operands.items() if x.size and name != "k_new"]
     buffers += [(x, True) for x in (*results.values(), *scratch.values()) if x.size]
-    for each in filter(None, (recipe, recipe.merge)):
+    for each in recipe.launches:
         record, what = record_of(each, views, addresses[0], 0, addresses[1], seqlen, encode), each.specialisation
         built = emulator.build(what.source, what.expression, sources=sources, flags=FLAGS)
         built.launch(record, each.grid, what.threads, what.shared_memory, buffers, schedule, seed)

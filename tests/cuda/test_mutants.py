@@ -259,25 +259,23 @@ MUTANTS = [
            "block.leave_state();", "split"),
     Mutant("sums merged without weights", "merge.cuh", "sum += share * its_sum", "sum += its_sum", "split"),
     Mutant("columns merged without weights", "merge.cuh", "x - x == 0.f ? share : 1.f", "1.f", "split"),
-    Mutant("partial results not fenced", "splitkv.cu", "ptx::fence_gpu();\n    ptx::barrier();  // this",
-           "ptx::barrier();  // this", "split"),
-    Mutant("partial results of other threads still out", "splitkv.cu",
-           "ptx::barrier();  // this block's partial results are out, and the states' memory is free", "", "split"),
-    Mutant("flag read too early", "splitkv.cu", "ptx::barrier();\n    if (!ptx::load_shared(flag))",
-           "if (!ptx::load_shared(flag))", "split"),
-    Mutant("counter left where it is", "splitkv.cu", "if (last) ptx::store_global(params.at.counters + piece, 0);", "",
+    Mutant("partial results in each other's place", "splitkv.cu", "params.num_splits + split;", "params.num_splits;",
            "split"),
-    Mutant("merged one split early", "splitkv.cu", "== splits - 1;", "== splits - 2;", "split"),
-    Mutant("one counter for all pieces", "splitkv.cu", "params.at.counters + piece, 1", "params.at.counters, 1",
+    Mutant("splits not told of", "splitkv.cu", "params.at.told + place, 2 * splits", "params.at.told + place, 2",
            "split"),
+    Mutant("partial rows one after the other", "merge.cuh", "its_row = place * Traits::kBlockQ + row",
+           "its_row = place + row", "split"),
+    Mutant("a merge of one split less", "merge.cu", "splits = row.told(0) >> 1", "splits = (row.told(0) >> 1) - 1",
+           "split"),
+    Mutant("values of halves for those of float8 merged", "merge.cu", "factor *= params.of_columns * ", "factor *= ",
+           "split, float8"),
+    Mutant("columns behind the last stored", "merge.cu", "if (i < left) store_rounded", "store_rounded",
+           "split, narrow"),
     Mutant("splits overlap", "splitkv.cu", "blocks.start + (split + 1) * each", "blocks.start + (split + 1) * each + 1",
            "split"),
     Mutant("splits from the first key", "splitkv.cu", "const Span part{blocks.start + split * each,",
            "const Span part{split * each,", "split"),
     Mutant("uneven splits leave keys out", "splitkv.cu", ": ceil_div(count, splits);", ": count / splits;", "split"),
-    Mutant("partial results in each other's place", "merge.cuh",
-           "partial_out +\n               ((piece * params.num_splits + split)",
-           "partial_out +\n               ((piece + split)", "split"),
     Mutant("lse of another sequence while splitting", "splitkv.cu", "sequence.first_row + token_of(row),\n",
            "token_of(row),\n", "split"),
     Mutant("pages of sixteen keys", "pages.cuh", "table + key / params.page_size", "table + key / 16", "split, pages"),
@@ -464,6 +462,10 @@ def split(sources):
     lies("splitkv", sources, **SPLIT)
 
 
+def split_of_odd_columns(sources):
+    both("splitkv", 1, sources, (1, 130), dims=(40, 37), num_splits=2, **SPLIT)
+
+
 def flash_of_pages(sources):
     for page_size in (5, 48):
         ragged("flash", page_size % 3, sources, (40, 2), (130, 70), page_size=page_size, **SMALL)
@@ -545,6 +547,7 @@ GROUPS = {
     "flash, causal slopes": flash_of_causal_slopes,
     "split, causal slopes": split_of_causal_slopes,
     "split": split,
+    "split, narrow": split_of_odd_columns,
     "split, pages": split_of_pages,
     "flash, pages": flash_of_pages,
     "split, edits": split_of_edits,

@@ -20,7 +20,7 @@ from oracle import assert_matches, assert_same_bits
 
 from cupyattn import numpy_ref
 from cupyattn.plan import Tile
-from cupyattn.plan.splits import live_split_blocks
+from cupyattn.plan.schedule import places_of, schedule_of, shortest_share
 from cupyattn.problem import Device
 
 DECODE = (4, 2, 2)
@@ -199,7 +199,7 @@ def test_splits_come_in_any_order_to_the_same_bits(rng, schedule):
         assert_same_bits(other.lse, calls[0].lse)
 
 
-def test_a_second_launch_on_the_same_counters_is_the_same(rng):
+def test_a_second_launch_in_the_same_memory_is_the_same(rng):
     arrays = operands(rng, "float16", "bshd", 2, DECODE, (1, 300), (64, 64))
     again = Call(arrays, options_of(), "splitkv", tile=SMALL, num_splits=5)
     first = again.run(1).out.copy()
@@ -260,19 +260,44 @@ def test_even_splits_by_live_lengths_meet_the_bar(rng, num_splits):
     check(arrays, ragged_options(arrays), "splitkv", num_splits % 3, tile=SMALL, num_splits=num_splits)
 
 
+SMALL_GPU = Device("small", "cuda", 4, (9, 0), 227 * 1024)
+"""Eight thread blocks run at once."""
+
+
 @pytest.mark.parametrize("lengths", [(3000, 5, 0), (900, 900, 900), (3000, 2000, 64)])
-def test_splits_by_live_lengths_are_those_of_the_planner(rng, lengths):
-    """Its rule, from lengths that only the device knows; a GPU of four multiprocessors."""
-    device = Device("small", "cuda", 4, (9, 0), 227 * 1024)
+def test_pieces_are_cut_where_the_planner_cuts_them(rng, lengths):
+    """Its rule, from lengths that only the device knows."""
     arrays = ragged_operands(rng, "float16", (1, 1, 1), lengths, (2, 1, 1))
-    launched = Call(arrays, ragged_options(arrays), "splitkv", device=device, tile=SMALL)
-    chosen = launched.run().plan
+    launched = Call(arrays, ragged_options(arrays), "splitkv", device=SMALL_GPU, tile=SMALL)
+    launched.run()
+    assert [grid for _, _, grid, what in launched.launches if what.source == "splitkv.cu"] == [(8, 1, 1)]
     blocks = [-(-length // SMALL.block_k) for length in lengths]
-    size = live_split_blocks(sum(blocks), 3, 2 * device.num_units, SMALL.block_k)
-    sums = launched.scratch["partial_lse"].reshape(3, chosen.num_splits, SMALL.block_q, 2)
-    written = (~np.isnan(sums[:, :, 0, 1])).sum(axis=1)
-    expected = [-(-count // size) for count in blocks]
-    np.testing.assert_array_equal(written, [splits if splits > 1 else 0 for splits in expected])
+    made = schedule_of([1, 1, 1, 0], [*blocks, 0], 8, shortest_share(256, SMALL.block_k))
+    places = [places_of(made, *each) for each in zip(made.starts, blocks, strict=False)]
+    expected = sorted(place for its in places if len(its) > 1 for place in its)
+    sums = launched.scratch["partial_lse"].reshape(16, SMALL.block_q, 2)
+    np.testing.assert_array_equal(np.flatnonzero(~np.isnan(sums[:, 0, 1])), expected)
+
+
+@pytest.mark.parametrize("later", [(0, 3000, 700), (1, 1, 1), (3000, 3000, 3000)])
+def test_a_schedule_of_other_lengths_gives_the_same_results(rng, later):
+    """Numbers made for lengths of the step before, or of none: other cuts, and nothing else."""
+    arrays = ragged_operands(rng, "float16", (1, 1, 1), (3000, 3000, 3000), (2, 1, 1))
+    ends = arrays["cu_seqlens_k"].copy()
+    made = []
+    for lengths in ((2000, 0, 5), later):
+        arrays["cu_seqlens_k"][1:] = np.cumsum(lengths)
+        launched = Call(arrays, ragged_options(arrays, 1, 3000), "splitkv", device=SMALL_GPU, tile=SMALL)
+        launched.run()
+        made.append(launched)
+    first, second = made
+    assert ends[-1] == 9000
+    fresh = second.results["out"].copy()
+    second.scratch["schedule"][...] = first.scratch["schedule"]
+    second.results["out"][...] = np.nan
+    second.launches = [each for each in second.launches if each[3].source != "schedule.cu"]
+    found = second.run(1)
+    np.testing.assert_allclose(found.out.astype("f4"), fresh.astype("f4"), atol=2e-3)
 
 
 def test_rows_of_no_sequence_are_wiped_where_none_is_expected(rng):

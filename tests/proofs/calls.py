@@ -115,7 +115,7 @@ def kernels(target, prebuilt=False):
         for each in filter(None, (chosen, chosen.instead)):
             if each.kernel != "none":
                 recipe = recipe_of(each, problem, views)
-                launched = [x.specialisation for x in (recipe, recipe.merge) if x]
+                launched = [x.specialisation for x in recipe.launches]
                 found += [Kernel(target, wanted.source, wanted.expression) for wanted in launched]
         found += _of_gradients(target, problem, views)
     return tuple(dict.fromkeys(found))

@@ -1,5 +1,5 @@
-// What rows have come to over some of their keys, and the merge of such states: first those of a block's warps, in
-// shared memory, then those of a piece's splits, in global memory.  Twin: numpy_ref.merge.
+// What rows have come to over some of their keys, and the merge of such states: those of a block's warps, in shared
+// memory.  Those of a piece's splits are left in global memory for merge.cu.  Twin: numpy_ref.merge.
 #pragma once
 
 #include "algorithm/softmax.cuh"
@@ -39,10 +39,9 @@ struct SplitStates {
         }
     };
 
-    static constexpr int kStateBytes = Traits::kBlockQ * (Traits::kHeadDimV + 2) * 4;  // of a warp
-    DEVICE_METHOD uint32 state_sums(int warp, int row) const { return states + warp * kStateBytes + row * 8; }
+    DEVICE_METHOD uint32 state_sums(int warp, int row) const { return states + warp * Traits::kStateBytes + row * 8; }
     DEVICE_METHOD uint32 state_row(int warp, int row) const {
-        return states + warp * kStateBytes + Traits::kBlockQ * 8 + row * Traits::kHeadDimV * 4;
+        return states + warp * Traits::kStateBytes + Traits::kBlockQ * 8 + row * Traits::kHeadDimV * 4;
     }
 
     // All warps' states of a row.
@@ -60,40 +59,16 @@ struct SplitStates {
         return state;
     }
 
-    DEVICE_METHOD float* partial_row(int64 piece, int split, int row) const {
-        return params.at.partial_out +
-               ((piece * params.num_splits + split) * Traits::kBlockQ + row) * Traits::kHeadDimV;
-    }
-    DEVICE_METHOD float* partial_sums(int64 piece, int split, int row) const {
-        return params.at.partial_lse + ((piece * params.num_splits + split) * Traits::kBlockQ + row) * 2;
-    }
-
-    DEVICE_METHOD void leave_partial(const RowState& state, int64 piece, int split, int row) const {
+    // For merge.cu; `place` is the split's among all that there may be.
+    DEVICE_METHOD void leave_partial(const RowState& state, int64 place, int row) const {
+        const int64 its_row = place * Traits::kBlockQ + row;
 #pragma unroll
         for (int i = 0; i < kColumns; ++i)
-            ptx::store_global_fresh(partial_row(piece, split, row) + 32 * i + ptx::lane(), state.column[i]);
+            ptx::store_global(params.at.partial_out + its_row * Traits::kHeadDimV + 32 * i + ptx::lane(), state.column[i]);
         if (ptx::lane() == 0) {
-            ptx::store_global_fresh(partial_sums(piece, split, row), state.exponent);
-            ptx::store_global_fresh(partial_sums(piece, split, row) + 1, state.sum);
+            ptx::store_global(params.at.partial_lse + its_row * 2, state.exponent);
+            ptx::store_global(params.at.partial_lse + its_row * 2 + 1, state.sum);
         }
-    }
-
-    // All splits' states of a row, always in the same order.
-    DEVICE_METHOD RowState merged_splits(int64 piece, int splits, int row) const {
-        float exponent = -ptx::infinity();
-        for (int split = ptx::lane(); split < splits; split += 32)
-            exponent = ptx::max(exponent, ptx::load_global_fresh(partial_sums(piece, split, row)));
-#pragma unroll
-        for (int step = 16; step > 0; step /= 2) exponent = ptx::max(exponent, ptx::shuffle_xor(exponent, step));
-        RowState state;
-        state.clear(exponent);
-#pragma unroll 4
-        for (int split = 0; split < splits; ++split)
-            state.add(ptx::load_global_fresh(partial_sums(piece, split, row)),
-                      ptx::load_global_fresh(partial_sums(piece, split, row) + 1), [&](int i) {
-                          return ptx::load_global_fresh(partial_row(piece, split, row) + 32 * i + ptx::lane());
-                      });
-        return state;
     }
 };
 

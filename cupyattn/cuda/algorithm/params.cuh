@@ -21,9 +21,9 @@ struct Pointers {
     int64 cache_seqlen;                                          // of all sequences, without cache_seqlens
     const float* alibi_slopes;
     const float* sinks;                // [num_heads]
-    float *partial_out, *partial_lse;  // what splits leave for their merge, see splitkv.cu
-    int* counters;                     // of splitkv.cu: zero between launches
-    int* told;                         // by each split of hopper.cu, see merge.cu
+    float *partial_out, *partial_lse;  // what splits leave for their merge, see merge.cu
+    int* told;                         // by each of them
+    int* schedule;                     // whose work is what; null: a thread block for each split, see schedule.cuh
     uint64 dropout_seed;
 };
 
@@ -57,9 +57,9 @@ struct Params {
     int num_places;  // sequences that k and v have room for, if they are a cache; otherwise kNoCache
     int seqlen_new;  // appended to each sequence of a cache; to all together, if there are cu_seqlens_k_new
     int bias_dtype;  // see number_at
-    int split_size;  // keys of a split; 0: found on the device, from the lengths there
+    int split_size;  // keys of a split; 0: found on the device, from the lengths there; kEven, see schedule.cuh
     int num_splits;  // of the grid
-    int num_slots;   // thread blocks that fill the GPU once
+    int num_slots;   // thread blocks that fill the GPU once; those of the grid, where there is a schedule
     uint32 dropout_threshold;
     float dropout_factor;  // 1 / (1 - p)
     float softmax_scale;
@@ -73,13 +73,17 @@ struct DescaledParams : Params {
     int q_descale_batch, q_descale_head, k_descale_batch, k_descale_head, v_descale_batch, v_descale_head;
 };
 
-// Of merge.cu: how rows lie in the pieces whose splits are merged.
+// Of merge.cu and schedule.cu: how rows lie in pieces, whose splits are merged.
 struct MergeParams : DescaledParams {
     int block_q;         // rows that a piece has room for
     int rows_per_piece;  // that it has: rows are (token, head of the unit), the head fastest
     int heads_per_unit;
     int pieces_per_unit;  // of the longest sequence
     int columns;          // of a partial result: head_dim_v as padded
+    int mends;            // values that are not finite were taken for 0, and have to be put where they are seen
+    float of_columns;     // what partial results have to be multiplied by, besides descales
+    int block_k;          // keys of a block
+    int fewest_keys;      // of a split, unless there are fewer or it was asked for
 };
 
 // Of the kernels for gradients.  What has no gradient here, or is not asked for, is null.

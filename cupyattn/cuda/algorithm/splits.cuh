@@ -26,7 +26,7 @@ struct Split {
 DEVICE Split split_at(const Span& blocks, int split, int size, const Params& params) {
     const int total = blocks.empty() ? 0 : blocks.stop - blocks.start;
     const int most = smaller(params.num_splits, larger(1, ceil_div(total, size)));
-    const int each = params.split_size && most * size >= total ? size : ceil_div(total, most);
+    const int each = params.split_size > 0 && most * size >= total ? size : ceil_div(total, most);
     const int count = total == 0 ? 1 : ceil_div(total, each);
     return {count, {blocks.start + split * each, smaller(blocks.stop, blocks.start + (split + 1) * each)}};
 }

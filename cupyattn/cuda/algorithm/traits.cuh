@@ -60,6 +60,10 @@ struct SplitTraits {
     using KeyTile = typename Operand::template Tile<16, kHeadDim>;
     using ValueTile = typename Operand::template Tile<16, kHeadDimV>;
     static constexpr int kStageBytes = KeyTile::kBytes + ValueTile::kBytes;
+    static constexpr int kStateBytes = kBlockQ * (kHeadDimV + 2) * 4;  // of a warp, see merge.cuh
+    // Behind the queries, and the rings in whose place states come: see walk.cuh.
+    static constexpr int kWalk = QueryTile::kBytes + kNumWarps * larger(kNumStages * kStageBytes, kStateBytes);
+    static constexpr int kWalkBytes = 32, kSharedBytes = kWalk + kWalkBytes;
 
     static_assert(kBlockQ % 16 == 0, "fragments have 16 rows");
     static_assert(kNumStages >= 2, "a tile has to arrive while another is used");

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 
 from cupyattn.cuda.launching import maps, params
 from cupyattn.cuda.launching.maps import BoxMap
+from cupyattn.cuda.launching.recipe import FactsOfArrays, Recipe, Workspace
 from cupyattn.cuda.launching.views import (
     DESCALES,
     Fact,
@@ -27,45 +27,28 @@ from cupyattn.cuda.launching.views import (
     has_to_be_copied,
     operand_strides,
     score_strides,
-    steps_are_aligned,
 )
 from cupyattn.cuda.making import catalogue
 from cupyattn.cuda.making.module import Specialisation
-from cupyattn.plan import ALL_KEYS, HopperTile, Plan, Tile, num_row_tiles, padded_dims, rows_per_box, tiles_if_even
+from cupyattn.plan import (
+    ALL_KEYS,
+    BY_SHARES,
+    FEWEST_KEYS,
+    HopperTile,
+    Plan,
+    Tile,
+    num_row_tiles,
+    num_sequences,
+    num_words,
+    padded_dims,
+    rows_per_box,
+    tiles_if_even,
+)
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Shape
 
 LARGEST_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
-
-
-class Workspace(NamedTuple):
-    """Scratch memory a launch needs, in elements."""
-
-    partial_out: int = 0
-    """float32."""
-    partial_lse: int = 0
-    """float32."""
-    counters: int = 0
-    """int32, zero before and after every launch."""
-    told: int = 0
-    """int32."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All of a launch that does not depend on addresses."""
-
-    specialisation: Specialisation
-    grid: tuple[int, int, int]
-    tail: bytes
-    workspace: Workspace
-    copies: tuple[str, ...] = ()
-    """Operands that no kernel can read as they are; if there are any, the rest is empty."""
-    maps: tuple[BoxMap, ...] = ()
-    """Of q, k, v and out, in front of the record, if the kernel goes by tensor maps."""
-    behind: bytes = b""
-    """What such a kernel, or one that takes float8, is told besides, after the addresses of descales."""
-    merge: Recipe | None = None
-    """Of the launch behind it, which merges its splits."""
+OF_FLOAT8 = 256.0
+"""``kOfFloat8`` in ``numbers.cuh``: what the halves that float8 is made by the split-KV kernel are multiplied by."""
 
 
 def record_of(
@@ -108,22 +91,6 @@ def recipe_of(plan: Plan, problem: Problem, operands: Mapping[str, View]) -> Rec
     """The recipe, remembered by problem, strides and alignment; results are contiguous."""
     facts = tuple([(name, view[1:]) for name, view in operands.items()])
     return _recipe(plan, problem, facts, are_aligned(operands))
-
-
-class FactsOfArrays(NamedTuple):
-    """What is known of operands and results besides their addresses, by name."""
-
-    shapes: Mapping[str, Shape]
-    strides: Mapping[str, Strides]
-    dtypes: Mapping[str, str]
-    starts_are_aligned: bool
-    """q, k and v start at multiples of 16 bytes."""
-
-    @property
-    def rows_are_aligned(self) -> bool:
-        """So does every row of them."""
-        steps = (steps_are_aligned(self.strides[name], self.dtypes[name]) for name in ("q", "k", "v"))
-        return self.starts_are_aligned and all(steps)
 
 
 @lru_cache(maxsize=4096)
@@ -198,10 +165,22 @@ def _merge(
     specialisation = catalogue.merge(problem.dtype, columns)
     pieces = problem.sizes.batch * (problem.sizes.num_heads // heads_per_unit) * pieces_per_unit
     blocks = -(-pieces * rows_per_piece * 32 // specialisation.threads)
-    splits = pieces * plan.num_splits
-    workspace = Workspace(splits * block_q * columns, 2 * splits * block_q, told=splits)
-    behind = _descaled(arrays) + _MERGE.pack(*rows, columns)
+    places = 2 * plan.num_workers if _is_cut_by_shares(plan, problem) else pieces * plan.num_splits
+    workspace = Workspace(places * block_q * columns, 2 * places * block_q, told=places)
+    tiles, assumes_finite = plan.tile, plan.kernel == "hopper"
+    assert isinstance(tiles, Tile | HopperTile)
+    of_columns = OF_FLOAT8 if problem.dtype == FLOAT8 and not assumes_finite else 1.0
+    numbers = (*rows, columns, assumes_finite, of_columns, tiles.block_k, FEWEST_KEYS)
+    behind = _descaled(arrays) + _MERGE.pack(*numbers)
     return workspace, Recipe(specialisation, (blocks, 1, 1), tail, Workspace(), behind=behind)
+
+
+def _is_scheduled(plan: Plan, problem: Problem) -> bool:
+    return plan.kernel == "splitkv" and plan.num_splits > 1 and problem.layout.lengths_are_data
+
+
+def _is_cut_by_shares(plan: Plan, problem: Problem) -> bool:
+    return _is_scheduled(plan, problem) and plan.split_size == BY_SHARES
 
 
 def _flash(tile: Tile, problem: Problem, arrays: FactsOfArrays, tail: bytes) -> Recipe:
@@ -219,17 +198,22 @@ def _splitkv(plan: Plan, tile: Tile, problem: Problem, arrays: FactsOfArrays, ta
     group = sizes.queries_per_pair
     row_tiles = max(1, -(-sizes.seqlen_q * group // tile.block_q))
     grid = (num_splits * row_tiles * (sizes.num_heads // group) * _sequences(problem), 1, 1)
-    workspace = Workspace()
+    workspace, schedule, merge = Workspace(), None, None
     if num_splits > 1:
-        pieces = row_tiles * (sizes.batch * sizes.num_heads // group)
-        rows = pieces * num_splits * tile.block_q
-        workspace = Workspace(rows * catalogue.padded(sizes.head_dim_v), 2 * rows, pieces)
-    return Recipe(specialisation, grid, tail, workspace, behind=_descaled(arrays) if problem.dtype == FLOAT8 else b"")
+        there = tile.block_q if row_tiles > 1 else min(tile.block_q, max(1, sizes.seqlen_q * group))
+        rows = (tile.block_q, there, group, row_tiles)
+        workspace, merge = _merge(plan, problem, arrays, tail, catalogue.padded(sizes.head_dim_v), rows)
+        if _is_scheduled(plan, problem):
+            grid = (plan.num_workers, 1, 1)
+            workspace = workspace._replace(schedule=num_words(_sequences(problem), plan.num_workers))
+            schedule = replace(merge, specialisation=catalogue.schedule(), grid=(1, 1, 1))
+    behind = _descaled(arrays) if problem.dtype == FLOAT8 else b""
+    return Recipe(specialisation, grid, tail, workspace, behind=behind, schedule=schedule, merge=merge)
 
 
 def _sequences(problem: Problem) -> int:
     """One more if ragged: it wipes the rows behind the last sequence."""
-    return problem.sizes.batch + problem.layout.ragged
+    return num_sequences(problem.layout, problem.sizes.batch)
 
 
 def _descaled(arrays: FactsOfArrays) -> bytes:
@@ -277,7 +261,7 @@ def tail_of(plan: Plan, problem: Problem, arrays: FactsOfArrays) -> params.Tail:
         bias_dtype=params.BIAS_DTYPES.index(dtypes["bias"]) if "bias" in dtypes else 0,
         split_size=plan.split_size,
         num_splits=plan.num_splits,
-        num_slots=plan.num_slots,
+        num_slots=plan.num_workers if _is_scheduled(plan, problem) else plan.num_slots,
         dropout_threshold=min(round(p * 2**32), 2**32 - 1),
         dropout_factor=0.0 if p == 1.0 else 1.0 / (1.0 - p),
         softmax_scale=max(-LARGEST_FLOAT32, min(edits.softmax_scale, LARGEST_FLOAT32)),
@@ -291,7 +275,7 @@ _DESCALED = struct.Struct("<6i")
 """What ``DescaledParams`` has behind the record: addresses and numbers."""
 _HOPPER = struct.Struct("<10i")
 """And ``HopperParams`` behind those."""
-_MERGE = struct.Struct("<5i4x")
+_MERGE = struct.Struct("<6if2i4x")
 """Or ``MergeParams``."""
 
 

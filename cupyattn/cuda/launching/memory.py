@@ -17,14 +17,12 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
-from cupyattn.cuda.launching.launch import Workspace
+from cupyattn.cuda.launching.recipe import Workspace
 from cupyattn.cuda.launching.views import View, has_one_batch_axis
 from cupyattn.problem import Array, Shape, Spec
 
 Scratch = dict[str, int]
 """Addresses by the names of ``params.Pointers``."""
-PER_THREAD = 2
-"""``cudaStreamPerThread``: one number for the default streams of all threads."""
 NOTHING = nullcontext()
 LEGACY = (0, 1)
 """The default stream of a device, which cannot be captured: to be asked, while others are, is an error to CUDA."""
@@ -40,11 +38,6 @@ class Stream(NamedTuple):
 
 class CuPyMemory:
     """CuPy's arrays, memory pool and current stream."""
-
-    def __init__(self) -> None:
-        self._counters: dict[tuple[int, int], tuple[int, int]] = {}
-        """Where, and how many, by device and stream."""
-        self._standing: list[Any] = []
 
     def view(self, array: Any, dtype: str) -> View:
         item = array.itemsize
@@ -121,56 +114,14 @@ class CuPyMemory:
         """This class's arrays as the caller's."""
         return results
 
-    def scratch(self, workspace: Workspace, device_index: int, stream: Stream, like: Any) -> tuple[Scratch, list[Any]]:
-        """Memory for a launch, and what has to be kept until it is queued; asked for among `temporaries`.
-
-        Counters are zero between launches and put back by each, so that those of a stream, whose launches
-        come one after the other, can be used again and again.  Not so in a graph, which may run beside all others and
-        is captured on any stream: each of its launches has counters of its own, and zeroes them, at every replay.
-        """
-        if not workspace.partial_out:
-            return {}, []
+    def scratch(self, workspace: Workspace, like: Any) -> tuple[Scratch, list[Any]]:
+        """Memory for a launch, and what has to be kept until it is queued; asked for among `temporaries`."""
         own = {
-            "partial_out": self.empty((workspace.partial_out,), "float32", like),
-            "partial_lse": self.empty((workspace.partial_lse,), "float32", like),
+            name: self.empty((count,), "float32" if name.startswith("partial") else "int32", like)
+            for name, count in zip(workspace._fields, workspace, strict=True)
+            if count
         }
-        fresh = bool(workspace.counters) and (stream.ptr == PER_THREAD or self.is_capturing(stream))
-        for name, count, wanted in (
-            ("told", workspace.told, bool(workspace.told)),
-            ("counters", workspace.counters, fresh),
-        ):
-            if wanted:
-                own[name] = self.empty((count,), "int32", like)
-        addresses = {name: self.pointer(array) for name, array in own.items()}
-        if fresh:
-            self.clear(addresses["counters"], workspace.counters, stream)
-        elif workspace.counters:
-            addresses["counters"] = self._counters_of(device_index, stream, workspace.counters)
-        return addresses, list(own.values())
-
-    def _counters_of(self, device_index: int, stream: Stream, count: int) -> int:
-        """The address of a stream's counters."""
-        address, room = self._counters.get((device_index, stream.ptr), (0, 0))
-        if room < count:
-            room = max(1024, 2 * count)
-            found = self.standing(room)
-            self._standing.append(found)  # with those it was too many for: to give memory back is to wait for the GPU
-            address = int(found.ptr)
-            self.clear(address, room, stream)
-            self._counters[device_index, stream.ptr] = address, room
-        return address
-
-    def standing(self, count: int) -> Any:
-        """Memory from the driver and not from a library's pool, which may for a while be that of a graph."""
-        import cupy
-
-        return cupy.cuda.Memory(4 * count)
-
-    def clear(self, address: int, count: int, stream: Stream) -> None:
-        """No kernel, which while a graph is captured might have to be loaded."""
-        import cupy
-
-        cupy.cuda.runtime.memsetAsync(address, 0, 4 * count, stream.ptr)
+        return {name: self.pointer(array) for name, array in own.items()}, list(own.values())
 
     def launched(self, *what: Mapping[str, Any]) -> None:
         """To be told when all kernels are queued that work on these arrays."""
@@ -262,7 +213,6 @@ class JaxMemory(CuPyMemory):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self._under_way: deque[tuple[Any, tuple[Mapping[str, Any], ...]]] = deque()
         atexit.register(self.settle)
 

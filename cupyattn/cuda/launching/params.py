@@ -34,8 +34,8 @@ POINTERS = (
     "sinks",
     "partial_out",
     "partial_lse",
-    "counters",
     "told",
+    "schedule",
     "dropout_seed",
 )
 _POINTERS = struct.Struct(f"<{len(POINTERS)}Q")

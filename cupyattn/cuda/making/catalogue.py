@@ -120,7 +120,7 @@ def splitkv(
         "splitkv.cu",
         f"cupyattn::split_forward<cupyattn::SplitTraits<{', '.join(map(_literal, arguments))}>>",
         32 * tile.num_warps,
-        queries + max(ring, states),
+        queries + max(ring, states) + 32,
     )
 
 
@@ -173,6 +173,11 @@ def merge(dtype: str, columns: int) -> Specialisation:
     """The kernel that merges splits, of partial results of so many columns, ``merge.cu``."""
     name = f"cupyattn::merge_splits<cupyattn::MergeTraits<{ELEMENT[dtype]}, {-(-columns // 128)}>>"
     return Specialisation("merge.cu", name, 128, 0)
+
+
+def schedule() -> Specialisation:
+    """The kernel that makes work of lengths, ``schedule.cu``."""
+    return Specialisation("schedule.cu", "cupyattn::make_schedule<256>", 256, 8 * 256 // 32)
 
 
 def backward(
@@ -261,8 +266,8 @@ def specialisations(target: str) -> list[Specialisation]:
                 # Of few rows behind many keys, which a group of heads shares.
                 cut = base_tile(head_dim, head_dim_v, RIGHT_EDGE, dtype)._replace(heads_per_unit=2)
                 found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0, splits=True))
-                found.append(merge(dtype, head_dim_v))
-    found += [append(dtype) for dtype in ELEMENT]
+    found += [merge(dtype, head_dim) for dtype in ELEMENT for head_dim in HEAD_DIMS]
+    found += [schedule(), *(append(dtype) for dtype in ELEMENT)]
     return [wanted for wanted in dict.fromkeys(found) if wanted.shared_memory <= limit]
 
 

@@ -73,7 +73,10 @@ def test_descales_are_where_the_kernel_reads_them():
     np.testing.assert_array_equal(out, np.arange(1, len(fields) + 1))
 
 
-OF_MERGES = ["block_q", "rows_per_piece", "heads_per_unit", "pieces_per_unit", "columns"]
+OF_MERGES = [
+    *("block_q", "rows_per_piece", "heads_per_unit", "pieces_per_unit", "columns", "mends", "of_columns"),
+    *("block_k", "fewest_keys"),
+]
 """Those of ``MergeParams``, behind those of ``DescaledParams``."""
 
 
