@@ -106,6 +106,7 @@ FORMS |= calls(
         "shr.s64": "u64 = shr_s64(u64, u32)",
         "bfe.u32": "u32 = bfe_u32(u32, u32, u32)",  # 9.7.1.19
         "bfi.b32": "u32 = bfi_b32(u32, u32, u32, u32)",  # 9.7.1.20
+        "bfi.b64": "u64 = bfi_b64(u64, u64, u32, u32)",
         "lop3.b32": "u32 = lop3_b32(u32, u32, u32, constant)",  # 9.7.8.6
         "prmt.b32": "u32 = prmt_b32(u32, u32, u32)",  # 9.7.9.7
         # Single precision (9.7.3); add, sub, mul and fma round to nearest unless they say otherwise

@@ -103,6 +103,7 @@ WRITTEN = {
     "prmt.b32 %r1, %r2, %r3, %r4;": "v_r1 = prmt_b32(v_r2, v_r3, v_r4);",
     "lop3.b32 %r1, %r2, %r3, %r4, 0x96;": "v_r1 = lop3_b32(v_r2, v_r3, v_r4, 150);",
     "bfi.b32 %r1, %r2, %r3, 3, 29;": "v_r1 = bfi_b32(v_r2, v_r3, (u32)3u, (u32)29u);",
+    "bfi.b64 %rd1, %rd2, %rd3, 32, 32;": "v_rd1 = bfi_b64(v_rd2, v_rd3, (u32)32u, (u32)32u);",
     "cvt.rn.bf16x2.f32 %r1, %f1, %f2;": "v_r1 = cvt_rn_bf16x2_f32(v_f1, v_f2);",
     "fma.rn.ftz.f32 %f1, %f2, %f3, %f4;": "v_f1 = fma_rn_ftz_f32(v_f2, v_f3, v_f4);",
 }

@@ -325,6 +325,10 @@ def test_doubles_and_back():
 
 PERMUTE = expression("prmt_b32(a, b, c)")
 INSERT = expression("bfi_b32(a, b, c & 255, c >> 8)")
+INSERT_LONG = {
+    place: expression(f"bfi_b64(a, b, {place & 255}, {place >> 8})", "u64", "u64")
+    for place in (0x2020, 0x0820, 0x4000, 0x2130, 0xFF01, 0x0040, 0x0005)
+}
 EXTRACT = expression("bfe_u32(a, c & 255, c >> 8)")
 TABLES = {table: expression(f"lop3_b32(a, b, c, {table})") for table in (0, 0x80, 0xE8, 0x96, 0xCA, 0x01, 0xFF)}
 SHIFTS = {
@@ -367,6 +371,16 @@ def test_bfi_inserts_what_fits(rng):
         position, length = place & 255, place >> 8
         mask = ((1 << length) - 1) << position
         assert found == ((right & ~mask) | (left << position & mask)) % 2**32
+
+
+@pytest.mark.parametrize("place", INSERT_LONG)
+def test_bfi_of_64_bits_inserts_what_fits(place, rng):
+    a, b = rng.integers(0, 2**64 - 1, (2, 50), np.uint64)
+    mask = ((1 << (place >> 8)) - 1) << (place & 255)
+    for left, right, found in zip(
+        *map(np.ndarray.tolist, (a, b, evaluate(INSERT_LONG[place], a, b, result=np.uint64))), strict=True
+    ):
+        assert found == ((right & ~mask) | (left << (place & 255) & mask)) % 2**64
 
 
 def test_bfe_extracts_zeros_beyond_the_word(rng):

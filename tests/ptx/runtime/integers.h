@@ -18,12 +18,20 @@ u32 prmt_b32(u32 a, u32 b, u32 selector) {
     return result;
 }
 
-// bfi (9.7.1.20): position and length are the low bytes of their operands; what reaches beyond bit 31 is dropped.
+// bfi (9.7.1.20): position and length are the low bytes of their operands; what reaches beyond the last bit is dropped.
 u32 bfi_b32(u32 a, u32 b, u32 position, u32 length) {
     position &= 255;
     length &= 255;
     if (position > 31 || length == 0) return b;
     const u32 mask = (length > 31 ? ~0u : (1u << length) - 1) << position;
+    return (b & ~mask) | (a << position & mask);
+}
+
+u64 bfi_b64(u64 a, u64 b, u32 position, u32 length) {
+    position &= 255;
+    length &= 255;
+    if (position > 63 || length == 0) return b;
+    const u64 mask = (length > 63 ? ~u64(0) : (u64(1) << length) - 1) << position;
     return (b & ~mask) | (a << position & mask);
 }
 
