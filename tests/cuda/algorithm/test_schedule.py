@@ -65,14 +65,18 @@ def case_of(rng, kind, turn):
     """A record, the arrays it points to, and each sequence's (rows, keys); by turns of many sequences and few."""
     batch, blocks = (300, 1, 2, 7, 40)[turn % 5], int(rng.choice([1, 3, 16, 132]))
     long = kind == "by shares" and turn % 2 == 0
-    lengths = numbers(rng, batch).astype(np.int32) if long else rng.integers(0, 9000, batch, np.int32)
+    lengths = (
+        numbers(rng, batch).astype(np.int32) if long else rng.integers(0, rng.choice([700, 9000]), batch, np.int32)
+    )
     rows = rng.choice([0, 1, 1, 9, 20], batch)
     starts = np.cumsum([0, *rows], dtype=np.int32)
     packed, group, units = bool(rng.random() < 0.5), int(rng.integers(1, 9)), int(rng.integers(1, 5))
+    if turn == 0:  # as much work as may be
+        packed, group, units = False, 8, 4
     record = np.zeros(1, MERGE_PARAMS)
     its = record["params"][0]
     its["batch"], its["num_heads"], its["queries_per_pair"] = batch, group * units, group
-    its["seqlen_q"] = max(1, rows.max()) if packed else rng.choice([1, 1, 5, 30])
+    its["seqlen_q"] = max(1, rows.max()) if packed else rng.choice([1, 1, 5, 30] if turn else [30])
     its["total_q"] = starts[-1] + int(rng.choice([0, 50]))
     its["seqlen_k"] = OPEN if long else 5000
     hides = (rng.random(2) < 0.4) & (turn % 4 > 0)
