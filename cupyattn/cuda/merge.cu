@@ -135,25 +135,24 @@ struct MergedRow {
                   (sequence.first_row + token) * params.out.row + head * params.out.head;
 #pragma unroll
         for (int chunk = 0; chunk < kChunks; ++chunk)
-            if (has(chunk)) store_four(to + first_column(chunk), column[chunk], params.head_dim_v - first_column(chunk));
+            if (has(chunk)) store_four(to + first_column(chunk), column[chunk]);
         if (params.at.lse && ptx::lane() == 0)
             ptx::store_global(params.at.lse + sequence.index * params.lse_batch + head * params.lse_head +
                                   sequence.first_row + token,
                               end.lse);
     }
-    // Of which `left` are there.
-    DEVICE_METHOD static void store_four(Out* to, const float (&x)[4], int left) {
+    // At once, unless the caller's memory begins anywhere.
+    DEVICE_METHOD static void store_four(Out* to, const float (&x)[4]) {
         const bool aligned = reinterpret_cast<uint64>(to) % (4 * sizeof(Out)) == 0;
         if constexpr (sizeof(Out) == 2) {
             const uint32 bits[2] = {ptx::pack<Out>(x[0], x[1]), ptx::pack<Out>(x[2], x[3])};
-            if (aligned && left >= 4) return ptx::store_global(static_cast<void*>(to), bits);
+            if (aligned) return ptx::store_global(static_cast<void*>(to), bits);
         } else {
             const uint32 bits[4] = {ptx::bits(x[0]), ptx::bits(x[1]), ptx::bits(x[2]), ptx::bits(x[3])};
-            if (aligned && left >= 4) return ptx::store_global(static_cast<void*>(to), bits);
+            if (aligned) return ptx::store_global(static_cast<void*>(to), bits);
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (i < left) store_rounded(to + i, x[i]);
+        for (int i = 0; i < 4; ++i) store_rounded(to + i, x[i]);
     }
 
     // Puts inf and nan where the row sees values that are not finite, which is slow, and needed by no good data.
@@ -171,7 +170,6 @@ struct MergedRow {
                 if (!its_row) continue;
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    if (first_column(chunk) + i >= params.head_dim_v) break;
                     const float value = number_of(ptx::load_global(its_row + first_column(chunk) + i));
                     if (value * 0.f != 0.f) found[i] += value;
                 }

@@ -7,7 +7,17 @@ few calls of one specialisation under schedules of their own; the sources as the
 import numpy as np
 import pytest
 from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call
-from emulated import Call, check, operands, options_of, paged, ragged_operands, ragged_options
+from emulated import (
+    Call,
+    assert_close_lse,
+    check,
+    definition,
+    operands,
+    options_of,
+    paged,
+    ragged_operands,
+    ragged_options,
+)
 from mutants import Mutant, assert_caught, groups_of, some_of_them
 
 from cupyattn.plan import Tile
@@ -259,23 +269,28 @@ MUTANTS = [
            "block.leave_state();", "split"),
     Mutant("sums merged without weights", "merge.cuh", "sum += share * its_sum", "sum += its_sum", "split"),
     Mutant("columns merged without weights", "merge.cuh", "x - x == 0.f ? share : 1.f", "1.f", "split"),
-    Mutant("partial results in each other's place", "splitkv.cu", "params.num_splits + split;", "params.num_splits;",
+    Mutant("partial results in each other's place", "walk.cuh", "params.num_splits + its_split;", "params.num_splits;",
            "split"),
-    Mutant("splits not told of", "splitkv.cu", "params.at.told + place, 2 * splits", "params.at.told + place, 2",
-           "split"),
+    Mutant("splits not told of", "splitkv.cu", "place, 2 * Walk::splits()", "place, 2", "split"),
     Mutant("partial rows one after the other", "merge.cuh", "its_row = place * Traits::kBlockQ + row",
            "its_row = place + row", "split"),
-    Mutant("a merge of one split less", "merge.cu", "splits = row.told(0) >> 1", "splits = (row.told(0) >> 1) - 1",
-           "split"),
+    Mutant("a merge of one split less", "merge.cu", "splits = told(0) >> 1;", "splits = (told(0) >> 1) - 1;", "split"),
+    Mutant("the first place of a thread block for all it leaves", "merge.cu", "2 * (owner + split) + (split == 0)",
+           "2 * (owner + split)", "split, scheduled"),
+    Mutant("a piece's splits are the first one's", "merge.cu", "head / params.heads_per_unit * tiles + ", "",
+           "split, scheduled"),
+    Mutant("an item begun before the last one ends", "walk.cuh",
+           "ptx::barrier();  // everybody is done with the item before", "", "split, scheduled"),
+    Mutant("the last split ends where it was to end", "schedule.cuh", "ends ? kLargest :", "ends ? piece.length :",
+           "split, scheduled"),
+    Mutant("sequences without work passed over", "schedule.cu", "== position ? low : larger(0, low - 1)",
+           "== position ? low + 1 : larger(0, low - 1)", "split, scheduled"),
     Mutant("values of halves for those of float8 merged", "merge.cu", "factor *= params.of_columns * ", "factor *= ",
            "split, float8"),
-    Mutant("columns behind the last stored", "merge.cu", "if (i < left) store_rounded", "store_rounded",
-           "split, narrow"),
-    Mutant("splits overlap", "splitkv.cu", "blocks.start + (split + 1) * each", "blocks.start + (split + 1) * each + 1",
+    Mutant("splits overlap", "splits.cuh", "blocks.start + (split + 1) * each", "blocks.start + (split + 1) * each + 1",
            "split"),
-    Mutant("splits from the first key", "splitkv.cu", "const Span part{blocks.start + split * each,",
-           "const Span part{split * each,", "split"),
-    Mutant("uneven splits leave keys out", "splitkv.cu", ": ceil_div(count, splits);", ": count / splits;", "split"),
+    Mutant("splits from the first key", "splits.cuh", "{blocks.start + split * each, smaller", "{split * each, smaller",
+           "split"),
     Mutant("lse of another sequence while splitting", "splitkv.cu", "sequence.first_row + token_of(row),\n",
            "token_of(row),\n", "split"),
     Mutant("pages of sixteen keys", "pages.cuh", "table + key / params.page_size", "table + key / 16", "split, pages"),
@@ -462,8 +477,26 @@ def split(sources):
     lies("splitkv", sources, **SPLIT)
 
 
-def split_of_odd_columns(sources):
-    both("splitkv", 1, sources, (1, 130), dims=(40, 37), num_splits=2, **SPLIT)
+def split_by_schedule(sources):
+    """Cut where shares of few thread blocks end; then by a schedule of other lengths."""
+    few = {"num_slots": 7, **SPLIT}
+    ragged("splitkv", 1, sources, (1, 0, 3, 9), (1400, 5, 470, 90), (40, 7), **few)
+    ragged("splitkv", 2, sources, (1, 1), (1400, 600), page_size=16, **few)
+    rng = np.random.default_rng(SEED)
+    arrays = ragged_operands(rng, "float16", (1, 1, 1), (900, 900, 900), (4, 2, 2))
+    options = ragged_options(arrays, 1, 900)
+    ends = arrays["cu_seqlens_k"].copy()
+    arrays["cu_seqlens_k"][1:] = (300, 300, 700)
+    made = Call(arrays, options, "splitkv", sources=sources, **few)
+    made.run()
+    arrays["cu_seqlens_k"][:] = ends
+    stale = Call(arrays, options, "splitkv", sources=sources, **few)
+    stale.scratch["schedule"][...] = made.scratch["schedule"]
+    stale.launches = [each for each in stale.launches if each[3].source != "schedule.cu"]
+    found = stale.run(1)
+    exact, exact_lse = definition(arrays, found.problem)
+    assert_close_lse(found.lse, exact_lse)
+    np.testing.assert_allclose(found.out.astype("f8"), exact, atol=2e-3)
 
 
 def flash_of_pages(sources):
@@ -493,6 +526,7 @@ def split_of_float8(sources):
     arrays = operands(rng, "float8_e4m3fn", "bshd", 2, (4, 2, 2), (3, 130), (40, 56))
     for asked in ({}, {"softcap": 2.0}, {"softmax_scale": -0.3}):
         check(arrays | factors, options_of(**asked), "splitkv", 1, sources=sources, num_splits=2, **SPLIT)
+    check(arrays | factors, options_of(), "splitkv", 0, sources=sources, num_splits=1, **SPLIT)
     aligned = {name: np.full((*arrays[name].shape[:-1], 64), np.nan, arrays[name].dtype) for name in "qkv"}
     for name, x in aligned.items():
         x[..., : arrays[name].shape[-1]] = arrays[name]
@@ -547,7 +581,7 @@ GROUPS = {
     "flash, causal slopes": flash_of_causal_slopes,
     "split, causal slopes": split_of_causal_slopes,
     "split": split,
-    "split, narrow": split_of_odd_columns,
+    "split, scheduled": split_by_schedule,
     "split, pages": split_of_pages,
     "flash, pages": flash_of_pages,
     "split, edits": split_of_edits,
