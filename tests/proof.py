@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from proofs import compared, planted, running, share
 from proofs.calls import DEVICES, Kernel, kernels
 
-FAMILIES = ("flash", "splitkv", "hopper", "merge", "append", "backward", "backward_rows", "hopper_backward")
+FAMILIES = ("flash", "splitkv", "hopper", "schedule", "merge", "append", "backward", "backward_rows", "hopper_backward")
 
 
 def main():

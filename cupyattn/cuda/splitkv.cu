@@ -322,8 +322,8 @@ DEVICE void attend_to(const typename Traits::Given& params, const SplitItem& ite
 
 // Apart, with registers of its own.
 template <typename Traits>
-DEVICE_APART bool next_item(const Params& params, SplitItem& item) {
-    return SplitWalk<Traits>(params).next(item);
+DEVICE_APART void next_item(const Params& params, SplitItem& item) {
+    item.exists = SplitWalk<Traits>(params).next(item);
 }
 
 template <typename Traits>
@@ -331,7 +331,9 @@ __global__ void __launch_bounds__(Traits::kThreads) split_forward(const __grid_c
     SplitWalk<Traits>(params).begin();
     SplitItem item;
 #pragma unroll 1
-    while (next_item<Traits>(params, item)) {
+    while (true) {
+        next_item<Traits>(params, item);
+        if (!item.exists) return;
         if (item.sequence.index < params.batch) {
             attend_to<Traits>(params, item);
         } else if (item.part.start == 0) {

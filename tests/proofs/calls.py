@@ -46,6 +46,7 @@ TRAITS = {
     "hopper.cu": ("element", "head_dim", "head_dim_v", "block_q", "block_k", "num_stages", "cluster", "reach", "paged",
                   "packed", "stores_boxes", "edits", *Switches._fields, "splits"),
     "merge.cu": ("element", "chunks"),
+    "schedule.cu": ("threads",),
     "append.cu": ("element",),
     "backward.cu": ("element", "head_dim", "head_dim_v", *BackwardTile._fields, "wanted", "aligned", "edits"),
     "hopper_backward.cu": ("element", "head_dim", "head_dim_v", *BackwardTile._fields, "wanted", "edits"),
@@ -77,7 +78,7 @@ class Kernel(NamedTuple):
 
     @property
     def dtype(self):
-        return DTYPES[self.traits["element"]]
+        return DTYPES[self.traits.get("element", catalogue.ELEMENT["float16"])]
 
     @property
     def dims(self):
@@ -209,6 +210,8 @@ def calls_of(kernel):
         return _of_append(kernel)
     if kernel.source == "merge.cu":
         return _of_merge(kernel)
+    if kernel.source == "schedule.cu":
+        return _of_schedule(kernel)
     paged, dims, element = kernel.traits.get("paged"), kernel.dims, kernel.dtype
     if kernel.source == "hopper.cu":
         return _of_hopper(kernel, paged, dims, element)
@@ -319,8 +322,33 @@ def _of_hopper(kernel, paged, dims, dtype):
 def _of_merge(kernel):
     """What is merged is left by a kernel that splits."""
     x = kernel.traits
-    splitting = (each for each in kernels(kernel.target) if each.traits.get("splits") and each.dtype == kernel.dtype)
-    return calls_of(next(each for each in splitting if -(-each.dims[1] // 128) == x["chunks"]))
+    fitting = [
+        each
+        for each in kernels(kernel.target)
+        if "head_dim_v" in each.traits and each.dtype == kernel.dtype and -(-each.dims[1] // 128) == x["chunks"]
+    ]
+    on_hopper = next((each for each in fitting if each.traits.get("splits")), None)
+    split = next(each for each in fitting if each.source == "splitkv.cu" and not each.traits["paged"])
+    found = {"splits": calls_of(split)["dense"], "by a schedule": _scheduled(split)}
+    return found if on_hopper is None else {**found, **calls_of(on_hopper)}
+
+
+def _of_schedule(kernel):
+    """A decode over a cache goes by it."""
+    fitting = [
+        x for x in kernels(kernel.target) if x.source == "splitkv.cu" and x.dtype == "float16" and x.dims == (64, 64)
+    ]
+    plain, paged = (next(x for x in fitting if x.traits["paged"] is kind) for kind in (False, True))
+    return {
+        "cut by shares": _scheduled(plain),
+        "splits that were asked for": _cached(plain, (GROUP, 1, 1), splits={"num_splits": 3}),
+        "splits of a size": _cached(plain, (GROUP, 1, 1), splits={"fixed_split_size": 128}),
+        "pages": _scheduled(paged, page_size=PAGE),
+    }
+
+
+def _scheduled(kernel, **given):
+    return _cached(kernel, (GROUP, 1, 1), splits={"fixed_split_size": None}, **given)
 
 
 def _dense_arrays(dtype, heads, seqlens, dims, mask=None, layout="bshd", batch=1, descaled=False, strays=False):

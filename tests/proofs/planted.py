@@ -224,12 +224,6 @@ SOURCES = [
             "ld.shared.v4.b32 {%0, %1, %2, %3}",
             "ld.shared.v4.b32 {%0, %2, %1, %3}",
             "flash"),
-    Planted("splits: counter added twice", "ptx.cuh",
-            '"l"(address), "r"(value) : "memory");\n'
-            "    return before;",
-            '"l"(address), "r"(value + 1) : "memory");\n'
-            "    return before;",
-            "splits"),
     Planted("swizzle modes of descriptors mixed up", "tile90.cuh",
             "kSwizzle == 128 ? 1 : kSwizzle == 64 ? 2 : 3",
             "kSwizzle == 128 ? 2 : kSwizzle == 64 ? 1 : 3",

@@ -13,6 +13,7 @@ struct SplitItem {
     bool is_whole;  // there are no others: its sums are results
     int splits;     // of the piece
     int64 place;    // of what it leaves
+    bool exists;    // otherwise there is nothing more to do
 };
 
 // What there is to do for a thread block, item by item.
