@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from cupyattn.linear import LinearGradients, linear_attention, linear_attention_backward
     from cupyattn.peers.cascade import cascade_attention
     from cupyattn.peers.kvcache import flash_attn_with_kvcache
+    from cupyattn.peers.scheduling import get_scheduler_metadata
 
 __version__ = "0.1.0"
 
@@ -70,6 +71,7 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
     "implementations",
     "kv_cache_bytes",
     "linear_attention",
@@ -98,6 +100,7 @@ _ROOMS = {
     "linear": ("LinearGradients", "linear_attention", "linear_attention_backward"),
     "peers.cascade": ("cascade_attention",),
     "peers.kvcache": ("flash_attn_with_kvcache",),
+    "peers.scheduling": ("get_scheduler_metadata",),
 }
 """What is for decoding, or for attention without a softmax, imported when it is first asked for."""
 

@@ -91,6 +91,7 @@ def answer_from_cache(
     rotation: Rotation,
     append: Callable[[Arrays], Arrays],
     into: Destinations,
+    scheduler_metadata: Any = None,
 ) -> Arrays:
     """The results by name, "out" and "lse", of a call whose keys are in a cache.
 
@@ -100,13 +101,20 @@ def answer_from_cache(
         from cupyattn import cuda
 
         found = visit.function, visit.library.title, visit.arrays, dict(visit.specs), plan, problem
-        return put(visit, cuda.run_from_cache(*found, cache_seqlen, *rotation, _arrays(into)), into)
+        return put(visit, cuda.run_from_cache(*found, cache_seqlen, *rotation, _arrays(into), scheduler_metadata), into)
 
     def forward(operands: Arrays) -> Arrays:
         asked = append(operands)
         return cpu.run(for_live_keys(plan, problem, int(asked["seqused_k"].sum())), problem, asked)
 
     return put(visit, visit.run(forward, None, problem.results), into)
+
+
+def schedule_on_gpu(visit: Visit, specs: Mapping[str, Spec], problem: Problem, plan: Plan) -> Any:
+    """What thread blocks have to do in calls of these specs, by the index arrays of a visit."""
+    from cupyattn import cuda
+
+    return cuda.make_schedule(visit.library.title, visit.arrays, specs, plan, problem)
 
 
 def views_on_gpu(visit: Visit, words: tuple[str, ...]) -> list[Any]:

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from cupyattn.cuda import backward
-from cupyattn.cuda.launching import append, maps
+from cupyattn.cuda import appending, backward, scheduling
+from cupyattn.cuda.launching import maps
 from cupyattn.cuda.launching.lanes import CuPyLane, TorchLane
 from cupyattn.cuda.launching.launch import map_objections, recipe_of, record_of
 from cupyattn.cuda.launching.memory import NOTHING, CuPyMemory, JaxMemory, TorchMemory, copied
@@ -183,11 +183,13 @@ def run_from_cache(
     each_row: bool,
     interleaved: bool,
     into: Arrays,
+    scheduler_metadata: Any = None,
 ) -> dict[str, Any]:
     """Append what is new to a cache, in place, and attend over it, in launches one after the other.
 
     `cache_seqlen` is that of all sequences, where they have no cache_seqlens; if neither, all places are taken.
-    `each_row` and `interleaved` are about the rotation of q, `into` is as for `run`.
+    `each_row` and `interleaved` are about the rotation of q, `into` is as for `run`.  `scheduler_metadata`, of
+    `make_schedule`, is not made again.
 
     Raises
     ------
@@ -212,13 +214,25 @@ def run_from_cache(
         seqlen = problem.sizes.seqlen_k if cache_seqlen is None else cache_seqlen
         launches = []
         if "k_new" in operands:
-            launches.append(_ready_to_append(memory, index, operands, specs, problem, seqlen, each_row, interleaved))
+            launches.append(appending.ready(memory, index, operands, specs, problem, seqlen, each_row, interleaved))
         if problem.sizes.num_heads and 0 not in problem.out_shape:
-            of_attention = {name: array for name, array in operands.items() if name not in _OF_APPENDING}
-            launches += _ready(function, memory, index, of_attention, specs, results, plan, problem, 0, seqlen)
+            of_attention = {name: array for name, array in operands.items() if name not in appending.OPERANDS}
+            made = None if scheduler_metadata is None else memory.bring({"": scheduler_metadata})[""]
+            launches += _ready(function, memory, index, of_attention, specs, results, plan, problem, 0, seqlen, made)
         for launch in launches:  # nothing is written unless all are ready
             launch()
         return memory.home(results)
+
+
+def make_schedule(title: str, arrays: Arrays, specs: Mapping[str, Spec], plan: Plan, problem: Problem) -> Any:
+    """What `run_from_cache` takes as scheduler_metadata, for calls of these specs by these index arrays."""
+    memory, index = _memory(title), index_of(arrays["cache_seqlens"])
+    with _current(index):
+        operands = memory.bring(arrays)
+        found, launches = scheduling.made(memory, index, operands, specs, plan, problem)
+        for launch in launches:
+            launch()
+        return memory.home({scheduling.WORD: found})[scheduling.WORD]
 
 
 def _results(memory: CuPyMemory, specs: Mapping[str, Spec], like: Any, into: Arrays) -> dict[str, Any]:
@@ -266,41 +280,6 @@ def _check_float8(function: str, memory: CuPyMemory, problem: Problem) -> None:
         raise NotImplementedError(refusal(function, rule))
 
 
-_OF_APPENDING = ("v_new", "rotary_cos", "rotary_sin", "rotary_seqlens")
-"""Operands that attention knows nothing of; of k_new it has to know how many there are."""
-
-
-def _ready_to_append(
-    memory: CuPyMemory,
-    index: int,
-    operands: dict[str, Any],
-    specs: Mapping[str, Spec],
-    problem: Problem,
-    cache_seqlen: int,
-    each_row: bool,
-    interleaved: bool,
-) -> Launch:
-    """That of ``append.cu``; where there are tables, "q" among the operands is the rotated copy from here on."""
-    views = {}
-    stream = memory.stream(index)
-    with memory.temporaries(stream):
-        for name in append.POINTERS:
-            if name in operands:
-                view = memory.view(operands[name], specs[name].dtype)
-                if has_to_be_copied("", *view[1:], problem.sizes.batch_shape):
-                    operands[name] = memory.contiguous(operands[name])
-                    view = memory.view(operands[name], specs[name].dtype)
-                views[name] = view
-        kept = list(operands.values())
-        if "rotary_cos" in operands:
-            operands["q"] = memory.empty(specs["q"].shape, specs["q"].dtype, operands["q"])
-            views["q_rotated"] = memory.view(operands["q"], specs["q"].dtype)
-    recipe = append.recipe_of(problem, views, each_row, interleaved)
-    record = append.record_of(recipe, views, cache_seqlen)
-    what = recipe.specialisation
-    return Launch(kernel(what, index), recipe.grid, what, record, stream, kept)
-
-
 def _ready(
     function: str,
     memory: CuPyMemory,
@@ -312,8 +291,9 @@ def _ready(
     problem: Problem,
     seed: int,
     cache_seqlen: int = 0,
+    schedule: Any = None,
 ) -> list[Launch]:
-    """That of the planned kernel, and behind it that of the merge of its splits, if there is one."""
+    """That of the planned kernel, and around it those of its schedule, unless that is given, and of the merge."""
     views = {name: memory.view(array, specs[name].dtype) for name, array in operands.items()}
     _check_instead(function, plan, problem, views)
     recipe = recipe_of(plan, problem, views)
@@ -326,7 +306,12 @@ def _ready(
                 kept.append(copy)
                 views[name] = memory.view(copy, "float32" if name in ("alibi_slopes", "sinks") else specs[name].dtype)
             recipe = recipe_of(plan, problem, views)
+        if schedule is not None:
+            recipe = scheduling.going_by(function, recipe, memory.view(schedule, "int32"))
         scratch, workspace = memory.scratch(recipe.workspace, operands["q"])
+        if schedule is not None and recipe.merge is not None and recipe.schedule is None:
+            scratch["schedule"] = memory.pointer(schedule)
+            workspace.append(schedule)
     addresses = {name: memory.pointer(array) for name, array in results.items()}
     launches = []
     for each in recipe.launches:

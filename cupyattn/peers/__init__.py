@@ -3,9 +3,9 @@
 Positional order, defaults and meaning are the peer's, so that changing the import is the whole
 migration; what is keyword-only after ``*`` is ours.
 
-`kvcache` and `cascade`, which are for decoding, are imported when they are first asked for; `appending`, new keys on
-their way into a cache, and `overlap`, which of its tokens share bytes, are what `kvcache` is made of; `frequencies`,
-how fast features turn, of what `rotary_tables` is.
+`kvcache`, `scheduling` and `cascade`, which are for decoding, are imported when they are first asked for; `appending`,
+new keys on their way into a cache, and `overlap`, which of its tokens share bytes, are what `kvcache` is made of;
+`frequencies`, how fast features turn, of what `rotary_tables` is.
 """
 
 from cupyattn.peers.flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func

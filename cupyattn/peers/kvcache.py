@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, overload
 
 from cupyattn import reading
@@ -30,6 +31,7 @@ def flash_attn_with_kvcache(
     return_softmax_lse: Literal[False] = ..., *, cu_seqlens_q: Array | None = ..., max_seqlen_q: int | None = ...,
     cu_seqlens_k_new: Array | None = ..., rotary_seqlens: Array | None = ..., page_table: Array | None = ...,
     q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    scheduler_metadata: Array | None = ...,
     sinks: Array | None = ..., compute_dtype: Any = ..., check_indices: bool = ..., out: A | None = ...,
     lse_out: A | None = ...,
 ) -> A: ...
@@ -43,6 +45,7 @@ def flash_attn_with_kvcache(
     *, return_softmax_lse: Literal[True], cu_seqlens_q: Array | None = ..., max_seqlen_q: int | None = ...,
     cu_seqlens_k_new: Array | None = ..., rotary_seqlens: Array | None = ..., page_table: Array | None = ...,
     q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    scheduler_metadata: Array | None = ...,
     sinks: Array | None = ..., compute_dtype: Any = ..., check_indices: bool = ..., out: A | None = ...,
     lse_out: A | None = ...,
 ) -> tuple[A, A]: ...
@@ -56,6 +59,7 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = ..., *, cu_seqlens_q: Array | None = ..., max_seqlen_q: int | None = ...,
     cu_seqlens_k_new: Array | None = ..., rotary_seqlens: Array | None = ..., page_table: Array | None = ...,
     q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
+    scheduler_metadata: Array | None = ...,
     sinks: Array | None = ..., compute_dtype: Any = ..., check_indices: bool = ..., out: A | None = ...,
     lse_out: A | None = ...,
 ) -> A | tuple[A, A]: ...
@@ -99,6 +103,7 @@ def flash_attn_with_kvcache(
     q_descale: Array | None = None,
     k_descale: Array | None = None,
     v_descale: Array | None = None,
+    scheduler_metadata: Array | None = None,
     sinks: Array | None = None,
     compute_dtype: Any = None,
     check_indices: bool = False,
@@ -108,7 +113,7 @@ def flash_attn_with_kvcache(
     """flash-attn's flash_attn_with_kvcache: append to a cache in place, then attend over old keys and new.
 
     Positional order and defaults are flash-attn 2's; after ``*`` come flash-attn 3's additions, from `cu_seqlens_q`
-    to `v_descale`, and then what is ours.
+    to `scheduler_metadata`, and then what is ours.
 
     Parameters
     ----------
@@ -154,6 +159,9 @@ def flash_attn_with_kvcache(
     q_descale, k_descale, v_descale : array of float32, optional
         Factors of float8_e4m3fn numbers, and of no others; they broadcast to (batch, num_heads_kv).  The batch is that
         of `q`, also with `cache_batch_idx`.  Default 1.
+    scheduler_metadata : array of int32, optional
+        Of `get_scheduler_metadata`, for calls with these lengths: on a GPU it is not made again.  With metadata of
+        other lengths results are right all the same, and thread blocks have unequal shares.
     check_indices : bool
         On a GPU, wait for the values of all index arrays and refuse wrong ones, as the CPU always does.
 
@@ -174,6 +182,7 @@ def flash_attn_with_kvcache(
     ValueError
         As `attention`; a cache is read-only or has no room, an index leads out of an array, or two new tokens would be
         written to one place, or one of them over a live token of the other cache.  The caches are as they were.
+        `scheduler_metadata` is not int32 of one axis, or was made for calls of other sizes.
     NotImplementedError
         Gradients are wanted, which there are none.
 
@@ -206,6 +215,7 @@ def flash_attn_with_kvcache(
     arrays |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "alibi_slopes": alibi_slopes, "sinks": sinks}
     arrays |= {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad, "block_table": block_table}
     arrays |= {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    arrays["scheduler_metadata"] = scheduler_metadata
     arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new, "rotary_seqlens": rotary_seqlens}
     visit, seqlen = _enter(arrays, page_table, cache_seqlens)
     options = Options(
@@ -268,6 +278,7 @@ def _answer(
     into: Destinations,
 ) -> Arrays:
     """The results by name, once the options are read; `seqlen` is cache_seqlens where that is one number."""
+    visit, metadata = _without_metadata(visit)
     problem, specs = reading.read(FUNCTION, visit.specs, options), dict(visit.specs)
     check_new(FUNCTION, visit.specs, problem, seqlen is not None)
     _check_caches(visit)
@@ -283,11 +294,24 @@ def _answer(
 
     if visit.kind == "cuda" and waits:
         _check_values_on_gpu(visit, problem, seqlen, rotation)
-    results = answer_from_cache(visit, problem, plan, seqlen, rotation, append, into)
+    results = answer_from_cache(visit, problem, plan, seqlen, rotation, append, into, metadata)
     if "k_new" in specs:
         for name in ("k", "v"):
             visit.library.note_overwritten(visit.arrays[name])
     return results
+
+
+def _without_metadata(visit: Visit) -> tuple[Visit, Any]:
+    """scheduler_metadata apart from what attention is asked."""
+    word, specs = "scheduler_metadata", dict(visit.specs)
+    if word not in specs:
+        return visit, None
+    spec = specs.pop(word)
+    if spec.dtype != "int32" or len(spec.shape) != 1:
+        rule = f"{word} has to be what get_scheduler_metadata gives, int32 of one axis"
+        raise ValueError(refusal(FUNCTION, rule, (word, spec.shape, spec.dtype)))
+    arrays, given = ({name: x for name, x in those.items() if name != word} for those in (visit.arrays, visit.given))
+    return replace(visit, arrays=arrays, given=given, specs=tuple(specs.items())), visit.arrays[word]
 
 
 def _check_values_on_gpu(visit: Visit, problem: Problem, seqlen: int | None, rotation: Rotation) -> None:

@@ -39,13 +39,12 @@ ELSEWHERE = {
     "flash_attn_with_kvcache takes it": (
         *("k_cache", "v_cache", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "cu_seqlens_k_new", "num_splits"),
         *("rotary_cos", "rotary_sin", "rotary_interleaved", "rotary_seqlens", "check_indices"),
+        *("scheduler_metadata",),
     ),
     "fewer key heads than query heads serve groups anyway: leave it out": ("enable_gqa",),
     "results are the same in every run: leave it out": ("deterministic",),
     "attention takes it, and implementations says it to all calls in a with": ("implementation", "backend"),
-    "what runs is chosen by shapes and devices, see explain: leave it out": (
-        *("pack_gqa", "sm_margin", "scheduler_metadata"),
-    ),
+    "what runs is chosen by shapes and devices, see explain: leave it out": (*("pack_gqa", "sm_margin"),),
 }
 """What to do with a word, where a function has none for the same."""
 

@@ -12,6 +12,7 @@ import pytest
 
 import cupyattn
 from cupyattn import cuda
+from cupyattn.cuda import appending
 from cupyattn.cuda.launching import memory
 from cupyattn.problem import NAMED_DEVICES
 
@@ -538,7 +539,8 @@ def cupy(driver, monkeypatch):
     monkeypatch.setattr(memory.CuPyMemory, "contiguous", lambda self, array: found.empty(array.shape, array.dtype))
     monkeypatch.setattr(found.cuda, "get_current_stream", lambda: "the graph's")
     monkeypatch.setattr(found.cuda, "MemoryAsync", lambda num_bytes, stream: taken(stream, num_bytes))
-    monkeypatch.setattr(cuda, "kernel", lambda what, index: lambda *call: driver.seen.append(what.source))
+    for module in (cuda, appending):
+        monkeypatch.setattr(module, "kernel", lambda what, index: lambda *call: driver.seen.append(what.source))
     with found.cuda.using_allocator(lambda num_bytes: found.cuda.MemoryPointer(taken("the pool's", num_bytes), 0)):
         yield found
 
