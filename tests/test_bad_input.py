@@ -28,6 +28,7 @@ ROTARY, PACKED = "apply_rotary_emb", "apply_rotary_emb of a packed x"
 MERGE, UNPAD, PAD, COST = "merge_states", "unpad_input", "pad_input", "kv_cache_bytes"
 CASCADE, TABLES = "cascade_attention", "rotary_tables"
 LINEAR, LINEAR_BACKWARD = "linear_attention", "linear_attention_backward"
+SCHEDULE = "get_scheduler_metadata"
 
 
 def floats(*shape, dtype="float32"):
@@ -74,6 +75,17 @@ def good(call):
         UNPAD: {"hidden_states": q, "attention_mask": np.ones((2, 5), bool)},
         PAD: {"hidden_states": floats(3, 8), "indices": ints(0, 2, 5), "batch": 2, "seqlen": 3},
         COST: {"layers": 2, "num_heads_kv": 2, "head_dim": 64, "dtype": "float16"},
+        SCHEDULE: {
+            **{
+                "batch_size": 2,
+                "max_seqlen_q": 1,
+                "max_seqlen_k": 9,
+                "num_heads_q": 4,
+                "num_heads_kv": 2,
+                "headdim": 8,
+            },
+            "cache_seqlens": ints(7, 3),
+        },
     }[call]
 
 
@@ -962,11 +974,19 @@ COSTS = [
     bad("cost_of_pages_of_nothing", COST, ValueError, "page_size", "0", page_size=0),
     bad("cost_of_a_batch_of_true", COST, TypeError, "batch", "True", "bool", batch=True),
 ]
+SCHEDULES = [
+    bad("schedule_of_wide_lengths", SCHEDULE, TypeError, "cache_seqlens", "int64",
+        cache_seqlens=np.array([7, 3], np.int64)),
+    bad("schedule_of_too_many_lengths", SCHEDULE, ValueError, "cache_seqlens", "(3,)", cache_seqlens=ints(7, 3, 1)),
+    bad("schedule_of_no_number_of_heads", SCHEDULE, TypeError, "num_heads_q", "'many'", "str", num_heads_q="many"),
+    bad("schedule_of_chunks", SCHEDULE, ValueError, "attention_chunk", "64", attention_chunk=64),
+    bad("schedule_of_integers", SCHEDULE, ValueError, "qkv_dtype", "int8", qkv_dtype="int8"),
+]
 # fmt: on
 
 TABLE = [
     *SHAPES, *HUGE, *DIAGONALS, *MASKS, *NUMBERS, *KINDS, *LIBRARIES, *SEQUENCES, *STATES, *ROTATIONS, *PADDING,
-    *GRADIENTS, *FLOAT8, *PLANS, *PREFIXES, *COSTS, *PAIRS, *ROTARY_TABLES, *LINEARS,
+    *GRADIENTS, *FLOAT8, *PLANS, *PREFIXES, *COSTS, *PAIRS, *ROTARY_TABLES, *LINEARS, *SCHEDULES,
 ]  # fmt: skip
 
 

@@ -60,7 +60,7 @@ PUBLIC = {
     *("attention", "attention_backward", "explain", "merge_states", "Gradients", "Plan"),
     *("scaled_dot_product_attention", "flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_kvpacked_func"),
     *("flash_attn_varlen_func", "flash_attn_varlen_qkvpacked_func", "flash_attn_varlen_kvpacked_func"),
-    "flash_attn_with_kvcache",
+    *("flash_attn_with_kvcache", "get_scheduler_metadata"),
     *("apply_rotary_emb", "rotary_tables", "unpad_input", "pad_input", "__version__"),
     *("Cache", "DynamicCache", "StaticCache", "SlidingWindowCache", "PagedCache", "OffloadedCache"),
     *("LayeredCache", "PrefixCache"),

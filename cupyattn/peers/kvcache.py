@@ -215,9 +215,8 @@ def flash_attn_with_kvcache(
     arrays |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "alibi_slopes": alibi_slopes, "sinks": sinks}
     arrays |= {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad, "block_table": block_table}
     arrays |= {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
-    arrays["scheduler_metadata"] = scheduler_metadata
     arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new, "rotary_seqlens": rotary_seqlens}
-    visit, seqlen = _enter(arrays, page_table, cache_seqlens)
+    visit, seqlen = _enter({**arrays, "scheduler_metadata": scheduler_metadata}, page_table, cache_seqlens)
     options = Options(
         axes="bshd" if cu_seqlens_q is None else "thd",
         window=reading.window(FUNCTION, "window_size", window_size),
