@@ -76,14 +76,12 @@ def good(call):
         PAD: {"hidden_states": floats(3, 8), "indices": ints(0, 2, 5), "batch": 2, "seqlen": 3},
         COST: {"layers": 2, "num_heads_kv": 2, "head_dim": 64, "dtype": "float16"},
         SCHEDULE: {
-            **{
-                "batch_size": 2,
-                "max_seqlen_q": 1,
-                "max_seqlen_k": 9,
-                "num_heads_q": 4,
-                "num_heads_kv": 2,
-                "headdim": 8,
-            },
+            "batch_size": 2,
+            "max_seqlen_q": 1,
+            "max_seqlen_k": 9,
+            "num_heads_q": 4,
+            "num_heads_kv": 2,
+            "headdim": 8,
             "cache_seqlens": ints(7, 3),
         },
     }[call]

@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 
 from cupyattn import reading
 from cupyattn.allowed import currently_allowed
-from cupyattn.arrays import Arrays, Destinations, Visit, check_destinations, destinations_of, enter, recorded, shapes
+from cupyattn.arrays import Arrays, Visit, check_destinations, destinations_of, enter, recorded, shapes
 from cupyattn.corridor import Rotation, answer_from_cache, plan_for, views_on_gpu
 from cupyattn.peers.appending import INDICES, Appended, check_new
 from cupyattn.peers.overlap import Memory
@@ -233,8 +233,7 @@ def flash_attn_with_kvcache(
     rotation = Rotation(each_row, reading.flag(FUNCTION, "rotary_interleaved", rotary_interleaved))
     splits = reading.integer(FUNCTION, "num_splits", num_splits, low=0)
     waits = reading.flag(FUNCTION, "check_indices", check_indices)
-    into = destinations_of(FUNCTION, out, lse_out, options.needs_lse, "return_softmax_lse=True")
-    results = _answer(visit, options, seqlen, rotation, splits, waits, into)
+    results = _answer(visit, options, seqlen, rotation, splits, waits, (out, lse_out))
     return (results["out"], results["lse"]) if return_softmax_lse else results["out"]
 
 
@@ -274,9 +273,11 @@ def _answer(
     rotation: Rotation,
     splits: int,
     waits: bool,
-    into: Destinations,
+    own: tuple[Any, Any],
 ) -> Arrays:
-    """The results by name, once the options are read; `seqlen` is cache_seqlens where that is one number."""
+    """The results by name, once the options are read; `seqlen` is cache_seqlens where that is one number, `own` the
+    caller's memory for results."""
+    into = destinations_of(FUNCTION, *own, options.needs_lse, "return_softmax_lse=True")
     visit, metadata = _without_metadata(visit)
     problem, specs = reading.read(FUNCTION, visit.specs, options), dict(visit.specs)
     check_new(FUNCTION, visit.specs, problem, seqlen is not None)
