@@ -379,6 +379,20 @@ def test_a_torch_graph_is_right_whatever_was_played_before_it(torch):
         assert torch.equal(out, expected[i])
 
 
+def test_a_schedule_is_made_once_for_all_layers_of_a_step(torch):
+    lengths = torch.tensor([2000, 3, 700, 4000] * 64, device="cuda", dtype=torch.int32)
+    q = torch.randn((256, 1, 8, 128), device="cuda", dtype=torch.float16)
+    made = cupyattn.get_scheduler_metadata(256, 1, 4096, 8, 2, 128, lengths, torch.float16)
+    assert made.numel()
+    for _ in range(2):
+        k, v = (torch.randn((256, 4096, 2, 128), device="cuda", dtype=torch.float16) for _ in range(2))
+        expected = cupyattn.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
+        found = cupyattn.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, scheduler_metadata=made)
+        assert torch.equal(found, expected)
+        alone = cupyattn.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, num_splits=1)
+        assert torch.allclose(found.float(), alone.float(), atol=2e-3)
+
+
 def test_torch_graphs_are_played_side_by_side(torch):
     expected, graphs = split_by_torch(torch)
     streams = [torch.cuda.Stream() for _ in graphs]

@@ -170,7 +170,7 @@ def _specs_of_calls(visit: Visit, sizes: Mapping[str, int], dtype: str, page_siz
 def _dtype(dtype: Any) -> str:
     """The name of a dtype of any library."""
     try:
-        name = np.dtype(dtype).name
+        name = str(np.dtype(dtype))
     except TypeError:
         name = str(dtype).rsplit(".", 1)[-1]
     if name not in FLOATS and name != "float8_e4m3fn":

@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 
 from cupyattn.cuda.launching import maps, params
-from cupyattn.cuda.launching.launch import FactsOfArrays, arrays_of, map_of, tail_of
+from cupyattn.cuda.launching.launch import arrays_of, map_of, tail_of
 from cupyattn.cuda.launching.maps import BoxMap
+from cupyattn.cuda.launching.recipe import FactsOfArrays
 from cupyattn.cuda.launching.views import (
     Fact,
     View,
