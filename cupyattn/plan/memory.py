@@ -13,6 +13,7 @@ from typing import NamedTuple
 from cupyattn.plan.backward import OF_KEYS, OF_VALUES
 from cupyattn.plan.cpu import cpu_tile
 from cupyattn.plan.hopper import HopperTile, padded_dims
+from cupyattn.plan.schedule import BY_SHARES, num_sequences, num_words
 from cupyattn.plan.values import BackwardTiles, CpuTile, Plan, Tile
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Shape, Spec
 
@@ -45,7 +46,10 @@ def _workspace(plan: Plan, problem: Problem) -> int:
     pieces = sizes.batch * (sizes.num_heads // sizes.queries_per_pair)
     pieces *= max(1, -(-sizes.seqlen_q * sizes.queries_per_pair // tile.block_q))
     columns = -(-sizes.head_dim_v // 32) * 32
-    return 4 * pieces * (plan.num_splits * tile.block_q * (columns + 2) + 1)
+    scheduled = problem.layout.lengths_are_data
+    places = 2 * plan.num_workers if scheduled and plan.split_size == BY_SHARES else pieces * plan.num_splits
+    words = num_words(num_sequences(problem.layout, sizes.batch), plan.num_workers) if scheduled else 0
+    return 4 * (places * (tile.block_q * (columns + 2) + 1) + words)
 
 
 def _gradients_on_gpu(plan: Plan, problem: Problem, specs: Specs) -> int:
