@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 JAX ?= jax
 TRANSFORMERS ?= transformers>=5
 
-.PHONY: demo generate train test lint bench sweep attack proof gpu clean
+.PHONY: demo generate train test lint bench docs sweep attack proof gpu clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/embed.py $(ARGS)
@@ -31,6 +31,11 @@ lint: $(VENV)/test
 
 bench: $(VENV)/test $(VENV)/bench
 	$(BIN)/python asv_benchmarks/table.py $(ARGS)
+
+# The site, into docs/_build/html; what warns is wrong.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo 'docs/_build/html/index.html'
 
 # Every model class of transformers that can be made tiny, against "eager"; ARGS='--only Bloom,Llama' for some.
 sweep: $(VENV)/test
@@ -78,5 +83,9 @@ $(VENV)/bench: $(VENV)/python
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	touch $@
 
+$(VENV)/docs: $(VENV)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/_generated .pytest_cache .mypy_cache .ruff_cache .hypothesis
