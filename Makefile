@@ -88,4 +88,4 @@ $(VENV)/docs: $(VENV)/python pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist docs/_build docs/_generated .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/_generated docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis

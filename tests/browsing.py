@@ -13,6 +13,7 @@ from homes import needs
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 QUIETLY = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-background-networking", "--disable-sync")
+MOST_MILLISECONDS = 120_000
 WIDE, PHONE = {"width": 1400, "height": 900}, {"width": 390, "height": 844}
 
 
@@ -78,7 +79,7 @@ class Reader:
 
     def open(self, address):
         self.faults.clear()
-        self.window.goto(address, wait_until="load")
+        self.window.goto(address, wait_until="load", timeout=MOST_MILLISECONDS)
         found = self.window.evaluate(
             """() => ({
                 links: [...document.querySelectorAll("a[href]")].map(a => a.href),

@@ -88,12 +88,12 @@ def machine(found: Found) -> str:
     about = found["machine"]
     date, parts = about["date"].partition("T")[0], ("python", "numpy", "torch")
     versions = ", ".join(f"{name} {about[name]}" for name in parts if name in about)
-    return f"Measured on {date}: {about['cpu']}, {about['cores']} cores; {versions} ([{found['file']}]({link(found)}))."
+    return f"Measured on {date}: {about['cpu']}, {about['cores']} cores; {versions} ({link(found)})."
 
 
 def link(found: Found) -> str:
-    """To the file itself, which is copied into the site."""
-    return f"results/{found['file']}"
+    """To the file itself, which is copied into the site; HTML, since it is no document of Sphinx."""
+    return f'<a href="results/{found["file"]}">{found["file"]}</a>'
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def gpu() -> str:
     if found is None:
         return not_yet("make gpu")
     about = ", ".join(f"{name} {value}" for name, value in found["machine"].items())
-    parts = [f"{about} ([{found['file']}]({link(found)}))"]
+    parts = [f"{about} ({link(found)})"]
     for section in SECTIONS:
         rows = [row for row in found["sections"].get(section, ()) if len(row) > 2]
         if rows:
