@@ -49,6 +49,8 @@ html_css_files = ["site.css"]
 html_extra_path = ["_generated/extra"]
 html_show_sourcelink = False
 html_context = {"default_mode": "auto"}  # light or dark, as the reader's system is
+FLAT = [page.stem for page in HERE.glob("*.md") if page.stem != "api"]
+html_sidebars = {name: [] for name in (*FLAT, "search", "genindex")}  # these have no pages under them
 html_theme_options = {
     "show_prev_next": True,
     "navbar_align": "left",

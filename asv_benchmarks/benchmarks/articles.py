@@ -18,7 +18,6 @@ LENGTHS = [512, 1024, 2048, 4096]
 class Standard(Benchmark):
     """Time over that of the naive formula, which keeps all scores."""
 
-    pretty_name = "cupyattn / naive formula, float32"
     params = (LENGTHS, CAUSAL)
     param_names = ("seqlen", "causal")
     slow = (4096,)
@@ -26,7 +25,7 @@ class Standard(Benchmark):
     def setup(self, seqlen, causal):
         self.arrays = draw(seqlen, "float32")
 
-    @tracked("time / naive")
+    @tracked("time / naive", name="Prefill: time over the naive formula's, 512 to 4096")
     def track_time(self, seqlen, causal):
         ours = with_cupyattn(*self.arrays, causal, "float32")
         mine, naive = fastest(ours, with_naive(*self.arrays, causal), turns=self.turns)
@@ -36,7 +35,6 @@ class Standard(Benchmark):
 class StandardMemory(Benchmark):
     """Growth of the resident set above q, k and v during one call."""
 
-    pretty_name = "peak memory of a call, float32"
     params = (["cupyattn", "naive"], LENGTHS)
     param_names = ("contender", "seqlen")
     slow = (4096,)
@@ -44,7 +42,7 @@ class StandardMemory(Benchmark):
     def setup(self, contender, seqlen):
         memory.check_that_peaks_are_told()
 
-    @tracked("MB")
+    @tracked("MB", name="Prefill: peak memory, 512 to 4096")
     def track_peak(self, contender, seqlen):
         return memory.peak_in_a_process(contender, seqlen, "float32") / 1e6
 
@@ -52,7 +50,6 @@ class StandardMemory(Benchmark):
 class Grouped(Benchmark):
     """Time with 8 key heads for 32 query heads, over that of the same call on keys repeated for each query head."""
 
-    pretty_name = "GQA / repeated keys"
     cases = {"prefill, 1024 tokens": (1024, 1024), "decode, 4096 keys": (1, 4096)}  # noqa: RUF012 - of no instance
     params = (list(cases), ["in each call", "before"])
     param_names = ("case", "repeated")
@@ -63,7 +60,7 @@ class Grouped(Benchmark):
         self.q = rng.standard_normal((1, seqlen_q, 32, 128), np.float32)
         self.k, self.v = rng.standard_normal((2, 1, seqlen_k, 8, 128), np.float32)
 
-    @tracked("time / repeated")
+    @tracked("time / repeated", name="GQA: time over that with repeated keys")
     def track_time(self, case, repeated):
         q, k, v = self.q, self.k, self.v
         whole = k.repeat(4, axis=2), v.repeat(4, axis=2)
@@ -79,7 +76,6 @@ class Grouped(Benchmark):
 class Cached(Benchmark):
     """Seconds for each of 16 new tokens of a small decoder, the reading of the prompt included."""
 
-    pretty_name = "generation with a KV cache, and without one"
     params = (["with", "without"], [64, 256, 1024])
     param_names = ("cache", "prompt")
     slow = (1024,)
@@ -113,7 +109,7 @@ class Cached(Benchmark):
             new = step(new, caches) if cache == "with" else step(ids, none_yet())
         return np.concatenate([ids, new], axis=1)
 
-    @tracked("s / token")
+    @tracked("s / token", name="Generation: time of a token, with a cache and without")
     def track_rate(self, cache, prompt):
         (seconds,) = fastest(lambda: self.generate(cache), turns=min(self.turns, 3))
         return seconds / self.new
@@ -122,7 +118,6 @@ class Cached(Benchmark):
 class Padded(Benchmark):
     """Sequences end to end, over the same in a padded batch whose mask hides the padding."""
 
-    pretty_name = "packed / padded"
     params = (["16 to 512", "16 to 128, one of 512"], CAUSAL)
     param_names = ("lengths", "causal")
     sequences, longest = 32, 512
@@ -148,11 +143,11 @@ class Padded(Benchmark):
         mask = self.real[:, None, None, :]
         return cupyattn.attention(*self.padded, mask=mask, causal=self.causal, compute_dtype="float32")
 
-    @tracked("time / padded")
+    @tracked("time / padded", name="Packed sequences: time over a padded batch's")
     def track_time(self, lengths, causal):
         packed, padded = fastest(self.attend_packed, self.attend_padded, turns=min(self.turns, 3))
         return packed / padded
 
-    @tracked("tokens / padded tokens")
+    @tracked("tokens / padded tokens", name="Packed sequences: tokens over a padded batch's")
     def track_tokens(self, lengths, causal):
         return float(self.real.mean())

@@ -9,6 +9,8 @@ from pathlib import Path
 from . import SUITE
 from .common import CONTENDERS, Benchmark, draw, tracked, with_torch
 
+BARS = {"float32": 60, "float64": 170}
+
 
 class Memory(Benchmark):
     """Growth of the resident set above q, k and v; the result, 17 MB of float32, counts.
@@ -26,7 +28,11 @@ class Memory(Benchmark):
         if contender == "torch":
             with_torch(*draw(1, dtype), "full")
 
-    @tracked("MB", lambda contender, dtype: {"float32": 60, "float64": 170}[dtype] if contender == "cupyattn" else None)
+    @tracked(
+        "MB",
+        lambda contender, dtype: BARS[dtype] if contender == "cupyattn" else None,
+        "Memory: peak of a call",
+    )
     def track_peak(self, contender, dtype):
         return peak_in_a_process(contender, self.seqlen, dtype) / 1e6
 

@@ -149,7 +149,7 @@ def curves(title: str, label: str, places: list[int], of_place: Callable[[int], 
         axes.grid(alpha=0.25, linewidth=0.5)
         axes.legend(fontsize=8, frameon=False)
 
-    return Panel(title, (3.4, 2.7), draw)
+    return Panel(title, (2.95, 2.5), draw)
 
 
 def all_splits() -> dict[str, list[Panel]]:
