@@ -50,7 +50,7 @@ attack: $(VENV)/test
 	$(BIN)/python tests/attack.py $(ARGS)
 
 # The PTX of every kernel that plans choose by default, executed on the CPU; ARGS='--only hopper --target sm_90a' for some.
-proof: $(VENV)/test
+proof: $(VENV)/test $(VENV)/bench $(VENV)/docs
 	$(if $(ARGS),,$(BIN)/python -m pytest -m 'covered or long' -n auto --dist worksteal tests/cuda tests/distributed tests/test_site.py tests/test_dashboard.py)
 	$(BIN)/python tests/proof.py $(ARGS)
 

@@ -142,4 +142,5 @@ def test_a_gpus_rows_are_shown_as_they_are(suite, monkeypatch, tmp_path):
     page = results.gpu()
     assert "| float16 | 512 | 123 |" in page
     assert page.count("**prefill**") == 1
+    assert "least" not in page  # a mean over all, and no row of the table
     assert "host" not in page
