@@ -38,8 +38,8 @@ myst_heading_anchors = 3
 default_role = "py:obj"
 autosummary_generate = True
 autodoc_typehints = "none"  # docstrings say types in words, and shapes
-numpydoc_class_members_toctree = False
-numpydoc_show_inherited_class_members = True
+templates_path = ["_templates"]
+numpydoc_show_class_members = False  # the template of classes has them, whole
 nitpicky = False
 
 html_theme = "pydata_sphinx_theme"

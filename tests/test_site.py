@@ -78,3 +78,11 @@ def test_faults_are_found(chromium, tmp_path):
     for fault in ("a fault", "not on this machine: http://example.invalid/x.js", "404"):
         assert fault in words
     assert len(list(broken_links(pages))) == 1
+
+
+def test_a_class_is_shown_with_its_methods(site):
+    """Those that it inherits, too, and whole."""
+    page = (site / "api" / "cupyattn.DynamicCache.html").read_text()
+    for name in ("append", "attend", "truncate", "reorder", "lengths"):
+        assert f'id="cupyattn.DynamicCache.{name}"' in page
+    assert "masks are aligned" in page

@@ -192,7 +192,7 @@ def bytes_of_caches() -> Panel:
                           textcoords="offset points", color=colours.text, annotation_clip=False)  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
-        axes.set(xlabel="tokens", ylabel="GiB")
+        axes.set(xlabel="tokens", ylabel="GiB", xlim=(tokens[0], tokens[-1]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1024:g}k"))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.grid(alpha=0.25, linewidth=0.5)
