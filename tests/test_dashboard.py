@@ -1,6 +1,7 @@
 """asv's dashboards: measured, published, and read in a browser that has no network."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -100,14 +101,16 @@ def published(tmp_path_factory):
     places |= {"results_dir": "results", "html_dir": "html", "env_dir": "env"}
     (folder / "asv.conf.json").write_text(json.dumps({**json.loads(said), **places}))
 
-    def call(*command):
-        done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True)
+    def call(*command, **environment):
+        environment = {**os.environ, **environment}
+        done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
-    call("-m", "asv", "machine", "--yes")
+    home = {"HOME": str(folder)}  # where asv writes down what this machine is
+    call("-m", "asv", "machine", "--yes", **home)
     for commit in hashes:
         call("-m", "asv", "run", "--python=same", "--quick", "--bench", "Rooms|Import|track_tokens",
-             "--set-commit-hash", commit)  # fmt: skip
+             "--set-commit-hash", commit, **home)  # fmt: skip
     call(str(SUITE / "dashboard.py"), "--publish-only", "--no-open", "--config", str(folder / "asv.conf.json"))
     if not (folder / "html" / "vendor").is_dir():
         pytest.skip("no npm here, which the pages' scripts come from")
