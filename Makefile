@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 JAX ?= jax
 TRANSFORMERS ?= transformers>=5
 
-.PHONY: demo generate train test lint bench sweep attack proof gpu clean
+.PHONY: demo generate train test lint bench docs dashboard sweep attack proof gpu clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/embed.py $(ARGS)
@@ -32,6 +32,15 @@ lint: $(VENV)/test
 bench: $(VENV)/test $(VENV)/bench
 	$(BIN)/python asv_benchmarks/table.py $(ARGS)
 
+# asv's dashboards; ARGS='--commits 5' measures more than the last commit, ARGS=--publish-only none.
+dashboard: $(VENV)/bench
+	$(BIN)/python asv_benchmarks/dashboard.py $(ARGS)
+
+# The site, into docs/_build/html; what warns is wrong.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo 'docs/_build/html/index.html'
+
 # Every model class of transformers that can be made tiny, against "eager"; ARGS='--only Bloom,Llama' for some.
 sweep: $(VENV)/test
 	$(BIN)/python tests/sweep.py $(ARGS)
@@ -41,8 +50,8 @@ attack: $(VENV)/test
 	$(BIN)/python tests/attack.py $(ARGS)
 
 # The PTX of every kernel that plans choose by default, executed on the CPU; ARGS='--only hopper --target sm_90a' for some.
-proof: $(VENV)/test
-	$(if $(ARGS),,$(BIN)/python -m pytest -m 'covered or long' -n auto --dist worksteal tests/cuda tests/distributed)
+proof: $(VENV)/test $(VENV)/bench $(VENV)/docs
+	$(if $(ARGS),,$(BIN)/python -m pytest -m 'covered or long' -n auto --dist worksteal tests/cuda tests/distributed tests/test_site.py tests/test_dashboard.py)
 	$(BIN)/python tests/proof.py $(ARGS)
 
 # On a machine with a GPU, by its own Python with CuPy, torch and pytest, and without a network. On another one
@@ -78,5 +87,9 @@ $(VENV)/bench: $(VENV)/python
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	touch $@
 
+$(VENV)/docs: $(VENV)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build docs/_generated docs/api .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,9 +1,10 @@
 """Every bar in one table, measured here and now.
 
-    python asv_benchmarks/table.py [--quick] [--save NAME]
+    python asv_benchmarks/table.py [--quick] [--only MODULES] [--save NAME]
 
 The benchmarks are asv's, run in this process one after the other.  --quick takes fewer turns and leaves
-the long ones out; --save writes results/NAME.json as well.
+the long ones out; --only takes modules of benchmarks/, with commas between them, and is the only way to
+`articles`, which has no bars; --save writes results/NAME.json as well.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 
-from benchmarks import SUITE, attention, caches, decode, memory, overhead, ragged
+from benchmarks import SUITE, articles, attention, caches, decode, memory, overhead, ragged
 from benchmarks.common import fastest
 
 from cupyattn.cpu import num_cores
@@ -39,6 +40,15 @@ WANTED = (
     overhead.Rooms.time_call,
     overhead.Import.track_import,
 )
+FOR_ARTICLES = (
+    articles.Standard.track_time,
+    articles.StandardMemory.track_peak,
+    articles.Grouped.track_time,
+    articles.Cached.track_rate,
+    articles.Padded.track_tokens,
+    articles.Padded.track_time,
+)
+ALL = (*WANTED, *FOR_ARTICLES)
 QUICK_TURNS = 2
 QUIET = 0.1
 """Cores that others may keep busy without a remark."""
@@ -49,9 +59,14 @@ def class_of(method):
     return getattr(sys.modules[method.__module__], method.__qualname__.partition(".")[0])
 
 
-def cases(quick):
-    """(benchmark, parameters) of every row."""
-    for method in WANTED:
+def module_of(method):
+    """The name of the module that a benchmark is in."""
+    return method.__module__.rpartition(".")[2]
+
+
+def cases(quick, only=None):
+    """(benchmark, parameters) of every row; those of some modules."""
+    for method in WANTED if only is None else [each for each in ALL if module_of(each) in only]:
         owner = class_of(method)
         for params in product(*getattr(owner, "params", ())):
             if not (quick and any(param in owner.slow for param in params)):
@@ -154,10 +169,14 @@ def show(machine, rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer turns, without the long ones")
+    parser.add_argument("--only", metavar="MODULES", help="of benchmarks/, with commas between them")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.json as well")
     arguments = parser.parse_args()
+    only, modules = arguments.only and arguments.only.split(","), sorted(set(map(module_of, ALL)))
+    if only and not set(only) <= set(modules):
+        parser.error(f"--only takes {', '.join(modules)}")
     found = {"machine": machine(), "quick": arguments.quick, "rows": []}
-    wanted = list(cases(arguments.quick))
+    wanted = list(cases(arguments.quick, only))
     for number, (method, params) in enumerate(wanted, 1):
         words = " ".join(map(str, (method.__qualname__, *params)))
         print(f"[{number}/{len(wanted)}] {words}", end=" ", file=sys.stderr, flush=True)

@@ -16,6 +16,7 @@ from .common import (
     Benchmark,
     draw,
     fastest,
+    named,
     tracked,
     with_cupyattn,
     with_naive,
@@ -34,8 +35,12 @@ class Forward(Benchmark):
         self.call = CONTENDERS[contender](*draw(seqlen, dtype), causal, dtype)
         self.call()  # the first one imports and asks for memory
 
+    @named("Prefill: time")
     def time_call(self, contender, seqlen, causal, dtype):
         self.call()
+
+
+BARS = {"float64": 1.1, "float32": 1.15, "float32 q,k x10": 1.35}
 
 
 class AgainstTorch(Benchmark):
@@ -45,7 +50,7 @@ class AgainstTorch(Benchmark):
     q and k need it.
     """
 
-    params = ([2048, 8192], CAUSAL, ["float64", "float32", "float32 q,k x10"])
+    params = ([2048, 8192], CAUSAL, list(BARS))
     param_names = ("seqlen", "causal", "arrays")
 
     def setup(self, seqlen, causal, arrays):
@@ -53,7 +58,11 @@ class AgainstTorch(Benchmark):
         self.arrays, self.dtype = draw(seqlen, dtype, 10.0 if sharp else 1.0), dtype
         self.peer = with_torch(*self.arrays, causal)
 
-    @tracked("time / torch", lambda _, __, arrays: {"float64": 1.1, "float32": 1.15, "float32 q,k x10": 1.35}[arrays])
+    @tracked(
+        "time / torch",
+        lambda _, __, arrays: BARS[arrays],
+        "Prefill: time over torch's",
+    )
     def track_time(self, seqlen, causal, arrays):
         ours = with_cupyattn(*self.arrays, causal, self.dtype)
         mine, theirs = fastest(ours, self.peer, turns=min(self.turns, 3) if seqlen > 4096 else self.turns)
@@ -92,7 +101,7 @@ class TrainingAgainstTorch(Benchmark):
 
         self.calls = ours, theirs
 
-    @tracked("time / torch", 1.2)
+    @tracked("time / torch", 1.2, "Training: time over torch's")
     def track_time(self, seqlen, causal, dtype):
         mine, theirs = fastest(*self.calls, turns=self.turns)
         return mine / theirs
@@ -116,7 +125,7 @@ class AgainstNaive(Benchmark):
     def setup(self, seqlen, causal, compute_dtype):
         self.arrays = draw(seqlen, "float32")
 
-    @tracked("time / naive", bar_against_naive)
+    @tracked("time / naive", bar_against_naive, "Prefill: time over the naive formula's")
     def track_time(self, seqlen, causal, compute_dtype):
         ours = with_cupyattn(*self.arrays, causal, compute_dtype)
         mine, theirs = fastest(ours, with_naive(*self.arrays, causal), turns=self.turns)
@@ -140,11 +149,11 @@ class Rounding(Benchmark):
         self.exact = with_naive(*(x.astype(np.longdouble) for x in (q, k, v)), causal)()
         self.out = with_cupyattn(q, k, v, causal)()
 
-    @tracked("share not correctly rounded", 0.001)
+    @tracked("share not correctly rounded", 0.001, "Rounding: share that is wrong")
     def track_wrong(self, causal, factor):
         return float(np.mean(self.out != self.exact.astype(np.float32)))
 
-    @tracked("ulp, largest error", 1.0)
+    @tracked("ulp, largest error", 1.0, "Rounding: largest error")
     def track_largest(self, causal, factor):
         ulp = np.spacing(np.abs(self.exact).astype(np.float32))
         return float(np.max(np.abs(self.out - self.exact) / ulp))

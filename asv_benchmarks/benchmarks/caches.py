@@ -7,7 +7,7 @@ import numpy as np
 
 import cupyattn
 
-from .common import HEAD_DIM, HEADS, Benchmark, fastest, tracked
+from .common import HEAD_DIM, HEADS, Benchmark, fastest, named, tracked
 
 APPENDS = 4096
 PAGE_SIZE = 64
@@ -61,6 +61,7 @@ class Appends(Benchmark):
     def setup(self, contender):
         self.call = appending(contender, 512)
 
+    @named("Caches: time of 512 appends")
     def time_appends(self, contender):
         self.call()
 
@@ -71,10 +72,13 @@ class Growth(Benchmark):
     params = (["dynamic", "sliding", "paged", "offloaded"],)
     param_names = ("contender",)
 
-    @tracked("time / static", {"dynamic": 3.0, "sliding": 3.0}.get)
+    @tracked("time / static", {"dynamic": 3.0, "sliding": 3.0}.get, "Caches: appends over a static cache's")
     def track_appends(self, contender):
         mine, static = fastest(appending(contender, APPENDS), appending("static", APPENDS), turns=self.turns)
         return mine / static
+
+
+BARS = {"static": 1.1, "paged": 1.5}
 
 
 class Decode(Benchmark):
@@ -92,7 +96,11 @@ class Decode(Benchmark):
             cache.append(k, k)
             self.calls.append(lambda cache=cache: cache.attend(q))
 
-    @tracked("time / dynamic", lambda contender, _: {"static": 1.1, "paged": 1.5}.get(contender))
+    @tracked(
+        "time / dynamic",
+        lambda contender, _: BARS.get(contender),
+        "Caches: decoding over a dynamic cache's",
+    )
     def track_attend(self, contender, seqlen):
         mine, dynamic = fastest(*self.calls, turns=self.turns)
         return mine / dynamic
@@ -114,7 +122,7 @@ class Cascade(Benchmark):
         self.cache.append(own, own)
         self.q = draw(forks, 1)
 
-    @tracked("time / each", 1.0)
+    @tracked("time / each", 1.0, "Caches: a common prompt read once, over once for each")
     def track_attend(self, forks, prompt):
         shared, each = fastest(
             lambda: self.cache.attend(self.q, cascade=True), lambda: self.cache.attend(self.q), turns=self.turns

@@ -29,11 +29,24 @@ class Benchmark:
     """Parameters that a quick look leaves out."""
 
 
-def tracked(unit, bar=None):
-    """Mark a track_ benchmark with its unit and its bar: the most it may be, None, or a function of the parameters."""
+def tracked(unit, bar=None, name=None):
+    """Mark a track_ benchmark with its unit and its bar: the most it may be, None, or a function of the parameters.
+
+    And with its name in asv's dashboards.
+    """
 
     def mark(function):
         function.unit, function.bar = unit, bar
+        return named(name)(function) if name else function
+
+    return mark
+
+
+def named(name):
+    """Mark any benchmark with its name in asv's dashboards."""
+
+    def mark(function):
+        function.pretty_name = name
         return function
 
     return mark

@@ -9,7 +9,7 @@ import numpy as np
 import cupyattn
 from cupyattn.cpu import num_cores
 
-from .common import Benchmark, fastest, tracked
+from .common import Benchmark, fastest, named, tracked
 
 QUERY_HEADS, KEY_HEADS, HEAD_DIM = 28, 4, 128
 
@@ -63,6 +63,7 @@ class Step(Benchmark):
         self.call = CONTENDERS[contender](*draw_step(context))
         self.call()
 
+    @named("Decode: time of a step")
     def time_call(self, contender, context):
         self.call()
 
@@ -78,7 +79,7 @@ class DecodeAgainstTorch(Benchmark):
         arrays = draw_step(context)
         self.ours, self.peer = with_cupyattn(*arrays), PEERS[peer](*arrays)
 
-    @tracked("time / torch", lambda _, context: 1.0 if context == 4096 else None)
+    @tracked("time / torch", lambda _, context: 1.0 if context == 4096 else None, "Decode: time over torch's")
     def track_time(self, peer, context):
         mine, theirs = fastest(self.ours, self.peer, turns=self.turns)
         return mine / theirs

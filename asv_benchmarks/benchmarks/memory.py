@@ -9,6 +9,8 @@ from pathlib import Path
 from . import SUITE
 from .common import CONTENDERS, Benchmark, draw, tracked, with_torch
 
+BARS = {"float32": 60, "float64": 170}
+
 
 class Memory(Benchmark):
     """Growth of the resident set above q, k and v; the result, 17 MB of float32, counts.
@@ -22,15 +24,28 @@ class Memory(Benchmark):
     slow = ("naive",)
 
     def setup(self, contender, dtype):
-        if not os.access("/proc/self/clear_refs", os.W_OK):
-            raise NotImplementedError("the system does not let a process reset its peak")
+        check_that_peaks_are_told()
         if contender == "torch":
             with_torch(*draw(1, dtype), "full")
 
-    @tracked("MB", lambda contender, dtype: {"float32": 60, "float64": 170}[dtype] if contender == "cupyattn" else None)
+    @tracked(
+        "MB",
+        lambda contender, dtype: BARS[dtype] if contender == "cupyattn" else None,
+        "Memory: peak of a call",
+    )
     def track_peak(self, contender, dtype):
-        command = [sys.executable, "-m", f"{__package__}.memory", contender, str(self.seqlen), dtype]
-        return int(subprocess.run(command, cwd=SUITE, check=True, capture_output=True).stdout) / 1e6
+        return peak_in_a_process(contender, self.seqlen, dtype) / 1e6
+
+
+def check_that_peaks_are_told():
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        raise NotImplementedError("the system does not let a process reset its peak")
+
+
+def peak_in_a_process(contender, seqlen, dtype):
+    """`peak_of_one_call` in a process of its own."""
+    command = [sys.executable, "-m", f"{__package__}.memory", contender, str(seqlen), dtype]
+    return int(subprocess.run(command, cwd=SUITE, check=True, capture_output=True).stdout)
 
 
 def resident(field):

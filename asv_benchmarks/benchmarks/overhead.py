@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -16,8 +17,7 @@ from cupyattn.cpu.views import scaled_queries, tile_of
 from cupyattn.plan import choose
 from cupyattn.reading import Options, read
 
-from . import CHECKOUT
-from .common import HEAD_DIM, Benchmark, draw, fastest, tracked, with_cupyattn, with_naive
+from .common import HEAD_DIM, Benchmark, draw, fastest, named, tracked, with_cupyattn, with_naive
 
 SEQLEN = 16
 
@@ -65,7 +65,7 @@ class Corridor(Benchmark):
     def setup(self, dtype):
         self.rooms = rooms(dtype)
 
-    @tracked("us over the arithmetic", 60)
+    @tracked("us over the arithmetic", 60, "Overhead: the way through the package")
     def track_overhead(self, dtype):
         whole, bare = fastest(self.rooms["attention"], self.rooms["arithmetic"], turns=self.turns)
         return 1e6 * (whole - bare)
@@ -82,6 +82,7 @@ class Rooms(Benchmark):
         self.call = rooms(dtype)[room]
         self.call()
 
+    @named("Overhead: time in each room")
     def time_call(self, room, dtype):
         self.call()
 
@@ -91,9 +92,9 @@ class Import(Benchmark):
 
     code = "import time, numpy; start = time.perf_counter(); import cupyattn; print(time.perf_counter() - start)"
 
-    @tracked("ms on top of NumPy", 60)
+    @tracked("ms on top of NumPy", 60, "Overhead: import")
     def track_import(self):
-        environment = {**os.environ, "PYTHONPATH": str(CHECKOUT)}
+        environment = {**os.environ, "PYTHONPATH": str(Path(cpu.__file__).parents[2])}
         command = [sys.executable, "-c", self.code]
         runs = [subprocess.run(command, env=environment, check=True, capture_output=True) for _ in range(self.turns)]
         return 1e3 * min(float(run.stdout) for run in runs)
@@ -110,7 +111,7 @@ class Busy(Benchmark):
         self.call = with_cupyattn(*draw(256, dtype), "full")
         self.call()
 
-    @tracked("of a quiet machine's", 2)
+    @tracked("of a quiet machine's", 2, "Overhead: calls on a busy machine")
     def track_busy(self, dtype):
         quiet = self.median()
         others = [

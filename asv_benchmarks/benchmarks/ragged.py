@@ -22,6 +22,9 @@ def draw(*shape):
     return np.random.default_rng(0).standard_normal((3, *shape, 1, HEAD_DIM), np.float32)
 
 
+BARS = {"equal": 2.0, "drawn": 4.0}
+
+
 class Varlen(Benchmark):
     """Time of flash_attn_varlen_func over that of attention() on the batch."""
 
@@ -45,7 +48,11 @@ class Varlen(Benchmark):
         going = forwards if direction == "forward" else backwards
         self.calls = going(varlen, (*packed, starts)), going(dense, batch)
 
-    @tracked("time / batch", lambda lengths, *_: {"equal": 2.0, "drawn": 4.0}[lengths])
+    @tracked(
+        "time / batch",
+        lambda lengths, *_: BARS[lengths],
+        "Packed sequences: time over a batch's",
+    )
     def track_time(self, lengths, direction, compute_dtype, causal):
         packed, batch = fastest(*self.calls, turns=min(self.turns, 3))
         return packed / batch

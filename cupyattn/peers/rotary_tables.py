@@ -68,7 +68,7 @@ def rotary_tables(
 
     Returns
     -------
-    cos, sin : array, shape (*positions.shape, dim / 2)
+    cos, sin : array, shape ``(*positions.shape, dim / 2)``
         In the library of `positions`; float64 arithmetic, rounded once.  "yarn" and "longrope" have them multiplied by
         "attention_factor", as transformers has, so that scores grow by its square.
 
