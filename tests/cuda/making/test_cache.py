@@ -76,6 +76,16 @@ def test_the_second_time_it_is_not_compiled(kept, sources, compiled):
     assert compiled == []
 
 
+def test_compiling_while_a_caller_waits_is_said_through_logging(nvrtc, sources, caplog):
+    with caplog.at_level("INFO", logger="cupyattn"):
+        find(*WANTED, sources=sources)
+        first = [record.getMessage() for record in caplog.records]
+        find(*WANTED, sources=sources)
+    assert first[0].startswith("compiling test::scale<3> for sm_90a, once; ")
+    assert first[1].startswith(f"compiled it by NVRTC {nvrtc} in ")
+    assert len(caplog.records) == 2  # of what was found nothing is said
+
+
 def test_the_file_is_the_cubin(kept, sources):
     fresh = compiler.compile_cubin(cache.source.join("scale.cu", sources), *WANTED[1:])
     assert kept.path.read_bytes() == fresh.image
