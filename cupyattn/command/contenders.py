@@ -63,7 +63,8 @@ def calls(sizes: Sizes, dtype: str, causal: bool, device: str, against: str) -> 
     needed = 2 * sizes.num_scores * arrays[0].itemsize  # the scores, and one more of them where some are hidden
     if needed > memory_of_machine() / 2:
         return found, {name: f"its scores would take {needed / 1e9:.1f} GB"}
-    return found | {name: Call(partial(naive, *arrays, causal=causal), exact)}, {}
+    q, k, v = arrays
+    return found | {name: Call(partial(naive, q, k, v, causal), exact)}, {}
 
 
 def naive(q: Any, k: Any, v: Any, causal: bool) -> Any:
