@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 JAX ?= jax
 TRANSFORMERS ?= transformers>=5
 
-.PHONY: demo generate train test lint bench sweep attack proof gpu clean
+.PHONY: demo generate train test lint bench sweep attack proof release gpu clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/embed.py $(ARGS)
@@ -45,6 +45,10 @@ proof: $(VENV)/test
 	$(if $(ARGS),,$(BIN)/python -m pytest -m 'covered or long' -n auto --dist worksteal tests/cuda tests/distributed)
 	$(BIN)/python tests/proof.py $(ARGS)
 
+# What a release would be: sdist and wheel, looked at, and the wheel tried in a fresh environment of each Python here.
+release: $(VENV)/release
+	$(BIN)/python tools/release.py $(ARGS)
+
 # On a machine with a GPU, by its own Python with CuPy, torch and pytest, and without a network. On another one
 # `make gpu ARGS=--dry-run` compiles the kernels with the tests' environment.
 GPU_PYTHON ?= $(if $(findstring --dry-run,$(ARGS)),$(BIN)/python,$(PYTHON))
@@ -76,6 +80,10 @@ $(VENV)/test: $(VENV)/demo
 
 $(VENV)/bench: $(VENV)/python
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	touch $@
+
+$(VENV)/release: $(VENV)/python
+	$(BIN)/python -m pip install --quiet --editable '.[release]'
 	touch $@
 
 clean:

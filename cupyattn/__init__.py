@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from cupyattn.peers.cascade import cascade_attention
     from cupyattn.peers.kvcache import flash_attn_with_kvcache
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Cache",
