@@ -84,7 +84,7 @@ def recipe(text: str, sdist: Path) -> str:
 
 
 def run(*call: str | Path, cwd: Path = ROOT) -> None:
-    print("$", *(Path(call[0]).name, *call[1:]), flush=True)
+    print("$", Path(call[0]).name, *(word for word in call[1:] if "\n" not in str(word)), flush=True)
     subprocess.run([str(word) for word in call], cwd=cwd, check=True, env=_environment())
 
 
