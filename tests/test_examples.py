@@ -292,8 +292,9 @@ def test_chunked_prefill_notices_another_diagonal(small, monkeypatch):
     assert small("chunked_prefill").main() == 1
 
 
-def test_speculative_notices_a_guess_that_is_not_taken_back(small, monkeypatch):
-    monkeypatch.setattr(cupyattn.DynamicCache, "truncate", lambda cache, length: None)
+def test_speculative_notices_that_too_much_is_taken_back(small, monkeypatch):
+    real = cupyattn.DynamicCache.truncate
+    monkeypatch.setattr(cupyattn.DynamicCache, "truncate", lambda cache, length: real(cache, length - 1))
     assert small("speculative").main() == 1
 
 
