@@ -149,6 +149,13 @@ def test_the_tests_install_the_peers_of_the_examples_too(tmp_path):
     assert {".[cli]", ".[test]", ".[demo]", "jax", "cupy-cuda13x"} <= words
 
 
+def test_a_wheel_that_was_not_built_gets_a_sentence(release, tmp_path, monkeypatch):
+    monkeypatch.setattr(release, "ROOT", tmp_path)
+    monkeypatch.setattr(release, "version", lambda: "9.9")
+    with pytest.raises(SystemExit, match=r"dist/ has 0 files of version 9\.9 that end in \.whl: --only build first"):
+        release.built(".whl")
+
+
 def test_a_step_that_is_not_there_is_status_two():
     call = [sys.executable, str(ROOT / "tools" / "release.py"), "--only", "publish"]
     done = subprocess.run(call, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"})

@@ -95,8 +95,10 @@ def _environment() -> dict[str, str]:
 
 def built(suffix: str) -> Path:
     """The file in dist/ that ends so."""
-    (found,) = (ROOT / "dist").glob(f"cupyattn-{version()}*{suffix}")
-    return found
+    found = list((ROOT / "dist").glob(f"cupyattn-{version()}*{suffix}"))
+    if len(found) != 1:
+        raise SystemExit(f"dist/ has {len(found)} files of version {version()} that end in {suffix}: --only build first")
+    return found[0]
 
 
 def build() -> None:
