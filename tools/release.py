@@ -97,7 +97,9 @@ def built(suffix: str) -> Path:
     """The file in dist/ that ends so."""
     found = list((ROOT / "dist").glob(f"cupyattn-{version()}*{suffix}"))
     if len(found) != 1:
-        raise SystemExit(f"dist/ has {len(found)} files of version {version()} that end in {suffix}: --only build first")
+        raise SystemExit(
+            f"dist/ has {len(found)} files of version {version()} that end in {suffix}: --only build first"
+        )
     return found[0]
 
 
