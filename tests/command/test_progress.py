@@ -33,11 +33,14 @@ def plain(monkeypatch):
 
 @pytest.mark.parametrize("with_tqdm", [False, True])
 def test_what_is_no_terminal_is_told_nothing(with_tqdm, monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(progress, "time", clock)
     if not with_tqdm:
         monkeypatch.setitem(sys.modules, "tqdm", None)
     stream = io.StringIO()
     with Progress(3, "compiling", stream) as told:
         for number in range(3):
+            clock.now += 5.0
             told.step(f"kernel {number}")
     assert stream.getvalue() == ""
 

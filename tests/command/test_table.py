@@ -16,7 +16,15 @@ def test_lines_end_without_spaces():
 
 @pytest.mark.parametrize(
     ("count", "words"),
-    [(0, "0 bytes"), (999, "999 bytes"), (1234, "1.2 kB"), (5e6, "5.0 MB"), (3e9, "3.0 GB"), (7e15, "7000.0 TB")],
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (1234, "1.2 kB"),
+        (5e6, "5.0 MB"),
+        (3e9, "3.0 GB"),
+        (7e15, "7000.0 TB"),
+    ],
 )
 def test_bytes_are_said_as_people_say_them(count, words):
     assert of_bytes(count) == words

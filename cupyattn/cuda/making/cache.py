@@ -286,10 +286,9 @@ def _store(folder: Path, key: str, cubin: compiler.Cubin) -> Entry:
     _make(folder)
     sweep(folder)
     path = folder / f"{key}-nvrtc{cubin.nvrtc}-{_digest(cubin.image)}.cubin"
-    handle, name = tempfile.mkstemp(prefix=f"{os.getpid()}-", suffix=".part", dir=folder)
+    handle, name = _part(folder)
     try:
         with open(handle, "wb") as file:
-            _lock(handle)
             file.write(cubin.image)
             file.flush()
             os.fsync(handle)
@@ -302,6 +301,21 @@ def _store(folder: Path, key: str, cubin: compiler.Cubin) -> Entry:
         Path(name).unlink(missing_ok=True)
         raise
     return Entry(cubin.image, path, cubin.name, cubin.resources, cubin.nvrtc)
+
+
+MOST_PARTS = 8
+"""Files that are begun one after the other while others sweep them; so many only where nothing can be locked."""
+
+
+def _part(folder: Path) -> tuple[int, str]:
+    """A new file to write to, open and locked: what another process sweeps before that is begun again."""
+    for left in reversed(range(MOST_PARTS)):
+        handle, name = tempfile.mkstemp(prefix=f"{os.getpid()}-", suffix=".part", dir=folder)
+        if (_lock(handle) and (os.name != "posix" or os.fstat(handle).st_nlink)) or not left:
+            break
+        os.close(handle)
+        Path(name).unlink(missing_ok=True)
+    return handle, name
 
 
 def sweep(folder: Path) -> None:

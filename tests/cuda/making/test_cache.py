@@ -461,6 +461,26 @@ def test_a_writer_killed_on_the_way_leaves_nothing_that_is_found(sources, folder
     assert compiled == ["test::scale<3>"]
 
 
+@posix
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_file_that_another_process_sweeps_before_it_is_locked_is_made_again(
+    nvrtc, sources, folder, monkeypatch, times
+):
+    real, made = cache.tempfile.mkstemp, []
+
+    def mkstemp(**options):
+        found = real(**options)
+        made.append(found)
+        if len(made) <= times:
+            cache.sweep(options["dir"])
+        return found
+
+    monkeypatch.setattr(cache.tempfile, "mkstemp", mkstemp)
+    entry = find(*WANTED, sources=sources)
+    assert [entry.path] == cubins(folder)
+    assert len(made) == times + 1
+
+
 @pytest.mark.usefixtures("nvrtc")
 def test_eight_processes_at_once_end_with_one_cubin(sources, folder):
     processes = [run_python(FIND, sources) for _ in range(8)]
