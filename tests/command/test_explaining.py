@@ -33,7 +33,10 @@ def test_each_device_is_what_explain_says_of_it(capsys):
         (["--bias"], {"bias": (1, 8192)}),
         (["--alibi", "--alignment", "top-left"], {"alibi_slopes": (32,), "alignment": "top-left"}),
         (["--sinks"], {"sinks": (32,)}),
-        (["--softcap", "30"], {"softcap": 30.0}),
+        (
+            ["--softcap", "30", "--alibi", "--alignment", "top-left", "--backward"],  # Hopper's gradients take not both
+            {"softcap": 30.0, "alibi_slopes": (32,), "alignment": "top-left", "backward": True},
+        ),
         (["--backward"], {"backward": True}),
     ],
     ids=lambda flags: flags[0] if isinstance(flags, list) else "",
