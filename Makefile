@@ -78,7 +78,6 @@ $(VENV)/test: $(VENV)/demo $(VENV)/peers
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
 	$(BIN)/python -c 'import torch' && $(BIN)/python -m pip install --quiet accelerate || echo 'no accelerate here: a test of the Trainer will be skipped'
 	$(BIN)/python -m pip install --quiet $(JAX) || echo 'no JAX here: its tests will be skipped'
-	$(BIN)/python -m pip install --quiet '$(TRANSFORMERS)' || echo 'no $(TRANSFORMERS) here: its tests will be skipped'
 	$(BIN)/python -m pip install --quiet mpi4py mpich || echo 'no MPI here: its tests will be skipped'
 	$(BIN)/python -m pip install --quiet cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || echo 'no CuPy here: its tests will be skipped'
 	touch $@

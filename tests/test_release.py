@@ -68,7 +68,7 @@ def test_the_recipe_needs_what_the_package_needs():
 def test_all_has_every_extra_for_users():
     extras = PROJECT["project"]["optional-dependencies"]
     named = set(re.search(r"cupyattn\[(.+)\]", extras["all"][0])[1].split(","))
-    for_others = {"all", "cuda12", "cuda13", "test", "types", "bench", "release", "demo", "docs", "dashboard"}
+    for_others = {"all", "cuda12", "cuda13", "test", "types", "bench", "release", "demo", "docs", "dashboard", "mpi"}
     assert named == extras.keys() - for_others
 
 
