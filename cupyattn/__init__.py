@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from cupyattn.peers.kvcache import flash_attn_with_kvcache
     from cupyattn.peers.scheduling import get_scheduler_metadata
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Cache",

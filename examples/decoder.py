@@ -79,13 +79,17 @@ class Decoder:
 
     def __call__(self, ids: Array, caches: Sequence[Any]) -> Array:
         """Logits of the token after the last one, (batch, vocab_size); the caches, one a layer, grow by `ids`."""
+        return self.after_each(ids, caches, 1)[:, 0, :]
+
+    def after_each(self, ids: Array, caches: Sequence[Any], count: int) -> Array:
+        """The same of the token after each of the last `count` ones, (batch, count, vocab_size)."""
         xp = array_namespace(ids)
         words = self.weights["model.embed_tokens.weight"]
         hidden = xp.reshape(xp.take(words, xp.reshape(ids, (-1,)), axis=0), (*ids.shape, -1))
         angles = self._angles(xp, len(caches[0]), ids.shape[1])
         for layer, cache in enumerate(caches):
             hidden = self._layer(f"model.layers.{layer}", hidden, angles, cache)
-        return self._normalize("model.norm", hidden[:, -1, :]) @ self.weights["lm_head.weight"].T
+        return self._normalize("model.norm", hidden[:, -count:, :]) @ self.weights["lm_head.weight"].T
 
     def _layer(self, name: str, hidden: Array, angles: tuple[Array, Array], cache: Any) -> Array:
         xp = array_namespace(hidden)

@@ -1,6 +1,8 @@
 """The examples: their models agree with their references, and their checks can fail."""
 
 import argparse
+import importlib
+import json
 import math
 import sys
 from importlib.util import find_spec
@@ -19,7 +21,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def demo():
     """The modules of examples/, which is no package: its files are run as scripts."""
     if not EXAMPLES.is_dir():
-        pytest.skip("examples/ is not here (it is not in the sdist)")
+        pytest.skip("examples/ is not here")
     for name in ("safetensors", "tokenizers", "matplotlib"):
         pytest.importorskip(name)
     with pytest.MonkeyPatch.context() as patch:
@@ -101,7 +103,7 @@ def test_missing_package_says_what_to_install(demo):
 def decoding():
     """generate.py and its decoder."""
     if not EXAMPLES.is_dir():
-        pytest.skip("examples/ is not here (it is not in the sdist)")
+        pytest.skip("examples/ is not here")
     pytest.importorskip("matplotlib")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLES)
@@ -208,7 +210,7 @@ def test_generate_refuses_too_little(decoding, monkeypatch, capsys, wrong):
 @pytest.fixture
 def training(monkeypatch):
     if not EXAMPLES.is_dir():
-        pytest.skip("examples/ is not here (it is not in the sdist)")
+        pytest.skip("examples/ is not here")
     for name in ("torch", "matplotlib"):
         pytest.importorskip(name)
     monkeypatch.syspath_prepend(EXAMPLES)
@@ -247,3 +249,82 @@ def test_git_ignores_the_picture_of_train(training, monkeypatch):
     if not ignored.exists():
         pytest.skip(".gitignore is not here")
     assert str(training.parse_options().output) in ignored.read_text().splitlines()
+
+
+# ---------------------------------------------------------------------------------------------------
+# varlen.py, chunked_prefill.py, speculative.py, attention.ipynb
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Examples by name, which need NumPy alone."""
+    if not EXAMPLES.is_dir():
+        pytest.skip("examples/ is not here")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    names = ("varlen", "chunked_prefill", "speculative", "decoder")
+    yield lambda name: importlib.import_module(name)
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("name", ["varlen", "chunked_prefill", "speculative"])
+def test_an_example_agrees_with_its_reference(small, name, capsys):
+    assert small(name).main() == 0
+    assert "FAILED" not in capsys.readouterr().out
+
+
+def test_varlen_notices_that_sequences_see_each_other(small, monkeypatch):
+    def all_rows(q, k, v, *lengths, causal):
+        return cupyattn.attention(q[None], k[None], v[None], causal=causal)[0]
+
+    monkeypatch.setattr(cupyattn, "flash_attn_varlen_func", all_rows)
+    assert small("varlen").main() == 1
+
+
+def test_chunked_prefill_notices_another_diagonal(small, monkeypatch):
+    real = cupyattn.attention
+
+    def top_left(*operands, **options):
+        return real(*operands, **{**options, "alignment": "top-left"})
+
+    monkeypatch.setattr(cupyattn, "attention", top_left)
+    assert small("chunked_prefill").main() == 1
+
+
+def test_speculative_notices_that_too_much_is_taken_back(small, monkeypatch):
+    real = cupyattn.DynamicCache.truncate
+    monkeypatch.setattr(cupyattn.DynamicCache, "truncate", lambda cache, length: real(cache, length - 1))
+    assert small("speculative").main() == 1
+
+
+@pytest.mark.parametrize(("draft", "steps"), [("itself", 1 + 3), ("another", 1 + 12)])
+def test_a_draft_changes_the_steps_and_never_the_tokens(small, draft, steps):
+    speculative, decoder = small("speculative"), small("decoder")
+    sizes = small_sizes(decoder)
+    target = decoder.Decoder(decoder.draw_weights(sizes), sizes)
+    guessing = target if draft == "itself" else decoder.Decoder(decoder.draw_weights(sizes, seed=7), sizes)
+    prompt = np.arange(5)[None]
+    run = speculative.speculate(target, guessing, prompt, 13, ahead=3)
+    expected, _ = decoder.generate(target, prompt, 13)
+    np.testing.assert_array_equal(run.tokens, expected)
+    assert run.steps == steps
+
+
+def code_of(notebook):
+    """The code cells of a notebook, which are plain Python in all of ours."""
+    cells = json.loads(notebook.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_runs_from_top_to_bottom(small, capsys):
+    names = {}
+    for number, text in enumerate(code_of(EXAMPLES / "attention.ipynb")):
+        exec(compile(text, f"attention.ipynb, code {number}", "exec"), names)
+    assert names["plan"].kernel == "splitkv"
+    assert capsys.readouterr().out.startswith("splitkv on H100")
+
+
+def test_the_notebook_is_kept_without_results(small):
+    cells = json.loads((EXAMPLES / "attention.ipynb").read_text())["cells"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells if cell["cell_type"] == "code")

@@ -54,7 +54,7 @@ MAY_IMPORT_LATE = {name: row.late for name, row in ROWS.items() if "." not in na
 """Besides, inside a function only: the GPU's door is opened when an array lives there."""
 
 LIBRARIES = {"cupy", "cupyx", "dask", "jax", "jaxlib", "torch", "transformers"}
-KNOW_LIBRARIES = {"arrays", "cuda", "distributed", "integrations"}
+KNOW_LIBRARIES = {"arrays", "command", "cuda", "distributed", "integrations"}
 
 PUBLIC = {
     *("attention", "attention_backward", "explain", "merge_states", "Gradients", "Plan"),

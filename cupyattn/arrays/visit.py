@@ -33,7 +33,8 @@ class Visit:
 
     def device(self) -> Device:
         """What the planner has to know of the arrays' device."""
-        imagined = self.library.imagined(next(iter(self.arrays.values())))
+        first = next(iter(self.arrays.values()), None)  # `distributed` keeps them elsewhere
+        imagined = None if first is None else self.library.imagined(first)
         if imagined is not None:
             return imagined
         if self.kind == "cpu":

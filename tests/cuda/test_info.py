@@ -5,7 +5,7 @@ import sys
 import pytest
 
 import cupyattn
-from cupyattn.__main__ import main
+from cupyattn.command import main
 from cupyattn.cuda import info
 from cupyattn.cuda.making import cache, compiler
 

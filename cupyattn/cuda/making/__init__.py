@@ -5,6 +5,7 @@ source      one text of a kernel and its headers
 compiler    that text through NVRTC
 elf         what is in a cubin
 cache       cubins on disk, found by what they were made of
+keeping     those of the user's cache, to be listed and removed
 module      the kernel, loaded
 prebuild    kernels before they are needed
 """

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import stat
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +36,10 @@ FORMAT = 1
 PREBUILT = source.FOLDER / "prebuilt"
 LARGEST = 2**28
 """Bytes of a file that may be a cubin: some hundred times the largest there is."""
+LOG = logging.getLogger("cupyattn")
 WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
-_NAME = re.compile(r"(?P<key>[0-9a-f]{32})-nvrtc(?P<nvrtc>\d+\.\d+)-(?P<digest>[0-9a-f]{32})\.cubin")
+NAME = re.compile(r"(?P<key>[0-9a-f]{32})-nvrtc(?P<nvrtc>\d+\.\d+)-(?P<digest>[0-9a-f]{32})\.cubin")
 
 
 @dataclass(frozen=True)
@@ -98,11 +101,20 @@ def find(
             if found:
                 return found
         if key not in _in_memory:
-            entry = _keep(key, compiler.compile_cubin(text, expression, target))
+            entry = _keep(key, _compiled_when_needed(text, expression, target))
             if entry.path is not None:
                 return entry
             _in_memory[key] = entry
         return _in_memory[key]
+
+
+def _compiled_when_needed(text: str, expression: str, target: str) -> compiler.Cubin:
+    """Compiled while a caller waits, who is told through logging what for."""
+    LOG.info("compiling %s for %s, once; `cupyattn prebuild` does so ahead of time", expression, target)
+    start = time.perf_counter()
+    cubin = compiler.compile_cubin(text, expression, target)
+    LOG.info("compiled it by NVRTC %s in %.1f s", cubin.nvrtc, time.perf_counter() - start)
+    return cubin
 
 
 def build(
@@ -200,7 +212,7 @@ def _is_owned(status: os.stat_result) -> bool:
     return status.st_uid in (os.geteuid(), 0)
 
 
-def _may_be_made(folder: Path) -> bool:
+def may_be_made(folder: Path) -> bool:
     """What there is of the way to a folder leads to where nobody else decides."""
     existing = next(each for each in (folder, *folder.parents) if os.path.lexists(each))
     return os.name != "posix" or (_is_led_to_safely(existing) and _is_a_safe_way(existing.stat()))
@@ -226,7 +238,7 @@ def _look(
     folder: Path, key: str, accept: Callable[[str], bool], trust: Callable[[os.stat_result], bool] = lambda _: True
 ) -> Entry | None:
     """The whole and untouched cubin with this key by the latest compiler that is accepted."""
-    named = [(path, match) for path in folder.glob(f"{key}-*.cubin") if (match := _NAME.fullmatch(path.name))]
+    named = [(path, match) for path in folder.glob(f"{key}-*.cubin") if (match := NAME.fullmatch(path.name))]
     named.sort(key=lambda row: tuple(map(int, row[1]["nvrtc"].split("."))), reverse=True)
     for path, match in named:
         image = _read(path, trust) if accept(match["nvrtc"]) else None
@@ -261,7 +273,7 @@ def _keep(key: str, cubin: compiler.Cubin) -> Entry:
     """In the user's cache, or where that is not to be had in memory."""
     folder = user_folder()
     try:
-        if folder is not None and _may_be_made(folder):
+        if folder is not None and may_be_made(folder):
             _make(folder)
             if is_ours(folder):
                 return _store(folder, key, cubin)
@@ -272,12 +284,11 @@ def _keep(key: str, cubin: compiler.Cubin) -> Entry:
 
 def _store(folder: Path, key: str, cubin: compiler.Cubin) -> Entry:
     _make(folder)
-    _sweep(folder)
+    sweep(folder)
     path = folder / f"{key}-nvrtc{cubin.nvrtc}-{_digest(cubin.image)}.cubin"
-    handle, name = tempfile.mkstemp(prefix=f"{os.getpid()}-", suffix=".part", dir=folder)
+    handle, name = _part(folder)
     try:
         with open(handle, "wb") as file:
-            _lock(handle)
             file.write(cubin.image)
             file.flush()
             os.fsync(handle)
@@ -292,7 +303,22 @@ def _store(folder: Path, key: str, cubin: compiler.Cubin) -> Entry:
     return Entry(cubin.image, path, cubin.name, cubin.resources, cubin.nvrtc)
 
 
-def _sweep(folder: Path) -> None:
+MOST_PARTS = 8
+"""Files that are begun one after the other while others sweep them; so many only where nothing can be locked."""
+
+
+def _part(folder: Path) -> tuple[int, str]:
+    """A new file to write to, open and locked: what another process sweeps before that is begun again."""
+    for left in reversed(range(MOST_PARTS)):
+        handle, name = tempfile.mkstemp(prefix=f"{os.getpid()}-", suffix=".part", dir=folder)
+        if (_lock(handle) and (os.name != "posix" or os.fstat(handle).st_nlink)) or not left:
+            break
+        os.close(handle)
+        Path(name).unlink(missing_ok=True)
+    return handle, name
+
+
+def sweep(folder: Path) -> None:
     """Remove what killed writers left behind: files that nobody has locked, whatever the clock says."""
     for path in folder.glob("*.part"):
         try:

@@ -83,6 +83,17 @@ def kernels(image: bytes) -> dict[str, Resources]:
         raise ValueError("not a cubin: its tables do not fit together") from error
 
 
+def architecture(image: bytes) -> int:
+    """What it was compiled for, without the letter: 90 for sm_90a.
+
+    Raises
+    ------
+    ValueError
+        It is no cubin.
+    """
+    return _architecture(image, _header(image))
+
+
 def _kernels(image: bytes) -> dict[str, Resources]:
     header = _header(image)
     if header.end > len(image):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from cupyattn.cuda.making import cache
 from cupyattn.cuda.making.catalogue import of_gradients, specialisations
@@ -40,29 +38,6 @@ class Summary:
         return "\n".join([*lines, f"{counts}; {size} in {self.seconds:.1f} s"])
 
 
-class Progress:
-    """How far it is: one line with a bar on a terminal, a line for every tenth in a log."""
-
-    def __init__(self, total: int, stream: TextIO) -> None:
-        self._total, self._stream, self._done = total, stream, 0
-        self._terminal = stream.isatty()
-
-    def step(self, what: str) -> None:
-        """One more is done, the latest being `what`."""
-        self._done += 1
-        done, total = self._done, self._total
-        count = f"{done:>{len(str(total))}}/{total}"
-        if self._terminal:
-            filled = 30 * done // total
-            line = f"[{'#' * filled}{'-' * (30 - filled)}] {count}  {what}"
-            width = shutil.get_terminal_size().columns - 1
-            end = "\n" if done == total else ""
-            self._stream.write(f"\r{line[:width]:<{width}}{end}")
-        elif 10 * done // total > 10 * (done - 1) // total:
-            self._stream.write(f"{count}  {what}\n")
-        self._stream.flush()
-
-
 def jobs_for(targets: Iterable[str], gradients: bool = False) -> list[Job]:
     """What there is to compile for these architectures; launched in two ways, a kernel is compiled once."""
     jobs = {
@@ -78,10 +53,12 @@ def num_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def prebuild(jobs: Sequence[Job], folder: Path, stream: TextIO, workers: int | None = None) -> Summary:
-    """Compile what is not in the folder yet, on several threads: NVRTC lets go of the GIL."""
+def prebuild(jobs: Sequence[Job], folder: Path, step: Callable[[str], object], workers: int | None = None) -> Summary:
+    """Compile what is not in the folder yet, on several threads: NVRTC lets go of the GIL.
+
+    `step` is told of each that is done, "flash.cu for sm_90a".
+    """
     start = time.monotonic()
-    progress = Progress(len(jobs), stream)
     compiled = kept = num_bytes = 0
     failures: list[tuple[Job, str]] = []
     with ThreadPoolExecutor(workers or num_workers(), "cupyattn") as pool:
@@ -95,7 +72,7 @@ def prebuild(jobs: Sequence[Job], folder: Path, stream: TextIO, workers: int | N
                     entry, is_new = future.result()
                     compiled, kept = compiled + is_new, kept + (not is_new)
                     num_bytes += len(entry.image)
-                progress.step(f"{wanted.source} for {target}")
+                step(f"{wanted.source} for {target}")
         except BaseException:  # Ctrl-C: finish what is being compiled, and no more
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -76,6 +76,16 @@ def test_the_second_time_it_is_not_compiled(kept, sources, compiled):
     assert compiled == []
 
 
+def test_compiling_while_a_caller_waits_is_said_through_logging(nvrtc, sources, caplog):
+    with caplog.at_level("INFO", logger="cupyattn"):
+        find(*WANTED, sources=sources)
+        first = [record.getMessage() for record in caplog.records]
+        find(*WANTED, sources=sources)
+    assert first[0].startswith("compiling test::scale<3> for sm_90a, once; ")
+    assert first[1].startswith(f"compiled it by NVRTC {nvrtc} in ")
+    assert len(caplog.records) == 2  # of what was found nothing is said
+
+
 def test_the_file_is_the_cubin(kept, sources):
     fresh = compiler.compile_cubin(cache.source.join("scale.cu", sources), *WANTED[1:])
     assert kept.path.read_bytes() == fresh.image
@@ -449,6 +459,26 @@ def test_a_writer_killed_on_the_way_leaves_nothing_that_is_found(sources, folder
     assert len(list(folder.glob("*.part"))) == 1
     assert find(*WANTED, sources=sources).path.parent == folder
     assert compiled == ["test::scale<3>"]
+
+
+@posix
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_file_that_another_process_sweeps_before_it_is_locked_is_made_again(
+    nvrtc, sources, folder, monkeypatch, times
+):
+    real, made = cache.tempfile.mkstemp, []
+
+    def mkstemp(**options):
+        found = real(**options)
+        made.append(found)
+        if len(made) <= times:
+            cache.sweep(options["dir"])
+        return found
+
+    monkeypatch.setattr(cache.tempfile, "mkstemp", mkstemp)
+    entry = find(*WANTED, sources=sources)
+    assert [entry.path] == cubins(folder)
+    assert len(made) == times + 1
 
 
 @pytest.mark.usefixtures("nvrtc")

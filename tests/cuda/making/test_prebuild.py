@@ -1,17 +1,16 @@
 """Compiling ahead of time, by function and by command."""
 
-import io
 import re
 import threading
 
 import pytest
 
-from cupyattn.__main__ import main
+from cupyattn.command import main
 from cupyattn.cuda import info
 from cupyattn.cuda.making import cache, compiler, prebuild
 from cupyattn.cuda.making.cache import find
 from cupyattn.cuda.making.module import Specialisation
-from cupyattn.cuda.making.prebuild import Progress, jobs_for
+from cupyattn.cuda.making.prebuild import jobs_for
 from cupyattn.cuda.making.source import join
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -32,9 +31,8 @@ def catalogue(monkeypatch, sources):
     return wanted
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+def ignore(what):
+    pass
 
 
 # ---- The function -----------------------------------------------------------------------------------
@@ -43,7 +41,7 @@ class Terminal(io.StringIO):
 @needs_nvrtc
 def test_every_kernel_is_then_in_the_folder_and_found_without_compiling(catalogue, sources, tmp_path, monkeypatch):
     jobs = jobs_for(["sm_80", "sm_90a"])
-    summary = prebuild.prebuild(jobs, cache.PREBUILT, io.StringIO(), 2)
+    summary = prebuild.prebuild(jobs, cache.PREBUILT, ignore, 2)
     assert (summary.compiled, summary.kept, summary.failures) == (6, 0, ())
     assert summary.num_bytes == sum(path.stat().st_size for path in cache.PREBUILT.glob("*.cubin")) > 0
     monkeypatch.setattr(compiler, "compile_cubin", None)
@@ -53,7 +51,7 @@ def test_every_kernel_is_then_in_the_folder_and_found_without_compiling(catalogu
 
 @needs_nvrtc
 def test_what_is_there_already_is_kept(catalogue, tmp_path, compiled):
-    first, second = (prebuild.prebuild(jobs_for(["sm_80"]), tmp_path / "out", io.StringIO(), 2) for _ in range(2))
+    first, second = (prebuild.prebuild(jobs_for(["sm_80"]), tmp_path / "out", ignore, 2) for _ in range(2))
     assert (first.compiled, first.kept) == (3, 0)
     assert (second.compiled, second.kept) == (0, 3)
     assert len(compiled) == 3
@@ -63,12 +61,19 @@ def test_what_is_there_already_is_kept(catalogue, tmp_path, compiled):
 def test_one_that_fails_is_named_and_the_others_are_compiled(catalogue, tmp_path):
     catalogue.insert(1, Specialisation("scale.cu", "test::nonsense<1>", 128, 0))
     catalogue.append(Specialisation("nowhere.cu", "test::scale<1>", 128, 0))
-    summary = prebuild.prebuild(jobs_for(["sm_80"]), tmp_path / "out", io.StringIO(), 2)
+    summary = prebuild.prebuild(jobs_for(["sm_80"]), tmp_path / "out", ignore, 2)
     assert summary.compiled == 3
     assert len(summary.failures) == 2
     assert "failed: scale.cu test::nonsense<1> for sm_80\nNVRTC" in str(summary)
     assert "no CUDA source nowhere.cu" in str(summary)
     assert re.search(r"^3 compiled, 0 there already, 2 failed; 0\.0 MB in \d+\.\d s$", str(summary), re.MULTILINE)
+
+
+@needs_nvrtc
+def test_each_that_is_done_is_told(catalogue, tmp_path):
+    told = []
+    prebuild.prebuild(jobs_for(["sm_80", "sm_90a"]), tmp_path / "out", told.append, 2)
+    assert sorted(told) == ["scale.cu for sm_80"] * 3 + ["scale.cu for sm_90a"] * 3
 
 
 def test_several_are_compiled_at_once(catalogue, tmp_path, monkeypatch):
@@ -79,7 +84,7 @@ def test_several_are_compiled_at_once(catalogue, tmp_path, monkeypatch):
         raise RuntimeError("met")
 
     monkeypatch.setattr(cache, "build", build)
-    summary = prebuild.prebuild(jobs_for(["sm_80"]), tmp_path, io.StringIO(), 3)
+    summary = prebuild.prebuild(jobs_for(["sm_80"]), tmp_path, ignore, 3)
     assert [reason for _, reason in summary.failures] == ["met"] * 3
 
 
@@ -87,9 +92,8 @@ def test_after_ctrl_c_nothing_more_is_started(catalogue, tmp_path, monkeypatch):
     catalogue[:] = [scale(power) for power in range(50)]
     started = []
 
-    class Pressed(io.StringIO):
-        def write(self, text):
-            raise KeyboardInterrupt
+    def press(what):
+        raise KeyboardInterrupt
 
     def build(*_, **__):
         started.append(1)
@@ -98,7 +102,7 @@ def test_after_ctrl_c_nothing_more_is_started(catalogue, tmp_path, monkeypatch):
 
     monkeypatch.setattr(cache, "build", build)
     with pytest.raises(KeyboardInterrupt):
-        prebuild.prebuild(jobs_for(["sm_80"]), tmp_path, Pressed(), 1)
+        prebuild.prebuild(jobs_for(["sm_80"]), tmp_path, press, 1)
     assert len(started) < 20
 
 
@@ -106,32 +110,6 @@ def test_a_kernel_that_is_launched_in_two_ways_is_compiled_once(catalogue):
     catalogue[:] = [Specialisation("scale.cu", "test::scale<1>", threads, 0) for threads in (64, 128)]
     assert len(jobs_for(["sm_80"])) == 1
     assert len(jobs_for(["sm_80", "sm_86"])) == 2
-
-
-def test_on_a_terminal_there_is_one_line_with_a_bar():
-    stream = Terminal()
-    progress = Progress(4, stream)
-    for number in range(4):
-        progress.step(f"kernel {number}")
-    text = stream.getvalue()
-    assert text.count("\n") == 1
-    assert text.endswith("\n")
-    assert [line.rstrip() for line in text.split("\r")[1:]] == [
-        f"[{'#' * filled}{'-' * (30 - filled)}] {done}/4  kernel {done - 1}"
-        for done, filled in ((1, 7), (2, 15), (3, 22), (4, 30))
-    ]
-
-
-@pytest.mark.parametrize(("total", "lines"), [(1, 1), (4, 4), (10, 10), (37, 10), (1000, 10)])
-def test_in_a_log_there_are_at_most_ten_lines_and_the_last_is_the_end(total, lines):
-    stream = io.StringIO()
-    progress = Progress(total, stream)
-    for number in range(total):
-        progress.step(f"kernel {number}")
-    told = stream.getvalue().splitlines()
-    assert len(told) == lines
-    assert told[-1] == f"{total}/{total}  kernel {total - 1}"
-    assert not any("\r" in line for line in told)
 
 
 # ---- The command ------------------------------------------------------------------------------------
@@ -144,7 +122,7 @@ def test_the_command_fills_the_users_cache(catalogue, sources, folder, capsys):
     out, err = capsys.readouterr()
     assert out.startswith("6 compiled, 0 there already, 0 failed")
     assert out.endswith(f"{folder}\n")
-    assert err.splitlines()[-1].startswith("6/6  scale.cu for sm_")
+    assert err == ""  # which is no terminal
 
 
 @needs_nvrtc

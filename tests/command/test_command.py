@@ -1,0 +1,104 @@
+"""How a command ends, whatever happens to it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import cupyattn
+from cupyattn import command
+from cupyattn.command import main, parser
+
+ROOT = Path(cupyattn.__file__).parents[1]
+posix = pytest.mark.skipif(os.name != "posix", reason="POSIX signals and pipes")
+EXPLAIN = ["explain", "--seqlen-q", "8"]
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"]])
+def test_version_and_help_end_with_status_zero(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith(
+        {"--version": f"cupyattn {cupyattn.__version__}\n"}.get(*arguments, "usage")
+    )
+
+
+def test_every_command_is_in_the_help(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n    {name} " in out for name in (*parser.COMMANDS, "info"))
+
+
+def test_an_error_is_one_line_with_the_command_and_the_flag(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["explain", "--seqlen-q", "0"])
+    assert caught.value.code == 2
+    sentence = "argument --seqlen-q: '0' is not a positive number; see cupyattn explain --help"
+    assert capsys.readouterr().err == f"cupyattn explain: {sentence}\n"
+
+
+def test_ctrl_c_is_status_130_and_a_word(monkeypatch, capsys):
+    def pressed(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(parser, "run", pressed)
+    assert main([]) == command.INTERRUPTED == 130
+    assert capsys.readouterr().err == "\nStopped.\n"
+
+
+MEASURE = """
+import sys
+from cupyattn.command import main, parser
+print("ready", flush=True)
+sys.exit(main(["bench", "--seqlen", "8", "--turns", "1000", "--against", "naive"]))
+"""
+
+
+@posix
+def test_ctrl_c_while_it_measures_leaves_no_traceback():
+    call = [sys.executable, "-c", MEASURE]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.splitlines()[-1]) == (130, "", "Stopped.")
+    assert "Traceback" not in err
+
+
+@posix
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [EXPLAIN, ["--help"]], ids=lambda arguments: arguments[0])
+def test_a_closed_pipe_is_status_141_and_no_word(arguments, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        call = [sys.executable, "-W", "error", "-m", "cupyattn", *arguments]
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        process = subprocess.Popen(call, stdout=closed, stderr=subprocess.PIPE, cwd=ROOT, text=True, env=environment)
+        _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (141, "")
+
+
+def test_importing_the_package_does_not_import_the_command_line():
+    code = "import sys, cupyattn; print(any(name.startswith('cupyattn.command') for name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_verbose_lets_info_through(monkeypatch):
+    import logging
+
+    logger = logging.getLogger("cupyattn")
+    monkeypatch.setattr(logger, "level", logging.NOTSET)
+    monkeypatch.setattr(logging, "basicConfig", lambda **options: None)
+    try:
+        assert main(["-v", *EXPLAIN]) == 0
+        assert logger.isEnabledFor(logging.INFO)
+    finally:
+        logger.setLevel(logging.NOTSET)
