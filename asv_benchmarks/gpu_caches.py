@@ -10,6 +10,9 @@ HEADS, HEADS_KV, HEAD_DIM = 32, 8, 128
 def caches(report, torch):
     ragged(report, torch)
     few_rows(report, torch)
+    many(report, torch)
+    narrow(report, torch)
+    skewed(report, torch)
     pages(report, torch)
     chunks(report, torch)
     step(report, torch)
@@ -71,6 +74,73 @@ def few_rows(report, torch):
     times = microseconds({"cupyattn": call(0), "one_split": call(1)}, torch)
     report.row("caches", what="few rows", **{f"{name}_us": took for name, took in times.items()},
                speed_over_one_split=times["one_split"] / times["cupyattn"])  # fmt: skip
+
+
+def many(report, torch):
+    """256 sequences of 2048 tokens, each with room for 32768: a schedule in every call, and one for all layers."""
+    if report.late("caches"):
+        return
+    batch, seqlen, room, page_size = 256, 2048, 32768, 64
+    k, v, used = cache(torch, batch, seqlen, page_size)
+    table = torch.zeros((batch, room // page_size), device="cuda", dtype=torch.int32)
+    table[:, : used.shape[1]] = used
+    q, lengths = query(torch, batch), torch.full((batch,), seqlen, device="cuda", dtype=torch.int32)
+    sizes = (batch, 1, room, HEADS, HEADS_KV, HEAD_DIM)
+    made = cupyattn.get_scheduler_metadata(*sizes, lengths, torch.bfloat16, page_size=page_size)
+
+    def call(its_table, metadata=None):
+        return in_a_graph(
+            lambda: cupyattn.flash_attn_with_kvcache(
+                q, k, v, cache_seqlens=lengths, block_table=its_table, scheduler_metadata=metadata
+            ),
+            torch,
+        )
+
+    calls = {"cupyattn": call(table), "scheduled_before": call(table, made), "no_room": call(used)}
+    times = microseconds(calls, torch)
+    report.row("caches", what="256 sequences", **{f"{name}_us": took for name, took in times.items()},
+               gigabytes_a_second=(k.nbytes + v.nbytes) / times["cupyattn"] / 1e3)  # fmt: skip
+
+
+def narrow(report, torch):
+    """A decode whose keys and values are float8, beside bfloat16 of twice the bytes."""
+    if report.late("caches"):
+        return
+    batch, seqlen = 64, 8192
+    k, v, _ = cache(torch, batch, seqlen)
+    wide = (query(torch, batch), k, v)
+    lengths = torch.full((batch,), seqlen, device="cuda", dtype=torch.int32)
+
+    def call(arrays):
+        return in_a_graph(lambda: cupyattn.flash_attn_with_kvcache(*arrays, cache_seqlens=lengths), torch)
+
+    times = microseconds({"wide": call(wide), "float8": call([x.to(torch.float8_e4m3fn) for x in wide])}, torch)
+    rates = {f"{name}_gigabytes_a_second": count * k.numel() / times[name] / 1e3
+             for name, count in (("wide", 4), ("float8", 2))}  # fmt: skip
+    report.row("caches", what="float8", **{f"{name}_us": took for name, took in times.items()}, **rates)
+
+
+def skewed(report, torch):
+    """64 packed sequences, the longest of 8192 tokens, of 65536 in all, beside as many that are alike."""
+    if report.late("caches"):
+        return
+    total, longest, batch = 65536, 8192, 64
+    rest = torch.linspace(0, total - longest, batch, dtype=torch.float64).round().to(torch.int32)
+    starts = {"skewed": torch.cat([rest, torch.tensor([total], dtype=torch.int32)]),
+              "alike": torch.arange(0, total + 1, total // batch, dtype=torch.int32)}  # fmt: skip
+    q = torch.randn((total, HEADS, HEAD_DIM), device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn((total, HEADS_KV, HEAD_DIM), device="cuda", dtype=torch.bfloat16) for _ in range(2))
+
+    def call(its_starts, its_longest):
+        its = its_starts.cuda()
+        return in_a_graph(
+            lambda: cupyattn.flash_attn_varlen_func(q, k, v, its, its, its_longest, its_longest, causal=True), torch
+        )
+
+    times = microseconds({"skewed": call(starts["skewed"], longest), "alike": call(starts["alike"], 1024)}, torch)
+    pairs = {name: (x.diff().double() ** 2).sum().item() / 2 for name, x in starts.items()}
+    rates = {f"{name}_tflops": 4 * HEADS * HEAD_DIM * pairs[name] / took / 1e6 for name, took in times.items()}
+    report.row("caches", what="packed", **{f"{name}_us": took for name, took in times.items()}, **rates)
 
 
 def pages(report, torch):
