@@ -182,7 +182,7 @@ def flash_attn_with_kvcache(
     ValueError
         As `attention`; a cache is read-only or has no room, an index leads out of an array, or two new tokens would be
         written to one place, or one of them over a live token of the other cache.  The caches are as they were.
-        `scheduler_metadata` is not int32 of one axis, or was made for calls of other sizes.
+        `scheduler_metadata` has more than one axis, or was made for calls of other sizes.
     NotImplementedError
         Gradients are wanted, which there are none.
 
@@ -309,7 +309,8 @@ def _without_metadata(visit: Visit) -> tuple[Visit, Any]:
     spec = specs.pop(word)
     if spec.dtype != "int32" or len(spec.shape) != 1:
         rule = f"{word} has to be what get_scheduler_metadata gives, int32 of one axis"
-        raise ValueError(refusal(FUNCTION, rule, (word, spec.shape, spec.dtype)))
+        kind = ValueError if spec.dtype == "int32" else TypeError
+        raise kind(refusal(FUNCTION, rule, (word, spec.shape, spec.dtype)))
     arrays, given = ({name: x for name, x in those.items() if name != word} for those in (visit.arrays, visit.given))
     return replace(visit, arrays=arrays, given=given, specs=tuple(specs.items())), visit.arrays[word]
 

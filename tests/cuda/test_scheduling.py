@@ -69,19 +69,19 @@ def test_nothing_is_made_for_a_cache_that_is_not_cut(torch, driver):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "kind", "words"),
     [
-        (lambda x: x[:-1].clone(), "was made for other calls"),
-        (lambda x: x[:, None], "int32 of one axis"),
-        (lambda x: x.long(), "int32 of one axis"),
-        (lambda x: x.repeat(2)[::2], "lie as get_scheduler_metadata made it"),
+        (lambda x: x[:-1].clone(), ValueError, "was made for other calls"),
+        (lambda x: x[:, None], ValueError, "int32 of one axis"),
+        (lambda x: x.long(), TypeError, "int32 of one axis"),
+        (lambda x: x.repeat(2)[::2], ValueError, "lie as get_scheduler_metadata made it"),
     ],
 )
-def test_what_is_no_schedule_of_these_calls_is_refused_before_anything_is_written(torch, driver, change, words):
+def test_what_is_no_schedule_of_these_calls_is_refused_before_anything_is_written(torch, driver, change, kind, words):
     arguments = step(torch)
     made, before = metadata_of(arguments), arguments["k_cache"].clone()
     driver.launches.clear()
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(kind, match=words):
         cupyattn.flash_attn_with_kvcache(**arguments, scheduler_metadata=change(made))
     assert driver.launches == []
     assert torch.equal(arguments["k_cache"], before)
