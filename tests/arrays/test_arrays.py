@@ -1113,8 +1113,10 @@ ignore_traces = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarnin
 
 
 @ignore_traces
-@pytest.mark.parametrize("way", TRACES)
-@pytest.mark.parametrize("call", [unpad_input, append_to_a_cache])
+@pytest.mark.parametrize(
+    ("call", "way"),
+    [*((append_to_a_cache, way) for way in TRACES), (unpad_input, "make_fx"), (unpad_input, "make_fx, pre-dispatch")],
+)
 def test_a_trace_that_would_keep_the_examples_numbers_is_refused_in_words(call, way):
     needs("torch")
     tensors = as_tensors(operands_of(call))
@@ -1125,6 +1127,18 @@ def test_a_trace_that_would_keep_the_examples_numbers_is_refused_in_words(call, 
     with pytest.raises(NotImplementedError, match=r"(unpad_input|append): cannot be traced by .* are recorded"):
         TRACES[way](function, tuple(tensors.values()))
     call(**tensors)  # once it is over nothing is traced
+
+
+@ignore_traces
+@pytest.mark.parametrize("way", ["torch.jit.trace", "make_fx, fake", "torch.export"])
+def test_a_trace_of_symbols_has_as_many_rows_as_any_mask_says(way):
+    torch = needs("torch")
+    values = torch.arange(24.0).reshape(2, 3, 4)
+    example, other = torch.tensor([[1, 1, 1], [1, 0, 0]]), torch.tensor([[1, 0, 0], [0, 1, 1]])
+    traced = TRACES[way](lambda *given: cupyattn.unpad_input(*given), (values, example))
+    expected = cupyattn.unpad_input(values, other)
+    for found, wanted in zip(traced(values, other), expected, strict=True):
+        assert torch.equal(torch.as_tensor(found), torch.as_tensor(wanted))
 
 
 @ignore_traces
@@ -1158,14 +1172,14 @@ def test_an_operator_whose_implementation_calls_attention_is_recorded(way):
 
 def test_tensors_without_values_are_refused_by_name_where_results_would_depend_on_them():
     torch = needs("torch")
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
     operands = as_tensors(operands_of(unpad_input))
-    with pytest.raises(ValueError, match="unpad_input: arrays have to be on the CPU or on a CUDA device"):
+    with pytest.raises(TypeError, match="unpad_input: needs the values of attention_mask"):
         unpad_input(**{name: tensor.to("meta") for name, tensor in operands.items()})
     with FakeTensorMode():
         fake = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in operands.items()}
-    with pytest.raises(TypeError, match="unpad_input: hidden_states is a FakeTensor"):
+    with pytest.raises(DynamicOutputShapeException, match="unpad_input"):  # as torch.nonzero without a ShapeEnv
         unpad_input(**fake)
 
 
