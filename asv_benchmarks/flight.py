@@ -51,9 +51,10 @@ class Flight(NamedTuple):
 
 
 def walk_of(found, loops):
-    """The loop over keys: the shortest one of products and of loads."""
-    bodies = [found[start : stop + 1] for start, stop in loops]
-    return min((body for body in bodies if has(body, "HMMA") and (has(body, "LDG") or has(body, "LDGSTS"))), key=len)
+    """The loop over keys: the shortest one of products and of copies, or else of loads."""
+    bodies = [body for body in (found[start : stop + 1] for start, stop in loops) if has(body, "HMMA")]
+    copying = [body for body in bodies if has(body, "LDGSTS")]
+    return min(copying or (body for body in bodies if has(body, "LDG")), key=len)
 
 
 def has(body, name):

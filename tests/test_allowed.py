@@ -123,7 +123,7 @@ def test_names_in_any_order_are_one_choice():
         cupyattn.explain(**PREFILL, device="A100", implementation=names)
         for names in (("flash", "numpy"), ["numpy", "flash", "flash"], {"flash", "numpy"})
     ]
-    assert plans[0] is plans[1] is plans[2]
+    assert plans[0] == plans[1] == plans[2]
 
 
 def test_threads_do_not_see_each_others():

@@ -112,7 +112,7 @@ def decoding():
 
         yield SimpleNamespace(decoder=decoder, generate=generate)
         for name in ("decoder", "generate"):
-            del sys.modules[name]
+            sys.modules.pop(name, None)  # tests of other examples forget them, too
 
 
 def small_sizes(decoder, num_heads_kv=2):

@@ -1,5 +1,6 @@
 """How a command ends, whatever happens to it."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -64,9 +65,12 @@ def test_ctrl_c_while_it_measures_leaves_no_traceback():
     call = [sys.executable, "-c", MEASURE]
     process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True)
     assert process.stdout.readline() == "ready\n"
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    for _ in range(20):  # what is pressed within a callback of C is lost
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            out, err = process.communicate(timeout=15)
+            break
     assert (process.returncode, out, err.splitlines()[-1]) == (130, "", "Stopped.")
     assert "Traceback" not in err
 
