@@ -23,7 +23,7 @@ BUGS = (
     "cp.async of what is not valid",
     "cp.async: wait for one group less",
     "no __syncthreads",
-    "splits: counter added twice",
+    "a predicate the other way",
     "shuffle of another lane",
     "a barrier is gone",
     "copies waited for behind the barrier that tells of them",
