@@ -69,7 +69,7 @@ struct MergedRow {
         const int units = params.num_heads / params.heads_per_unit, index = sequence.index;
         const int tiles = row_tiles_of(sequence.band.seqlen_q, params.heads_per_unit, params.block_q);
         const int64 step = schedule.step_of(index, tiles * units);
-        const int place = head / params.heads_per_unit * tiles + static_cast<int>(piece % params.pieces_per_unit);
+        const int place = head / params.heads_per_unit * tiles + static_cast<int>(static_cast<uint32>(piece) % params.pieces_per_unit);
         const LinePiece its = schedule.piece_of(schedule.start_of(index), step, place);
         owner = schedule.owner_of(its.start);
         splits = schedule.owner_of(its.start + larger(its.length, 1) - 1) - owner + 1;

@@ -29,7 +29,7 @@ from cupyattn.cuda.launching import append
 from cupyattn.cuda.launching.launch import recipe_of, record_of
 from cupyattn.cuda.launching.views import view_of_numpy
 from cupyattn.cuda.making import catalogue, compiler, source
-from cupyattn.plan import Tile, with_num_splits
+from cupyattn.plan import Tile, num_sequences, with_num_splits
 from cupyattn.plan.hopper import KEYS_IN_A_BOX, hopper_tile
 from cupyattn.reading import Options
 
@@ -176,8 +176,11 @@ class Found(NamedTuple):
     plan: Any
 
 
-def run(case, kernel="splitkv", schedule=0, seed=0, sources=None, num_splits=None, **edits):
-    """Append and attend; the cache changes in place.  Buffers end where arrays end, and only results can be written."""
+def run(case, kernel="splitkv", schedule=0, seed=0, sources=None, num_splits=None, stretched=1, **edits):
+    """Append and attend; the cache changes in place.  Buffers end where arrays end, and only results can be written.
+
+    Whoever goes by a schedule goes by one whose line is `stretched` so many times.
+    """
     emulator.require_compiler()
     arrays = dict(case.arrays)
     problem = problem_of(arrays, case.options)
@@ -224,6 +227,9 @@ def run(case, kernel="splitkv", schedule=0, seed=0, sources=None, num_splits=Non
         record, what = record_of(each, views, addresses[0], 0, addresses[1], seqlen, encode), each.specialisation
         built = emulator.build(what.source, what.expression, sources=sources, flags=FLAGS)
         built.launch(record, each.grid, what.threads, what.shared_memory, buffers, schedule, seed)
+        if each is recipe.schedule:
+            line = scratch["schedule"][: 2 * (num_sequences(problem.layout, problem.sizes.batch) + 2)]
+            line.view(np.int64)[...] *= stretched
     return Found(results["out"], results["lse"], arrays["q"], problem, chosen)
 
 
@@ -371,6 +377,11 @@ def turns(table, given=lambda row: row):
         for kernel, name, i in calls
         if kernel != "hopper" or given(table[name]).get("page_size", 0) % KEYS_IN_A_BOX == 0
     ]
+
+
+def test_positions_of_a_schedule_may_be_beyond_32_bits(rng):
+    case = case_of(rng, seqlens=(5, 0, 700), capacity=704, new=None, rows=(1,) * 3)
+    check(case, "splitkv", 1, stretched=2**33)
 
 
 @pytest.mark.parametrize("schedule", range(3))

@@ -344,6 +344,9 @@ def _of_schedule(kernel):
         "splits that were asked for": _cached(plain, (GROUP, 1, 1), splits={"num_splits": 3}),
         "splits of a size": _cached(plain, (GROUP, 1, 1), splits={"fixed_split_size": 128}),
         "pages": _scheduled(paged, page_size=PAGE),
+        "a line beyond 32 bits": _cached(
+            plain, (GROUP, 1, 1), splits={"fixed_split_size": None, "stretched": 2**33}, rows=1
+        ),
     }
 
 
