@@ -108,16 +108,18 @@ class KeyBlock:
     """-|diagonal - key|, which the ALiBi slopes multiply."""
 
 
-FEW_ROWS, MANY_KEYS = 16, 128
+FEW_ROWS, MANY_KEYS = 32, 128
 """Rows up to which, and keys from which, products are shaped for a decode."""
+LIKED = 4
+"""Of a few rows the BLAS likes multiples of this: seven take it half as long again as eight."""
 SMALL_PRODUCT = 10**6
-"""Multiplications of a matrix product up to which OpenBLAS (for AVX-512) leaves its operands where they are.
-Beyond, it copies them into panels first, which for a few rows costs several times what the product does."""
+"""Multiplications of a float64 product up to which OpenBLAS (for AVX-512) leaves its operands where they are.
+Beyond, it copies them into panels first, which for a few rows costs as much as the product does."""
 
 
 def small_steps(rows: int, keys: int, dim: int) -> Iterator[slice]:
-    """Cut the keys so that products with a few rows are small; where they are many, do not cut."""
-    step = max(64, SMALL_PRODUCT // max(1, rows * dim) // 64 * 64) if rows <= FEW_ROWS else max(1, keys)
+    """Cut the keys so that products with a few rows are small."""
+    step = max(64, SMALL_PRODUCT // max(1, rows * dim) // 64 * 64)
     return (slice(start, min(keys, start + step)) for start in range(0, max(1, keys), step))
 
 
@@ -142,6 +144,8 @@ class Tile:
     suspicious: bool = False
     """Some operand may hold nan or inf, so that 0 * operand is not 0."""
     scratch: Scratch = field(default_factory=Scratch)
+    padded: Array | None = None
+    """The scores of the last block with rows that nobody asked for, where there were too few for the BLAS."""
 
     def per_head(self, scores: Array) -> Array:
         """View (..., heads * rows, keys) as (..., heads, rows, keys)."""
@@ -153,32 +157,42 @@ class Tile:
         return np.matmul(a, b, out=self.scratch.array(name, (*a.shape[:-1], b.shape[-1]), a.dtype))
 
     def times_keys(self, q: Array, k: Array) -> Array:
-        """``q @ k.T``; for a few rows as ``(k @ q.T).T``, some keys at a time, as the BLAS likes it best."""
+        """``q @ k.T``; a few rows get some of zeros beside them, see `padded`."""
         rows, keys = q.shape[-2], k.shape[-2]
-        if not 1 < rows <= FEW_ROWS or keys < MANY_KEYS:
+        self.padded = None
+        if not 1 < rows <= FEW_ROWS or rows % LIKED == 0 or keys < MANY_KEYS:
             return self.matmul("scores", q, k.swapaxes(-1, -2))
-        lead = q.shape[:-2]
-        columns = self.scratch.array("columns", (*lead, q.shape[-1], rows), q.dtype)
-        np.copyto(columns, q.swapaxes(-1, -2))
-        by_key = self.scratch.array("by key", (*lead, keys, rows), q.dtype)
-        for step in small_steps(rows, keys, q.shape[-1]):
-            np.matmul(k[..., step, :], columns, out=by_key[..., step, :])
-        scores = self.scratch.array("scores", (*lead, rows, keys), q.dtype)
-        np.copyto(scores, by_key.swapaxes(-1, -2))
-        return scores
+        with_zeros = self.scratch.array("with zeros", (*q.shape[:-2], rows + -rows % LIKED, q.shape[-1]), q.dtype)
+        np.copyto(with_zeros[..., :rows, :], q)
+        with_zeros[..., rows:, :] = 0.0
+        self.padded = self.matmul("scores", with_zeros, k.swapaxes(-1, -2))
+        return self.padded[..., :rows, :]
 
     def times_values(self, weights: Array, v: Array, out: Array | None = None) -> Array:
-        """``weights @ v``, into `out` or memory that is kept; for a few rows some keys at a time."""
+        """``weights @ v``, of weights that `times_keys` gave the memory of; into `out` or memory that is kept."""
+        whole = weights if self.padded is None else self.padded
+        product = out
+        if out is None or whole is not weights:
+            product = self.scratch.array("product", (*whole.shape[:-1], v.shape[-1]), whole.dtype)
+        self._multiply(whole, v, product)
+        if whole is weights:
+            return product
+        product = product[..., : weights.shape[-2], :]
         if out is None:
-            out = self.scratch.array("product", (*weights.shape[:-1], v.shape[-1]), weights.dtype)
+            return product
+        np.copyto(out, product)
+        return out
+
+    def _multiply(self, weights: Array, v: Array, out: Array) -> None:
+        """``weights @ v``, for a few rows of float64 some keys at a time."""
         rows, keys = weights.shape[-2], v.shape[-2]
-        if rows > FEW_ROWS or keys < MANY_KEYS:
-            return np.matmul(weights, v, out=out)
+        if rows > FEW_ROWS or keys < MANY_KEYS or weights.dtype != np.float64:
+            np.matmul(weights, v, out=out)
+            return
         first, *others = small_steps(rows, keys, v.shape[-1])
         np.matmul(weights[..., first], v[..., first, :], out=out)
         for step in others:
             out += self.matmul("addend", weights[..., step], v[..., step, :])
-        return out
 
     def scores(self, block: KeyBlock, slope_of_softcap: Array | None = None) -> Array:
         """The edited scores of one block; minus infinity where a key is hidden.

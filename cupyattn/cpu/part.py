@@ -14,13 +14,11 @@ from cupyattn.cpu.facts import KeyFacts
 from cupyattn.cpu.places import Index, Keys, Rows, end_to_end, heads_first
 from cupyattn.cpu.tiles import MOST_REMEMBERED, TileIndex, cut_into_tiles, remembered_tiles
 from cupyattn.numpy_ref import Array
-from cupyattn.plan import CpuTile, Plan, cpu_tile
+from cupyattn.plan import CpuTile, Plan, cpu_cost, cpu_tile
 from cupyattn.problem import Problem, Span
 
 FEW_SCORES, FEW_MULTIPLICATIONS = 9216, 2**18
 """Numbers that are summed by row, and multiplications of a product, up to which OpenBLAS starts no threads."""
-COST_OF_A_NUMBER = 16
-"""Multiplications that take as long as copying it."""
 
 
 @dataclass
@@ -106,10 +104,10 @@ class Part:
         return cpu_tile(problem.sizes, *lengths, self.num_workers, problem.mask.has_band, self.gradients)
 
     def cost(self, where: TileIndex) -> int:
-        """Of a tile, roughly, in floating-point operations; a number that is read or written counts as some."""
+        """Of a tile, roughly, in floating-point operations, as the plan counts them."""
         sizes, pairs = self.problem.sizes, where.pairs.stop - where.pairs.start
         numbers = where.batch_size * (where.num_heads * len(where.rows) + pairs * len(where.touched))
-        return int(2 * (where.work + COST_OF_A_NUMBER * numbers) * (sizes.head_dim + sizes.head_dim_v))
+        return cpu_cost(where.work, numbers, sizes.head_dim + sizes.head_dim_v)
 
     def has_small_products(self, where: TileIndex) -> bool:
         """A BLAS makes those of the tile on one thread in any case."""

@@ -31,7 +31,7 @@ from cupyattn.plan.backward import (
     shared_memory_of,
 )
 from cupyattn.plan.choosing import choose, for_live_keys, with_num_splits
-from cupyattn.plan.cpu import cpu_tile
+from cupyattn.plan.cpu import cpu_cost, cpu_tile
 from cupyattn.plan.gpu import bytes_in_a_ring, bytes_of_a_query, flash_tile, gpu_tile, split_tile
 from cupyattn.plan.hopper import (
     ALL_KEYS,
@@ -83,6 +83,7 @@ __all__ = [
     "bytes_of_a_query",
     "choose",
     "choose_backward",
+    "cpu_cost",
     "cpu_tile",
     "flash_tile",
     "for_live_keys",

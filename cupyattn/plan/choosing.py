@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from cupyattn.plan.cpu import cpu_tile
+from cupyattn.plan.cpu import cpu_tile, num_cpu_workers
 from cupyattn.plan.gpu import blocks_per_unit, gpu_tile, padded
 from cupyattn.plan.hopper import HopperTile, hopper_tile
 from cupyattn.plan.objections import IMPLEMENTATIONS, is_allowed, only
@@ -28,10 +28,6 @@ from cupyattn.plan.splits import (
 from cupyattn.plan.tiling import num_row_tiles, num_tiles
 from cupyattn.plan.values import CpuTile, Plan, Tile
 from cupyattn.problem import FLOAT8, Device, Problem
-
-WORTH_THREADS = 100_000_000
-"""Floating-point operations from which starting threads pays on a CPU: two or three milliseconds."""
-
 
 @lru_cache(maxsize=4096)
 def choose(
@@ -121,7 +117,7 @@ def _by_numpy(problem: Problem, device: Device, fixed_split_size: int | None) ->
     compute, note = problem.compute_dtype or "float64", ""
     if compute == "float32" and not all(map(_fits_float32, (problem.edits.softmax_scale, problem.edits.softcap))):
         compute, note = "float64", ", since softmax_scale or softcap leave the range of float32"
-    workers = device.num_units if problem.flops >= WORTH_THREADS else 1
+    workers = num_cpu_workers(problem, device.num_units)
     batch = sizes.batch_shape[-1] if sizes.batch_shape else 1
     tile = cpu_tile(sizes, batch, sizes.seqlen_q, sizes.seqlen_k, workers, problem.mask.has_band)
     reason = f"{compute} reference arithmetic{note}, " + (
@@ -229,6 +225,7 @@ def with_num_splits(plan: Plan, problem: Problem, num_splits: int) -> Plan:
 def for_live_keys(plan: Plan, problem: Problem, live_keys: int) -> Plan:
     """The CPU's plan, made for all keys that a cache has room for, once those that are live are known."""
     room = problem.sizes.batch * problem.sizes.seqlen_k
-    if plan.num_workers == 1 or problem.flops * live_keys >= WORTH_THREADS * room:
+    if plan.num_workers == 1 or room == 0:
         return plan
-    return replace(plan, num_workers=1)
+    workers = num_cpu_workers(problem, plan.num_workers, live_keys / room)
+    return plan if workers == plan.num_workers else replace(plan, num_workers=workers)

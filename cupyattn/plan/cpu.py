@@ -5,19 +5,40 @@ from __future__ import annotations
 from functools import lru_cache
 
 from cupyattn.plan.values import CpuTile
-from cupyattn.problem import Sizes
+from cupyattn.problem import Problem, Sizes
 
 BLOCK_Q, BLOCK_K = 512, 384
 """Rows and keys of a block of scores, the best of those tried: taller blocks make better matrix products and
 wider ones fewer steps of Python, until they leave a core's second-level cache too far behind."""
-SCORES_SIDE_BY_SIDE = 2**18
-"""Scores a tile may hold when it takes several small heads or many keys at once, 2 MB of float64; twice as many where
-only one thread works."""
+SCORES_SIDE_BY_SIDE = 2**19
+"""Scores a tile may hold when it takes several small heads or many keys at once, 4 MB of float64."""
 NUMBERS_SIDE_BY_SIDE = 2**19
 """Numbers of q, k and v that a tile may hold when it takes several batches at once, 4 MB of float64."""
 MOST_KEYS = 8192
 FEWEST_ROWS = 128
 """Splitting rows further over more threads costs more than it gains."""
+TILES_PER_WORKER = 2
+"""So that nobody waits long for the last one; more were more steps of Python, of which only one thread runs at a time."""
+WORTH_THREADS = 75_000_000
+"""Cost from which a second thread gains more than it takes to begin."""
+COST_OF_A_NUMBER = 16
+"""Multiplications that take as long as reading a number, or writing it."""
+
+
+def cpu_cost(scores: int, numbers: int, head_dims: int) -> int:
+    """Roughly, in floating-point operations: of `scores`, and of `numbers` of rows and keys of `head_dims` columns."""
+    return 2 * (scores + COST_OF_A_NUMBER * numbers) * head_dims
+
+
+def num_cpu_workers(problem: Problem, num_cores: int, live: float = 1.0) -> int:
+    """Threads of a call, of whose keys a share is `live`, where a cache has room for more."""
+    sizes = problem.sizes
+    visible = problem.mask.count_visible(sizes.seqlen_q, sizes.seqlen_k)
+    keys = min(visible, sizes.seqlen_k) * max(sizes.num_heads_k, sizes.num_heads_v)
+    scores = sizes.batch * sizes.num_heads * visible
+    numbers = sizes.batch * (sizes.num_heads * sizes.seqlen_q + live * keys)
+    cost = cpu_cost(int(live * scores), int(numbers), sizes.head_dim + sizes.head_dim_v)
+    return num_cores if cost >= WORTH_THREADS else 1
 
 
 @lru_cache(maxsize=4096)
@@ -32,13 +53,13 @@ def cpu_tile(
 ) -> CpuTile:
     """How to cut a part: tall blocks of scores, and several heads or batches side by side if they are small.
 
-    Several workers get three tiles each, as far as there are rows to share out, and heads are stacked or set
+    Several workers get `TILES_PER_WORKER` tiles each, as far as there are rows to share out, and heads are stacked or set
     side by side only where every worker still has one.
     """
     group = sizes.queries_per_pair
     num_pairs = max(1, sizes.num_heads // group)
-    enough = 3 * num_workers if num_workers > 1 else 1
-    room_for_scores = SCORES_SIDE_BY_SIDE * (1 if num_workers > 1 else 2)
+    enough = TILES_PER_WORKER * num_workers if num_workers > 1 else 1
+    room_for_scores = SCORES_SIDE_BY_SIDE
     if gradients:  # which hold two blocks of scores at once
         room_for_scores //= 2
     block_q = max(1, min(seqlen_q, BLOCK_Q))

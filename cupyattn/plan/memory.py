@@ -15,7 +15,7 @@ from cupyattn.plan.cpu import cpu_tile
 from cupyattn.plan.hopper import HopperTile, padded_dims
 from cupyattn.plan.schedule import BY_SHARES, num_sequences, num_words
 from cupyattn.plan.values import BackwardTiles, CpuTile, Plan, Tile
-from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Shape, Spec
+from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Shape, Span, Spec
 
 Specs = Mapping[str, Spec]
 """Of a call's arrays, by our words for them."""
@@ -95,10 +95,12 @@ class _Cut(NamedTuple):
     """Of the whole problem."""
 
 
+EDGE = 128
+"""Keys of a block where a band ends, and rows of the tallest tile that is not cut so: `cpu.tiles`."""
 STRETCH = 512
 """Keys that are looked at together, `cpu.facts`."""
-FEW_ROWS, MANY_KEYS = 16, 128
-"""Rows up to which, and keys from which, products are shaped for a decode: `cpu.flash`."""
+FEW_ROWS, MANY_KEYS, LIKED = 32, 128, 4
+"""Rows up to which, and keys from which, products are shaped for a decode, and how many they are made: `cpu.flash`."""
 SHORT = 2**17
 """Numbers of a sequence up to which it goes together with others: `cpu.cutting`, as the next."""
 SHARE = 4
@@ -128,8 +130,21 @@ def _cuts(plan: Plan, problem: Problem, gradients: bool) -> tuple[_Cut, ...]:
     for one in tiles:
         pairs, height = one.batch * one.pairs, one.heads * min(one.block_q, max(1, sizes.seqlen_q))
         count = sizes.batch * sizes.num_heads * -(-sizes.seqlen_q // one.block_q) // max(1, pairs * one.heads)
-        found.append(_Cut(pairs * height, min(one.block_k, max(1, sizes.seqlen_k)), pairs, height, max(1, count)))
+        found.append(_Cut(pairs * height, _widest_block(one, problem), pairs, height, max(1, count)))
     return tuple(found)
+
+
+def _widest_block(cut: CpuTile, problem: Problem) -> int:
+    """Keys; a band is cut finer where it ends inside a tile, see `cpu.tiles.band_cuts`."""
+    sizes, mask = problem.sizes, problem.mask
+    widest = max(1, min(cut.block_k, sizes.seqlen_k))
+    stacked = cut.heads > 1 or mask.array is not None or problem.edits.bias is not None
+    if stacked or not mask.has_band or cut.block_q <= EDGE:
+        return widest
+    starts = range(0, sizes.seqlen_q, cut.block_q)
+    tiles = (Span(start, min(sizes.seqlen_q, start + cut.block_q)) for start in starts)
+    whole = max((len(mask.whole(rows, sizes.seqlen_q, sizes.seqlen_k)) for rows in tiles), default=0)
+    return min(widest, max(EDGE, whole))
 
 
 def _on_cpu(plan: Plan, problem: Problem) -> int:
@@ -158,7 +173,10 @@ def _scratch(cut: _Cut, problem: Problem, item: int) -> int:
     if keys < sizes.seqlen_k or problem.mask.has_band:
         numbers += rows * dim_v  # the product of one block
     if 1 < cut.height <= FEW_ROWS and keys >= MANY_KEYS:
-        numbers += rows * (keys + dim)
+        numbers += rows * dim_v  # the addend
+        if more := -cut.height % LIKED:
+            padded = rows // cut.height * (cut.height + more)
+            numbers += (padded - rows) * keys + padded * (dim + dim_v)
     if _is_bounded(problem):
         numbers += rows * dim_v
     total = item * (numbers + 8 * rows) + _keys(cut, problem, item)

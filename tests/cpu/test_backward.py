@@ -83,7 +83,7 @@ def workers(monkeypatch):
     """A function that sets how many threads there are for any problem, each task one of its own."""
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
-    monkeypatch.setattr("cupyattn.plan.choosing.WORTH_THREADS", 0)
+    monkeypatch.setattr("cupyattn.plan.cpu.WORTH_THREADS", 0)
     monkeypatch.setattr("cupyattn.cpu.tasks.LITTLE", 0)
 
     def set_to(count):
@@ -107,7 +107,7 @@ def test_tasks_that_share_a_head_add_up_to_its_gradient(rng, workers, with_care,
     arrays = [rng.standard_normal((1, n, heads, 8)) for n, heads in ((600, 4), (600, 4), (500, 1), (500, 1))]
     extra = rng.standard_normal(slopes)
     options = {"causal": causal, "alignment": "bottom-right"}
-    found, tiles = {}, {}
+    found = {}
     for count in (1, 4):
         torch = workers(count)
         dout, *inputs = (torch.from_numpy(x) for x in (*arrays, extra))
@@ -115,8 +115,7 @@ def test_tasks_that_share_a_head_add_up_to_its_gradient(rng, workers, with_care,
         out = cupyattn.attention(*leaves[:3], alibi_slopes=leaves[3], **options)
         with_care.clear()
         found[count] = torch.autograd.grad(out, leaves, dout)
-        tiles[count] = len(with_care)
-    assert tiles[4] > tiles[1]
+        assert len(with_care) >= count
     for one, other in zip(found[4], found[1], strict=True):
         assert_matches(one, other, rtol=1e-10, atol=1e-11)
 

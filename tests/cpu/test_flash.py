@@ -324,15 +324,19 @@ def test_attention_is_its_definition_whatever_shares_a_tile(rng, shapes):
     assert_attention_is_its_definition(q, k, v, mask=mask, alibi_slopes=slopes, alignment="top-left")
 
 
-@pytest.mark.parametrize("rows", [1, 2, flash.FEW_ROWS, flash.FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, 2, 7, flash.FEW_ROWS, flash.FEW_ROWS + 1])
 @pytest.mark.parametrize("keys", [0, 1, flash.MANY_KEYS - 1, flash.MANY_KEYS, 3001])
 def test_products_with_few_rows_are_products_however_many_keys(rng, rows, keys):
     q, k, v = (rng.standard_normal((2, 3, count, dim)) for count, dim in ((rows, 72), (keys, 72), (keys, 200)))
     tile = flash.Tile(q, 1, lambda: iter(()))
     scores = tile.times_keys(q, k)
     assert_matches(scores, q @ k.swapaxes(-1, -2), rtol=1e-12, atol=1e-12)
-    assert scores.flags.c_contiguous
-    assert_matches(tile.times_values(scores, v), q @ k.swapaxes(-1, -2) @ v, rtol=1e-12, atol=1e-9)
+    assert scores[0, 0].flags.c_contiguous
+    product = q @ k.swapaxes(-1, -2) @ v
+    assert_matches(tile.times_values(scores, v), product, rtol=1e-12, atol=1e-9)
+    out = np.empty_like(product)
+    assert tile.times_values(scores, v, out) is out
+    assert_matches(out, product, rtol=1e-12, atol=1e-9)
 
 
 @pytest.mark.parametrize("rows", [1, 7, flash.FEW_ROWS])

@@ -20,7 +20,7 @@ def three_workers(monkeypatch):
     torch = pytest.importorskip("torch")
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    monkeypatch.setattr("cupyattn.plan.choosing.WORTH_THREADS", 0)
+    monkeypatch.setattr("cupyattn.plan.cpu.WORTH_THREADS", 0)
     monkeypatch.setattr("cupyattn.cpu.tasks.LITTLE", 0)
     monkeypatch.setattr("cupyattn.cpu.threads._blas.num_threads", lambda: 3)
     plan.choose.cache_clear()

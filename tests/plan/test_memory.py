@@ -86,8 +86,21 @@ BACKWARD = {
 }
 
 
+@pytest.fixture
+def threads_worth(monkeypatch):
+    """A function that sets from which cost a call has threads; small calls may end before the second one begins."""
+
+    def set_to(cost):
+        monkeypatch.setattr("cupyattn.plan.cpu.WORTH_THREADS", cost)
+        choose.cache_clear()
+
+    yield set_to
+    choose.cache_clear()
+
+
 @pytest.mark.parametrize("name", FORWARD)
-def test_a_call_on_the_cpu_takes_about_as_much_memory_as_its_plan_says(name):
+def test_a_call_on_the_cpu_takes_about_as_much_memory_as_its_plan_says(name, threads_worth):
+    threads_worth(math.inf)
     function, args, words = FORWARD[name]
     call = getattr(cupyattn, function)
     peak, _ = measured(call, *args, **words)
@@ -95,8 +108,19 @@ def test_a_call_on_the_cpu_takes_about_as_much_memory_as_its_plan_says(name):
     assert peak / WITHIN < said < peak * WITHIN
 
 
+def test_each_thread_on_the_cpu_takes_its_scratch_memory(threads_worth):
+    args, found = dense(1, 1024, 8, 8, 64, dtype="f8"), []
+    for cost in (math.inf, 0):
+        threads_worth(cost)
+        found.append((measured(cupyattn.attention, *args)[0], cupyattn.explain(cupyattn.attention, *args).memory))
+    (alone, said_alone), (together, said_together) = found
+    assert together / WITHIN < said_together < together * WITHIN
+    assert together > alone and said_together > said_alone
+
+
 @pytest.mark.parametrize("name", BACKWARD)
-def test_gradients_on_the_cpu_take_about_as_much_memory_as_their_plan_says(name):
+def test_gradients_on_the_cpu_take_about_as_much_memory_as_their_plan_says(name, threads_worth):
+    threads_worth(math.inf)
     operands, words = BACKWARD[name]
     peak, _ = measured(cupyattn.attention_backward, np.ones_like(operands[0]), *operands, **words)
     said = cupyattn.explain(*operands, **words, backward=True).memory

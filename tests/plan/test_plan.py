@@ -513,7 +513,7 @@ def test_the_tile_of_a_cpu_is_never_empty_and_never_larger_than_the_problem(cut)
 @given(cut_problems())
 def test_the_tile_of_a_cpu_holds_a_bounded_number_of_scores(cut):
     tile = cpu_tile(*cut)
-    assert math.prod(tile) <= max(BLOCK_Q * BLOCK_K, 2 * SCORES_SIDE_BY_SIDE)
+    assert math.prod(tile) <= max(BLOCK_Q * BLOCK_K, SCORES_SIDE_BY_SIDE)
 
 
 @settings(derandomize=True, deadline=None, max_examples=500)
