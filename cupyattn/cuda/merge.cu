@@ -7,13 +7,15 @@
 //     the piece has, and one more if values that are not finite were taken for 0.
 //
 // Where pieces are cut by shares of thread blocks (kByShares) nobody is told, for it follows from the schedule, and there
-// are two places for each thread block, see schedule.cuh.  Rows of a piece that has one split are done already.  A warp has a row, and adds up the splits always in the same
-// order.  Where a row sees values that are not finite they are looked for, one by one, in all of its keys.
+// are two places for each thread block, see schedule.cuh.  Rows of a piece that has one split are done already.  A warp has
+// a row; or, with kTogether, all warps of a block have one, and every fourth split each, so that few rows of many splits
+// wait for memory a quarter as often.  Either way splits are added up always in the same order.  Where a row sees values
+// that are not finite they are looked for, one by one, in all of its keys.
 //
 // Twin     numpy_ref.merge.
 // Needs    sm_80.
-// Launch   behind the kernel that leaves all that, on its stream; blocks of kThreads threads, a warp to a row, for
-//          rows_per_piece rows of pieces_per_unit pieces of each unit of each sequence.
+// Launch   behind the kernel that leaves all that, on its stream; blocks of kThreads threads, a warp or a block to a row,
+//          for rows_per_piece rows of pieces_per_unit pieces of each unit of each sequence; kShared bytes.
 
 #include "algorithm/descales.cuh"
 #include "algorithm/pages.cuh"
@@ -23,13 +25,16 @@
 
 namespace cupyattn {
 
-template <typename Element_, int kChunks_>
+template <typename Element_, int kChunks_, bool kTogether_>
 struct MergeTraits {
     using Element = Element_;
     static constexpr bool kFloat8 = Same<Element, Float8>::value;
     using Out = typename Choice<kFloat8, BFloat16, Element>::Type;
     static constexpr int kChunks = kChunks_;  // of 128 columns, four for each lane
+    static constexpr bool kTogether = kTogether_;
     static constexpr int kNumWarps = 4, kThreads = 32 * kNumWarps;
+    static constexpr uint32 kStateBytes = 512 * kChunks + 16;  // a warp's columns, and the sum of their weights
+    static constexpr uint32 kShared = kTogether ? (kNumWarps - 1) * kStateBytes : 0;
 };
 
 // A row, and this lane's columns of it.
@@ -38,6 +43,7 @@ struct MergedRow {
     using Element = typename Traits::Element;
     using Out = typename Traits::Out;
     static constexpr int kChunks = Traits::kChunks;
+    static constexpr bool kTogether = Traits::kTogether;
 
     const MergeParams& params;
     Sequence sequence;
@@ -86,7 +92,7 @@ struct MergedRow {
     DEVICE_METHOD static int first_column(int chunk) { return 128 * chunk + 4 * ptx::lane(); }
     DEVICE_METHOD bool has(int chunk) const { return first_column(chunk) < params.head_dim_v; }
 
-    // All splits, the largest exponent first of all.  What is not finite counts however little it weighs.
+    // This warp's splits, the largest exponent of all first.  What is not finite counts however little it weighs.
     DEVICE_METHOD void merge() {
         exponent = -ptx::infinity(), sum = 0.f;
         for (int split = ptx::lane(); split < splits; split += 32)
@@ -99,7 +105,7 @@ struct MergedRow {
             for (int i = 0; i < 4; ++i) column[chunk][i] = 0.f;
         const float origin = exponent == -ptx::infinity() ? 0.f : exponent;
 #pragma unroll 4
-        for (int split = 0; split < splits; ++split) {
+        for (int split = kTogether ? ptx::warp() : 0; split < splits; split += kTogether ? Traits::kNumWarps : 1) {
             const float share = ptx::exp2(ptx::load_global(sums_of(split)) - origin);
             sum += share * ptx::load_global(sums_of(split) + 1);
             const float* out = params.at.partial_out + (place_of(split) * params.block_q + row) * params.columns;
@@ -115,6 +121,39 @@ struct MergedRow {
                 }
             }
         }
+    }
+
+    // Gives the first warp what the others have, one after the other.
+    DEVICE_METHOD void join() {
+        const int warp = ptx::warp();
+        if (warp > 0) {
+#pragma unroll
+            for (int chunk = 0; chunk < kChunks; ++chunk) {
+                const float(&four)[4] = column[chunk];
+                ptx::store_shared(state_of(warp, chunk), ptx::bits(four[0]), ptx::bits(four[1]), ptx::bits(four[2]),
+                                  ptx::bits(four[3]));
+            }
+            if (ptx::lane() == 0) ptx::store_shared(sum_of(warp), sum);
+        }
+        ptx::barrier();
+        if (warp > 0) return;
+#pragma unroll
+        for (int other = 1; other < Traits::kNumWarps; ++other) {
+            sum += ptx::load_shared_float(sum_of(other));
+#pragma unroll
+            for (int chunk = 0; chunk < kChunks; ++chunk) {
+                uint32 four[4];
+                ptx::load_shared(four, state_of(other, chunk));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) column[chunk][i] += ptx::from_bits(four[i]);
+            }
+        }
+    }
+    DEVICE_METHOD static uint32 state_of(int warp, int chunk) {
+        return ptx::shared_memory() + (warp - 1) * Traits::kStateBytes + 512 * chunk + 16 * ptx::lane();
+    }
+    DEVICE_METHOD static uint32 sum_of(int warp) {
+        return ptx::shared_memory() + warp * Traits::kStateBytes - 16;
     }
 
     DEVICE_METHOD void store(bool strays) {
@@ -187,16 +226,21 @@ struct MergedRow {
 
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads) merge_splits(const __grid_constant__ MergeParams params) {
-    const uint32 index = static_cast<uint32>(ptx::block_x()) * Traits::kNumWarps + ptx::warp();
+    const uint32 block = ptx::block_x();
+    const uint32 index = Traits::kTogether ? block : block * Traits::kNumWarps + ptx::warp();
     const uint32 units = params.num_heads / params.heads_per_unit;
     if (index >= params.batch * units * params.pieces_per_unit * params.rows_per_piece) return;
     MergedRow<Traits> row(params, index);
     if (!row.exists()) return;
     row.find_splits();
     if (row.splits <= 1) return;
+    row.merge();
+    if constexpr (Traits::kTogether) {
+        row.join();
+        if (ptx::warp() > 0) return;
+    }
     bool strays = false;
     for (int split = ptx::lane(); split < row.splits; split += 32) strays |= row.strays_in(split);
-    row.merge();
     row.store(strays);
 }
 

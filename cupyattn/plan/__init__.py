@@ -51,7 +51,7 @@ from cupyattn.plan.hopper import (
 from cupyattn.plan.memory import memory_of
 from cupyattn.plan.objections import IMPLEMENTATIONS, LONGEST, objections_of_hopper
 from cupyattn.plan.schedule import BY_SHARES, num_sequences, num_words
-from cupyattn.plan.splits import FEWEST_KEYS
+from cupyattn.plan.splits import FEWEST_KEYS, merging_blocks
 from cupyattn.plan.tiling import num_row_tiles, num_tiles, tile_of_round, tiles_if_even
 from cupyattn.plan.values import BackwardTile, BackwardTiles, CpuTile, Plan, Tile
 
@@ -93,6 +93,7 @@ __all__ = [
     "hopper_shared_memory_of",
     "hopper_tile",
     "memory_of",
+    "merging_blocks",
     "num_row_tiles",
     "num_sequences",
     "num_tiles",

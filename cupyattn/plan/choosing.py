@@ -29,6 +29,7 @@ from cupyattn.plan.tiling import num_row_tiles, num_tiles
 from cupyattn.plan.values import CpuTile, Plan, Tile
 from cupyattn.problem import FLOAT8, Device, Problem
 
+
 @lru_cache(maxsize=4096)
 def choose(
     problem: Problem,

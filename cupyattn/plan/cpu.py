@@ -18,7 +18,7 @@ MOST_KEYS = 8192
 FEWEST_ROWS = 128
 """Splitting rows further over more threads costs more than it gains."""
 TILES_PER_WORKER = 2
-"""So that nobody waits long for the last one; more were more steps of Python, of which only one thread runs at a time."""
+"""So that nobody waits long for the last one; more were more steps of Python, which one thread takes at a time."""
 WORTH_THREADS = 75_000_000
 """Cost from which a second thread gains more than it takes to begin."""
 COST_OF_A_NUMBER = 16
@@ -53,8 +53,8 @@ def cpu_tile(
 ) -> CpuTile:
     """How to cut a part: tall blocks of scores, and several heads or batches side by side if they are small.
 
-    Several workers get `TILES_PER_WORKER` tiles each, as far as there are rows to share out, and heads are stacked or set
-    side by side only where every worker still has one.
+    Several workers get `TILES_PER_WORKER` tiles each, as far as there are rows to share out, and heads are stacked or
+    set side by side only where every worker still has one.
     """
     group = sizes.queries_per_pair
     num_pairs = max(1, sizes.num_heads // group)

@@ -22,6 +22,22 @@ FEWEST_KEYS_OF_TILES = 512
 BLOCKS_PER_UNIT = 2
 """Split-KV blocks that run side by side on a multiprocessor."""
 
+MERGED_TOGETHER = 5
+"""Splits from which all warps of a block merge those of one row, if rows are few: one of them would wait for memory
+twice."""
+FEW_ROWS_TO_MERGE = 1056
+"""Eight thread blocks for each multiprocessor of an H100 or H200, which all run at once."""
+
+
+def merging_blocks(rows: int, num_splits: int) -> tuple[int, bool]:
+    """Thread blocks that merge so many splits of so many rows, and whether all four warps of one share a row.
+
+    >>> merging_blocks(32, 32), merging_blocks(8192, 32), merging_blocks(32, 2)
+    ((32, True), (2048, False), (8, False))
+    """
+    together = num_splits >= MERGED_TOGETHER and rows <= FEW_ROWS_TO_MERGE
+    return (rows if together else -(-rows // 4)), together
+
 
 def live_split_blocks(total: int, pieces: int, slots: int, block_k: int, fewest_keys: int = FEWEST_KEYS) -> int:
     """Key blocks of a split, so that the splits of all pieces run at once, in one wave.

@@ -17,6 +17,7 @@ from emulated import (
 )
 from oracle import assert_same_bits
 
+from cupyattn.cuda.launching import launch
 from cupyattn.plan.hopper import hopper_tile
 from cupyattn.plan.splits import FEWEST_KEYS_OF_TILES, live_split_blocks
 from cupyattn.problem import Device
@@ -64,6 +65,18 @@ def test_every_head_dim_meets_the_bar(rng, dtype, dims):
     arrays = operands(rng, dtype, "bshd", 1, HEADS, (20, 400), dims)
     tile = hopper_tile(problem_of(arrays, options_of(**CAUSAL)))
     held(arrays, options_of(**CAUSAL), 1, tile=tile)
+
+
+@pytest.mark.parametrize(("dtype", "dims"), [("bfloat16", (64, 64)), ("float16", (256, 256))], ids=str)
+def test_many_splits_of_many_rows_are_a_warps_for_each_row(rng, monkeypatch, dtype, dims):
+    monkeypatch.setattr("cupyattn.plan.splits.FEW_ROWS_TO_MERGE", 0)
+    launch._recipe.cache_clear()
+    arrays = operands(rng, dtype, "bshd", 2, HEADS, (17, 1300), dims)
+    options = options_of(**CAUSAL)
+    made = Call(arrays, options, "hopper", tile=small(arrays, options), num_splits=7)
+    assert made.launches[-1][3].shared_memory == 0
+    held(arrays, options, 1, num_splits=7)
+    launch._recipe.cache_clear()
 
 
 def test_splits_that_get_no_keys_add_nothing(rng):

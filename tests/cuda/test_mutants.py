@@ -267,6 +267,21 @@ MUTANTS = [
            "left = sequence.band.seqlen_k - key + 1;", "split"),
     Mutant("states read before they are written", "splitkv.cu", "block.leave_state();\n    ptx::barrier();",
            "block.leave_state();", "split"),
+    # ---- merge.cu, where all warps of a block have a row
+    Mutant("splits of one warp alone", "merge.cu", "split += kTogether ? Traits::kNumWarps : 1",
+           "split += Traits::kNumWarps", "split"),
+    Mutant("every warp has all splits", "merge.cu", "split = kTogether ? ptx::warp() : 0", "split = 0",
+           "split, together"),
+    Mutant("sums of warps not waited for", "merge.cu", "        ptx::barrier();\n        if (warp > 0) return;",
+           "        if (warp > 0) return;", "split, together"),
+    Mutant("warps in each other's place", "merge.cu", "(warp - 1) * Traits::kStateBytes + 512 * chunk",
+           "512 * chunk", "split, together"),
+    Mutant("a sum among the columns", "merge.cu", "warp * Traits::kStateBytes - 16;",
+           "(warp - 1) * Traits::kStateBytes;", "split, together"),
+    Mutant("the last warp does not count", "merge.cu", "other < Traits::kNumWarps; ++other",
+           "other < Traits::kNumWarps - 1; ++other", "split, together"),
+    Mutant("every warp stores", "merge.cu", "        if (ptx::warp() > 0) return;\n    }\n    bool strays",
+           "    }\n    bool strays", "split, together"),
     Mutant("sums merged without weights", "merge.cuh", "sum += share * its_sum", "sum += its_sum", "split"),
     Mutant("columns merged without weights", "merge.cuh", "x - x == 0.f ? share : 1.f", "1.f", "split"),
     Mutant("partial results in each other's place", "walk.cuh", "params.num_splits + its_split;", "params.num_splits;",
@@ -478,6 +493,11 @@ def split(sources):
     lies("splitkv", sources, **SPLIT)
 
 
+def split_together(sources):
+    for schedule in (0, 1, 2):
+        both("splitkv", schedule, sources, (1, 900), num_splits=7, **SPLIT)
+
+
 def split_by_schedule(sources):
     """Cut where shares of few thread blocks end; then by a schedule of other lengths."""
     few = {"num_slots": 7, **SPLIT}
@@ -582,6 +602,7 @@ GROUPS = {
     "flash, causal slopes": flash_of_causal_slopes,
     "split, causal slopes": split_of_causal_slopes,
     "split": split,
+    "split, together": split_together,
     "split, scheduled": split_by_schedule,
     "split, pages": split_of_pages,
     "flash, pages": flash_of_pages,

@@ -17,6 +17,7 @@ from cupyattn.plan.splits import (
     flash_attn_2,
     flash_attn_3,
     live_split_blocks,
+    merging_blocks,
     split,
 )
 from cupyattn.problem import NAMED_DEVICES, Layout, Mask, Problem, ScoreEdits, Sizes
@@ -378,3 +379,11 @@ def test_splits_of_tiles_have_enough_keys():
 def test_where_hopper_cannot_read_the_arrays_splitkv_splits_its_own_way():
     instead = choose(decode(65536, seqlen_q=8, mask=CAUSAL), H200).instead
     assert (instead.kernel, instead.num_splits) == ("splitkv", 16)
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_splits", "blocks", "together"),
+    [(32, 4, 8, False), (32, 5, 32, True), (1056, 9, 1056, True), (1057, 9, 265, False), (0, 9, 0, True)],
+)
+def test_few_rows_of_many_splits_are_merged_by_a_block_each(rows, num_splits, blocks, together):
+    assert merging_blocks(rows, num_splits) == (blocks, together)

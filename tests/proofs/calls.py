@@ -45,7 +45,7 @@ TRAITS = {
                    "edits"),
     "hopper.cu": ("element", "head_dim", "head_dim_v", "block_q", "block_k", "num_stages", "cluster", "reach", "paged",
                   "packed", "stores_boxes", "edits", *Switches._fields, "splits"),
-    "merge.cu": ("element", "chunks"),
+    "merge.cu": ("element", "chunks", "together"),
     "schedule.cu": ("threads",),
     "append.cu": ("element",),
     "backward.cu": ("element", "head_dim", "head_dim_v", *BackwardTile._fields, "wanted", "aligned", "edits"),
@@ -92,6 +92,7 @@ class Kernel(NamedTuple):
         words += [f"of {OF[x['wanted']]}"] if "wanted" in x else []
         words += [f"reach {x['reach']}", f"cluster {x['cluster']}"] if "reach" in x else []
         words += [f"of {128 * x['chunks']} columns"] if "chunks" in x else []
+        words += ["together"] if x.get("together") else []
         words += [name for name in ("paged", "packed", "stores_boxes", "splits") if x.get(name)]
         return " ".join(words)
 
@@ -214,7 +215,7 @@ def calls_of(kernel):
         return _of_schedule(kernel)
     paged, dims, element = kernel.traits.get("paged"), kernel.dims, kernel.dtype
     if kernel.source == "hopper.cu":
-        return _of_hopper(kernel, paged, dims, element)
+        return _of_hopper(kernel)
     x, heads = kernel.traits, (GROUP, 1, GROUP) if element != FLOAT8 else (GROUP, 1, 1)
     if kernel.source == "flash.cu":
         rows, keys, more = x["block_q"] + 36, 2 * x["block_k"] + 22, {}
@@ -290,7 +291,8 @@ def schedules_of(place):
 OF_REACH = ({}, CAUSAL, {"window_size": (100, 20), **BOTTOM})
 
 
-def _of_hopper(kernel, paged, dims, dtype):
+def _of_hopper(kernel, num_splits=3):
+    paged, dims, dtype = kernel.traits["paged"], kernel.dims, kernel.dtype
     x = kernel.traits
     heads = (2 * GROUP, 2, 2) if x["packed"] else (GROUP, 1, 1)
     if dtype != FLOAT8:  # whose keys and values have the same heads
@@ -298,7 +300,7 @@ def _of_hopper(kernel, paged, dims, dtype):
     mask = OF_REACH[x["reach"]]
     rows = x["block_q"] * 2 if x["cluster"] > 1 else x["block_q"] + 37
     keys = 2 * x["block_k"] + 33
-    more = {"num_splits": 3} if x["splits"] else {}
+    more = {"num_splits": num_splits} if x["splits"] else {}
     if x["splits"]:
         rows, keys = 40, 640 + keys % PAGE  # of lengths that are data a split has 512 at least
     if not x["stores_boxes"]:
@@ -329,8 +331,14 @@ def _of_merge(kernel):
     ]
     on_hopper = next((each for each in fitting if each.traits.get("splits")), None)
     split = next(each for each in fitting if each.source == "splitkv.cu" and not each.traits["paged"])
-    found = {"splits": calls_of(split)["dense"], "by a schedule": _scheduled(split)}
-    return found if on_hopper is None else {**found, **calls_of(on_hopper)}
+    several = 6 if x["together"] else 3
+    arrays = _dense_arrays(
+        kernel.dtype, (GROUP, 1, 1), (split.traits["block_q"] // GROUP, 900), split.dims, strays=True
+    )
+    found = {"splits": _call(split, arrays, num_splits=several)}
+    if not x["together"]:
+        found["by a schedule"] = _scheduled(split)
+    return found if on_hopper is None else {**found, **_of_hopper(on_hopper, several)}
 
 
 def _of_schedule(kernel):

@@ -37,6 +37,7 @@ from cupyattn.plan import (
     HopperTile,
     Plan,
     Tile,
+    merging_blocks,
     num_row_tiles,
     num_sequences,
     num_words,
@@ -162,9 +163,9 @@ def _merge(
 ) -> tuple[Workspace, Recipe]:
     """What splits leave, of so many `columns`, and the launch that merges them; `rows` as ``MergeParams`` has them."""
     block_q, rows_per_piece, heads_per_unit, pieces_per_unit = rows
-    specialisation = catalogue.merge(problem.dtype, columns)
     pieces = problem.sizes.batch * (problem.sizes.num_heads // heads_per_unit) * pieces_per_unit
-    blocks = -(-pieces * rows_per_piece * 32 // specialisation.threads)
+    blocks, together = merging_blocks(pieces * rows_per_piece, plan.num_splits)
+    specialisation = catalogue.merge(problem.dtype, columns, together)
     places = 2 * plan.num_workers if _is_cut_by_shares(plan, problem) else pieces * plan.num_splits
     workspace = Workspace(places * block_q * columns, 2 * places * block_q, told=places)
     tiles, assumes_finite = plan.tile, plan.kernel == "hopper"

@@ -169,10 +169,15 @@ def hopper(
     )
 
 
-def merge(dtype: str, columns: int) -> Specialisation:
-    """The kernel that merges splits, of partial results of so many columns, ``merge.cu``."""
-    name = f"cupyattn::merge_splits<cupyattn::MergeTraits<{ELEMENT[dtype]}, {-(-columns // 128)}>>"
-    return Specialisation("merge.cu", name, 128, 0)
+def merge(dtype: str, columns: int, together: bool) -> Specialisation:
+    """The kernel that merges splits, of partial results of so many columns, ``merge.cu``.
+
+    `together` all warps of a block have a row, else each has one of its own.
+    """
+    chunks = -(-columns // 128)
+    arguments = ", ".join(map(_literal, (ELEMENT[dtype], chunks, together)))
+    shared_memory = 3 * (512 * chunks + 16) if together else 0
+    return Specialisation("merge.cu", f"cupyattn::merge_splits<cupyattn::MergeTraits<{arguments}>>", 128, shared_memory)
 
 
 def schedule() -> Specialisation:
@@ -266,7 +271,7 @@ def specialisations(target: str) -> list[Specialisation]:
                 # Of few rows behind many keys, which a group of heads shares.
                 cut = base_tile(head_dim, head_dim_v, RIGHT_EDGE, dtype)._replace(heads_per_unit=2)
                 found.append(hopper(dtype, head_dim, head_dim_v, cut, True, 0, splits=True))
-    found += [merge(dtype, head_dim) for dtype in ELEMENT for head_dim in HEAD_DIMS]
+    found += [merge(dtype, head_dim, each) for dtype in ELEMENT for head_dim in HEAD_DIMS for each in (False, True)]
     found += [schedule(), *(append(dtype) for dtype in ELEMENT)]
     return [wanted for wanted in dict.fromkeys(found) if wanted.shared_memory <= limit]
 
