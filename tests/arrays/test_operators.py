@@ -659,3 +659,18 @@ def test_an_exported_program_is_right_for_other_sizes_where_nothing_was_recorded
         assert torch.equal(found, cupyattn.attention(q, q, q, causal=True))
     """
     subprocess.run([sys.executable, "-c", inspect.cleandoc(text), tmp_path / "program.pt2"], check=True)
+
+
+FIRST = """
+import sys, torch, cupyattn
+rooms = {"cupyattn.arrays.recording", "cupyattn.arrays.torch", "cupyattn.peers.torch"}
+assert not rooms & sys.modules.keys()
+q = torch.ones(1, 2, 3, 8)
+function = lambda q: cupyattn.scaled_dot_product_attention(q, q, q, is_causal=True)
+found = torch.compile(function, fullgraph=True, backend="eager")(q)
+assert rooms <= sys.modules.keys() and torch.equal(found, function(q))
+"""
+
+
+def test_the_first_call_of_a_process_may_be_one_that_torch_compile_traces():
+    subprocess.run([sys.executable, "-c", FIRST], check=True)
