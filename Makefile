@@ -15,7 +15,7 @@ demo: $(VENV)/demo
 generate: $(VENV)/peers
 	$(BIN)/python examples/generate.py $(ARGS)
 
-train: $(VENV)/peers
+train: $(VENV)/torch
 	$(BIN)/python examples/train.py $(ARGS)
 
 test: $(VENV)/test
@@ -76,10 +76,13 @@ $(VENV)/demo: $(VENV)/python pyproject.toml
 	touch $@
 
 # torch, JAX and transformers are peers in the examples and tests, not needs: where one cannot be installed what compares
-# with it is skipped, and says so. transformers alone brings no torch with it.
-$(VENV)/peers: $(VENV)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[cli]'
+# with it is skipped, and says so. transformers alone brings no torch with it; `make train` needs no transformers.
+$(VENV)/torch: $(VENV)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable . matplotlib
 	$(BIN)/python -m pip install --quiet '$(TORCH)' || echo 'no $(TORCH) here: what compares with it will be skipped'
+	touch $@
+
+$(VENV)/peers: $(VENV)/torch
 	$(BIN)/python -m pip install --quiet '$(TRANSFORMERS)' || echo 'no $(TRANSFORMERS) here: what compares with it will be skipped'
 	touch $@
 

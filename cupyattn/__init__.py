@@ -2,7 +2,7 @@
 
 `attention` is the whole of it; the functions under their peers' names (`scaled_dot_product_attention`,
 `flash_attn_func`, ...) are for code that exists already.  Importing this imports NumPy and
-array-api-compat, and nothing else.
+nothing else: what one function, one array library or one device needs comes with its first call.
 """
 
 from typing import TYPE_CHECKING
@@ -10,21 +10,7 @@ from typing import TYPE_CHECKING
 from cupyattn import serving
 from cupyattn.allowed import implementations
 from cupyattn.api import Gradients, attention, attention_backward
-from cupyattn.explaining import explain
-from cupyattn.merging import merge_states
-from cupyattn.peers import (
-    apply_rotary_emb,
-    flash_attn_func,
-    flash_attn_kvpacked_func,
-    flash_attn_qkvpacked_func,
-    flash_attn_varlen_func,
-    flash_attn_varlen_kvpacked_func,
-    flash_attn_varlen_qkvpacked_func,
-    pad_input,
-    rotary_tables,
-    scaled_dot_product_attention,
-    unpad_input,
-)
+from cupyattn.doors import opened_late
 from cupyattn.plan import Plan
 
 if TYPE_CHECKING:
@@ -39,7 +25,22 @@ if TYPE_CHECKING:
         StaticCache,
         kv_cache_bytes,
     )
+    from cupyattn.explaining import explain
     from cupyattn.linear import LinearGradients, linear_attention, linear_attention_backward
+    from cupyattn.merging import merge_states
+    from cupyattn.peers import (
+        apply_rotary_emb,
+        flash_attn_func,
+        flash_attn_kvpacked_func,
+        flash_attn_qkvpacked_func,
+        flash_attn_varlen_func,
+        flash_attn_varlen_kvpacked_func,
+        flash_attn_varlen_qkvpacked_func,
+        pad_input,
+        rotary_tables,
+        scaled_dot_product_attention,
+        unpad_input,
+    )
     from cupyattn.peers.cascade import cascade_attention
     from cupyattn.peers.kvcache import flash_attn_with_kvcache
     from cupyattn.peers.scheduling import get_scheduler_metadata
@@ -85,34 +86,41 @@ __all__ = [
 
 serving.begin()
 
-_ROOMS = {
-    "cache": (
-        "Cache",
-        "DynamicCache",
-        "LayeredCache",
-        "OffloadedCache",
-        "PagedCache",
-        "PrefixCache",
-        "SlidingWindowCache",
-        "StaticCache",
-        "kv_cache_bytes",
-    ),
-    "linear": ("LinearGradients", "linear_attention", "linear_attention_backward"),
-    "peers.cascade": ("cascade_attention",),
-    "peers.kvcache": ("flash_attn_with_kvcache",),
-    "peers.scheduling": ("get_scheduler_metadata",),
-}
-"""What is for decoding, or for attention without a softmax, imported when it is first asked for."""
-
-
-def __getattr__(name: str) -> object:
-    for room, names in _ROOMS.items():
-        if name in names:
-            from importlib import import_module
-
-            found = globals()[name] = getattr(import_module(f"cupyattn.{room}"), name)
-            return found
-    raise AttributeError(f"module 'cupyattn' has no attribute {name!r}")
+__getattr__ = opened_late(
+    __name__,
+    {
+        "cache": (
+            "Cache",
+            "DynamicCache",
+            "LayeredCache",
+            "OffloadedCache",
+            "PagedCache",
+            "PrefixCache",
+            "SlidingWindowCache",
+            "StaticCache",
+            "kv_cache_bytes",
+        ),
+        "explaining": ("explain",),
+        "linear": ("LinearGradients", "linear_attention", "linear_attention_backward"),
+        "merging": ("merge_states",),
+        "peers": (
+            "apply_rotary_emb",
+            "flash_attn_func",
+            "flash_attn_kvpacked_func",
+            "flash_attn_qkvpacked_func",
+            "flash_attn_varlen_func",
+            "flash_attn_varlen_kvpacked_func",
+            "flash_attn_varlen_qkvpacked_func",
+            "pad_input",
+            "rotary_tables",
+            "scaled_dot_product_attention",
+            "unpad_input",
+        ),
+        "peers.cascade": ("cascade_attention",),
+        "peers.kvcache": ("flash_attn_with_kvcache",),
+        "peers.scheduling": ("get_scheduler_metadata",),
+    },
+)
 
 
 def __dir__() -> list[str]:

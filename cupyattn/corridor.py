@@ -19,7 +19,7 @@ from cupyattn import cpu, lengths
 from cupyattn.allowed import Allowed, currently_allowed
 from cupyattn.arrays import NOWHERE, Arrays, Destinations, Visit, check_destinations, enter, put
 from cupyattn.described import Call
-from cupyattn.plan import Plan, choose, choose_backward, for_live_keys, memory_of
+from cupyattn.plan import Plan, choose, for_live_keys
 from cupyattn.problem import FLOAT8, NAMED_DEVICES, Device, Problem, Spec
 from cupyattn.reading import Options, check_lengths, check_sequences, read, refusal
 
@@ -160,6 +160,8 @@ def planned(problem: Problem, device: Device, allowed: Allowed | None, fixed_spl
 
 def planned_backward(problem: Problem, device: Device, allowed: Allowed | None) -> Plan:
     """The same of the gradients."""
+    from cupyattn.plan import choose_backward
+
     whole = lengths.packed(problem) if problem.layout.seqlens else problem
     plan = choose_backward(whole, device, allowed=allowed)
     if whole is problem:
@@ -170,6 +172,8 @@ def planned_backward(problem: Problem, device: Device, allowed: Allowed | None) 
 
 def weighed(plan: Plan, problem: Problem, specs: Mapping[str, Spec], gradients: bool = False) -> Plan:
     """The plan that says how much memory it takes, and how large the cache is that keys are in."""
+    from cupyattn.plan import memory_of
+
     in_cache = problem.layout.cached or problem.layout.page_size is not None
     cache = sum(specs[name].nbytes for name in ("k", "v")) if in_cache else 0
     if plan.kernel == "none":

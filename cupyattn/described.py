@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import lru_cache
@@ -38,11 +37,15 @@ def text_of(call: Call) -> str:
     >>> call_of(text_of(call)) == call
     True
     """
+    import json  # which takes longer than all else here, and which only programs need
+
     return json.dumps({**call._asdict(), "problem": asdict(call.problem)})
 
 
 @lru_cache(maxsize=4096)
 def call_of(text: str) -> Call:
+    import json
+
     found = _thawed(json.loads(text))
     parts = found["problem"]
     parts["sizes"], parts["layout"] = Sizes(**parts["sizes"]), Layout(**parts["layout"])

@@ -12,8 +12,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import array_api_compat
-
 from cupyattn.arrays import Arrays
 from cupyattn.problem import Layout, Problem, Shape, Spec
 
@@ -51,6 +49,8 @@ def packed_specs(problem: Problem, specs: Mapping[str, Spec]) -> dict[str, Spec]
 
 def packed_arrays(problem: Problem, arrays: Arrays) -> Arrays:
     """Operands, and what is known of results, of any one library."""
+    import array_api_compat
+
     xp = array_api_compat.array_namespace(arrays["q"])
     found = {name: _packed(xp, name, array, problem) for name, array in arrays.items() if name not in USED}
     for name, longest in zip(USED, (problem.sizes.seqlen_q, problem.sizes.seqlen_k), strict=True):
@@ -110,6 +110,8 @@ def _packed(xp: Any, name: str, array: Any, problem: Problem) -> Any:
 
 def _dense(name: str, array: Any, problem: Problem) -> Any:
     """A result, or a gradient, as the caller's layout has it."""
+    import array_api_compat
+
     xp, sizes = array_api_compat.array_namespace(array), problem.sizes
     if name in ROWS:
         length = sizes.seqlen_q if ROWS[name] == "q" else sizes.seqlen_k
@@ -124,6 +126,8 @@ def _dense(name: str, array: Any, problem: Problem) -> Any:
 
 def _starts(xp: Any, used: Any, longest: int, batch: int, of_rows: bool, like: Any) -> Any:
     """cu_seqlens of the packed sequences; lengths outside of the arrays, which are not refused on a GPU, are cut."""
+    import array_api_compat
+
     device = array_api_compat.device(like)
     first = longest * xp.arange(batch, dtype=xp.int32, device=device)
     stop = first + (longest if used is None else xp.clip(used, 0, longest))
@@ -135,6 +139,8 @@ def _starts(xp: Any, used: Any, longest: int, batch: int, of_rows: bool, like: A
 
 def _where_used(arrays: Arrays, problem: Problem, array: Any, otherwise: float, is_out: bool = False) -> Any:
     """An array of rows' numbers, (batch, num_heads, seqlen_q) or like out, with another number where no row is used."""
+    import array_api_compat
+
     used = arrays.get("seqlens_q")
     if used is None:
         return array

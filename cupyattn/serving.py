@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from cupyattn.arrays import CUPY, Arrays, Visit, cpu_device, serve_programs
+from cupyattn.arrays import Arrays, Visit, cpu_device, serve_programs
 from cupyattn.corridor import (
     gradients_on_gpu,
     in_numpy,
@@ -64,6 +64,7 @@ def on_gpu(text: str, operands: Sequence[Any], results: Sequence[Any], stream: i
 
 def _queued(text: str, call: Call, arrays: Arrays, into: Arrays) -> Arrays:
     from cupyattn import cuda
+    from cupyattn.arrays import CUPY
 
     visit = Visit(call.function, CUPY, arrays, tuple(call.operands.items()), "cuda", arrays)
     device, problem, seed = visit.device(), call.problem, call.seed

@@ -265,6 +265,57 @@ def test_importing_the_package_imports_numpy_and_array_api_compat_and_nothing_el
     assert everything & {*LIBRARIES, "scipy", "threadpoolctl", "ml_dtypes", "array_api_strict"} == set()
 
 
+MOST_MODULES = 44
+"""Of ours that ``import cupyattn`` may bring: each costs about a millisecond where no bytecode is kept."""
+NOT_NEEDED = {
+    *("explaining", "rehearsing", "merging", "linear", "cache", "distributed", "integrations", "command", "parts"),
+    *("arrays.torch", "arrays.jax", "arrays.xla", "arrays.dask", "arrays.cupy", "arrays.sketches", "arrays.outlines"),
+    *("arrays.operators", "arrays.defining", "arrays.registering", "arrays.pulling", "arrays.recording"),
+    *("cpu.forward", "cpu.backward", "cpu.flash", "numpy_ref", "rounding", "cuda", "plan.backward", "plan.memory"),
+    *("peers", "peers.torch", "peers.flash_attn", "peers.varlen", "peers.rotary", "peers.tables", "peers.padding"),
+}
+"""What one function, one library of arrays, one device or one pass needs, and comes with the first of them."""
+NOT_NEEDED_OF_PYTHON = {"array_api_compat", "json", "threading", "asyncio", "subprocess"}
+
+BROUGHT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy
+before = set(sys.modules)
+{}
+print(*(name for name in sys.modules if name not in before))
+"""
+
+
+def brought_by(code):
+    """The modules that come with some lines of Python in a fresh process that has NumPy; ours without "cupyattn."."""
+    call = [sys.executable, "-W", "error", "-c", BROUGHT.format(code), str(PACKAGE.parent)]
+    fresh = subprocess.run(call, capture_output=True, text=True, check=True)
+    return fresh.stdout.split()
+
+
+def ours(modules):
+    return {name.removeprefix("cupyattn.") for name in modules if name.startswith("cupyattn.")}
+
+
+def test_importing_the_package_brings_what_every_call_needs_and_no_more():
+    brought = brought_by("import cupyattn")
+    assert ours(brought) & NOT_NEEDED == set()
+    assert set(brought) & NOT_NEEDED_OF_PYTHON == set()
+    assert len(ours(brought)) <= MOST_MODULES
+
+
+def test_names_of_what_importing_the_package_does_not_bring_are_those_of_modules():
+    assert NOT_NEEDED - {name_of(file).removesuffix(".__init__") for file in FILES} == set()
+
+
+def test_a_call_of_numpy_arrays_brings_no_room_of_other_libraries_or_gradients():
+    brought = ours(brought_by("import cupyattn; x = numpy.ones((1, 3, 2, 4)); cupyattn.attention(x, x, x)"))
+    assert "cpu.forward" in brought
+    others = {name for name in NOT_NEEDED if name.partition(".")[0] in ("arrays", "peers", "cuda")}
+    assert brought & (others | {"cpu.backward", "plan.backward", "explaining"}) == set()
+
+
 WORKED = """
 import sys
 sys.path.insert(0, sys.argv[1])

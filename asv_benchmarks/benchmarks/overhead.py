@@ -88,7 +88,11 @@ class Rooms(Benchmark):
 
 
 class Import(Benchmark):
-    """`import cupyattn` where NumPy is imported already, in fresh processes."""
+    """`import cupyattn` where NumPy is imported already, in fresh processes.
+
+    A package that was installed by pip has its bytecode; in a checkout under PYTHONDONTWRITEBYTECODE each of these
+    processes compiles all that it imports, which takes three times as long.
+    """
 
     code = "import time, numpy; start = time.perf_counter(); import cupyattn; print(time.perf_counter() - start)"
 

@@ -3,6 +3,7 @@
 `enter` looks at the arrays of a call and returns a `Visit`: their specs, their library, the device they
 live on.  `Visit.run` hands them to a function of NumPy arrays and brings the results home: to the
 same library and device, with gradients where the library has them, lazily where the library is lazy.
+What only one library needs is imported when its first array comes, and what makes graphs when one is made.
 
     visit         the arrays of one call: all of one library and device, or refused; out and home again
     destinations  arrays of the caller's for the results
@@ -10,7 +11,9 @@ same library and device, with gradients where the library has them, lazily where
     library       what has to be known of a library, and what any that follows the array API has in common
     numpy, dask, cupy, torch, jax
                   what is special about these five
+    servers       who answers programs that JAX compiles
     tracing       how a public function is called: as it is, or recorded where torch makes a graph
+    calling       the same beside torch.compile; which of them are operators
     recording     a call of it as a call of its operator
     operators     what an operator is: arguments, schema, refusals
     defining, registering, pulling
@@ -21,8 +24,9 @@ same library and device, with gradients where the library has them, lazily where
     xla           programs that JAX compiles call without its arrays
 """
 
+from typing import TYPE_CHECKING
+
 from cupyattn.arrays import shapes
-from cupyattn.arrays.cupy import CUPY
 from cupyattn.arrays.destinations import (
     NOWHERE,
     Destinations,
@@ -33,11 +37,15 @@ from cupyattn.arrays.destinations import (
 )
 from cupyattn.arrays.library import Arrays
 from cupyattn.arrays.recognition import alignment_meant, described
-from cupyattn.arrays.sketches import Rehearsed, Sketch, Sketches
+from cupyattn.arrays.servers import serve_programs
 from cupyattn.arrays.tracing import define_operators, recorded, untraced
 from cupyattn.arrays.visit import Visit, cpu_device, cuda_lane, enter
-from cupyattn.arrays.xla import objection as objection_to_programs
-from cupyattn.arrays.xla import serve_programs
+from cupyattn.doors import opened_late
+
+if TYPE_CHECKING:
+    from cupyattn.arrays.cupy import CUPY
+    from cupyattn.arrays.sketches import Rehearsed, Sketch, Sketches
+    from cupyattn.arrays.xla import objection_to_programs
 
 __all__ = [
     "CUPY",
@@ -64,3 +72,8 @@ __all__ = [
     "shapes",
     "untraced",
 ]
+
+__getattr__ = opened_late(
+    __name__,
+    {"cupy": ("CUPY",), "sketches": ("Rehearsed", "Sketch", "Sketches"), "xla": ("objection_to_programs",)},
+)

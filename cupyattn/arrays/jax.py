@@ -89,7 +89,7 @@ class Jax(Library):
         return jnp.dtype(dtype)
 
     def notes(self) -> tuple[str, ...]:
-        reason = xla.objection()
+        reason = xla.objection_to_programs()
         if reason is None:
             return ("under jax.jit it is called by the compiled program itself",)
         return (f"under jax.jit it is a callback to the host: {reason}",)
@@ -156,7 +156,7 @@ class Jax(Library):
 
         def on_devices(*values: Any) -> Any:
             """Of arrays on many devices a bare callback leaves results that JAX can do nothing more with."""
-            if job.call is not None and xla.objection() is None:
+            if job.call is not None and xla.objection_to_programs() is None:
                 found = xla.ffi(shapes, values, text_of(job.call))
             else:
                 called = jax.pure_callback(on_host, shapes, *values, vmap_method="sequential")

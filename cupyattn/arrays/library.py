@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import array_api_compat
 import numpy as np
 
 from cupyattn.described import Call
@@ -89,7 +88,7 @@ class Library:
     def place(self, array: Any) -> tuple[str, Any]:
         """("cpu" or "cuda" or another kind, a value that is equal for arrays on one device)."""
         kind = int(array.__dlpack_device__()[0]) if hasattr(array, "__dlpack_device__") else 1
-        return {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}.get(kind, f"device {kind}"), array_api_compat.device(array)
+        return {1: "cpu", 2: "cuda", 3: "cpu", 13: "cuda"}.get(kind, f"device {kind}"), home_of(array)[1]
 
     def notes(self) -> tuple[str, ...]:
         """What `explain` says of how the library is served."""
@@ -148,18 +147,18 @@ class Library:
 
     def from_numpy(self, array: Array, dtype: str, like: Any) -> Any:
         """A fresh NumPy array as one of this library, on the device of `like`."""
-        xp = array_api_compat.array_namespace(like)
-        return xp.asarray(array, device=array_api_compat.device(like))
+        xp, device = home_of(like)
+        return xp.asarray(array, device=device)
 
     def zeros(self, shape: Shape, like: Any) -> Any:
         """In the dtype and at the home of `like`."""
-        xp = array_api_compat.array_namespace(like)
-        return xp.zeros(shape, dtype=like.dtype, device=array_api_compat.device(like))
+        xp, device = home_of(like)
+        return xp.zeros(shape, dtype=like.dtype, device=device)
 
     def empty(self, shape: Shape, like: Any) -> Any:
         """Memory that nobody has written to, in the dtype and at the home of `like`."""
-        xp = array_api_compat.array_namespace(like)
-        return xp.empty(shape, dtype=like.dtype, device=array_api_compat.device(like))
+        xp, device = home_of(like)
+        return xp.empty(shape, dtype=like.dtype, device=device)
 
     def bring(self, values: Array, like: Any) -> Any:
         """Numbers that were worked out on the host, to the home of `like`."""
@@ -171,7 +170,7 @@ class Library:
 
     def take(self, array: Any, places: Array) -> Any:
         """The rows of the first axis at `places`, in that order, in memory of their own."""
-        xp = array_api_compat.array_namespace(array)
+        xp, _ = home_of(array)
         return xp.take(array, self.index(places, array), axis=0)
 
     def put(self, array: Any, index: Any, values: Any) -> Any:
@@ -259,6 +258,13 @@ class _OldDLPack:
 
     def __dlpack_device__(self) -> Any:
         return self._array.__dlpack_device__()
+
+
+def home_of(array: Any) -> tuple[Any, Any]:
+    """Namespace and device, by array-api-compat, which NumPy's arrays can do without."""
+    import array_api_compat
+
+    return array_api_compat.array_namespace(array), array_api_compat.device(array)
 
 
 def model_of(name: str, arrays: Arrays) -> Any:

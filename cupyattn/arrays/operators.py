@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
+from cupyattn.arrays.calling import DECLARED, beside_dynamo
 from cupyattn.arrays.outlines import ValuesAsked, outline
 from cupyattn.arrays.shapes import Results, Values
 
@@ -184,6 +185,13 @@ class Operator:
                     raise
 
 
+@cache
+def operator_of(name: str) -> Operator:
+    """The one of this name, of a public function that has been imported."""
+    function, results, gives, traits = DECLARED[name]
+    return Operator(function, results, gives, **traits)
+
+
 def _under(dtype: str | None, like: Any) -> AbstractContextManager[Any]:
     """torch.autocast to a dtype, on the device of a tensor; nothing if that is None."""
     if dtype is None:
@@ -216,15 +224,3 @@ def _as_known(value: Any) -> Any:
         hint = value.node.hint
         return int(hint) if isinstance(value, torch.SymInt) else float(hint)
     return value
-
-
-def beside_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, into which torch.compile does not look."""
-    if "torch._dynamo" not in sys.modules:
-        return function
-    if function not in _BESIDE_DYNAMO:
-        _BESIDE_DYNAMO[function] = sys.modules["torch"].compiler.disable(function)
-    return _BESIDE_DYNAMO[function]
-
-
-_BESIDE_DYNAMO: dict[Callable[..., Any], Callable[..., Any]] = {}

@@ -8,18 +8,13 @@ from __future__ import annotations
 import reprlib
 import sys
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from cupyattn.arrays.cupy import CUPY
-from cupyattn.arrays.dask import DASK
-from cupyattn.arrays.jax import JAX
 from cupyattn.arrays.library import Library
 from cupyattn.arrays.numpy import NUMPY
-from cupyattn.arrays.outlines import OUTLINES
-from cupyattn.arrays.sketches import SKETCHES
-from cupyattn.arrays.torch import TORCH, Torch
 from cupyattn.problem import Alignment, Shape
 from cupyattn.reading import refusal
 
@@ -51,18 +46,28 @@ def _library_of_type(kind: Any) -> Library | None:
         return NUMPY
     family = type.mro(kind)
     roots = {base.__module__.partition(".")[0] for base in family}
-    for root, name, library in (
-        ("cupyattn", "Outline", OUTLINES),
-        ("cupyattn", "Sketch", SKETCHES),
-        ("torch", "Tensor", TORCH),
-        ("dask", "Array", DASK),
-        ("cupy", "ndarray", CUPY),
-    ):
+    for root, name, room in _ROOMS:
         if root in roots and any(base.__name__ == name for base in family):
-            return library
+            return _library_in(room)
     if not hasattr(kind, "__array_namespace__") or issubclass(kind, np.generic):
         return None
-    return JAX if "jax" in sys.modules and (roots & {"jax", "jaxlib"}) else OTHER
+    return _library_in("jax") if "jax" in sys.modules and (roots & {"jax", "jaxlib"}) else OTHER
+
+
+_ROOMS = (
+    ("cupyattn", "Outline", "outlines"),
+    ("cupyattn", "Sketch", "sketches"),
+    ("torch", "Tensor", "torch"),
+    ("dask", "Array", "dask"),
+    ("cupy", "ndarray", "cupy"),
+)
+"""The root of a type's module, its name, and in which room its library is."""
+
+
+def _library_in(room: str) -> Library:
+    """That of a room, which is imported when the first of its arrays comes."""
+    library: Library = getattr(import_module(f"cupyattn.arrays.{room}"), room.upper())
+    return library
 
 
 def alignment_meant(mask: Any) -> tuple[Alignment, Shape] | None:
@@ -81,6 +86,6 @@ def described(array: Any) -> tuple[Shape, str] | None:
         is_one = isinstance(getattr(array, "shape", None), tuple) and hasattr(array, "dtype")
         is_one = is_one and not isinstance(array, np.generic)
     else:
-        is_one = isinstance(library, Torch) and library.has_no_values(array)
+        is_one = library.has_no_values(array)
     library = library or OTHER
     return (library.shape(array), library.dtype(array)) if is_one else None

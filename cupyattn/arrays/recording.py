@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from inspect import Parameter, signature
 from typing import Any
 
@@ -15,64 +15,62 @@ import numpy as np
 
 from cupyattn.arrays.defining import define
 from cupyattn.arrays.library import NotNow
-from cupyattn.arrays.operators import Operator
+from cupyattn.arrays.operators import operator_of
+from cupyattn.arrays.shapes import Finish
 from cupyattn.reading import compute_dtype, known, refusal
 
-Finish = Callable[[Mapping[str, Any], Any], Any]
-"""What was asked, and an operator's results, to what the function returns."""
-Record = Callable[[tuple[Any, ...], Mapping[str, Any], Any], Any]
 
-
-def recorder(operator: Operator, finish: Finish) -> Record:
-    """What a call becomes."""
-    name, parameters = operator.name, signature(operator.function).parameters
+def known_before(operator: str) -> tuple[Any, ...]:
+    """Constants to torch.compile, which would guard what it found otherwise, and take numbers for variables."""
+    found = operator_of(operator)
+    define(found)
+    parameters = signature(found.function).parameters
     positional = sum(x.kind is Parameter.POSITIONAL_OR_KEYWORD for x in parameters.values())
+    arguments = tuple((x.word, x.kind.partition("(")[0], x.part) for x in found.arguments)
+    defaults = tuple((word, x.default) for word, x in parameters.items() if x.default is not Parameter.empty)
+    return tuple(parameters), defaults, arguments, found.destinations, positional, found.draws
 
-    def known_before() -> tuple[Any, ...]:
-        """Constants to torch.compile, which would guard what it found in a closure, and take numbers for variables."""
-        define(operator)
-        arguments = tuple((x.word, x.kind.partition("(")[0], x.part) for x in operator.arguments)
-        defaults = tuple((word, x.default) for word, x in parameters.items() if x.default is not Parameter.empty)
-        return tuple(parameters), defaults, arguments, operator.destinations, positional, operator.draws
 
-    known_before._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what assume_constant_result sets
+known_before._dynamo_marked_constant = True  # type: ignore[attr-defined]  # what assume_constant_result sets
 
-    def record(args: tuple[Any, ...], kwargs: Mapping[str, Any], otherwise: Any) -> Any:
-        """`otherwise` is what torch.compile calls instead, between two graphs; others have an error there."""
-        torch = sys.modules["torch"]
-        names, defaults, arguments, destinations, positional, draws = known_before()
-        values = {**dict(defaults), **dict(zip(names, args, strict=False)), **kwargs}
-        in_dynamo = not isinstance(otherwise, NotNow)
-        if in_dynamo and (len(args) > positional or len(values) != len(names)):
-            return otherwise(*args, **kwargs)
-        given: list[Any] = []
-        for word, kind, part in arguments:
-            value = _part(values[word], kind, part) if word in values else None
-            first = _first(values[names[0]])
-            if not in_dynamo:
-                value = _plain(name, word, kind, value, first)
-            elif isinstance(value, np.ndarray) and isinstance(first, torch.Tensor):
-                value = torch.as_tensor(value, device=first.device)
-            if not _fits(value, kind, in_dynamo and word != "dropout_seed"):  # which may be larger than an operator's
-                if in_dynamo:
-                    return otherwise(*args, **kwargs)
-                raise TypeError(refusal(name, f"{word} cannot be recorded", (word, repr(value), type(value).__name__)))
-            given.append(value)
-        if draws and values["dropout_p"] > 0.0 and values["dropout_seed"] is None:
-            given[-1] = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
-        found = getattr(torch.ops.cupyattn, name)(*given)
-        wanted = [values[word] for word in destinations]
-        if all(x is None for x in wanted):
-            results = finish(values, found)
-            if not in_dynamo and isinstance(results, tuple) and any(type(x) is int for x in results):
-                raise otherwise  # a number of this example's, where no symbols are traced
-            return results
-        if wanted[-1] is not None and not isinstance(finish(values, found), tuple):
-            raise ValueError(refusal(name, f"{destinations[-1]} is for the lse, which has to be asked for"))
-        there = [_put(name, word, x, y) for word, x, y in zip(destinations, wanted, found, strict=False)]
-        return finish(values, (*there, *found[len(there) :]))
 
-    return record
+def record(name: str, finish: Finish, args: tuple[Any, ...], kwargs: Mapping[str, Any], otherwise: Any) -> Any:
+    """A call as one of the operator of this name.
+
+    `otherwise` is what torch.compile calls instead, between two graphs; others have an error there.
+    """
+    torch = sys.modules["torch"]
+    names, defaults, arguments, destinations, positional, draws = known_before(name)
+    values = {**dict(defaults), **dict(zip(names, args, strict=False)), **kwargs}
+    in_dynamo = not isinstance(otherwise, NotNow)
+    if in_dynamo and (len(args) > positional or len(values) != len(names)):
+        return otherwise(*args, **kwargs)
+    given: list[Any] = []
+    for word, kind, part in arguments:
+        value = _part(values[word], kind, part) if word in values else None
+        first = _first(values[names[0]])
+        if not in_dynamo:
+            value = _plain(name, word, kind, value, first)
+        elif isinstance(value, np.ndarray) and isinstance(first, torch.Tensor):
+            value = torch.as_tensor(value, device=first.device)
+        if not _fits(value, kind, in_dynamo and word != "dropout_seed"):  # which may be larger than an operator's
+            if in_dynamo:
+                return otherwise(*args, **kwargs)
+            raise TypeError(refusal(name, f"{word} cannot be recorded", (word, repr(value), type(value).__name__)))
+        given.append(value)
+    if draws and values["dropout_p"] > 0.0 and values["dropout_seed"] is None:
+        given[-1] = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu")
+    found = getattr(torch.ops.cupyattn, name)(*given)
+    wanted = [values[word] for word in destinations]
+    if all(x is None for x in wanted):
+        results = finish(values, found)
+        if not in_dynamo and isinstance(results, tuple) and any(type(x) is int for x in results):
+            raise otherwise  # a number of this example's, where no symbols are traced
+        return results
+    if wanted[-1] is not None and not isinstance(finish(values, found), tuple):
+        raise ValueError(refusal(name, f"{destinations[-1]} is for the lse, which has to be asked for"))
+    there = [_put(name, word, x, y) for word, x, y in zip(destinations, wanted, found, strict=False)]
+    return finish(values, (*there, *found[len(there) :]))
 
 
 def _put(function: str, word: str, destination: Any, result: Any) -> Any:

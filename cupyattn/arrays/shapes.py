@@ -6,7 +6,6 @@ arguments fit each other has been found out before, see `outlines`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +16,8 @@ Values = Mapping[str, Any]
 Result = tuple[tuple[Any, ...], Any]
 """Shape and dtype."""
 Results = Callable[[Values], list[Result]]
+Finish = Callable[[Values, Any], Any]
+"""What was asked, and an operator's results, to what the function returns."""
 
 
 def with_lse(asked: Values, found: Any) -> Any:
@@ -113,6 +114,8 @@ def of_unpadded(values: Values) -> list[Result]:
 
 def of_tables(values: Values) -> list[Result]:
     """Cosines and sines."""
+    import json
+
     import torch
 
     scaling = json.loads(values["scaling"] or "{}")

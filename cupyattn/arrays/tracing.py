@@ -13,11 +13,9 @@ from functools import wraps
 from inspect import signature
 from typing import Any, ParamSpec, TypeVar, cast
 
-from cupyattn.arrays.defining import define
+from cupyattn.arrays.calling import DECLARED, beside_dynamo, declare
 from cupyattn.arrays.library import NotNow
-from cupyattn.arrays.operators import Operator, beside_dynamo
-from cupyattn.arrays.recording import Finish, recorder
-from cupyattn.arrays.shapes import Results
+from cupyattn.arrays.shapes import Finish, Results
 from cupyattn.reading import unknown_words
 
 P = ParamSpec("P")
@@ -49,32 +47,33 @@ def recorded(
     """A public function that is an operator of torch where a graph is made; the arguments are `Operator`'s."""
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        operator = Operator(function, results, gives, **traits)
-        OPERATORS.append(operator)
-        record, around = recorder(operator, finish), untraced(function)
+        name, around = declare(function, results, gives, traits), untraced(function)
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             if "torch._dynamo" in sys.modules and sys.modules["torch"].compiler.is_dynamo_compiling():
-                return cast(R, record(args, kwargs, around))
+                from cupyattn.arrays.recording import record
+
+                return cast(R, record(name, finish, args, kwargs, around))
             try:
                 return cast(R, _as_it_is(function, args, kwargs))
             except NotNow as error:
-                return cast(R, record(args, kwargs, error))
+                from cupyattn.arrays.recording import record
+
+                return cast(R, record(name, finish, args, kwargs, error))
 
         return call
 
     return decorate
 
 
-OPERATORS: list[Operator] = []
-"""Of all public functions that have been imported."""
-
-
 def define_operators() -> None:
-    """All of them, now; each is defined by itself where it is first recorded."""
-    for operator in OPERATORS:
-        define(operator)
+    """Those of all public functions that have been imported; each is defined by itself where it is first recorded."""
+    from cupyattn.arrays.defining import define
+    from cupyattn.arrays.operators import operator_of
+
+    for name in tuple(DECLARED):
+        define(operator_of(name))
 
 
 def _as_it_is(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import array_api_compat
-
 from cupyattn.arrays.library import Arrays, Backward, Forward, Job, Library, Nowhere, Valueless
 from cupyattn.arrays.numpy import NUMPY
 from cupyattn.arrays.recognition import OTHER, library_of
@@ -218,6 +216,8 @@ def _gathered(function: str, present: Present, found: list[Library]) -> Present:
 def _place(function: str, library: Library, present: Present) -> str:
     """ "cpu" or "cuda", where all of them are."""
     if library is OTHER:
+        import array_api_compat
+
         try:
             array_api_compat.array_namespace(*(array for _, array in present.values()))
         except TypeError:

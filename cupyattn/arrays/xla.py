@@ -5,7 +5,7 @@ and of memory for results, on a CPU or on the stream of a GPU.  What the call is
 that a program that is kept, exported or run in another process asks for the same.
 
 Of the interface only what follows is used; XLA promises not to change it without a new major version, and each of its
-structures says how long it is.  Whether all that holds here is tried once (`objection`); where it does not,
+structures says how long it is.  Whether all that holds here is tried once (`objection_to_programs`); where it does not,
 JAX calls back.
 
 Source   openxla/xla, xla/ffi/api/c_api.h, API 0.1 to 0.3.
@@ -17,31 +17,20 @@ import ctypes
 import math
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
 from typing import Any, cast
 
 import numpy as np
 
+from cupyattn.arrays.servers import SERVERS
 from cupyattn.problem import FLOAT8, Array
 
 TARGET = "cupyattn"
 MAJOR, MINOR = 0, 1
 """The oldest version that has all this."""
 PROBE = "is anybody there?"
-
-_servers: dict[str, Callable[..., None]] = {}
-"""By platform, in XLA's words."""
-
-
-def serve_programs(on_cpu: Callable[..., None], on_gpu: Callable[..., None]) -> None:
-    """By whom programs are answered: they are given a text, operands, and results, which they write.
-
-    On a GPU these are CuPy's, and the pointer of a stream comes with them.
-    """
-    _servers.update(cpu=on_cpu, CUDA=on_gpu)
-
 
 # ---- XLA's structures ------------------------------------------------------------------------------------------------
 
@@ -169,9 +158,9 @@ def _answer(platform: str, frame: _CallFrame) -> None:
         if text == PROBE:
             results[0][...] = operands[0]
             return
-        _servers[platform](text, operands, results)
+        SERVERS[platform](text, operands, results)
         return
-    _servers[platform](text, _on_gpu(frame.arguments), _on_gpu(frame.results), _stream_of(frame))
+    SERVERS[platform](text, _on_gpu(frame.arguments), _on_gpu(frame.results), _stream_of(frame))
 
 
 def _text(attributes: _Attributes) -> str:
@@ -254,7 +243,7 @@ _handlers = {platform: _handler(platform) for platform in ("cpu", "CUDA")}
 _trying = threading.Lock()
 
 
-def objection() -> str | None:
+def objection_to_programs() -> str | None:
     """Why a program of this JAX cannot call us, on one of the platforms that it may run on."""
     with _trying:
         return _objection()

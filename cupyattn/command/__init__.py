@@ -3,7 +3,7 @@
 - `parser`: which commands there are; `flags`: what their flags may say
 - `explaining`: explain; `timing`: bench, `pictures` what it draws; `kernels`: prebuild; `cubins`: cache
 - `doctor`: doctor, by `findings` about packages and cores and `devices` about GPUs and kernels
-- `progress`: how far it is, on a terminal; `table`: numbers under each other
+- `progress`: how far it is, on a terminal; `table`: numbers under each other; `undisturbed`: imports in one piece
 
 Whatever happens, it ends in words and an exit status: 0 done, 1 not done, 2 a flag that cannot be, 130 after Ctrl-C,
 141 where nobody reads what is printed.

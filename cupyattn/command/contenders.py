@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -87,9 +86,9 @@ def torch_sees_a_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def versions(device: str) -> dict[str, str]:
+def versions(device: str, against: str) -> dict[str, str]:
     """Of the peer, and the GPU's name."""
-    if not find_spec("torch"):
+    if against != "torch":
         return {}
     import torch
 

@@ -7,7 +7,7 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterator
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 from cupyattn import numpy_ref
 from cupyattn.api import attention
 from cupyattn.command.table import of_bytes
+from cupyattn.command.undisturbed import import_undisturbed
 from cupyattn.cpu import memory_of_machine, num_cores
 from cupyattn.explaining import explain
 
@@ -82,7 +83,7 @@ def _optional(name: str, oldest: str, what_for: str, package: str) -> Finding:
     if version is None:
         return Finding(name, "not installed", f"{what_for}: pip install {package}")
     try:
-        import_module(name)
+        import_undisturbed(name)
     except Exception as error:  # whatever: it is the finding
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return Finding(name, f"{version}, which cannot be imported: {reason}", f"pip install --upgrade {name}", True)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from cupyattn.command import cubins, doctor, explaining, kernels, timing
 from cupyattn.cuda import info
@@ -44,7 +45,11 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An error is one sentence, not a page of flags before it."""
+    """An error is one sentence, not a page of flags before it; a window may begin with -1."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._negative_number_matcher = re.compile(r"-\d+(,-?\d+)?")  # or argparse takes "-1,0" for a flag
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")

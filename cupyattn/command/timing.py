@@ -21,6 +21,7 @@ from cupyattn.command.contenders import Call, Sizes
 from cupyattn.command.pictures import save_picture
 from cupyattn.command.progress import Progress
 from cupyattn.command.table import aligned
+from cupyattn.command.undisturbed import import_undisturbed
 from cupyattn.cpu import num_cores
 
 SAMPLE, TURN = 0.001, 0.05
@@ -58,9 +59,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     """Measure and print; 1 if a file could not be written."""
     _check(parser, given)
-    against = given.against or ("torch" if find_spec("torch") else "naive")
+    against = given.against or _peer_here()
     dtype = given.dtype or "float32"
-    found = {"when": datetime.now().astimezone().isoformat(timespec="seconds"), **_machine(given.device)}
+    found = {"when": datetime.now().astimezone().isoformat(timespec="seconds"), **_machine(given.device, against)}
     if found["load"] is not None and found["load"] > num_cores() / 2:
         print(f"others keep this machine busy (load {found['load']}): times will be too long", file=sys.stderr)
     sizes = [
@@ -123,9 +124,10 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     if given.num_heads_kv and given.num_heads % given.num_heads_kv:
         rule = f"has to divide --num-heads: {given.num_heads} query heads cannot share {given.num_heads_kv}"
         parser.error(f"argument --num-heads-kv: {rule}")
-    if "torch" in (given.against, "torch" if given.device == "cuda" else None) and not find_spec("torch"):
+    needs_torch = "torch" in (given.against, "torch" if given.device == "cuda" else None)
+    if needs_torch and (objection := _objection_to("torch")):
         flag = "--against torch" if given.against == "torch" else "--device cuda"
-        parser.error(f"argument {flag}: needs torch, which is not installed: pip install cupyattn[torch]")
+        parser.error(f"argument {flag}: needs torch, which {objection}: pip install cupyattn[torch]")
     if given.device == "cuda" and not contenders.torch_sees_a_gpu():
         parser.error("argument --device: cuda needs an NVIDIA GPU, and torch finds none")
     if given.device == "cuda" and given.against == "naive":
@@ -134,8 +136,8 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
         parser.error(f"argument --dtype: {given.dtype} goes with --device cuda; the CPU computes in float32 or float64")
     if given.device == "cuda" and given.dtype == "float64":
         parser.error("argument --dtype: float64 goes with --device cpu; no kernel takes it")
-    if given.picture and not find_spec("matplotlib"):
-        parser.error("argument --picture: needs matplotlib, which is not installed: pip install cupyattn[cli]")
+    if given.picture and (objection := _objection_to("matplotlib")):
+        parser.error(f"argument --picture: needs matplotlib, which {objection}: pip install cupyattn[cli]")
     if given.picture and given.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
         parser.error(f"argument --picture: has to end in .png, .svg or .pdf, not {given.picture.suffix!r}")
     for flag, path in (("--json", given.json), ("--picture", given.picture)):
@@ -143,7 +145,27 @@ def _check(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
             parser.error(f"argument {flag}: there is no folder {Path(path).absolute().parent}")
 
 
-def _machine(device: str) -> dict[str, Any]:
+def _objection_to(package: str) -> str | None:
+    """Why it cannot be used; an installation may be broken, too."""
+    if not find_spec(package):
+        return "is not installed"
+    try:
+        import_undisturbed(package)
+    except Exception as error:  # whatever: it is what is said
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"cannot be imported ({reason})"
+    return None
+
+
+def _peer_here() -> str:
+    """torch where it is installed; of one that is broken there is a word, and the formula instead."""
+    objection = _objection_to("torch")
+    if objection and find_spec("torch"):
+        print(f"torch {objection}, see cupyattn doctor: the naive formula is measured instead", file=sys.stderr)
+    return "naive" if objection else "torch"
+
+
+def _machine(device: str, against: str) -> dict[str, Any]:
     """What a reader of these numbers has to know."""
     from cupyattn import __version__
 
@@ -151,7 +173,7 @@ def _machine(device: str) -> dict[str, Any]:
         "cupyattn": __version__,
         "python": platform.python_version(),
         "numpy": np.__version__,
-        **contenders.versions(device),
+        **contenders.versions(device, against),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": num_cores(),

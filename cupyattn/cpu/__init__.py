@@ -9,10 +9,19 @@
 - `flash`: the arithmetic of a tile, twin of the CUDA kernels
 - `places`: where rows and keys lie; `facts`: what is known of the keys; `scratch`: memory that is used again
 - `machine`: how many cores, how much memory
+
+Both passes are imported when they are first run: a machine's GPU needs neither, and inference only one of them.
 """
 
-from cupyattn.cpu.backward import run_backward
-from cupyattn.cpu.forward import run
+from typing import TYPE_CHECKING
+
 from cupyattn.cpu.machine import memory_of_machine, num_cores
+from cupyattn.doors import opened_late
+
+if TYPE_CHECKING:
+    from cupyattn.cpu.backward import run_backward
+    from cupyattn.cpu.forward import run
 
 __all__ = ["memory_of_machine", "num_cores", "run", "run_backward"]
+
+__getattr__ = opened_late(__name__, {"forward": ("run",), "backward": ("run_backward",)})

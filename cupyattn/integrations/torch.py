@@ -23,9 +23,22 @@ Examples
 from cupyattn.arrays import define_operators
 from cupyattn.integrations import onnx
 from cupyattn.linear import linear_attention
-from cupyattn.peers import cascade, kvcache
+from cupyattn.merging import merge_states
+from cupyattn.peers import (
+    apply_rotary_emb,
+    cascade,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    kvcache,
+    pad_input,
+    rotary_tables,
+    scaled_dot_product_attention,
+)
 
-OF = (cascade.cascade_attention, kvcache.flash_attn_with_kvcache, linear_attention, onnx.attention)
-"""Functions that nobody has imported before they are asked for, and that are operators, too."""
+OF = (
+    *(onnx.attention, linear_attention, merge_states, scaled_dot_product_attention, apply_rotary_emb, rotary_tables),
+    *(flash_attn_func, flash_attn_varlen_func, pad_input, cascade.cascade_attention, kvcache.flash_attn_with_kvcache),
+)
+"""One of each room whose functions are operators, too, and that nobody has imported before it is asked for."""
 
 define_operators()

@@ -21,7 +21,6 @@ from typing import Any
 
 from cupyattn import reading
 from cupyattn.api import attention
-from cupyattn.arrays import define_operators
 from cupyattn.integrations import batching, models
 from cupyattn.integrations.weights import with_weights
 from cupyattn.reading import refusal
@@ -122,7 +121,8 @@ def register(
         raise ImportError(refusal("register", rule, ("transformers", transformers.__version__)))
     models.admit(name)
     batching.admit(models.NAMES)
-    define_operators()
+    from cupyattn.integrations import torch as operators  # noqa: F401 - which are there once this is imported
+
     function = partial(attend, compute_dtype=compute, ignored=names, last_queries=last)
     for each in (name, f"paged|{name}"):  # as transformers has two names for its own
         transformers.AttentionInterface.register(each, function)

@@ -12,24 +12,15 @@ returns a `Plan` that prints itself.  Nothing here touches an array or a GPU.
 - `tiling`: how many tiles sequences take whose lengths are not known yet
 - `schedule`: which keys of which rows a thread block has where lengths are data
 - `splits`: into how many pieces a decode cuts its keys, by our rule and by those of flash-attn
+
+What only gradients and `explain` need, `backward` and `memory`, is imported when it is first asked for.
 """
 
 import sys
+from typing import TYPE_CHECKING
 
+from cupyattn.doors import opened_late
 from cupyattn.plan import hopper
-from cupyattn.plan.backward import (
-    OF_BIAS,
-    OF_KEYS,
-    OF_QUERIES,
-    OF_VALUES,
-    backward_tile,
-    choose_backward,
-    heads_per_block,
-    hopper_backward_tile,
-    hopper_shared_memory_of,
-    passes_of,
-    shared_memory_of,
-)
 from cupyattn.plan.choosing import choose, for_live_keys, with_num_splits
 from cupyattn.plan.cpu import cpu_cost, cpu_tile
 from cupyattn.plan.gpu import bytes_in_a_ring, bytes_of_a_query, flash_tile, gpu_tile, split_tile
@@ -48,12 +39,27 @@ from cupyattn.plan.hopper import (
     query_stages,
     rows_per_box,
 )
-from cupyattn.plan.memory import memory_of
 from cupyattn.plan.objections import IMPLEMENTATIONS, LONGEST, objections_of_hopper
 from cupyattn.plan.schedule import BY_SHARES, num_sequences, num_words
 from cupyattn.plan.splits import FEWEST_KEYS, merging_blocks
 from cupyattn.plan.tiling import num_row_tiles, num_tiles, tile_of_round, tiles_if_even
 from cupyattn.plan.values import BackwardTile, BackwardTiles, CpuTile, Plan, Tile
+
+if TYPE_CHECKING:
+    from cupyattn.plan.backward import (
+        OF_BIAS,
+        OF_KEYS,
+        OF_QUERIES,
+        OF_VALUES,
+        backward_tile,
+        choose_backward,
+        heads_per_block,
+        hopper_backward_tile,
+        hopper_shared_memory_of,
+        passes_of,
+        shared_memory_of,
+    )
+    from cupyattn.plan.memory import memory_of
 
 __all__ = [
     "ALL_KEYS",
@@ -109,5 +115,25 @@ __all__ = [
     "tiles_if_even",
     "with_num_splits",
 ]
+
+__getattr__ = opened_late(
+    __name__,
+    {
+        "backward": (
+            "OF_BIAS",
+            "OF_KEYS",
+            "OF_QUERIES",
+            "OF_VALUES",
+            "backward_tile",
+            "choose_backward",
+            "heads_per_block",
+            "hopper_backward_tile",
+            "hopper_shared_memory_of",
+            "passes_of",
+            "shared_memory_of",
+        ),
+        "memory": ("memory_of",),
+    },
+)
 
 sys.modules["cupyattn.hopper"] = hopper  # where plans that were pickled before there was this wing look for their tiles

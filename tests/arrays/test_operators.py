@@ -11,7 +11,7 @@ from oracle import assert_same_bits
 
 import cupyattn
 import cupyattn.integrations.torch
-from cupyattn.arrays.tracing import OPERATORS
+from cupyattn.arrays.calling import DECLARED
 from cupyattn.integrations import onnx
 
 torch = needs("torch")
@@ -234,8 +234,8 @@ def operator_of(call):
     """The operator of the function that a call is of: the longest name that its own begins with."""
     names = {"sdpa_without_heads": "scaled_dot_product_attention"}
     title = next((full for short, full in names.items() if call.__name__.startswith(short)), call.__name__)
-    found = max((x for x in OPERATORS if title.startswith(x.name)), key=lambda x: len(x.name))
-    return getattr(torch.ops.cupyattn, found.name).default
+    found = max((name for name in DECLARED if title.startswith(name)), key=len)
+    return getattr(torch.ops.cupyattn, found).default
 
 
 @pytest.fixture(autouse=True)
@@ -517,7 +517,7 @@ def test_every_public_function_of_arrays_is_an_operator():
     own |= {"linear_attention", "linear_attention_backward", "onnx_attention"}
     helpers = {"apply_rotary_emb", "pad_input", "unpad_input", "rotary_tables"}
     flash = {name for name in cupyattn.__all__ if name.startswith("flash_attn_")}
-    assert {operator.name for operator in OPERATORS} == own | helpers | flash
+    assert DECLARED.keys() == own | helpers | flash
 
 
 def arguments_of(call):
@@ -659,3 +659,18 @@ def test_an_exported_program_is_right_for_other_sizes_where_nothing_was_recorded
         assert torch.equal(found, cupyattn.attention(q, q, q, causal=True))
     """
     subprocess.run([sys.executable, "-c", inspect.cleandoc(text), tmp_path / "program.pt2"], check=True)
+
+
+FIRST = """
+import sys, torch, cupyattn
+rooms = {"cupyattn.arrays.recording", "cupyattn.arrays.torch", "cupyattn.peers.torch"}
+assert not rooms & sys.modules.keys()
+q = torch.ones(1, 2, 3, 8)
+function = lambda q: cupyattn.scaled_dot_product_attention(q, q, q, is_causal=True)
+found = torch.compile(function, fullgraph=True, backend="eager")(q)
+assert rooms <= sys.modules.keys() and torch.equal(found, function(q))
+"""
+
+
+def test_the_first_call_of_a_process_may_be_one_that_torch_compile_traces():
+    subprocess.run([sys.executable, "-c", FIRST], check=True)

@@ -192,7 +192,7 @@ def test_without_it_there_is_a_callback_and_explain_says_why(monkeypatch):
     jax = needs("jax")
     arrays = operands_of_jax()
     assert "under jax.jit it is called by the compiled program itself" in cupyattn.explain(*arrays).notes
-    monkeypatch.setattr(xla, "objection", lambda: "a test says so")
+    monkeypatch.setattr(xla, "objection_to_programs", lambda: "a test says so")
     assert "under jax.jit it is a callback to the host: a test says so" in cupyattn.explain(*arrays).notes
     program = jax.jit(lambda *x: causal(*x)).lower(*arrays)
     assert "custom_call @cupyattn" not in program.as_text()

@@ -84,3 +84,11 @@ def test_what_explain_refuses_is_status_two_in_its_own_words(capsys):
         main([*SIZES, "--batch", str(2**70)])
     assert caught.value.code == 2
     assert "explain: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("window", ["-1,0", "-1,-1", "3,-1"])
+def test_a_window_may_begin_with_all_keys_without_an_equals_sign(window, capsys):
+    assert main(["explain", "--seqlen-q", "8", "--window-size", window]) == 0
+    plain = capsys.readouterr().out
+    assert main(["explain", "--seqlen-q", "8", f"--window-size={window}"]) == 0
+    assert capsys.readouterr().out == plain

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import pytest
 
@@ -47,6 +48,34 @@ def test_the_peer_is_torch_where_it_is_installed(present, monkeypatch, capsys):
     monkeypatch.setattr(timing, "find_spec", lambda name: name if present else None)
     assert main([*QUICK[:-2], "--json", "-"]) == 0
     assert json.loads(capsys.readouterr().out)["against"] == ("torch" if present else "naive")
+
+
+@pytest.fixture
+def broken_torch(tmp_path, monkeypatch):
+    """A torch that is installed, and whose import raises."""
+    (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: no such file\\nand more')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+
+
+def test_a_torch_that_is_broken_is_named_and_the_formula_measured(broken_torch, capsys):
+    assert main([*QUICK[:-2], "--json", "-"]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["against"] == "naive"
+    assert "torch cannot be imported (libtorch.so: no such file), see cupyattn doctor" in said.err
+
+
+@pytest.mark.parametrize("flags", [["--against", "torch"], ["--device", "cuda"]], ids=str)
+def test_a_torch_that_is_broken_is_refused_where_it_is_asked_for(flags, broken_torch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*QUICK[:-2], *flags])
+    assert caught.value.code == 2
+    assert "needs torch, which cannot be imported (libtorch.so: no such file)" in capsys.readouterr().err
+
+
+def test_measuring_beside_the_formula_does_not_import_torch(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(QUICK) == 0
 
 
 def test_the_table_has_times_and_a_ratio(capsys):
