@@ -8,6 +8,7 @@ from typing import Any, Literal
 from cupyattn.api import Gradients
 from cupyattn.arrays import Arrays, untraced
 from cupyattn.distributed import jax as in_jax
+from cupyattn.distributed import verbs
 from cupyattn.distributed.asked import Asked, ask
 from cupyattn.distributed.comm import Comm
 from cupyattn.distributed.jax import JaxComm
@@ -15,8 +16,7 @@ from cupyattn.distributed.route import Route, route_of
 from cupyattn.distributed.running import run, run_backward
 from cupyattn.distributed.sharding import Kind, Sharding
 from cupyattn.distributed.traffic import Keys, Returns, Ring
-from cupyattn.distributed.work import Work
-from cupyattn.numpy_ref import State
+from cupyattn.distributed.working import AnyState, AnyWork, work_of
 from cupyattn.problem import Alignment, Array, Implementation, Span
 from cupyattn.reading import flag
 
@@ -207,14 +207,14 @@ def _route(asked: Asked) -> Route:
     return route_of(asked.rows, asked.keys, asked.band)
 
 
-def _ring(asked: Asked, work: Work) -> Ring:
+def _ring(asked: Asked, work: AnyWork) -> Ring:
     length = asked.keys.length(asked.comm.rank)
     return Ring(asked.comm, _route(asked), Keys((Span(0, length),), work.k, work.v))
 
 
-def _forward(asked: Asked, operands: Arrays) -> tuple[Work, State]:
+def _forward(asked: Asked, operands: Arrays) -> tuple[AnyWork, AnyState]:
     """The state of this rank's rows over all keys."""
-    work = Work(asked, operands, asked.visit.device())
+    work = work_of(asked, operands)
     whole, ring = work.begin(), _ring(asked, work)
     for _ in range(asked.comm.size):
         ring.begin()
@@ -224,22 +224,20 @@ def _forward(asked: Asked, operands: Arrays) -> tuple[Work, State]:
     return work, whole
 
 
-def _backward(work: Work, rows: Arrays) -> Arrays:
+def _backward(work: AnyWork, rows: Arrays) -> Arrays:
     """The gradients; those of keys are found where the rows are, and go home."""
     asked = work.asked
     totals, ring = work.totals(), _ring(asked, work)
     returns = Returns(asked.comm, ring.route, totals["k"], totals["v"])
     for step in range(asked.comm.size):
         ring.begin()
-        returns.begin(step)
-        held = ring.held.widened(work.dtype)
-        found = held.zeros()
+        held = Keys(ring.held.spans, work.for_gradients(ring.held.k), work.for_gradients(ring.held.v))
+        found = held.zeros(work.dtype)
         for rectangle in ring.seen():
-            dk, dv = work.gradients(totals, rows, rectangle, *held.of(rectangle.keys))
-            of_k, of_v = found.of(rectangle.keys)
-            of_k += dk
-            of_v += dv
-        returns.end(step, found)
+            shares = work.gradients(totals, rows, rectangle, *held.of(rectangle.keys))
+            for total, share in zip(found.of(rectangle.keys), shares, strict=True):
+                verbs.add(total, share)
+        returns.exchange(step, found)
         ring.end()
     returns.add()
     return totals
