@@ -14,10 +14,12 @@ ring         ring_attention
 """
 
 from cupyattn.distributed.comm import Comm, RankFailed
+from cupyattn.distributed.cost import StepCost, step_cost
 from cupyattn.distributed.decode import sharded_decode, sharded_decode_backward
 from cupyattn.distributed.explaining import DistributedPlan, explain
 from cupyattn.distributed.jax import JaxComm
 from cupyattn.distributed.mpi import MpiComm
+from cupyattn.distributed.nccl import NcclComm
 from cupyattn.distributed.ring import ring_attention, ring_attention_backward
 from cupyattn.distributed.sharding import Sharding, shard_sequence, unshard_sequence
 from cupyattn.distributed.threads import ThreadComm, run_ranks
@@ -29,8 +31,10 @@ __all__ = [
     "DistributedPlan",
     "JaxComm",
     "MpiComm",
+    "NcclComm",
     "RankFailed",
     "Sharding",
+    "StepCost",
     "ThreadComm",
     "TorchComm",
     "explain",
@@ -40,6 +44,7 @@ __all__ = [
     "shard_sequence",
     "sharded_decode",
     "sharded_decode_backward",
+    "step_cost",
     "ulysses_attention",
     "ulysses_attention_backward",
     "unshard_sequence",

@@ -74,6 +74,9 @@ class ThreadComm(PointToPoint):
     """
 
     def __init__(self, world: _World, rank: int, timeout: float) -> None:
+        if not isinstance(world, _World):
+            rule = "is made by run_ranks, which gives it to function(comm)"
+            raise TypeError(refusal("ThreadComm", rule, ("world", repr(world), type(world).__name__)))
         self.world, self.rank, self.size, self.timeout = world, rank, world.size, timeout
 
     def check(self) -> None:
