@@ -10,6 +10,7 @@ import ctypes
 import threading
 from collections import defaultdict, deque
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def memory(pointer, count):
 class Stream:
     """Work in order; `ptr` names it."""
 
-    made = {}
+    made: ClassVar = {}
 
     def __init__(self, non_blocking=False, ptr=None):
         self.ptr = id(self) if ptr is None else ptr

@@ -1,14 +1,18 @@
 """Attention of sequences that are shared out among ranks: processes, machines, or threads of one process.
 
 sharding     which tokens are whose, as a value; arrays cut by it and put together again
+verbs        what messages and totals need of arrays
 comm         what ranks say to each other: the protocol
 threads      ranks that are threads of this process: the engine that is always there
+nccl         ranks that have a GPU each
 rectangles   who sees whom: rows of one rank over keys of another, as `attention` can be asked for them
 route        the way of the keys round the ring, and what of them is sent on
 traffic      keys and gradients as messages
 agreement    all ranks ask for the same, or all raise
 asked        what is asked of all ranks together
-work         the arithmetic of one rank
+rank         what one rank has of a call
+work         its arithmetic on the CPU
+gpu          the same on a GPU
 running      a call on one rank, from the caller's arrays to his results
 ring         ring_attention
 """

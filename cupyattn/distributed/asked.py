@@ -71,7 +71,7 @@ def ask(
     not neighbours cannot have distances from a diagonal.
     """
     if not is_comm(comm):
-        rule = "comm has to be one of cupyattn.distributed's: by run_ranks, MpiComm or TorchComm"
+        rule = "comm has to be one of cupyattn.distributed's: by run_ranks, MpiComm, TorchComm or NcclComm"
         rule += "; gradients inside of jax.shard_map are jax.grad's"
         raise TypeError(refusal(function, rule, ("comm", repr(comm), type(comm).__name__)))
     mine: dict[str, Any] = {}
@@ -97,7 +97,10 @@ def ask(
     right = 0 if options.causal else options.window[1]
     band = Band(options.window[0], right, problems[0].mask.alignment == "bottom-right")
     if rectangles and "alibi_slopes" in of_ranks[0] and (rows.kind == "striped" or keys.kind == "striped"):
-        rule = "alibi_slopes are not for striped sequences; zigzag and contiguous ones have them"
+        rule = (
+            "alibi_slopes are not for striped rows, whose diagonal is between two keys; zigzag and contiguous ones have"
+        )
+        rule += " them, and ulysses_attention"
         raise ValueError(refusal(function, rule, ("sharding", keys)))
     if mine["visit"].kind == "cuda":  # refused before anything is sent
         plan_for(function, problems[comm.rank], mine["visit"].device(), mine["allowed"])

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-import numpy as np
-
 from cupyattn import reading
 from cupyattn.distributed import verbs
 from cupyattn.problem import Shape

@@ -1,4 +1,5 @@
-"""`step_cost`: what a ring would take on links and kernels of given speeds.  A model, with its inputs; nothing is measured."""
+"""`step_cost`: what a ring would take on links and kernels of given speeds.  A model, with its inputs, which measures
+nothing."""
 
 from __future__ import annotations
 
@@ -24,8 +25,10 @@ class StepCost:
 
     @property
     def seconds(self) -> float:
-        """Of all steps, each as long as the longer of the two: keys travel while others are attended."""
-        return sum(map(max, self.attention, self.transfer))
+        """Of all steps, each as long as the longer of the two: what is sent travels while keys are attended.  Beside
+        what is sent at the end of the last step, as gradients are, nothing is attended."""
+        last = self.attention[-1] + self.transfer[-1]
+        return sum(map(max, self.attention[:-1], self.transfer[:-1])) + last
 
     @property
     def efficiency(self) -> float:
@@ -40,9 +43,7 @@ class StepCost:
         return "\n".join([*lines, f"{1e6 * self.seconds:.1f} us, {100 * self.efficiency:.1f} % of attention alone"])
 
 
-def step_cost(
-    plan: DistributedPlan, *, tflops: float, gigabytes_per_second: float, latency: float = 1e-5
-) -> StepCost:
+def step_cost(plan: DistributedPlan, *, tflops: float, gigabytes_per_second: float, latency: float = 1e-5) -> StepCost:
     """What a ring would take, each step as long as the longer of attention and transfer.
 
     Parameters
@@ -68,15 +69,16 @@ def step_cost(
 
     Notes
     -----
-    A rank's work is taken to be the same at each step, as in a zigzag it nearly is.  Not in the model: launches, merging,
-    packing of messages, what kernels lose on shorter pieces, and what sending takes from them.
+    A rank's work is taken to be the same at each step, as in a zigzag it nearly is.  Not in the model: launches,
+    merging, packing of messages, what kernels lose on shorter pieces, and what sending takes from them.
 
     Examples
     --------
     >>> from cupyattn.distributed import explain, step_cost
     >>> shape = (1, 65536, 32, 128), (1, 65536, 8, 128), (1, 65536, 8, 128)
     >>> plan = explain(*shape, size=8, causal=True, dtype="bfloat16")
-    >>> print(step_cost(plan, tflops=600, gigabytes_per_second=200))
+    >>> round(step_cost(plan, tflops=600, gigabytes_per_second=20).efficiency, 2)
+    0.57
     """
     function = "step_cost"
     if not isinstance(plan, DistributedPlan):

@@ -47,11 +47,12 @@ def sharded_decode(
     Parameters
     ----------
     q : array, shape (batch, seqlen_q, num_heads, head_dim)
-        The same on all ranks; all else that is not named here, too.  On the CPU.
+        The same on all ranks; all else that is not named here, too.  On the CPU or, as for
+        `ring_attention`, on a GPU.
     k, v : array, shapes (batch, own tokens, num_heads_kv, head_dim), ...
         Of this rank's tokens; there may be none.
     comm : Comm
-        Who takes part: by `run_ranks`, `MpiComm` or `TorchComm`.
+        Who takes part: by `run_ranks`, `MpiComm`, `TorchComm` or `NcclComm`.
     sharding : Sharding or {"contiguous", "zigzag", "striped"}
         Which keys are whose.  The keys of "contiguous" ranks may be as many as they are.
     causal, alignment, window_size, ...

@@ -259,7 +259,10 @@ class NcclComm(PointToPoint):
             self._nccl.groupStart()
             try:
                 for is_sent, array, other in batch.calls:
-                    call, count = self._communicator.send if is_sent else self._communicator.recv, verbs.num_bytes(array)
+                    call, count = (
+                        self._communicator.send if is_sent else self._communicator.recv,
+                        verbs.num_bytes(array),
+                    )
                     if count:
                         call(verbs.pointer(array), count, self._nccl.NCCL_UINT8, other, self.stream.ptr)
             finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
+
 import numpy as np
 
 from cupyattn import cpu

@@ -33,8 +33,7 @@ def gpu(torch, monkeypatch):
 
 def drawn(torch, rng, dtype, seqlen_q=SEQLEN, seqlen_k=SEQLEN):
     shapes = [(1, n, h, DIM) for n, h in ((seqlen_q, HEADS[0]), (seqlen_k, HEADS[1]), (seqlen_k, HEADS[1]))]
-    found = [torch.from_numpy(rng.standard_normal(x)).to(getattr(torch, dtype)) for x in (*shapes, shapes[0])]
-    return found
+    return [torch.from_numpy(rng.standard_normal(x)).to(getattr(torch, dtype)) for x in (*shapes, shapes[0])]
 
 
 def wide(array):

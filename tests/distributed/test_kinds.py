@@ -80,7 +80,7 @@ def test_a_wrong_kind_is_refused_by_function_and_argument(name):
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda x: x.__name__)
 def test_each_argument_of_a_wrong_kind_is_refused_by_its_name(function):
     known = FUNCTIONS[function]
-    wrong = dict.fromkeys(NUMBERS, 3) | dict.fromkeys(TEXTS, "a") | {name: 3 for name in known}
+    wrong = dict.fromkeys(NUMBERS, 3) | dict.fromkeys(TEXTS, "a") | dict.fromkeys(known, 3)
     for name, value in wrong.items():
         arguments = {"q": X, "k": X, "v": X, **known, name: value}
 

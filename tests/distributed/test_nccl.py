@@ -139,7 +139,7 @@ def test_who_waits_too_long_gives_up_and_says_so(gpu, monkeypatch):
 
 
 def test_what_is_no_communicator_is_refused():
-    with pytest.raises(TypeError, match="NcclComm: communicator has to be a cupy.cuda.nccl.NcclCommunicator"):
+    with pytest.raises(TypeError, match=r"NcclComm: communicator has to be a cupy\.cuda\.nccl\.NcclCommunicator"):
         NcclComm(3)
 
 
