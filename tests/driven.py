@@ -3,6 +3,7 @@ stands for the driver in between."""
 
 import ctypes
 import functools
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import pytest
 from emulated import encode
 
 from cupyattn import cuda
-from cupyattn.cuda import appending, backward, scheduling
+from cupyattn.cuda import appending, backward, merging, scheduling
 from cupyattn.cuda.launching import maps, memory
 from cupyattn.problem import NAMED_DEVICES
 
@@ -25,6 +26,7 @@ class Driver:
     def __init__(self):
         self.launches, self.storages = [], {}
         self.stream, self.nodes = 0, None
+        self.one_at_a_time = threading.Lock()
 
     def kernel(self, specialisation, index):
         emulator.require_compiler()
@@ -40,7 +42,8 @@ class Driver:
     def queue(self, work):
         """Done at once, or at every replay of the graph that is being captured."""
         if self.nodes is None:
-            work()
+            with self.one_at_a_time:  # ranks that are threads
+                work()
         else:
             self.nodes.append(work)
 
@@ -61,7 +64,7 @@ class Driver:
         """(bytes, writable) of each storage, as the emulator wants to know."""
         return [
             (np.ctypeslib.as_array((ctypes.c_uint8 * storage.nbytes()).from_address(pointer)), True)
-            for pointer, storage in self.storages.items()
+            for pointer, storage in list(self.storages.items())
             if storage.nbytes()
         ]
 
@@ -69,7 +72,7 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch):
     found = Driver()
-    for module in (cuda, appending, backward, scheduling):
+    for module in (cuda, appending, backward, merging, scheduling):
         monkeypatch.setattr(module, "kernel", found.kernel)
     monkeypatch.setattr(cuda, "device_of", lambda function, title, array: H100)
     monkeypatch.setattr(cuda, "_device", lambda index: H100)

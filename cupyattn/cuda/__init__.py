@@ -4,6 +4,7 @@ memory      whose arrays these are, and where they lie
 launch      kernel, grid and parameter record
 append      the same for new keys and values on their way into a cache
 gradients   the same for gradients: several launches, and sums over what repeats an operand
+states      the same for states that are merged one after the other
 module      the kernel, from the cache of cubins or from NVRTC
 lanes       copies to the host and back, beside the caller's stream
 """
@@ -26,6 +27,7 @@ from cupyattn.cuda.launching.memory import NOTHING, CuPyMemory, JaxMemory, Torch
 from cupyattn.cuda.launching.views import View, has_one_batch_axis, has_to_be_copied, is_aligned, lies_like_new
 from cupyattn.cuda.making.compiler import FOLDER_OF_CUPY, INSTALL
 from cupyattn.cuda.making.module import Launch, kernel
+from cupyattn.cuda.merging import RunningState
 from cupyattn.plan import Plan
 from cupyattn.problem import FLOAT8, Device, Problem, Shape, Spec
 from cupyattn.reading import refusal
@@ -84,6 +86,16 @@ def index_of(array: Any) -> int:
         if isinstance(index, int):
             return index
     return int(array.__dlpack_device__()[1])
+
+
+def running_state(title: str, like: Any, batch: int, num_heads: int, count: int, head_dim_v: int) -> RunningState:
+    """The state of rows that have seen no key yet, where `like` is; see `RunningState`."""
+    return RunningState(_memory(title), index_of(like), batch, num_heads, count, head_dim_v, like)
+
+
+def current(array: Any) -> Any:
+    """Where an array is, as the current device; a context."""
+    return _current(index_of(array))
 
 
 @functools.cache

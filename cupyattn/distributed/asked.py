@@ -8,7 +8,7 @@ from typing import Any
 
 from cupyattn.allowed import Allowed, allowed_by
 from cupyattn.arrays import Visit, enter
-from cupyattn.corridor import under_our_names
+from cupyattn.corridor import plan_for, under_our_names
 from cupyattn.distributed.agreement import Statement, agree, check_same_shapes, is_comm
 from cupyattn.distributed.comm import Comm
 from cupyattn.distributed.rectangles import Band
@@ -19,6 +19,9 @@ from cupyattn.reading import Options, attention_options, read, refusal
 Specs = Mapping[str, Spec]
 _WORDS = {"axes": "layout", "window": "window_size"}
 """What callers call our options, where it is something else."""
+
+ON_GPUS = ("cupy.ndarray", "torch.Tensor")
+"""Titles of libraries whose arrays on a GPU can be sent."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Asked:
     @property
     def compute_dtype(self) -> str:
         """Of the arithmetic, and of what is kept for gradients."""
-        return self.options.compute_dtype or "float64"
+        return "float32" if self.visit.kind == "cuda" else self.options.compute_dtype or "float64"
 
 
 def ask(
@@ -68,7 +71,7 @@ def ask(
     not neighbours cannot have distances from a diagonal.
     """
     if not is_comm(comm):
-        rule = "comm has to be one of cupyattn.distributed's: by run_ranks, MpiComm or TorchComm"
+        rule = "comm has to be one of cupyattn.distributed's: by run_ranks, MpiComm, TorchComm or NcclComm"
         rule += "; gradients inside of jax.shard_map are jax.grad's"
         raise TypeError(refusal(function, rule, ("comm", repr(comm), type(comm).__name__)))
     mine: dict[str, Any] = {}
@@ -76,11 +79,11 @@ def ask(
     def state() -> Statement:
         options = attention_options(function, return_lse=True, dropout_p=0.0, **scalars)
         visit = enter(function, under_our_names(**arrays, **known))
-        _check_home(visit)
+        _check_home(visit, rectangles)
         name = sharding_meant(function, sharding, options, comm.size)
         mine.update(options=options, visit=visit, allowed=allowed_by(function, implementation), sharding=name)
         said = {_WORDS.get(word, word): repr(value) for word, value in options._asdict().items()}
-        return Statement(dict(visit.specs), {**said, "sharding": repr(name)})
+        return Statement(dict(visit.specs), {**said, "sharding": repr(name), "device": visit.kind})
 
     of_ranks = agree(comm, function, state)
     options, sharding = mine["options"], mine["sharding"]
@@ -94,19 +97,30 @@ def ask(
     right = 0 if options.causal else options.window[1]
     band = Band(options.window[0], right, problems[0].mask.alignment == "bottom-right")
     if rectangles and "alibi_slopes" in of_ranks[0] and (rows.kind == "striped" or keys.kind == "striped"):
-        rule = "alibi_slopes are not for striped sequences; zigzag and contiguous ones have them"
+        rule = (
+            "alibi_slopes are not for striped rows, whose diagonal is between two keys; zigzag and contiguous ones have"
+        )
+        rule += " them, and ulysses_attention"
         raise ValueError(refusal(function, rule, ("sharding", keys)))
+    if mine["visit"].kind == "cuda":  # refused before anything is sent
+        plan_for(function, problems[comm.rank], mine["visit"].device(), mine["allowed"])
     return Asked(
         function, comm, mine["visit"], rows, keys, problems[comm.rank], band, mine["allowed"], packed, options,
         tuple(of_ranks),
     )  # fmt: skip
 
 
-def _check_home(visit: Visit) -> None:
-    """Refuse arrays whose values are not to be had here and now."""
-    if visit.kind == "cuda":
-        rule = "works on the CPU, and the arrays are on a GPU; under jax.shard_map see JaxComm"
+def _check_home(visit: Visit, rectangles: bool) -> None:
+    """Refuse arrays whose values are not to be had here and now, and what there is not on a GPU."""
+    if visit.kind == "cuda" and visit.library.title not in ON_GPUS:
+        rule = f"takes arrays on a GPU from CuPy and torch, not {visit.library.title}; under jax.shard_map see JaxComm"
         raise ValueError(refusal(visit.function, rule, *((x.name, x.shape) for _, x in visit.specs)))
+    if visit.kind == "cuda" and not rectangles:
+        rule = "does not take arrays on a GPU: heads are exchanged on the host only; ring_attention takes them"
+        raise ValueError(refusal(visit.function, rule, *((x.name, x.shape) for _, x in visit.specs)))
+    if visit.kind == "cuda" and "alibi_slopes" in visit.arrays:
+        rule = "alibi_slopes do not go with shards on a GPU: kernels know a diagonal that begins or ends in a corner"
+        raise ValueError(refusal(visit.function, rule, ("alibi_slopes", dict(visit.specs)["alibi_slopes"].shape)))
     if visit.library.is_deferred(visit.arrays):
         rule = "needs the arrays' values now, and they are traced; under jax.shard_map see JaxComm"
         raise ValueError(refusal(visit.function, rule, *((x.name, x.shape) for _, x in visit.specs)))

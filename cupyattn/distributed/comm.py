@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-import numpy as np
-
 from cupyattn import reading
-from cupyattn.numpy_ref import Array
+from cupyattn.distributed import verbs
 from cupyattn.problem import Shape
+
+Array = Any
+"""NumPy's; or, where an engine has them, CuPy's and torch's on a GPU.  In memory end to end."""
 
 
 class RankFailed(RuntimeError):
@@ -20,7 +22,7 @@ class Sending(Protocol):
     """A message on its way out."""
 
     def wait(self) -> None:
-        """Until its memory may be used again.
+        """Until its memory may be used again: by the host, or, on a GPU, by what is queued on the current stream.
 
         Raises
         ------
@@ -33,7 +35,7 @@ class Receiving(Protocol):
     """A message that is waited for."""
 
     def wait(self) -> Array:
-        """What came.
+        """What came: for the host, or, on a GPU, for what is queued on the current stream.
 
         Raises
         ------
@@ -45,7 +47,8 @@ class Receiving(Protocol):
 class Comm(Protocol):
     """Ranks that can talk to each other: what `ring_attention` and its kind need of an engine.
 
-    Arrays are NumPy's, contiguous.  Between two ranks messages arrive in the order in which they were sent.  Whoever
+    Arrays are contiguous, NumPy's or those of a GPU; what of them is on a GPU is sent once all is done that was queued
+    on the current stream before.  Between two ranks messages arrive in the order in which they were sent.  Whoever
     waits longer than `timeout` seconds, or hears that another rank gave up, raises `RankFailed`.
     """
 
@@ -56,8 +59,11 @@ class Comm(Protocol):
     def send(self, array: Array, to: int) -> Sending:
         """Begin to send; the array stays as it is until that was waited for."""
 
-    def receive(self, shape: Shape, dtype: Any, source: int) -> Receiving:
-        """Begin to receive."""
+    def receive(self, shape: Shape, dtype: Any, source: int, like: Array = None) -> Receiving:
+        """Begin to receive, to where the array `like` is; default to the host."""
+
+    def grouped(self) -> AbstractContextManager[Any]:
+        """Messages begun meanwhile are under way together: none waits for another, whatever their order."""
 
     def all_to_all(self, arrays: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
         """One array to each rank, of any shapes and one dtype, for one from each, of the `shapes`."""
@@ -82,28 +88,34 @@ class PointToPoint:
     def send(self, array: Array, to: int) -> Sending:
         raise NotImplementedError
 
-    def receive(self, shape: Shape, dtype: Any, source: int) -> Receiving:
+    def receive(self, shape: Shape, dtype: Any, source: int, like: Array = None) -> Receiving:
         raise NotImplementedError
 
+    def grouped(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
     def all_to_all(self, arrays: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
-        dtype = arrays[0].dtype
+        like = arrays[0]
         others = [(self.rank + step) % self.size for step in range(1, self.size)]
-        coming = {source: self.receive(shapes[source], dtype, source) for source in others}
-        going = [self.send(np.ascontiguousarray(arrays[to]), to) for to in others]
+        contiguous = {to: x if verbs.is_contiguous(x) else verbs.copied(x) for to, x in enumerate(arrays)}
+        with self.grouped():
+            coming = {source: self.receive(shapes[source], like.dtype, source, like) for source in others}
+            going = [self.send(contiguous[to], to) for to in others]
         found = [
-            arrays[self.rank].copy() if source == self.rank else coming[source].wait() for source in range(self.size)
+            verbs.copied(arrays[self.rank]) if source == self.rank else coming[source].wait()
+            for source in range(self.size)
         ]
         for message in going:
             message.wait()
         return found
 
     def all_gather(self, array: Array) -> list[Array]:
-        return self.all_to_all([array] * self.size, [array.shape] * self.size)
+        return self.all_to_all([array] * self.size, [tuple(array.shape)] * self.size)
 
     def all_reduce(self, array: Array) -> Array:
         first, *others = self.all_gather(array)
         for other in others:
-            first += other
+            verbs.add(first, other)
         return first
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Literal
 
-import numpy as np
-
 from cupyattn.api import Gradients
 from cupyattn.arrays import Arrays, untraced
 from cupyattn.distributed import jax as in_jax
+from cupyattn.distributed import verbs
 from cupyattn.distributed.asked import Asked, ask
 from cupyattn.distributed.comm import Comm
 from cupyattn.distributed.jax import JaxComm
 from cupyattn.distributed.rectangles import Rectangle, rectangles_of, shifts_of
 from cupyattn.distributed.running import run, run_backward
 from cupyattn.distributed.sharding import Kind, Sharding
-from cupyattn.distributed.work import Work
-from cupyattn.numpy_ref import State, merge
+from cupyattn.distributed.working import AnyState, AnyWork, work_of
 from cupyattn.problem import Alignment, Array, Implementation
 from cupyattn.reading import flag
 
@@ -49,11 +47,12 @@ def sharded_decode(
     Parameters
     ----------
     q : array, shape (batch, seqlen_q, num_heads, head_dim)
-        The same on all ranks; all else that is not named here, too.  On the CPU.
+        The same on all ranks; all else that is not named here, too.  On the CPU or, as for
+        `ring_attention`, on a GPU.
     k, v : array, shapes (batch, own tokens, num_heads_kv, head_dim), ...
         Of this rank's tokens; there may be none.
     comm : Comm
-        Who takes part: by `run_ranks`, `MpiComm` or `TorchComm`.
+        Who takes part: by `run_ranks`, `MpiComm`, `TorchComm` or `NcclComm`.
     sharding : Sharding or {"contiguous", "zigzag", "striped"}
         Which keys are whose.  The keys of "contiguous" ranks may be as many as they are.
     causal, alignment, window_size, ...
@@ -173,23 +172,22 @@ def _seen(asked: Asked) -> tuple[Rectangle, ...]:
     return rectangles_of(asked.rows.pieces[0], asked.keys.pieces[asked.comm.rank], shifts, asked.band)
 
 
-def _forward(asked: Asked, operands: Arrays) -> tuple[Work, State]:
-    work = Work(asked, operands, asked.visit.device())
+def _forward(asked: Asked, operands: Arrays) -> tuple[AnyWork, AnyState]:
+    work = work_of(asked, operands)
     own = work.begin(with_sinks=asked.comm.rank == 0)
     for rectangle in _seen(asked):
         keys = slice(*rectangle.keys)
         work.attend(own, rectangle, work.k[:, :, keys], work.v[:, :, keys])
-    found = asked.comm.all_gather(np.concatenate([own.out, own.lse[..., None]], axis=-1))
-    return work, merge([State(x[..., :-1], x[..., -1]) for x in found])
+    return work, work.merged(asked.comm.all_gather(work.message(own)))
 
 
-def _backward(work: Work, rows: Arrays) -> Arrays:
+def _backward(work: AnyWork, rows: Arrays) -> Arrays:
     totals = work.totals()
+    wide = [work.for_gradients(x) for x in (work.k, work.v)]
     for rectangle in _seen(work.asked):
         keys = slice(*rectangle.keys)
-        k, v = (np.asarray(x[:, :, keys]) for x in (work.wide_k, work.wide_v))
-        dk, dv = work.gradients(totals, rows, rectangle, k, v)
-        totals["k"][:, :, keys] += dk
-        totals["v"][:, :, keys] += dv
+        shares = work.gradients(totals, rows, rectangle, *(x[:, :, keys] for x in wide))
+        for name, share in zip("kv", shares, strict=True):
+            verbs.add(totals[name][:, :, keys], share)
     common = [name for name in totals if name not in ("k", "v")]
     return totals | {name: work.asked.comm.all_reduce(totals[name]) for name in common}

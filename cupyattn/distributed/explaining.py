@@ -11,7 +11,7 @@ from cupyattn.distributed.asked import layout_of, sharding_meant
 from cupyattn.distributed.rectangles import Band, rectangles_of
 from cupyattn.distributed.route import Route, count, route_of
 from cupyattn.distributed.sharding import Kind, Sharding
-from cupyattn.problem import ITEMSIZE, Alignment, Problem, Shape, Spec
+from cupyattn.problem import FLOATS, ITEMSIZE, Alignment, Problem, Shape, Spec
 from cupyattn.reading import attention_options, read, refusal
 
 By: TypeAlias = Literal["ring", "ulysses", "decode"]
@@ -118,10 +118,14 @@ def explain(
     if sharding is None and by != "ring":
         sharding = "contiguous"
     meant = sharding_meant(function, sharding, options, size)
+    kind = reading.dtype_name(dtype)
+    if kind not in FLOATS:
+        rule = f"dtype has to be one of {', '.join(FLOATS)}"
+        raise (ValueError if isinstance(dtype, str) else TypeError)(refusal(function, rule, ("dtype", repr(dtype))))
     shapes = {word: _shape(function, word, shape) for word, shape in (("q", q), ("k", k), ("v", v))}
     packed = isinstance(meant, Sharding) and len(shapes["q"]) == 3
     lead: Shape = (1,) if packed else ()
-    specs = {word: Spec(word, (*lead, *shape), reading.dtype_name(dtype)) for word, shape in shapes.items()}
+    specs = {word: Spec(word, (*lead, *shape), kind) for word, shape in shapes.items()}
     problem = read(function, tuple(specs.items()), options)
     sizes = problem.sizes
     keys = layout_of(meant, size, sizes.seqlen_k)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from cupyattn.distributed.comm import PointToPoint, RankFailed, Receiving, Sending, seconds
-from cupyattn.numpy_ref import Array
+from cupyattn.distributed import verbs
+from cupyattn.distributed.comm import Array, PointToPoint, RankFailed, Receiving, Sending, seconds
 from cupyattn.problem import Shape
+from cupyattn.reading import refusal
 
 DATA, GIVEN_UP = 7001, 7002
 """Tags of MPI messages: of arrays, and of the reason why a rank gives up."""
@@ -46,13 +47,17 @@ class MpiComm(PointToPoint):
     ImportError
         There is no mpi4py.
     TypeError, ValueError
-        `timeout` is not a positive number.
+        `comm` is no communicator of mpi4py's, or `timeout` not a positive number.
 
     Notes
     -----
     Many MPI libraries move a large message only while both sides are inside of a call of theirs, unless they are told
     to have a thread for that, as MPICH is by ``MPICH_ASYNC_PROGRESS=1``: without it keys are under way while others are
     attended only as far as they look.
+
+    Arrays on a GPU are given to MPI where they are, by ``__cuda_array_interface__``, once all is over that is queued on
+    the current stream: the library has to be CUDA-aware, which it does not say, and one that is not may crash.  It has
+    not run on a GPU yet.
 
     A rank that raises in the middle of a call tells the others, which raise `RankFailed`.  One that dies is noticed by
     the launcher, which ends all of them, or after `timeout`.  Messages that nobody took are then left behind, and
@@ -63,6 +68,9 @@ class MpiComm(PointToPoint):
         self.timeout = seconds("MpiComm", timeout)
         from mpi4py import MPI
 
+        if comm is not None and not isinstance(comm, MPI.Comm):
+            rule = "comm has to be an mpi4py.MPI.Comm"
+            raise TypeError(refusal("MpiComm", rule, ("comm", repr(comm), type(comm).__name__)))
         self._mpi: Any = MPI
         self._comm: Any = (MPI.COMM_WORLD if comm is None else comm).Dup()
         self.rank, self.size = int(self._comm.Get_rank()), int(self._comm.Get_size())
@@ -70,13 +78,20 @@ class MpiComm(PointToPoint):
 
     def send(self, array: Array, to: int) -> Sending:
         self.check()
-        data = np.ascontiguousarray(array)
-        return _MpiMessage(self, self._comm.Isend([_bytes_of(data), self._mpi.BYTE], to, DATA), data, to)
+        data = np.ascontiguousarray(array) if verbs.is_numpy(array) else array
+        self._settle(data)
+        return _MpiMessage(self, self._comm.Isend([verbs.as_bytes(data), self._mpi.BYTE], to, DATA), data, to)
 
-    def receive(self, shape: Shape, dtype: Any, source: int) -> Receiving:
+    def receive(self, shape: Shape, dtype: Any, source: int, like: Array = None) -> Receiving:
         self.check()
-        array = np.empty(shape, dtype)
-        return _MpiArray(self, self._comm.Irecv([_bytes_of(array), self._mpi.BYTE], source, DATA), array, source)
+        array = verbs.empty(shape, dtype, like)
+        self._settle(array)
+        return _MpiArray(self, self._comm.Irecv([verbs.as_bytes(array), self._mpi.BYTE], source, DATA), array, source)
+
+    def _settle(self, array: Array) -> None:
+        """MPI knows no streams: what is queued before has to be over, also in memory that is written to."""
+        if not verbs.is_numpy(array):
+            verbs.synchronize(array)
 
     def check(self) -> None:
         """Raise if another rank gave up."""
@@ -91,10 +106,6 @@ class MpiComm(PointToPoint):
         if self._failure is None:
             self._failure = f"rank {self.rank} gave up: {reason}"
             self._last = [self._comm.isend(reason, to, GIVEN_UP) for to in range(self.size) if to != self.rank]
-
-
-def _bytes_of(array: Array) -> Array:
-    return array.reshape(-1).view(np.uint8)
 
 
 @dataclass
@@ -123,7 +134,8 @@ class _MpiArray:
         late = f"rank {comm.rank}: rank {self.other} said nothing"
         _until(lambda: bool(self.request.Test(status)), comm.check, comm.timeout, late)
         came = status.Get_count(comm._mpi.BYTE)
-        if came != self.array.nbytes:
-            rule = f"rank {comm.rank}: rank {self.other} sent {came} bytes, and {self.array.nbytes} were expected"
+        expected = verbs.num_bytes(self.array)
+        if came != expected:
+            rule = f"rank {comm.rank}: rank {self.other} sent {came} bytes, and {expected} were expected"
             raise RankFailed(rule)
         return self.array

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from cupyattn.api import Gradients
 from cupyattn.arrays import Arrays, untraced
 from cupyattn.distributed import jax as in_jax
+from cupyattn.distributed import verbs
 from cupyattn.distributed.asked import Asked, ask
 from cupyattn.distributed.comm import Comm
 from cupyattn.distributed.jax import JaxComm
@@ -15,8 +16,7 @@ from cupyattn.distributed.route import Route, route_of
 from cupyattn.distributed.running import run, run_backward
 from cupyattn.distributed.sharding import Kind, Sharding
 from cupyattn.distributed.traffic import Keys, Returns, Ring
-from cupyattn.distributed.work import Work
-from cupyattn.numpy_ref import State
+from cupyattn.distributed.working import AnyState, AnyWork, work_of
 from cupyattn.problem import Alignment, Array, Implementation, Span
 from cupyattn.reading import flag
 
@@ -49,9 +49,10 @@ def ring_attention(
     ----------
     q, k, v : array, shapes (batch, seqlen, num_heads, head_dim), ...
         As for `attention`, of this rank's tokens: what `shard_sequence` makes of the whole.  Of packed sequences
-        (tokens, num_heads, head_dim), with a `Sharding` that has their lengths.  On the CPU.
+        (tokens, num_heads, head_dim), with a `Sharding` that has their lengths.  On the CPU; or CuPy arrays and torch tensors
+        on a GPU, each rank on its own.
     comm : Comm
-        Who takes part: by `run_ranks`, `MpiComm` or `TorchComm`.
+        Who takes part: by `run_ranks`, `MpiComm`, `TorchComm` or `NcclComm`.
     sharding : Sharding or {"zigzag", "contiguous", "striped"}, optional
         Which tokens are whose.  A name means that of all tokens that there are, of q and of k by itself; "contiguous"
         ones may then be as many on each rank as they are.  Default "zigzag" if `causal`, else "contiguous".
@@ -61,7 +62,7 @@ def ring_attention(
         Of this rank's rows, in its order, and all keys, in the sequence's: they broadcast to
         (batch, num_heads, own rows, all keys).  Not with packed sequences.
     alibi_slopes : array, shape (num_heads,), (batch, num_heads) or, packed, (sequences, num_heads), optional
-        The same on all ranks; not with striped ones.
+        The same on all ranks; not with striped ones, nor on a GPU.
     sinks : array, shape (num_heads,), optional
         The same on all ranks.
     return_lse : bool
@@ -77,7 +78,9 @@ def ring_attention(
     ------
     TypeError, ValueError
         As `attention`, on all ranks if on one; or they do not agree about shapes, dtypes or options, or arrays are
-        traced, on a GPU, or float8.
+        traced, or float8; or, on a GPU, of another library than CuPy and torch.
+    NotImplementedError
+        On a GPU, no kernel takes the problem; the message lists each kernel's objections.
     RankFailed
         Another rank raised an error, or was not heard of for `comm.timeout` seconds.
 
@@ -85,7 +88,8 @@ def ring_attention(
     -----
     The same as `attention` over the whole sequence.  A rank merges what it finds in its own keys, then in those of the
     rank before it, and so on round the ring; stretches of rows and keys in their order.  States are merged in float64
-    and rounded once.  While some keys are attended the next are on their way.  With a window, only keys that somebody
+    and rounded once.  On a GPU each stretch is rounded to the dtype of `q`, states are merged in float32, and rounded
+    once more; that has not run on a GPU yet.  While some keys are attended the next are on their way.  With a window, only keys that somebody
     further along sees go on.
 
     torch's autograd gives gradients, if all ranks call backward.  The gradient of what is the same on all ranks is this
@@ -207,14 +211,14 @@ def _route(asked: Asked) -> Route:
     return route_of(asked.rows, asked.keys, asked.band)
 
 
-def _ring(asked: Asked, work: Work) -> Ring:
+def _ring(asked: Asked, work: AnyWork) -> Ring:
     length = asked.keys.length(asked.comm.rank)
     return Ring(asked.comm, _route(asked), Keys((Span(0, length),), work.k, work.v))
 
 
-def _forward(asked: Asked, operands: Arrays) -> tuple[Work, State]:
+def _forward(asked: Asked, operands: Arrays) -> tuple[AnyWork, AnyState]:
     """The state of this rank's rows over all keys."""
-    work = Work(asked, operands, asked.visit.device())
+    work = work_of(asked, operands)
     whole, ring = work.begin(), _ring(asked, work)
     for _ in range(asked.comm.size):
         ring.begin()
@@ -224,22 +228,20 @@ def _forward(asked: Asked, operands: Arrays) -> tuple[Work, State]:
     return work, whole
 
 
-def _backward(work: Work, rows: Arrays) -> Arrays:
+def _backward(work: AnyWork, rows: Arrays) -> Arrays:
     """The gradients; those of keys are found where the rows are, and go home."""
     asked = work.asked
     totals, ring = work.totals(), _ring(asked, work)
     returns = Returns(asked.comm, ring.route, totals["k"], totals["v"])
     for step in range(asked.comm.size):
         ring.begin()
-        returns.begin(step)
-        held = ring.held.widened(work.dtype)
-        found = held.zeros()
+        held = Keys(ring.held.spans, work.for_gradients(ring.held.k), work.for_gradients(ring.held.v))
+        found = held.zeros(work.dtype)
         for rectangle in ring.seen():
-            dk, dv = work.gradients(totals, rows, rectangle, *held.of(rectangle.keys))
-            of_k, of_v = found.of(rectangle.keys)
-            of_k += dk
-            of_v += dv
-        returns.end(step, found)
+            shares = work.gradients(totals, rows, rectangle, *held.of(rectangle.keys))
+            for total, share in zip(found.of(rectangle.keys), shares, strict=True):
+                verbs.add(total, share)
+        returns.exchange(step, found)
         ring.end()
     returns.add()
     return totals

@@ -4,27 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from cupyattn.arrays import Arrays
+from cupyattn.distributed import verbs
 from cupyattn.distributed.agreement import together
 from cupyattn.distributed.asked import Asked
+from cupyattn.distributed.gpu import KNOWN, GpuWork
 from cupyattn.distributed.work import Work
+from cupyattn.distributed.working import AnyState, AnyWork
 from cupyattn.numpy_ref import Array, State
 from cupyattn.problem import Spec
 from cupyattn.reading import expect
 from cupyattn.rounding import narrow, widen
 
-Forward = Callable[[Asked, Arrays], tuple[Work, State]]
-"""Operands in NumPy into the state of this rank's rows over all keys."""
-Backward = Callable[[Work, Arrays], Arrays]
+Forward = Callable[[Asked, Arrays], tuple[AnyWork, AnyState]]
+"""Operands into the state of this rank's rows over all keys."""
+Backward = Callable[[Any, Arrays], Arrays]
 """What is known of all rows, dout, dlse, out and lse, heads first in the dtype of the arithmetic, into gradients of q,
 k and v, and of bias and slopes where there are any, likewise."""
 
 
 def run(asked: Asked, forward: Forward, backward: Backward, needs_lse: bool) -> Arrays:
     """The results by name; where gradients may be asked for later, with a rule for them."""
+    if asked.visit.kind == "cuda":
+        return _run_on_gpu(asked, forward, backward, needs_lse)
     visit, problem = asked.visit, asked.problem
     bare = replace(asked, visit=replace(visit, arrays={}, given={}))  # a graph that keeps it keeps no arrays
     kept = {}
@@ -35,7 +41,7 @@ def run(asked: Asked, forward: Forward, backward: Backward, needs_lse: bool) -> 
 
     def numbers(operands: Arrays) -> Arrays:
         work, whole = forward(bare, operands)
-        found = work.rounded(whole)
+        found: Arrays = work.rounded(whole)
         if kept:  # in memory of their own: the caller may write to his results
             found |= {"whole_out": np.array(whole.out, work.dtype), "whole_lse": np.array(whole.lse, work.dtype)}
         return found
@@ -63,16 +69,61 @@ def run_backward(asked: Asked, forward: Forward, backward: Backward) -> Arrays:
             expect(visit.function, specs[name], results[like].shape, results[like].dtype)
 
     def numbers(everything: Arrays) -> Arrays:
-        known: Arrays = {name: everything[name] for name in ("dout", "out", "lse", "dlse") if name in everything}
+        known: Arrays = {name: everything[name] for name in KNOWN if name in everything}
         operands = {name: array for name, array in everything.items() if name not in known}
         if asked.problem.dtype != asked.compute_dtype:  # they have been rounded
             known = {name: array for name, array in known.items() if name in ("dout", "dlse")}
         return _gradients(asked, forward, backward, operands, known)
 
+    def on_gpu(everything: Arrays) -> Arrays:
+        known = {name: x for name, x in everything.items() if name in KNOWN}
+        operands = {name: x for name, x in everything.items() if name not in KNOWN}
+        return _gradients_on_gpu(asked, forward, backward, operands, known)
+
     names = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
     wanted = {name: specs[name] for name in names if name in specs}
-    found = visit.run(lambda everything: together(asked.comm, lambda: numbers(everything)), None, wanted)
-    return visit.as_given(found)
+    here, go = (on_gpu, visit.run_at_home) if visit.kind == "cuda" else (numbers, visit.run)
+    return visit.as_given(go(lambda everything: together(asked.comm, lambda: here(everything)), None, wanted))
+
+
+def _run_on_gpu(asked: Asked, forward: Forward, backward: Backward, needs_lse: bool) -> Arrays:
+    """The same of a GPU's arrays: out and lse are what is kept for gradients."""
+    visit, results = asked.visit, result_specs(asked)
+    bare = replace(asked, visit=replace(visit, arrays={}, given={}))
+    kept = results if visit.library.differentiates(visit.arrays) else {}
+
+    def numbers(operands: Arrays) -> Arrays:
+        work, whole = forward(bare, operands)
+        found: Arrays = work.rounded(whole)
+        return found
+
+    def gradients(operands: Arrays, known: Arrays) -> Arrays:
+        present = {name: array for name, array in known.items() if array is not None}
+        return _gradients_on_gpu(bare, forward, backward, operands, present)
+
+    if not (needs_lse or kept):
+        del results["lse"]
+    return visit.run_at_home(
+        lambda operands: together(asked.comm, lambda: numbers(operands)),
+        lambda operands, known: together(asked.comm, lambda: gradients(operands, known)),
+        results,
+        kept,
+    )
+
+
+def _gradients_on_gpu(asked: Asked, forward: Forward, backward: Backward, operands: Arrays, known: Arrays) -> Arrays:
+    work = GpuWork(asked, operands)
+    if "out" not in known or "lse" not in known:
+        known = {**known, **work.rounded(forward(asked, operands)[1])}
+    if "dout" not in known:
+        known["dout"] = verbs.zeros(tuple(known["out"].shape), known["out"].dtype, known["out"])
+    dlse = work.lse_first(known["dlse"]) if "dlse" in known else None
+    rows = {"dlse": dlse, "lse": work.lse_first(known["lse"])}
+    rows |= {name: work.heads_first(known[name]) for name in ("dout", "out")}
+    found = backward(work, rows)
+    if work.sinks is not None:
+        found["sinks"] = work.sinks_gradient(rows)
+    return work.gradients_as_asked(found, operands)
 
 
 def result_specs(asked: Asked) -> dict[str, Spec]:
@@ -91,23 +142,19 @@ def _gradients(asked: Asked, forward: Forward, backward: Backward, operands: Arr
     if "whole_out" in present:
         whole = State(present["whole_out"], present["whole_lse"])
     elif "out" in present and "lse" in present:
-        whole = State(work.heads_first(present["out"]), _lse_first(asked, present["lse"]))
+        whole = State(work.heads_first(present["out"]), work.lse_first(present["lse"]))
     else:
         _, whole = forward(asked, operands)
     dout = np.zeros(whole.out.shape, dtype)
     if "dout" in present:
         dout = widen(work.heads_first(present["dout"]), dtype)
-    dlse = widen(_lse_first(asked, present["dlse"]), dtype) if "dlse" in present else None
+    dlse = widen(work.lse_first(present["dlse"]), dtype) if "dlse" in present else None
     rows = {"dout": dout, "dlse": dlse, "out": whole.out.astype(dtype), "lse": whole.lse.astype(dtype)}
     found = backward(work, rows)
     if work.sinks is not None:
         found["sinks"] = work.sinks_gradient(rows)
-    tokens = {name: work.as_asked(found[name]) for name in ("q", "k", "v")}
+    tokens = {name: np.ascontiguousarray(work.as_asked(found[name])) for name in ("q", "k", "v")}
     return {name: narrow(array, _dtype_name(operands[name])) for name, array in (found | tokens).items()}
-
-
-def _lse_first(asked: Asked, lse: Array) -> Array:
-    return lse[None] if asked.packed else lse
 
 
 def _dtype_name(array: Array) -> str:

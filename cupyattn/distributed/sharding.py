@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -73,6 +74,8 @@ class Sharding:
         reading.integer(function, "size", self.size, low=1)
         if not isinstance(self.seqlens, tuple):
             raise TypeError(refusal(function, "seqlens have to be a tuple", ("seqlens", repr(self.seqlens))))
+        if not isinstance(self.lengths, tuple | None):
+            raise TypeError(refusal(function, "lengths have to be a tuple, or None", ("lengths", repr(self.lengths))))
         for length in (*self.seqlens, *(self.lengths or ())):
             reading.integer(function, "seqlens and lengths", length, low=0)
         if self.lengths is None:
@@ -111,10 +114,12 @@ class Sharding:
 
     def length(self, rank: int) -> int:
         """How many tokens a rank has."""
+        rank = reading.integer("Sharding.length", "rank", rank, low=0, high=self.size - 1)
         return sum(map(len, self.pieces[rank]))
 
     def positions(self, rank: int) -> tuple[int, ...]:
         """Places of a rank's tokens in the whole: in the sequence, or in all of them packed end to end."""
+        rank = reading.integer("Sharding.positions", "rank", rank, low=0, high=self.size - 1)
         starts = [sum(self.seqlens[:i]) for i in range(len(self.seqlens))]
         return tuple(
             starts[piece.sequence] + place
@@ -144,8 +149,8 @@ def shard_sequence(array: A, sharding: Sharding, rank: int, *, axis: int = 1) ->
 
     Raises
     ------
-    ValueError
-        The axis is not as long as the layout says, or there is no such rank.
+    TypeError, ValueError
+        `array` is none, `sharding` no `Sharding`, the axis not as long as that says, or there is no such rank.
 
     Examples
     --------
@@ -155,6 +160,7 @@ def shard_sequence(array: A, sharding: Sharding, rank: int, *, axis: int = 1) ->
     array([1, 3, 5, 7])
     """
     function = "shard_sequence"
+    _check_kinds(function, sharding, {"array": array})
     reading.integer(function, "rank", rank, low=0, high=sharding.size - 1)
     axis, total = _axis(function, array, axis), sum(sharding.seqlens)
     if array.shape[axis] != total:
@@ -180,8 +186,8 @@ def unshard_sequence(shards: Sequence[A], sharding: Sharding, *, axis: int = 1) 
 
     Raises
     ------
-    ValueError
-        There is not one for each rank, or one is not as long as the layout says.
+    TypeError, ValueError
+        There is not one array for each rank, `sharding` is no `Sharding`, or one is not as long as that says.
 
     Examples
     --------
@@ -192,6 +198,10 @@ def unshard_sequence(shards: Sequence[A], sharding: Sharding, *, axis: int = 1) 
     array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """
     function = "unshard_sequence"
+    if not isinstance(shards, (list, tuple)):
+        rule = "shards have to be a list or tuple of arrays"
+        raise TypeError(refusal(function, rule, ("shards", repr(shards), type(shards).__name__)))
+    _check_kinds(function, sharding, {f"shards[{rank}]": shard for rank, shard in enumerate(shards)})
     if len(shards) != sharding.size:
         rule = f"there has to be one of each rank, {sharding.size}"
         raise ValueError(refusal(function, rule, ("shards", len(shards))))
@@ -205,6 +215,16 @@ def unshard_sequence(shards: Sequence[A], sharding: Sharding, *, axis: int = 1) 
     whence = sorted(range(len(places)), key=places.__getitem__)
     whole: A = _taken(xp.concat(list(shards), axis=axis), axis, tuple(whence))
     return whole
+
+
+def _check_kinds(function: str, sharding: Any, arrays: Mapping[str, Any]) -> None:
+    if not isinstance(sharding, Sharding):
+        came = ("sharding", repr(sharding), type(sharding).__name__)
+        raise TypeError(refusal(function, "sharding has to be a Sharding", came))
+    for name, array in arrays.items():
+        if not array_api_compat.is_array_api_obj(array):
+            came = (name, reprlib.repr(array), type(array).__name__)
+            raise TypeError(refusal(function, f"{name} has to be an array", came))
 
 
 def _axis(function: str, array: Any, axis: int) -> int:

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, TypeVar
 
-import numpy as np
-
 from cupyattn import reading
-from cupyattn.distributed.comm import PointToPoint, RankFailed, Receiving, Sending, seconds
-from cupyattn.numpy_ref import Array
+from cupyattn.distributed import verbs
+from cupyattn.distributed.comm import Array, PointToPoint, RankFailed, Receiving, Sending, seconds
 from cupyattn.problem import Shape
+from cupyattn.reading import refusal
 
 R = TypeVar("R")
 
@@ -42,6 +41,7 @@ class _Expected:
     shape: Shape
     dtype: Any
     source: int
+    like: Array
 
     def wait(self) -> Array:
         comm, world = self.comm, self.comm.world
@@ -54,17 +54,29 @@ class _Expected:
                 if not world.changed.wait(max(0.0, until - monotonic())) and monotonic() >= until:
                     raise RankFailed(f"rank {comm.rank}: rank {self.source} said nothing for {comm.timeout:g} seconds")
             array = world.boxes[box].popleft()
-        if (array.shape, array.dtype) != (self.shape, np.dtype(self.dtype)):
-            expected = f"{self.shape} of {np.dtype(self.dtype)}"
-            came = f"{array.shape} of {array.dtype}"
-            raise RankFailed(f"rank {comm.rank}: rank {self.source} sent {came}, and {expected} was expected")
-        return array
+        expected, came = (self.shape, verbs.name_of(self.dtype)), (tuple(array.shape), verbs.name_of(array.dtype))
+        if came != expected:
+            said = f"sent {came[0]} of {came[1]}, and {expected[0]} of {expected[1]} was expected"
+            raise RankFailed(f"rank {comm.rank}: rank {self.source} {said}")
+        if self.like is None or verbs.device_of(array) == verbs.device_of(self.like):
+            return array
+        found = verbs.empty(self.shape, self.dtype, self.like)  # of another GPU: copied from there
+        verbs.write(found, array)
+        verbs.synchronize(found)
+        return found
 
 
 class ThreadComm(PointToPoint):
-    """`Comm` among the threads of one process; `run_ranks` makes them."""
+    """`Comm` among the threads of one process; `run_ranks` makes them.
+
+    Arrays on a GPU are copied once, and a thread waits for its own stream before it says that they are there: correct,
+    also between the GPUs of one process, and nothing overlaps.
+    """
 
     def __init__(self, world: _World, rank: int, timeout: float) -> None:
+        if not isinstance(world, _World):
+            rule = "is made by run_ranks, which gives it to function(comm)"
+            raise TypeError(refusal("ThreadComm", rule, ("world", repr(world), type(world).__name__)))
         self.world, self.rank, self.size, self.timeout = world, rank, world.size, timeout
 
     def check(self) -> None:
@@ -74,15 +86,17 @@ class ThreadComm(PointToPoint):
             raise RankFailed(f"rank {self.rank}: rank {failure[0]} gave up: {failure[1]}")
 
     def send(self, array: Array, to: int) -> Sending:
-        copy = np.array(array, order="C")  # the caller may change his array once his own call is over
+        copy = verbs.copied(array)  # the caller may change his array once his own call is over
+        if not verbs.is_numpy(copy):
+            verbs.synchronize(copy)
         with self.world.changed:
             self.check()
             self.world.boxes.setdefault((self.rank, to), deque()).append(copy)
             self.world.changed.notify_all()
         return _Sent()
 
-    def receive(self, shape: Shape, dtype: Any, source: int) -> Receiving:
-        return _Expected(self, shape, dtype, source)
+    def receive(self, shape: Shape, dtype: Any, source: int, like: Array = None) -> Receiving:
+        return _Expected(self, shape, dtype, source, like)
 
     def abort(self, reason: str) -> None:
         with self.world.changed:
@@ -118,6 +132,8 @@ def run_ranks(function: Callable[[ThreadComm], R], size: int, *, timeout: float 
 
     Raises
     ------
+    TypeError, ValueError
+        `function` cannot be called, `size` is no number of ranks, or `timeout` none of seconds.
     Exception
         What the first rank that failed has raised; the others are told, and raise `RankFailed` where they wait.
 
@@ -128,6 +144,9 @@ def run_ranks(function: Callable[[ThreadComm], R], size: int, *, timeout: float 
     >>> run_ranks(lambda comm: int(comm.all_reduce(np.array([comm.rank]))[0]), 3)
     [3, 3, 3]
     """
+    if not callable(function):
+        rule = "function has to be callable, as function(comm)"
+        raise TypeError(refusal("run_ranks", rule, ("function", repr(function), type(function).__name__)))
     reading.integer("run_ranks", "size", size, low=1, high=4096)
     timeout = seconds("run_ranks", timeout)
     world = _World(size)

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from cupyattn.distributed.comm import PointToPoint, RankFailed, Receiving, Sending, seconds
-from cupyattn.numpy_ref import Array
+from cupyattn.distributed import verbs
+from cupyattn.distributed.comm import Array, PointToPoint, RankFailed, Receiving, Sending, seconds
 from cupyattn.problem import Shape
 from cupyattn.reading import refusal
 
@@ -34,6 +34,8 @@ class TorchComm(PointToPoint):
     ------
     ImportError
         There is no torch.
+    TypeError
+        `group` is none.
     ValueError
         torch.distributed has not been initialised, or the group has no gloo.
 
@@ -47,6 +49,9 @@ class TorchComm(PointToPoint):
         self.timeout = seconds("TorchComm", timeout)
         import torch.distributed as dist
 
+        if group is not None and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+            rule = "group has to be a torch.distributed.ProcessGroup"
+            raise TypeError(refusal("TorchComm", rule, ("group", repr(group), type(group).__name__)))
         if not dist.is_available() or not dist.is_initialized():
             rule = "torch.distributed has to be initialised, as by init_process_group('gloo')"
             raise ValueError(refusal("TorchComm", rule))
@@ -63,13 +68,15 @@ class TorchComm(PointToPoint):
         self._failure: str | None = None
 
     def send(self, array: Array, to: int) -> Sending:
+        _check_host(array)
         self.check()
         if not array.nbytes:  # both sides know
             return _Sent(_Done(), array)
         data = np.ascontiguousarray(array) if array.flags.writeable else np.array(array, order="C")  # or torch warns
         return _Sent(_Work(self, self._begun(self._dist.isend, _tensor_of(data), to), to), data)
 
-    def receive(self, shape: Shape, dtype: Any, source: int) -> Receiving:
+    def receive(self, shape: Shape, dtype: Any, source: int, like: Array = None) -> Receiving:
+        _check_host(like)
         self.check()
         array = np.empty(shape, dtype)
         if not array.nbytes:
@@ -98,6 +105,12 @@ class TorchComm(PointToPoint):
             self._failure = f"rank {self.rank} gave up: {reason}"
             with contextlib.suppress(RuntimeError):
                 self._store.set(self._key, self._failure)
+
+
+def _check_host(array: Array) -> None:
+    if array is not None and not verbs.is_numpy(array):
+        rule = "sends arrays of the CPU, as gloo does; NcclComm takes tensors that are on a GPU"
+        raise ValueError(refusal("TorchComm", rule, ("array", tuple(array.shape))))
 
 
 def _tensor_of(array: Array) -> Any:

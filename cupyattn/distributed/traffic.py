@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from cupyattn.distributed.comm import Comm, Receiving, Sending
+from cupyattn.distributed import verbs
+from cupyattn.distributed.comm import Array, Comm, Receiving, Sending
 from cupyattn.distributed.rectangles import Rectangle
 from cupyattn.distributed.route import Route, Spans, count
-from cupyattn.numpy_ref import Array
 from cupyattn.problem import Span
-from cupyattn.rounding import widen
 
 
 @dataclass
@@ -34,9 +31,12 @@ class Keys:
 
     def message(self, spans: Spans) -> Array:
         """The bytes of some stretches, keys before values."""
-        parts = [self.of(span) for span in spans]
-        whole = (np.concatenate(pair, axis=2) for pair in zip(*parts, strict=True))
-        return np.concatenate([np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in whole])
+        found = verbs.empty((self.bytes(spans),), "uint8", self.k)
+        to = self.of_message(spans, found)
+        for span in spans:
+            for whole, part in zip(to.of(span), self.of(span), strict=True):
+                verbs.write(whole, part)
+        return found
 
     def of_message(self, spans: Spans, message: Array) -> Keys:
         """What came, of the same heads and dtype as these."""
@@ -44,7 +44,7 @@ class Keys:
         for array in (self.k, self.v):
             stop = first + count(spans) * _bytes_of_a_key(array)
             shape = (*array.shape[:2], count(spans), array.shape[3])
-            found.append(message[first:stop].view(array.dtype).reshape(shape))
+            found.append(verbs.of_bytes(message[first:stop], array.dtype, shape))
             first = stop
         return Keys(spans, *found)
 
@@ -52,12 +52,9 @@ class Keys:
         """Of a message."""
         return count(spans) * (_bytes_of_a_key(self.k) + _bytes_of_a_key(self.v))
 
-    def widened(self, dtype: str) -> Keys:
-        return Keys(self.spans, widen(self.k, dtype), widen(self.v, dtype))
-
-    def zeros(self) -> Keys:
+    def zeros(self, dtype: str) -> Keys:
         """The gradients of these, so far."""
-        return Keys(self.spans, *(np.zeros(array.shape, array.dtype) for array in (self.k, self.v)))
+        return Keys(self.spans, *(verbs.zeros(tuple(x.shape), dtype, x) for x in (self.k, self.v)))
 
 
 def _bytes_of_a_key(array: Array) -> int:
@@ -88,10 +85,13 @@ class Ring:
             return
         there, here = route.owner(comm.rank, self._step), route.owner(comm.rank, after)
         coming, going = route.carried(here, after), route.carried(there, after)
-        if coming:
-            self._coming = comm.receive((self.held.bytes(coming),), np.uint8, (comm.rank - 1) % comm.size)
-        if going:
-            self._going.append(comm.send(self.held.message(going), (comm.rank + 1) % comm.size))
+        message = self.held.message(going) if going else None
+        with comm.grouped():
+            if coming:
+                size, source = self.held.bytes(coming), (comm.rank - 1) % comm.size
+                self._coming = comm.receive((size,), "uint8", source, self.held.k)
+            if message is not None:
+                self._going.append(comm.send(message, (comm.rank + 1) % comm.size))
 
     def end(self) -> None:
         """Hold what is next, once it is there."""
@@ -120,24 +120,26 @@ class Returns:
     _coming: list[tuple[Spans, Receiving]] = field(default_factory=list)
     _going: list[Sending] = field(default_factory=list)
 
-    def begin(self, step: int) -> None:
-        """Begin to receive what somebody else finds at this step."""
-        comm = self.comm
-        source = (comm.rank + step) % comm.size
-        spans = self.route.seen_keys(source, comm.rank)
-        if step and spans:
-            size = Keys((), self.dk, self.dv).bytes(spans)
-            self._coming.append((spans, comm.receive((size,), np.uint8, source)))
+    def exchange(self, step: int, found: Keys) -> None:
+        """Begin to send what was found at this step, and to receive what somebody else found; or add it to one's own.
 
-    def end(self, step: int, found: Keys) -> None:
-        """Send what was found at this step, or add it to one's own."""
-        owner = self.route.owner(self.comm.rank, step)
-        spans = self.route.seen_keys(self.comm.rank, owner)
+        Both at once: where messages wait for each other in a queue, as on a stream of a GPU, all ranks would else wait
+        for what comes, and nobody would send.
+        """
+        comm, route = self.comm, self.route
         if step == 0:
-            self.dk += found.k
-            self.dv += found.v
-        elif spans:
-            self._going.append(self.comm.send(found.message(spans), owner))
+            verbs.add(self.dk, found.k)
+            verbs.add(self.dv, found.v)
+            return
+        owner, source = route.owner(comm.rank, step), (comm.rank + step) % comm.size
+        going, coming = route.seen_keys(comm.rank, owner), route.seen_keys(source, comm.rank)
+        message = found.message(going) if going else None
+        with comm.grouped():
+            if coming:
+                size = Keys((), self.dk, self.dv).bytes(coming)
+                self._coming.append((coming, comm.receive((size,), "uint8", source, self.dk)))
+            if message is not None:
+                self._going.append(comm.send(message, owner))
 
     def add(self) -> None:
         """What came, in the order of steps."""
@@ -146,6 +148,6 @@ class Returns:
             came = own.of_message(spans, coming.wait())
             for span in spans:
                 for total, share in zip(own.of(span), came.of(span), strict=True):
-                    total += share
+                    verbs.add(total, share)
         for message in self._going:
             message.wait()

@@ -49,7 +49,7 @@ def ulysses_attention(
     Parameters
     ----------
     q, k, v, comm, sharding, mask, bias, ...
-        As for `ring_attention`.  All layouts are the same work; striped ones take alibi_slopes here, too.
+        As for `ring_attention`, on the CPU only.  All layouts are the same work; striped ones take alibi_slopes here, too.
 
     Returns
     -------
@@ -183,7 +183,7 @@ def _whole(exchange: Exchange, q: Array, k: Array, v: Array) -> Arrays:
 
 def _backward(work: Work, rows: Arrays) -> Arrays:
     exchange = Exchange(work)
-    whole = _whole(exchange, work.wide_q, work.wide_k, work.wide_v)
+    whole = _whole(exchange, work.wide_q, work.for_gradients(work.k), work.for_gradients(work.v))
     known: Arrays = {}
     for name, array in rows.items():
         if array is None:

@@ -1,6 +1,6 @@
-"""The arithmetic of one rank: rectangles attended by `cupyattn.cpu`, merged, and the same of gradients.
+"""The arithmetic of one rank on the CPU: rectangles attended by `cupyattn.cpu`, merged, and the same of gradients.
 
-Arrays are NumPy's here, heads first: (batch, num_heads, rows, head_dim).  States are merged in the order in which
+Arrays are NumPy's here.  States are merged in the order in which
 rectangles come, in float64, or what the arithmetic is in otherwise; they are rounded once, at the end.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from cupyattn import cpu
 from cupyattn.arrays import Arrays
 from cupyattn.corridor import plan_for, plan_for_gradients
 from cupyattn.distributed.asked import Asked
+from cupyattn.distributed.rank import OfRank
 from cupyattn.distributed.rectangles import Rectangle
 from cupyattn.numpy_ref import Array, State, merge
 from cupyattn.problem import Device, Problem, Spec
@@ -23,29 +23,12 @@ from cupyattn.reading import Options, read
 from cupyattn.rounding import are_bits, narrow, widen
 
 
-class Work:
-    """What one rank has of a call: its rows, and what edits their scores."""
+class Work(OfRank):
+    """One rank's arithmetic on the CPU."""
 
     def __init__(self, asked: Asked, operands: Arrays, device: Device) -> None:
-        self.asked, self.device = asked, device
-        self.q, self.k, self.v = (self.heads_first(operands[word]) for word in ("q", "k", "v"))
-        self.mask, self.bias = operands.get("mask"), operands.get("bias")
-        self.slopes, self.sinks = operands.get("alibi_slopes"), operands.get("sinks")
-
-    def heads_first(self, array: Array) -> Array:
-        """A view of an array of tokens in the caller's layout."""
-        if self.asked.packed:
-            array = array[None]
-        return array.swapaxes(1, 2) if self.asked.options.axes == "bshd" else array
-
-    def as_asked(self, array: Array) -> Array:
-        """The same back again, in memory of its own."""
-        array = array.swapaxes(1, 2) if self.asked.options.axes == "bshd" else array
-        return np.ascontiguousarray(array[0] if self.asked.packed else array)
-
-    @cached_property
-    def dtype(self) -> str:
-        return self.asked.compute_dtype
+        super().__init__(asked, operands)
+        self.device = device
 
     def begin(self, with_sinks: bool = True) -> State:
         """Of no keys: all that there is are the sinks."""
@@ -78,65 +61,35 @@ class Work:
         here = {name: None if x is None else x[:, :, rows] for name, x in known.items()}
         found = cpu.run_backward(plan, problem, operands, here)
         totals["q"][:, :, rows] += found["q"]
-        if "bias" in found:
-            totals["bias"][self._edited(totals["bias"], rectangle)] += found["bias"]
-        if "alibi_slopes" in found:
-            total = totals["alibi_slopes"]
-            total = total[rectangle.sequence] if self.asked.packed and total.ndim == 2 else total
-            total += found["alibi_slopes"].reshape(total.shape)
+        self.add_edits(totals, found, rectangle)
         return found["k"], found["v"]
-
-    def totals(self) -> Arrays:
-        """Zeros, to which gradients are added, in the dtype of the arithmetic."""
-        sizes = self.asked.problem.sizes
-        shapes = {"q": (sizes.batch, *self.q.shape[1:]), "k": self.k.shape, "v": self.v.shape}
-        for name, array in (("bias", self.bias), ("alibi_slopes", self.slopes)):
-            if array is not None:
-                shapes[name] = array.shape
-        return {name: np.zeros(shape, self.dtype) for name, shape in shapes.items()}
 
     @cached_property
     def wide_q(self) -> Array:
         return widen(self.q, self.dtype)
 
-    @cached_property
-    def wide_k(self) -> Array:
-        return widen(self.k, self.dtype)
+    def for_gradients(self, array: Array) -> Array:
+        """Keys or values as `gradients` wants them: in the dtype of the arithmetic."""
+        return widen(array, self.dtype)
 
-    @cached_property
-    def wide_v(self) -> Array:
-        return widen(self.v, self.dtype)
+    def message(self, whole: State) -> Array:
+        """A state as one array."""
+        return np.concatenate([whole.out, whole.lse[..., None]], axis=-1)
+
+    def merged(self, messages: list[Array]) -> State:
+        """The states of several messages as one."""
+        return merge([State(x[..., :-1], x[..., -1]) for x in messages])
 
     def _rectangle(self, rectangle: Rectangle, q: Array, k: Array, v: Array) -> tuple[Arrays, Problem]:
-        operands = {"q": q[:, :, rectangle.rows], "k": k, "v": v}
-        alignment: Any = "top-left"
-        window = rectangle.window
-        for word, array in (("mask", self.mask), ("bias", self.bias)):
-            if array is not None:
-                operands[word] = array[self._edited(array, rectangle)]
-        if self.slopes is not None:  # distances are from the true diagonal, wherever it is
-            per_sequence = self.asked.packed and self.slopes.ndim == 2
-            operands["alibi_slopes"] = self.slopes[rectangle.sequence] if per_sequence else self.slopes
-            alignment, band = rectangle.diagonal, self.asked.band
-            window = band.left, band.right
-        options = self.asked.options._replace(
-            axes="bhsd", causal=False, window=window, alignment=alignment, needs_lse=True
-        )
+        operands, options = self.attended(rectangle, q, k, v)
         return operands, problem_of(self.asked.function, operands, options)
-
-    def _edited(self, array: Array, rectangle: Rectangle) -> tuple[Any, ...]:
-        """A rectangle's place in an array of this rank's rows and all keys, either of which may be one for all."""
-        places = rectangle.places
-        rows = rectangle.rows if array.ndim > 1 and array.shape[-2] > 1 else slice(None)
-        keys = slice(places.start, places.stop, places.step) if array.shape[-1] > 1 else slice(None)
-        return (..., rows, keys) if array.ndim > 1 else (keys,)
 
     def rounded(self, whole: State) -> Arrays:
         """The results in the caller's layout and dtypes."""
         problem = self.asked.problem
         lse = narrow(whole.lse, problem.lse_dtype)
         return {
-            "out": narrow(self.as_asked(whole.out), problem.out_dtype),
+            "out": narrow(np.ascontiguousarray(self.as_asked(whole.out)), problem.out_dtype),
             "lse": np.ascontiguousarray(lse[0] if self.asked.packed else lse),
         }
 

@@ -70,6 +70,10 @@ class CuPyMemory:
     def zero(self, array: Any) -> None:
         array.fill(0)
 
+    def write(self, to: Any, values: Any, factor: float = 1.0) -> None:
+        """Numbers, or one for all, into memory that is there, rounded to its dtype."""
+        to[...] = values if factor == 1.0 else values * factor
+
     def sum_into(self, result: Any, array: Any, axes: tuple[int, ...]) -> None:
         """The sum over some axes, into memory of as many numbers, rounded once."""
         result[...] = array.sum(axis=axes).reshape(result.shape)

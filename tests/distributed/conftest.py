@@ -1,0 +1,5 @@
+"""What these tests share: the GPU's door on the CPU."""
+
+from driven import driver, torch
+
+__all__ = ["driver", "torch"]

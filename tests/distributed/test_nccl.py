@@ -1,0 +1,181 @@
+"""NCCL's rules are kept, by a stand-in that checks them; nothing here has run on a GPU."""
+
+import sys
+import threading
+from types import SimpleNamespace
+
+import nccl_stand_in as fake
+import numpy as np
+import pytest
+
+from cupyattn.distributed import NcclComm, RankFailed, Sharding, ring_attention, ring_attention_backward, verbs
+from cupyattn.distributed import shard_sequence as shard
+from cupyattn.distributed import unshard_sequence as unshard
+
+
+@pytest.fixture
+def gpu(torch, monkeypatch):
+    """torch's tensors and CuPy's streams, in host memory; and what runs on as many ranks."""
+    cupy = fake.Cupy(torch)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setitem(sys.modules, "cupy.cuda", cupy.cuda)
+    monkeypatch.setattr(verbs, "synchronize", lambda array: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
+
+    def on_ranks(function, size, timeout=60.0):
+        world, found, errors = fake.World(size), [None] * size, []
+
+        def run(rank):
+            try:
+                found[rank] = function(NcclComm(fake.Communicator(world, rank), timeout=timeout))
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return found, world
+
+    return SimpleNamespace(torch=torch, on_ranks=on_ranks)
+
+
+def test_messages_of_a_group_do_not_wait_for_each_other(gpu):
+    def rank(comm):
+        with comm.grouped():
+            coming = comm.receive((3,), "float32", (comm.rank - 1) % 3, gpu.torch.zeros(1))
+            going = comm.send(gpu.torch.full((3,), float(comm.rank)), (comm.rank + 1) % 3)
+        going.wait()
+        return coming.wait().tolist()
+
+    found, _ = gpu.on_ranks(rank, 3)
+    assert found == [[2.0] * 3, [0.0] * 3, [1.0] * 3]
+
+
+def test_what_is_received_is_not_there_before_it_is_waited_for(gpu):
+    def rank(comm):
+        with comm.grouped():
+            coming = comm.receive((2,), "uint8", 1 - comm.rank, gpu.torch.zeros(1))
+            going = comm.send(gpu.torch.ones(2, dtype=gpu.torch.uint8), 1 - comm.rank)
+        before = coming.array.tolist()
+        going.wait()
+        return before, coming.wait().tolist()
+
+    for before, after in gpu.on_ranks(rank, 2)[0]:
+        assert before == [fake.POISON] * 2
+        assert after == [1, 1]
+
+
+def test_memory_under_way_is_held_until_the_caller_s_stream_waits(gpu):
+    def rank(comm):
+        with comm.grouped():
+            coming = comm.receive((2,), "uint8", 1 - comm.rank, gpu.torch.zeros(1))
+            comm.send(gpu.torch.ones(2, dtype=gpu.torch.uint8), 1 - comm.rank)
+        held = [len(batch.arrays) for batch in comm._under_way]
+        coming.wait()
+        return held, comm._under_way
+
+    assert gpu.on_ranks(rank, 2)[0] == [([2], [])] * 2
+
+
+def test_a_message_inside_of_its_own_group_is_not_there(gpu):
+    def rank(comm):
+        with comm.grouped(), pytest.raises(RuntimeError, match="inside of its own group"):
+            comm.receive((0,), "uint8", 1 - comm.rank, gpu.torch.zeros(1)).wait()
+
+    gpu.on_ranks(rank, 2)
+
+
+def test_collectives_of_both_homes(gpu):
+    def rank(comm):
+        own = gpu.torch.full((2,), comm.rank + 1.0)
+        gathered = [x.tolist() for x in comm.all_gather(own)]
+        total, of_host = comm.all_reduce(own).tolist(), comm.all_reduce(np.array([1.0, comm.rank]))
+        numbers = comm.all_to_all([np.array([comm.rank, to]) for to in range(3)], [(2,)] * 3)
+        return gathered, total, of_host.tolist(), [x.tolist() for x in numbers]
+
+    for number, (gathered, total, of_host, numbers) in enumerate(gpu.on_ranks(rank, 3)[0]):
+        assert gathered == [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]]
+        assert (total, of_host) == ([6.0, 6.0], [3.0, 3.0])
+        assert numbers == [[source, number] for source in range(3)]
+
+
+def test_a_ring_and_its_gradients_go_round(gpu, driver, rng):
+    torch, size = gpu.torch, 3
+    q, k, v, dout = (torch.from_numpy(rng.standard_normal((1, 24, 2, 32))).half() for _ in range(4))
+    layout = Sharding("zigzag", size, (24,))
+
+    def rank(comm):
+        mine = [shard(x, layout, comm.rank) for x in (q, k, v)]
+        out, lse = ring_attention(*mine, comm=comm, sharding=layout, causal=True, return_lse=True)
+        options = {"comm": comm, "sharding": layout, "causal": True, "out": out, "lse": lse}
+        return out, ring_attention_backward(shard(dout, layout, comm.rank), *mine, **options)
+
+    found, world = gpu.on_ranks(rank, size)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    whole = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in exact), is_causal=True)
+    whole = whole.transpose(1, 2)
+    whole.backward(dout.double())
+    np.testing.assert_allclose(unshard([x[0] for x in found], layout).double(), whole.detach(), atol=4e-3)
+    for name, wanted in zip(("dq", "dk", "dv"), exact, strict=True):
+        shards = [getattr(x[1], name) for x in found]
+        np.testing.assert_allclose(unshard(shards, layout).double(), wanted.grad, atol=2e-2)
+    assert all(set(kinds) == {"send", "recv"} for _, kinds in world.groups)
+
+
+def test_who_waits_too_long_gives_up_and_says_so(gpu, monkeypatch):
+    monkeypatch.setattr(fake.Event, "done", False)
+
+    def rank(comm):
+        with pytest.raises(RankFailed, match=r"others said nothing for 0\.2 seconds"):
+            comm.all_gather(np.ones(1))
+        with pytest.raises(RankFailed, match=r"others said nothing"):
+            comm.check()
+
+    gpu.on_ranks(rank, 2, timeout=0.2)
+
+
+def test_what_is_no_communicator_is_refused():
+    with pytest.raises(TypeError, match=r"NcclComm: communicator has to be a cupy\.cuda\.nccl\.NcclCommunicator"):
+        NcclComm(3)
+
+
+def test_the_stand_in_notices_messages_that_are_not_grouped(gpu, monkeypatch):
+    """As NCCL would hang, were they to wait for each other on one stream."""
+    monkeypatch.setattr(fake, "SECONDS", 0.5)
+
+    def rank(comm):
+        coming = comm.receive((2,), "uint8", 1 - comm.rank, gpu.torch.zeros(1))
+        comm.send(gpu.torch.ones(2, dtype=gpu.torch.uint8), 1 - comm.rank)
+        coming.wait()
+
+    with pytest.raises(fake.Broken, match="deadlock"):
+        gpu.on_ranks(rank, 2)
+
+
+def test_the_stand_in_notices_counts_that_do_not_match(gpu):
+    def rank(comm):
+        with comm.grouped():
+            coming = comm.receive((3 if comm.rank else 2,), "uint8", 1 - comm.rank, gpu.torch.zeros(1))
+            comm.send(gpu.torch.ones(2, dtype=gpu.torch.uint8), 1 - comm.rank)
+        coming.wait()
+
+    with pytest.raises(fake.Broken, match="were sent"):
+        gpu.on_ranks(rank, 2)
+
+
+def test_the_stand_in_sends_what_stands_there_when_somebody_waits(gpu):
+    def rank(comm):
+        data = gpu.torch.ones(2, dtype=gpu.torch.uint8)
+        with comm.grouped():
+            coming = comm.receive((2,), "uint8", 1 - comm.rank, gpu.torch.zeros(1))
+            comm.send(data, 1 - comm.rank)
+        data.fill_(7)
+        coming.wait()
+        return coming.array.tolist()
+
+    found, _ = gpu.on_ranks(rank, 2)
+    assert found == [[7, 7]] * 2  # so whoever writes before the wait is found out by wrong numbers
