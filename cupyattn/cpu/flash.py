@@ -171,12 +171,11 @@ class Tile:
     def times_values(self, weights: Array, v: Array, out: Array | None = None) -> Array:
         """``weights @ v``, of weights that `times_keys` gave the memory of; into `out` or memory that is kept."""
         whole = weights if self.padded is None else self.padded
-        product = out
-        if out is None or whole is not weights:
-            product = self.scratch.array("product", (*whole.shape[:-1], v.shape[-1]), whole.dtype)
+        if whole is weights and out is not None:
+            self._multiply(whole, v, out)
+            return out
+        product = self.scratch.array("product", (*whole.shape[:-1], v.shape[-1]), whole.dtype)
         self._multiply(whole, v, product)
-        if whole is weights:
-            return product
         product = product[..., : weights.shape[-2], :]
         if out is None:
             return product
