@@ -62,9 +62,9 @@ class RunningState:
         memory, columns = self.memory, self.rows.head_dim_v
         memory.write(self._out[:, :, 1, rows, :columns], out)
         memory.write(self._sums[:, :, 1, rows, 0], lse, LOG2E)
-        own = self.rows._replace(count=len(range(first, min(last, self.rows.room))))
+        own = self.rows._replace(merged=len(range(first, min(last, self.rows.room))))
         self._launch(states.recipe_of(own, "float32", *running(own)), first, self._out, self._lse, None)
-        here = slice(first, first + own.count)
+        here = slice(first, first + own.merged)
         memory.write(self._sums[:, :, 0, here, 0], self._lse[:, :, here], LOG2E)
 
     def rounded(self, spec: Spec, axes: str, sinks: Any) -> tuple[Any, Any]:

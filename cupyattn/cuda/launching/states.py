@@ -26,7 +26,7 @@ class Rows(NamedTuple):
 
     batch: int
     num_heads: int
-    count: int
+    merged: int
     """How many are merged."""
     room: int
     """How many there are: from head to head, and from place to place."""
@@ -51,12 +51,12 @@ def recipe_of(rows: Rows, dtype: str, out: params.Strides, lse_batch: int, lse_h
     tail = params.Tail(
         q=nothing, k=nothing, v=nothing, out=out, mask=nowhere, bias=nowhere, lse_batch=lse_batch, lse_head=lse_head,
         block_table_row=0, alibi_slopes_batch=0, total_q=0, total_k=0, batch=rows.batch, num_heads=rows.num_heads,
-        seqlen_q=rows.count, seqlen_k=0, head_dim=rows.head_dim_v, head_dim_v=rows.head_dim_v, queries_per_k=1,
+        seqlen_q=rows.merged, seqlen_k=0, head_dim=rows.head_dim_v, head_dim_v=rows.head_dim_v, queries_per_k=1,
         queries_per_v=1, queries_per_pair=1, left=params.OPEN, right=params.OPEN, bottom_right=0, page_size=0,
         num_pages=0, num_places=params.NO_CACHE, seqlen_new=0, bias_dtype=0, split_size=0, num_splits=PLACES,
         num_slots=0, dropout_threshold=0, dropout_factor=1.0, softmax_scale=1.0, softcap=0.0,
     )  # fmt: skip
     specialisation = catalogue.merge(dtype, rows.columns)
-    blocks = -(-rows.batch * rows.num_heads * rows.count * 32 // specialisation.threads)
-    behind = _DESCALED.pack(*(0,) * 6) + _MERGE.pack(rows.room, rows.count, 1, 1, rows.columns, 0, 1.0, 1, 1)
+    blocks = -(-rows.batch * rows.num_heads * rows.merged * 32 // specialisation.threads)
+    behind = _DESCALED.pack(*(0,) * 6) + _MERGE.pack(rows.room, rows.merged, 1, 1, rows.columns, 0, 1.0, 1, 1)
     return Recipe(specialisation, (blocks, 1, 1), tail.pack(), Workspace(), behind=behind)
