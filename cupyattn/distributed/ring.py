@@ -49,8 +49,8 @@ def ring_attention(
     ----------
     q, k, v : array, shapes (batch, seqlen, num_heads, head_dim), ...
         As for `attention`, of this rank's tokens: what `shard_sequence` makes of the whole.  Of packed sequences
-        (tokens, num_heads, head_dim), with a `Sharding` that has their lengths.  On the CPU; or CuPy arrays and torch tensors
-        on a GPU, each rank on its own.
+        (tokens, num_heads, head_dim), with a `Sharding` that has their lengths.  On the CPU; or CuPy's and
+        torch's on a GPU, each rank on its own.
     comm : Comm
         Who takes part: by `run_ranks`, `MpiComm`, `TorchComm` or `NcclComm`.
     sharding : Sharding or {"zigzag", "contiguous", "striped"}, optional
@@ -89,8 +89,8 @@ def ring_attention(
     The same as `attention` over the whole sequence.  A rank merges what it finds in its own keys, then in those of the
     rank before it, and so on round the ring; stretches of rows and keys in their order.  States are merged in float64
     and rounded once.  On a GPU each stretch is rounded to the dtype of `q`, states are merged in float32, and rounded
-    once more; that has not run on a GPU yet.  While some keys are attended the next are on their way.  With a window, only keys that somebody
-    further along sees go on.
+    once more; that has not run on a GPU yet.  While some keys are attended the next are on their way.  With a window,
+    only keys that somebody further along sees go on.
 
     torch's autograd gives gradients, if all ranks call backward.  The gradient of what is the same on all ranks is this
     rank's share: the sum over ranks is the whole.

@@ -74,7 +74,8 @@ def of_bytes(data: Any, dtype: Any, shape: Shape) -> Any:
 
 
 def num_bytes(array: Any) -> int:
-    return math.prod(array.shape) * int(array.itemsize)
+    count: int = math.prod(array.shape)
+    return count * int(array.itemsize)
 
 
 def is_contiguous(array: Any) -> bool:

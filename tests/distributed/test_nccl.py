@@ -81,6 +81,24 @@ def test_memory_under_way_is_held_until_the_caller_s_stream_waits(gpu):
     assert gpu.on_ranks(rank, 2)[0] == [([2], [])] * 2
 
 
+@pytest.mark.parametrize("on_host", [False, True])
+def test_only_memory_of_the_caller_s_stream_waits_for_it(gpu, on_host):
+    """What stands first on the stream of messages is an event of the caller's, and then the group."""
+
+    def rank(comm):
+        like = np.ones(2, np.uint8) if on_host else gpu.torch.ones(2, dtype=gpu.torch.uint8)
+        with comm.grouped():
+            coming = comm.receive((2,), "uint8", 1 - comm.rank, like)
+            comm.send(like, 1 - comm.rank)
+        waits = [getattr(work, "__self__", None) for work in comm.stream.work]
+        awaited = [x.stream for x in waits if isinstance(x, fake.Event)]
+        first = isinstance(waits[0], fake.Event)
+        coming.wait()
+        return first, awaited == [sys.modules["cupy"].current()]
+
+    assert gpu.on_ranks(rank, 2)[0] == [(not on_host, not on_host)] * 2
+
+
 def test_a_message_inside_of_its_own_group_is_not_there(gpu):
     def rank(comm):
         with comm.grouped(), pytest.raises(RuntimeError, match="inside of its own group"):
