@@ -12,7 +12,7 @@ import pytest
 from emulated import encode
 
 from cupyattn import cuda
-from cupyattn.cuda import appending, backward, scheduling
+from cupyattn.cuda import appending, backward, scheduling, scripting
 from cupyattn.cuda.launching import maps, memory
 from cupyattn.problem import NAMED_DEVICES
 
@@ -69,7 +69,7 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch):
     found = Driver()
-    for module in (cuda, appending, backward, scheduling):
+    for module in (cuda, appending, backward, scheduling, scripting):
         monkeypatch.setattr(module, "kernel", found.kernel)
     monkeypatch.setattr(cuda, "device_of", lambda function, title, array: H100)
     monkeypatch.setattr(cuda, "_device", lambda index: H100)

@@ -10,6 +10,7 @@ same library and device, with gradients where the library has them, lazily where
     library       what has to be known of a library, and what any that follows the array API has in common
     numpy, dask, cupy, torch, jax
                   what is special about these five
+    plainness     which tensors of torch are what their memory says
     tracing       how a public function is called: as it is, or recorded where torch makes a graph
     recording     a call of it as a call of its operator
     operators     what an operator is: arguments, schema, refusals
@@ -31,8 +32,8 @@ from cupyattn.arrays.destinations import (
     destinations_of,
     put,
 )
-from cupyattn.arrays.library import Arrays
-from cupyattn.arrays.recognition import alignment_meant, described
+from cupyattn.arrays.library import Arrays, Library
+from cupyattn.arrays.recognition import alignment_meant, described, library_of_type
 from cupyattn.arrays.sketches import Rehearsed, Sketch, Sketches
 from cupyattn.arrays.tracing import define_operators, recorded, untraced
 from cupyattn.arrays.visit import Visit, cpu_device, cuda_lane, enter
@@ -44,6 +45,7 @@ __all__ = [
     "NOWHERE",
     "Arrays",
     "Destinations",
+    "Library",
     "Rehearsed",
     "Sketch",
     "Sketches",
@@ -57,6 +59,7 @@ __all__ = [
     "described",
     "destinations_of",
     "enter",
+    "library_of_type",
     "objection_to_programs",
     "put",
     "recorded",

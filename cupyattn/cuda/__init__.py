@@ -11,18 +11,19 @@ lanes       copies to the host and back, beside the caller's stream
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from cupyattn.cuda import appending, backward, scheduling
+from cupyattn.cuda import appending, backward, scheduling, scripting
 from cupyattn.cuda.launching import maps
 from cupyattn.cuda.launching.lanes import CuPyLane, TorchLane
 from cupyattn.cuda.launching.launch import map_objections, recipe_of, record_of
 from cupyattn.cuda.launching.memory import NOTHING, CuPyMemory, JaxMemory, TorchMemory, copied
+from cupyattn.cuda.launching.script import Script
 from cupyattn.cuda.launching.views import View, has_one_batch_axis, has_to_be_copied, is_aligned, lies_like_new
 from cupyattn.cuda.making.compiler import FOLDER_OF_CUPY, INSTALL
 from cupyattn.cuda.making.module import Launch, kernel
@@ -222,6 +223,16 @@ def run_from_cache(
         for launch in launches:  # nothing is written unless all are ready
             launch()
         return memory.home(results)
+
+
+def script_of(title: str, arrays: Arrays, *asked: Any) -> Script | None:
+    """A call that was made, as what makes it `again`; the arguments are those of `scripting.script_of`."""
+    return scripting.script_of(_memory(title), index_of(arrays["q"]), arrays, *asked)
+
+
+def again(script: Script, arrays: Sequence[Any], addresses: list[int]) -> list[Any]:
+    """The results of the same call of other arrays."""
+    return script.queue(arrays, addresses, _current)
 
 
 def make_schedule(title: str, arrays: Arrays, specs: Mapping[str, Spec], plan: Plan, problem: Problem) -> Any:

@@ -12,7 +12,7 @@ import pytest
 
 import cupyattn
 from cupyattn import cuda
-from cupyattn.cuda import appending
+from cupyattn.cuda import appending, scripting
 from cupyattn.cuda.launching import memory
 from cupyattn.problem import NAMED_DEVICES
 
@@ -539,7 +539,7 @@ def cupy(driver, monkeypatch):
     monkeypatch.setattr(memory.CuPyMemory, "contiguous", lambda self, array: found.empty(array.shape, array.dtype))
     monkeypatch.setattr(found.cuda, "get_current_stream", lambda: "the graph's")
     monkeypatch.setattr(found.cuda, "MemoryAsync", lambda num_bytes, stream: taken(stream, num_bytes))
-    for module in (cuda, appending):
+    for module in (cuda, appending, scripting):
         monkeypatch.setattr(module, "kernel", lambda what, index: lambda *call: driver.seen.append(what.source))
     with found.cuda.using_allocator(lambda num_bytes: found.cuda.MemoryPointer(taken("the pool's", num_bytes), 0)):
         yield found

@@ -87,6 +87,15 @@ def record_of(
     return params.record(pointers, tail + fill, head.ljust(4 * maps.SIZE, b"\0"))
 
 
+def offsets_of(recipe: Recipe) -> dict[str, int]:
+    """Where in such a record each address stands, but those in tensor maps."""
+    start = 4 * maps.SIZE if recipe.maps else 0
+    found = {name: start + 8 * i for i, name in enumerate(params.POINTERS)}
+    if recipe.behind:
+        found |= {name: start + params.SIZE + 8 * i for i, name in enumerate(DESCALES)}
+    return found
+
+
 def recipe_of(plan: Plan, problem: Problem, operands: Mapping[str, View]) -> Recipe:
     """The recipe, remembered by problem, strides and alignment; results are contiguous."""
     facts = tuple([(name, view[1:]) for name, view in operands.items()])
