@@ -97,7 +97,9 @@ def answer_from_cache(
 ) -> Arrays:
     """The results by name, "out" and "lse", of a call whose keys are in a cache.
 
-    `waits`: the host has looked at values of a GPU on the way here, and has to do so in each such call.  On the CPU `append` checks all NumPy operands, puts new keys into the caches, and returns what `cpu.run` is asked.
+    `waits`: the host has looked at values of a GPU on the way here, and has to do so in each such call.
+
+    On the CPU `append` checks all NumPy operands, puts new keys into the caches, and returns what `cpu.run` is asked.
     """
     if visit.kind == "cuda":
         from cupyattn import cuda

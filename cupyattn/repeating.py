@@ -117,9 +117,12 @@ class Memory:
         """The argument that, as an int, is told to kernels and decides nothing."""
         self._calls: dict[Hashable, Remembered] = {}
         self._lock = threading.Lock()
-        ALL.append(self)
+        _ALL.append(self)
 
-    def forget(self) -> None:
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def clear(self) -> None:
         with self._lock:
             self._calls = {}
 
@@ -171,12 +174,16 @@ class Memory:
         self, values: Sequence[Any], positional: int, kwargs: Mapping[str, Any]
     ) -> tuple[Sequence[Any], int | None]:
         name = cast(str, self._number)
-        place = positional + list(kwargs).index(name) if name in kwargs else self._words.index(name)
-        if place >= len(values) or (place >= positional and name not in kwargs):
+        if name in kwargs:
+            number, place = kwargs[name], None
+        elif (place := self._words.index(name)) < positional:
+            number = values[place]
+        else:
             return values, None
-        number = values[place]
         if type(number) is not int or not 0 <= number <= LARGEST_SIZE:
             return values, None
+        if place is None:
+            place = positional + list(kwargs).index(name)
         return [*values[:place], _ANY_NUMBER, *values[place + 1 :]], number
 
     def learn(self, seen: Seen, args: tuple[Any, ...], kwargs: Mapping[str, Any], done: Done, result: Any) -> None:
@@ -192,8 +199,14 @@ class Memory:
             self._calls[seen.key] = remembered
 
 
-ALL: list[Memory] = []
+_ALL: list[Memory] = []
 """Of all functions."""
+
+
+def forget() -> None:
+    """All calls: for tests and benchmarks, which put something else in the driver's place."""
+    for memory in _ALL:
+        memory.clear()
 
 
 def _remembered(seen: Seen, names: list[str], number: str | None, done: Done, result: Any) -> Remembered | None:

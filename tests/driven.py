@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from emulated import encode
 
-from cupyattn import cuda
+from cupyattn import cuda, repeating
 from cupyattn.cuda import appending, backward, scheduling, scripting
 from cupyattn.cuda.launching import maps, memory
 from cupyattn.problem import NAMED_DEVICES
@@ -69,6 +69,7 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch):
     found = Driver()
+    repeating.forget()
     for module in (cuda, appending, backward, scheduling, scripting):
         monkeypatch.setattr(module, "kernel", found.kernel)
     monkeypatch.setattr(cuda, "device_of", lambda function, title, array: H100)
@@ -80,15 +81,18 @@ def driver(monkeypatch):
         monkeypatch.setattr(kind, "is_capturing", lambda self, stream: found.nodes is not None)
     # Every test has an adapter of its own.
     monkeypatch.setattr(cuda, "_memory", functools.cache(cuda._memory.__wrapped__))
-    return found
+    yield found
+    repeating.forget()
 
 
 @pytest.fixture
 def torch(driver, monkeypatch):
     """torch, whose CPU tensors say that they are on a GPU."""
     found = pytest.importorskip("torch")
+    from cupyattn.arrays import plainness
     from cupyattn.arrays.torch import Torch
 
+    monkeypatch.setattr(plainness, "_is_on_gpu", lambda array: True)
     monkeypatch.setattr(Torch, "place", lambda self, array: ("cuda", "cuda:0"))
     for name in ("view", "pointer"):
         real = getattr(memory.TorchMemory, name)

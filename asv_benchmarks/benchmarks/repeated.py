@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 
 import cupyattn
-from cupyattn import cuda
+from cupyattn import cuda, repeating
 from cupyattn.cuda import appending, scheduling, scripting
 from cupyattn.cuda.launching import maps, memory
 from cupyattn.problem import NAMED_DEVICES
@@ -41,16 +41,17 @@ def standing_in():
     nothing = functools.cache(lambda what, index: lambda *launch: None)
     stream = memory.Stream(0)
     with contextlib.ExitStack() as stack:
-        replace = functools.partial(mock.patch.object)
+        replace = mock.patch.object
         for module in (cuda, appending, scheduling, scripting):
             stack.enter_context(replace(module, "kernel", nothing))
         stack.enter_context(replace(cuda, "device_of", lambda function, title, like: H100))
         stack.enter_context(replace(cuda, "_current", lambda index: cuda.NOTHING))
-        stack.enter_context(
-            replace(maps, "encode", functools.lru_cache(4096)(lambda wanted, address: bytes(maps.SIZE)))
-        )
+        encode = functools.lru_cache(4096)(lambda wanted, address: bytes(maps.SIZE))
+        stack.enter_context(replace(maps, "encode", encode))
         stack.enter_context(replace(memory.CuPyMemory, "stream", lambda self, index: stream))
         stack.enter_context(cupy.cuda.using_allocator(lambda num_bytes: one))
+        stack.callback(repeating.forget)
+        repeating.forget()
         yield array
 
 

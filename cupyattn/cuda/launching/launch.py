@@ -46,6 +46,8 @@ from cupyattn.plan import (
 )
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Shape
 
+MAPPED = ("q", "k", "v", "out")
+"""Of which a kernel may have tensor maps, in this order in front of its record."""
 LARGEST_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
 OF_FLOAT8 = 256.0
 """``kOfFloat8`` in ``numbers.cuh``: what the halves that float8 is made by the split-KV kernel are multiplied by."""
@@ -80,20 +82,16 @@ def record_of(
     encode = encode or maps.encode
     # Of no keys no box is ever asked for, but the driver wants an address.
     head = b"".join(
-        encode(wanted, pointers[name] or pointers["q"])
-        for name, wanted in zip(("q", "k", "v", "out"), recipe.maps, strict=False)
+        encode(wanted, pointers[name] or pointers["q"]) for name, wanted in zip(MAPPED, recipe.maps, strict=False)
     )
     fill = bytes(-(params.SIZE + len(descales) + len(recipe.behind)) % maps.ALIGNMENT)
     return params.record(pointers, tail + fill, head.ljust(4 * maps.SIZE, b"\0"))
 
 
-def offsets_of(recipe: Recipe) -> dict[str, int]:
-    """Where in such a record each address stands, but those in tensor maps."""
+def place_of_addresses(recipe: Recipe) -> tuple[int, int]:
+    """From where to where `params.POINTERS` lie in such a record."""
     start = 4 * maps.SIZE if recipe.maps else 0
-    found = {name: start + 8 * i for i, name in enumerate(params.POINTERS)}
-    if recipe.behind:
-        found |= {name: start + params.SIZE + 8 * i for i, name in enumerate(DESCALES)}
-    return found
+    return start, start + 8 * len(params.POINTERS)
 
 
 def recipe_of(plan: Plan, problem: Problem, operands: Mapping[str, View]) -> Recipe:

@@ -10,21 +10,25 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
-from cupyattn.cuda.launching import append, launch, maps
+from cupyattn.cuda.launching import append, launch, maps, params
 from cupyattn.cuda.launching.memory import CuPyMemory
 from cupyattn.cuda.launching.recipe import Recipe
-from cupyattn.cuda.launching.views import View
+from cupyattn.cuda.launching.views import DESCALES, View
 from cupyattn.cuda.making.module import Launch, Specialisation
-from cupyattn.problem import Shape, Spec
-
-_put_address = struct.Struct("<Q").pack_into
+from cupyattn.problem import Spec
 
 Places = Mapping[str, int]
 """Where the address of an operand, a result, or scratch memory stands in a list of addresses."""
+NOWHERE, NUMBER = -1, -2
+"""The last two of the list: 0, and the cache_seqlen of all sequences of a cache."""
+_address = struct.Struct("<Q")
+APART = 512
+"""Bytes: pieces of memory begin at multiples of it, as CuPy's and torch's do."""
 
 
 class Box:
@@ -42,57 +46,86 @@ def _encoded(box: Box, address: int) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
+class Words:
+    """The addresses of a record, side by side and in its order."""
+
+    layout: struct.Struct
+    pick: Callable[[Sequence[int]], tuple[int, ...]]
+
+    def pack(self, addresses: Sequence[int]) -> bytes:
+        return self.layout.pack(*self.pick(addresses))
+
+
+def words_of(names: Sequence[str], places: Places) -> Words:
+    there = {"cache_seqlen": NUMBER, **places}
+    return Words(struct.Struct(f"<{len(names)}Q"), itemgetter(*(there.get(name, NOWHERE) for name in names)))
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
-    """One launch."""
+    """One launch; its record is tensor maps and what fills the room of others, addresses, and what is behind them."""
 
     function: Any
     grid: tuple[int, int, int]
     what: Specialisation
-    template: bytes
-    """The record, 0 for all addresses."""
     dtype: np.dtype[np.void]
-    addresses: tuple[tuple[int, int], ...]
-    """(offset in the record, place in the list) of each."""
-    boxes: tuple[tuple[int, Box, int], ...] = ()
-    """The same of tensor maps."""
-    instead: int = 0
+    """Of the record."""
+    words: Words
+    behind: bytes
+    boxes: tuple[tuple[Box, int], ...] = ()
+    """Each with its place in the list of addresses."""
+    instead: int = NOWHERE
     """The place of the address to encode where there is none: that of q."""
+    fill: bytes = b""
+    descales: tuple[tuple[int, int], ...] = ()
+    """(offset in what is behind, place in the list) of further addresses."""
 
-    def ready(self, addresses: Sequence[int], stream: Any, kept: list[Any]) -> Launch:
-        record = bytearray(self.template)
-        for offset, place in self.addresses:
-            _put_address(record, offset, addresses[place])
-        for offset, box, place in self.boxes:
-            record[offset : offset + maps.SIZE] = _encoded(box, addresses[place] or addresses[self.instead])
-        void = np.frombuffer(record, self.dtype)[0]
-        return Launch(self.function, self.grid, self.what, void, stream, kept)
+    def ready(self, addresses: Sequence[int], packed: bytes, stream: Any, kept: list[Any]) -> Launch:
+        """`packed` are its words."""
+        behind = self.behind
+        if self.descales:
+            whole = bytearray(behind)
+            for offset, place in self.descales:
+                _address.pack_into(whole, offset, addresses[place])
+            behind = bytes(whole)
+        record = packed + behind
+        if self.boxes:
+            encoded = [_encoded(box, addresses[place] or addresses[self.instead]) for box, place in self.boxes]
+            record = b"".join((*encoded, self.fill, record))
+        return Launch(self.function, self.grid, self.what, np.frombuffer(record, self.dtype)[0], stream, kept)
 
 
-def step(recipe: Recipe, function: Any, facts: Mapping[str, View], places: Places, cache_seqlen: int) -> Step:
+def step(recipe: Recipe, function: Any, facts: Mapping[str, View], places: Places, words: Words) -> Step:
     """That of a recipe; `facts` are views of its operands, whatever their addresses."""
     nowhere = {name: view._replace(pointer=0) for name, view in facts.items()}
-    results = {"out": 0, "lse": 0}
-    record = launch.record_of(recipe, nowhere, results, 0, None, cache_seqlen, lambda *of: bytes(maps.SIZE))
-    boxes = tuple(
-        (maps.SIZE * i, Box(wanted), places[name])
-        for i, (name, wanted) in enumerate(zip(("q", "k", "v", "out"), recipe.maps, strict=False))
-    )
-    there = _there(launch.offsets_of(recipe), places)
-    return Step(function, recipe.grid, recipe.specialisation, bytes(record), record.dtype, there, boxes, places["q"])
+    encode: Callable[[maps.BoxMap, int], bytes] = lambda wanted, address: bytes(maps.SIZE)  # noqa: E731
+    record = launch.record_of(recipe, nowhere, dict.fromkeys(launch.MAPPED, 0), encode=encode)
+    start, stop = launch.place_of_addresses(recipe)
+    boxes = tuple((Box(wanted), places[name]) for name, wanted in zip(launch.MAPPED, recipe.maps, strict=False))
+    descales = ()
+    if recipe.behind:
+        first = params.SIZE - (stop - start)
+        descales = tuple((first + 8 * i, places[name]) for i, name in enumerate(DESCALES) if name in places)
+    return Step(
+        function, recipe.grid, recipe.specialisation, record.dtype, words, bytes(record)[stop:], boxes, places["q"],
+        bytes(start - len(boxes) * maps.SIZE), descales,
+    )  # fmt: skip
 
 
-def step_of_append(
-    recipe: append.Recipe, function: Any, facts: Mapping[str, View], places: Places, cache_seqlen: int
-) -> Step:
+def step_of_append(recipe: append.Recipe, function: Any, facts: Mapping[str, View], places: Places) -> Step:
     """The same of new keys on their way into a cache."""
-    nowhere = {name: view._replace(pointer=0) for name, view in facts.items()}
-    record = append.record_of(recipe, nowhere, cache_seqlen)
-    there = _there({name: 8 * i for i, name in enumerate(append.POINTERS)}, places)
-    return Step(function, recipe.grid, recipe.specialisation, bytes(record), record.dtype, there)
+    record = append.record_of(recipe, {name: view._replace(pointer=0) for name, view in facts.items()})
+    words = words_of(append.POINTERS, places)
+    behind = bytes(record)[words.layout.size :]
+    return Step(function, recipe.grid, recipe.specialisation, record.dtype, words, behind)
 
 
-def _there(offsets: Mapping[str, int], places: Places) -> tuple[tuple[int, int], ...]:
-    return tuple((offset, places[name]) for name, offset in offsets.items() if name in places)
+def side_by_side(sizes: Sequence[int]) -> tuple[int, ...]:
+    """`Script.scratch`, of pieces of so many bytes."""
+    ends = [0]
+    for size in sizes:
+        ends.append(ends[-1] + -(-size // APART) * APART)
+    return tuple(ends) if sizes else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +139,10 @@ class Script:
     """The place of q among the arrays."""
     results: tuple[tuple[Spec, int | None], ...]
     """Each with the place of the caller's array that it goes into."""
-    scratch: tuple[tuple[Shape, str], ...]
-    """Shapes and dtypes."""
+    scratch: tuple[int, ...]
+    """Where each piece of further memory begins in one that holds them all, and where the last one ends."""
     steps: tuple[Step, ...]
+    cache_seqlen: int
 
     def queue(
         self, arrays: Sequence[Any], addresses: list[int], current: Callable[[int], AbstractContextManager[Any]]
@@ -120,12 +154,19 @@ class Script:
                 array = memory.result(spec, like) if place is None else arrays[place]
                 results.append(array)
                 addresses.append(memory.pointer(array) if place is None else addresses[place])
-            stream, kept = memory.stream(self.index), []
+            stream, kept = memory.stream(self.index), list[Any]()
             if self.scratch:
+                *starts, total = self.scratch
                 with memory.temporaries(stream):
-                    kept = [memory.empty(shape, dtype, like) for shape, dtype in self.scratch]
-                addresses += [memory.pointer(array) for array in kept]
-            launches = [step.ready(addresses, stream, kept) for step in self.steps]
-            for each in launches:  # nothing is written unless all are ready
-                each()
+                    kept.append(memory.empty((total,), "uint8", like))
+                first = memory.pointer(kept[0])
+                addresses += [first + start for start in starts]
+            addresses += (self.cache_seqlen, 0)
+            launches, words, packed = list[Launch](), None, b""
+            for each in self.steps:
+                if each.words is not words:
+                    words, packed = each.words, each.words.pack(addresses)
+                launches.append(each.ready(addresses, packed, stream, kept))
+            for launched in launches:  # nothing is written unless all are ready
+                launched()
         return results
