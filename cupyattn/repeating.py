@@ -131,7 +131,7 @@ class Memory:
 
     def look(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Seen | None:
         """A call as it is recognised; None: none like it is ever remembered."""
-        values = [*args, *kwargs.values()] if kwargs else args
+        values: Sequence[Any] = [*args, *kwargs.values()] if kwargs else args
         number = None
         if self._number is not None:
             values, number = self._without_number(values, len(args), kwargs)
@@ -139,7 +139,7 @@ class Memory:
         facts: list[Hashable] = [currently_allowed(), len(args), *kwargs]
         library = None
         for value in values:
-            kind = type(value)
+            kind: Any = type(value)
             if kind in _SCALARS:
                 facts += (kind, value)
                 if kind is float and value == 0.0:  # of which there are two

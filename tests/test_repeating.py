@@ -1,5 +1,7 @@
 """Calls that are launched again without being read: the very launches of the long way, and only where it may be."""
 
+# ruff: noqa: F811  (fixtures)
+
 import contextlib
 import gc
 import hashlib
@@ -62,7 +64,7 @@ def gpu(launches, monkeypatch):
         return cupy.cuda.MemoryPointer(owned, 0)
 
     def array(*shape, dtype="float16", steps=None, shift=0, device_id=0):
-        """Of `shape`, every second number along the axes named in `steps`, `shift` numbers behind an aligned address."""
+        """Of `shape`, in steps of two along the axes named in `steps`, `shift` numbers behind an aligned address."""
         spread = [2 * size if axis in (steps or ()) else size for axis, size in enumerate(shape)]
         item = np.dtype(dtype).itemsize
         held = np.zeros((int(np.prod(spread)) + shift) * item + 512, np.uint8)
@@ -73,7 +75,7 @@ def gpu(launches, monkeypatch):
 
     for name in ("run", "run_from_cache"):
         real = getattr(cuda, name)
-        monkeypatch.setattr(cuda, name, lambda *asked, real=real: long.append(name) or real(*asked))
+        monkeypatch.setattr(cuda, name, lambda *asked, real=real: long.append(real) or real(*asked))
     found = SimpleNamespace(array=array, device=device, cupy=cupy)
     monkeypatch.setattr(cuda, "device_of", lambda function, title, like: found.device)
 
@@ -185,9 +187,8 @@ def drawn_from_cache(choose, options, arrays, dtype, shape_q, capacity, heads_kv
     caches = {**kind, "steps": choose(None, (0,), (1,), (2,))}
     arrays |= {"q": (shape_q, kind), "k_cache": (shape_k, caches), "v_cache": (shape_k, caches)}
     if choose(True, False):
-        arrays |= {
-            name: ((batch, seqlen_q, heads_kv, dim), {**kind, "steps": choose(None, (1,), (3,))}) for name in "kv"
-        }
+        new = {**kind, "steps": choose(None, (1,), (3,))}
+        arrays |= dict.fromkeys(("k", "v"), ((batch, seqlen_q, heads_kv, dim), new))
         if choose(True, False):
             tables = {"dtype": choose(dtype, "float32")}
             arrays |= dict.fromkeys(("rotary_cos", "rotary_sin"), ((4000, 16), tables))
@@ -228,11 +229,10 @@ def test_a_call_made_again_launches_what_the_long_way_does_to_the_last_byte(gpu,
 
 def test_a_number_of_tokens_that_grows_is_no_other_call(gpu):
     q, k_cache, v_cache, new = (gpu.array(2, n, 2, 64) for n in (1, 128, 128, 1))
-    step = lambda taken: (
-        lambda: cupyattn.flash_attn_with_kvcache(  # noqa: E731
-            q, k_cache, v_cache, new, new, cache_seqlens=taken
-        )
-    )
+
+    def step(taken):
+        return lambda: cupyattn.flash_attn_with_kvcache(q, k_cache, v_cache, new, new, cache_seqlens=taken)
+
     gpu.of(step(3))
     for taken in (4, 0, 77):
         found, was_long = gpu.of(step(taken))
@@ -243,7 +243,10 @@ def test_a_number_of_tokens_that_grows_is_no_other_call(gpu):
 
 def test_the_number_of_tokens_may_come_by_position(gpu):
     arrays = [gpu.array(2, n, 2, 64) for n in (1, 128, 128, 1, 1)]
-    step = lambda taken: lambda: cupyattn.flash_attn_with_kvcache(*arrays, None, None, taken)  # noqa: E731
+
+    def step(taken):
+        return lambda: cupyattn.flash_attn_with_kvcache(*arrays, None, None, taken)
+
     gpu.of(step(3))
     found, was_long = gpu.of(step(9))
     assert not was_long
@@ -253,11 +256,10 @@ def test_the_number_of_tokens_may_come_by_position(gpu):
 @pytest.mark.parametrize("number", [-1, 2**40, True, "3"])
 def test_a_number_of_tokens_that_is_none_is_refused_as_ever(gpu, number):
     q, k_cache, v_cache, new = (gpu.array(2, n, 2, 64) for n in (1, 128, 128, 1))
-    step = lambda taken: (
-        lambda: cupyattn.flash_attn_with_kvcache(  # noqa: E731
-            q, k_cache, v_cache, new, new, cache_seqlens=taken
-        )
-    )
+
+    def step(taken):
+        return lambda: cupyattn.flash_attn_with_kvcache(q, k_cache, v_cache, new, new, cache_seqlens=taken)
+
     gpu.of(step(1))
     assert gpu.of(step(number)) == (gpu.long_way(step(number)), True)
 
@@ -265,6 +267,7 @@ def test_a_number_of_tokens_that_is_none_is_refused_as_ever(gpu, number):
 # ---- What makes another call of it
 
 SHAPE_Q, SHAPE_K = (2, 40, 4, 64), (2, 90, 2, 64)
+SHAPES = {"q": SHAPE_Q, "k": SHAPE_K, "v": SHAPE_K}
 CHANGES = {
     "rows": {"q": ((2, 41, 4, 64), {})},
     "keys": {"k": ((2, 91, 2, 64), {}), "v": ((2, 91, 2, 64), {})},
@@ -275,14 +278,13 @@ CHANGES = {
     "columns of q": {"q": (SHAPE_Q, {"steps": (3,)})},
     "start of q": {"q": (SHAPE_Q, {"shift": 1})},
     "start of v": {"v": (SHAPE_K, {"shift": 1})},
-    "dtype": {
-        name: (shape, {"dtype": "float32"}) for name, shape in zip("qkv", (SHAPE_Q, SHAPE_K, SHAPE_K), strict=True)
-    },
+    "dtype": {name: (shape, {"dtype": "float32"}) for name, shape in SHAPES.items()},
+    "dtype of the same size": {name: (shape, {"dtype": "int16"}) for name, shape in SHAPES.items()},
     "dtype of k": {"k": (SHAPE_K, {"dtype": "float32"})},
-    "head_dim": {name: ((*shape[:3], 72), {}) for name, shape in zip("qkv", (SHAPE_Q, SHAPE_K, SHAPE_K), strict=True)},
+    "head_dim": {name: ((*shape[:3], 72), {}) for name, shape in SHAPES.items()},
     "device of q": {"q": (SHAPE_Q, {"device_id": 1})},
     "not causal": {"causal": False},
-    "causal, in a way": {"causal": 2},
+    "causal, in a way": {"causal": 1},
     "alignment": {"alignment": "top-left"},
     "window": {"window_size": (3, 0)},
     "window of reals": {"window_size": (-1.0, -1.0)},
@@ -340,6 +342,15 @@ def test_the_kernels_that_are_allowed_around_a_call_are_part_of_it(gpu):
     assert gpu.of(call) == (free, False)
 
 
+def test_the_same_number_by_another_name_is_another_call(gpu):
+    values = {name: gpu.array(*shape) for name, shape in SHAPES.items()}
+    by_name = {
+        name: lambda name=name: cupyattn.attention(**values, **{name: 2.0}) for name in ("softcap", "softmax_scale")
+    }
+    gpu.of(by_name["softcap"])
+    assert gpu.of(by_name["softmax_scale"]) == (gpu.long_way(by_name["softmax_scale"]), True)
+
+
 def test_refusals_are_the_same_each_time(gpu):
     call = asked_of(gpu, {"softcap": -1.0})
     assert gpu.of(call) == gpu.of(call) == (gpu.long_way(call), True)
@@ -371,9 +382,7 @@ def test_the_arrays_device_is_made_the_current_one(gpu, monkeypatch):
         yield
 
     monkeypatch.setattr(cuda, "_current", current)
-    call = asked_of(
-        gpu, {name: (shape, {"device_id": 1}) for name, shape in zip("qkv", (SHAPE_Q, SHAPE_K, SHAPE_K), strict=True)}
-    )
+    call = asked_of(gpu, {name: (shape, {"device_id": 1}) for name, shape in SHAPES.items()})
     for _ in range(2):
         gpu.of(call)
     assert currents == [1, 1]
@@ -517,7 +526,7 @@ def tensors(torch, launches, monkeypatch):
     long = []
     for name in ("run", "run_from_cache"):
         real = getattr(cuda, name)
-        monkeypatch.setattr(cuda, name, lambda *asked, real=real: long.append(name) or real(*asked))
+        monkeypatch.setattr(cuda, name, lambda *asked, real=real: long.append(real) or real(*asked))
     found = SimpleNamespace(torch=torch, long=long, launches=launches)
     found.three = [torch.randn(shape).half() for shape in (SHAPE_Q, SHAPE_K, SHAPE_K)]
 

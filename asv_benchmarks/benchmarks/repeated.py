@@ -18,6 +18,8 @@ from cupyattn.cuda import appending, scheduling, scripting
 from cupyattn.cuda.launching import maps, memory
 from cupyattn.problem import NAMED_DEVICES
 
+from .common import Benchmark, named, tracked
+
 H100 = NAMED_DEVICES["H100"]
 
 
@@ -104,6 +106,10 @@ CALLS = {
 }
 
 
+BAR = 15
+"""us: most that a call may take that was made before."""
+
+
 def processor_time(call, turns, number=400):
     """us of the processor for a call, of the best turn: a neighbour costs less of it than of the clock's."""
     call()
@@ -115,3 +121,39 @@ def processor_time(call, turns, number=400):
             call()
         best = min(best, (time.process_time() - start) / number)
     return 1e6 * best
+
+
+def reading_each_time():
+    """No call is like one that was made before."""
+    return mock.patch.object(repeating.Memory, "look", return_value=None)
+
+
+class Repeated(Benchmark):
+    """A call of CuPy's arrays on an H100 that was made before, less all that the driver would do."""
+
+    params = (list(CALLS),)
+    param_names = ("call",)
+
+    @tracked("us of the processor", BAR, "Overhead: a call on a GPU that was made before")
+    def track_again(self, call):
+        with standing_in() as array:
+            return processor_time(CALLS[call](array), self.turns)
+
+    @named("Overhead: a call on a GPU that is read each time")
+    def track_read(self, call):
+        with standing_in() as array, reading_each_time():
+            return processor_time(CALLS[call](array), self.turns)
+
+    track_read.unit = "us of the processor"
+
+
+def main():
+    """Print both, of each call."""
+    print(f"{'us of the processor':32}{'read each time':>16}{'made again':>12}")
+    for name in CALLS:
+        bench = Repeated()
+        print(f"{name:32}{bench.track_read(name):16.1f}{bench.track_again(name):12.1f}")
+
+
+if __name__ == "__main__":
+    main()

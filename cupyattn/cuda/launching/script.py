@@ -102,12 +102,12 @@ def step(recipe: Recipe, function: Any, facts: Mapping[str, View], places: Place
     record = launch.record_of(recipe, nowhere, dict.fromkeys(launch.MAPPED, 0), encode=encode)
     start, stop = launch.place_of_addresses(recipe)
     boxes = tuple((Box(wanted), places[name]) for name, wanted in zip(launch.MAPPED, recipe.maps, strict=False))
-    descales = ()
+    descales: tuple[tuple[int, int], ...] = ()
     if recipe.behind:
         first = params.SIZE - (stop - start)
         descales = tuple((first + 8 * i, places[name]) for i, name in enumerate(DESCALES) if name in places)
     return Step(
-        function, recipe.grid, recipe.specialisation, record.dtype, words, bytes(record)[stop:], boxes, places["q"],
+        function, recipe.grid, recipe.specialisation, record.dtype, words, record.tobytes()[stop:], boxes, places["q"],
         bytes(start - len(boxes) * maps.SIZE), descales,
     )  # fmt: skip
 
@@ -116,7 +116,7 @@ def step_of_append(recipe: append.Recipe, function: Any, facts: Mapping[str, Vie
     """The same of new keys on their way into a cache."""
     record = append.record_of(recipe, {name: view._replace(pointer=0) for name, view in facts.items()})
     words = words_of(append.POINTERS, places)
-    behind = bytes(record)[words.layout.size :]
+    behind = record.tobytes()[words.layout.size :]
     return Step(function, recipe.grid, recipe.specialisation, record.dtype, words, behind)
 
 
