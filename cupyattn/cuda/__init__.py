@@ -3,6 +3,7 @@
 memory      whose arrays these are, and where they lie
 launch      kernel, grid and parameter record
 append      the same for new keys and values on their way into a cache
+script      the launches of a call, to be made again with other addresses
 gradients   the same for gradients: several launches, and sums over what repeats an operand
 module      the kernel, from the cache of cubins or from NVRTC
 lanes       copies to the host and back, beside the caller's stream
