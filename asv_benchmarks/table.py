@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
 
-from benchmarks import SUITE, articles, attention, caches, decode, memory, overhead, ragged
+from benchmarks import SUITE, articles, attention, caches, decode, memory, overhead, ragged, repeated
 from benchmarks.common import fastest
 
 from cupyattn.cpu import num_cores
@@ -39,6 +39,8 @@ WANTED = (
     overhead.Corridor.track_overhead,
     overhead.Rooms.time_call,
     overhead.Import.track_import,
+    repeated.Repeated.track_read,
+    repeated.Repeated.track_again,
 )
 FOR_ARTICLES = (
     articles.Standard.track_time,

@@ -11,6 +11,7 @@ from cupyattn.arrays import destinations_of, enter, recorded, shapes
 from cupyattn.corridor import answer, answer_with_gradients, under_our_names
 from cupyattn.problem import A, Alignment, Array, Implementation
 from cupyattn.reading import attention_options, expect, read, refusal
+from cupyattn.repeating import repeated
 
 
 # fmt: off
@@ -55,6 +56,7 @@ def attention(
     destinations=("out", "lse_out"),
     finish=shapes.with_lse,
 )
+@repeated()
 def attention(
     q: Array,
     k: Array,

@@ -22,6 +22,7 @@ from cupyattn.described import Call
 from cupyattn.plan import Plan, choose, for_live_keys
 from cupyattn.problem import FLOAT8, NAMED_DEVICES, Device, Problem, Spec
 from cupyattn.reading import Options, check_lengths, check_sequences, read, refusal
+from cupyattn.repeating import Done, tell
 
 Named = Mapping[str, tuple[str, Any]]
 """{our word: (the caller's name for it, the array or None)}"""
@@ -92,8 +93,11 @@ def answer_from_cache(
     append: Callable[[Arrays], Arrays],
     into: Destinations,
     scheduler_metadata: Any = None,
+    waits: bool = False,
 ) -> Arrays:
     """The results by name, "out" and "lse", of a call whose keys are in a cache.
+
+    `waits`: the host has looked at values of a GPU on the way here, and has to do so in each such call.
 
     On the CPU `append` checks all NumPy operands, puts new keys into the caches, and returns what `cpu.run` is asked.
     """
@@ -101,7 +105,11 @@ def answer_from_cache(
         from cupyattn import cuda
 
         found = visit.function, visit.library.title, visit.arrays, dict(visit.specs), plan, problem
-        return put(visit, cuda.run_from_cache(*found, cache_seqlen, *rotation, _arrays(into), scheduler_metadata), into)
+        made = cuda.run_from_cache(*found, cache_seqlen, *rotation, _arrays(into), scheduler_metadata)
+        if scheduler_metadata is None and not waits:
+            seqlen = problem.sizes.seqlen_k if cache_seqlen is None else cache_seqlen
+            tell(Done(visit, problem, plan, made, (seqlen, *rotation)))
+        return put(visit, made, into)
 
     def forward(operands: Arrays) -> Arrays:
         asked = append(operands)
@@ -244,7 +252,11 @@ def _run_on_gpu(visit: Visit, plan: Plan, call: Call, into: Destinations) -> Arr
     """Without NumPy; where gradients may be asked for, out and lse are what is kept for them."""
     problem, specs, seed, allowed = call.problem, call.operands, call.seed, call.allowed
     if not visit.library.differentiates(visit.arrays):
-        return launched(visit.function, visit.library.title, visit.arrays, specs, plan, problem, seed, _arrays(into))
+        own = visit.function, visit.library.title, visit.arrays
+        found = launched(*own, specs, plan, problem, seed, _arrays(into))
+        if not problem.layout.seqlens and problem.dropout_p == 0.0:
+            tell(Done(visit, problem, plan, found))
+        return found
     whole = replace(problem, needs_lse=True)
     if problem.dtype == FLOAT8:
         rule = f"has no gradients of {FLOAT8}, nor of what comes with it; call it under torch.no_grad()"

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from emulated import encode
 
-from cupyattn import cuda
-from cupyattn.cuda import appending, backward, merging, scheduling
+from cupyattn import cuda, repeating
+from cupyattn.cuda import appending, backward, merging, scheduling, scripting
 from cupyattn.cuda.launching import maps, memory
 from cupyattn.problem import NAMED_DEVICES
 
@@ -72,7 +72,8 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch):
     found = Driver()
-    for module in (cuda, appending, backward, merging, scheduling):
+    repeating.forget()
+    for module in (cuda, appending, backward, merging, scheduling, scripting):
         monkeypatch.setattr(module, "kernel", found.kernel)
     monkeypatch.setattr(cuda, "device_of", lambda function, title, array: H100)
     monkeypatch.setattr(cuda, "_device", lambda index: H100)
@@ -83,15 +84,18 @@ def driver(monkeypatch):
         monkeypatch.setattr(kind, "is_capturing", lambda self, stream: found.nodes is not None)
     # Every test has an adapter of its own.
     monkeypatch.setattr(cuda, "_memory", functools.cache(cuda._memory.__wrapped__))
-    return found
+    yield found
+    repeating.forget()
 
 
 @pytest.fixture
 def torch(driver, monkeypatch):
     """torch, whose CPU tensors say that they are on a GPU."""
     found = pytest.importorskip("torch")
+    from cupyattn.arrays import plainness
     from cupyattn.arrays.torch import Torch
 
+    monkeypatch.setattr(plainness, "_is_on_gpu", lambda array: True)
     monkeypatch.setattr(Torch, "place", lambda self, array: ("cuda", "cuda:0"))
     for name in ("view", "pointer"):
         real = getattr(memory.TorchMemory, name)

@@ -12,6 +12,7 @@ What only one library needs is imported when its first array comes, and what mak
     numpy, dask, cupy, torch, jax
                   what is special about these five
     servers       who answers programs that JAX compiles
+    plainness     which tensors of torch are what their memory says
     tracing       how a public function is called: as it is, or recorded where torch makes a graph
     calling       the same beside torch.compile; which of them are operators
     recording     a call of it as a call of its operator
@@ -35,8 +36,8 @@ from cupyattn.arrays.destinations import (
     destinations_of,
     put,
 )
-from cupyattn.arrays.library import Arrays
-from cupyattn.arrays.recognition import alignment_meant, described
+from cupyattn.arrays.library import Arrays, Library
+from cupyattn.arrays.recognition import alignment_meant, described, library_of_type
 from cupyattn.arrays.servers import serve_programs
 from cupyattn.arrays.tracing import define_operators, recorded, untraced
 from cupyattn.arrays.visit import Visit, cpu_device, cuda_lane, enter
@@ -52,6 +53,7 @@ __all__ = [
     "NOWHERE",
     "Arrays",
     "Destinations",
+    "Library",
     "Rehearsed",
     "Sketch",
     "Sketches",
@@ -65,6 +67,7 @@ __all__ = [
     "described",
     "destinations_of",
     "enter",
+    "library_of_type",
     "objection_to_programs",
     "put",
     "recorded",

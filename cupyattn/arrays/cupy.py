@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,14 @@ class CuPy(Library):
 
     def place(self, array: Any) -> tuple[str, Any]:
         return "cuda", array.device
+
+    def surroundings(self) -> Hashable | None:
+        return ()
+
+    def glance(self, array: Any) -> tuple[Hashable, int] | None:
+        data = array.data
+        address = data.ptr
+        return (array.shape, array.strides, array.dtype, address & 15 == 0, data.device_id), address
 
     def places(self, pairs: Array, like: Any) -> Any:
         return tuple(self.index(pairs, like))

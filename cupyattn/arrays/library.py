@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -113,6 +113,21 @@ class Library:
             if not hasattr(array, name):
                 return f"has no {name}, {what}; pass what numpy.asarray makes of it"
         return None
+
+    def surroundings(self) -> Hashable | None:
+        """What counts for a call besides its arguments; None: it may not be what it was, whatever they are."""
+        return None
+
+    def glance(self, array: Any) -> tuple[Hashable, int] | None:
+        """All of an array that decides how a kernel takes it, but its address, and this; None: it has to be looked at.
+
+        Of arrays that `refuses` has nothing against, and that gradients are not asked of.
+        """
+        return None
+
+    def reach(self, array: Any) -> tuple[int, int]:
+        """From its first byte to behind its last one, counted from its address."""
+        return reach_of(self.shape(array), array.strides, 1, array.itemsize)
 
     def has_no_values(self, array: Any) -> bool:
         """Only shape and dtype are known of it, and are what a graph is made of."""
@@ -301,6 +316,14 @@ def dtype_of_result(name: str, like: Any) -> Any:
     import ml_dtypes
 
     return np.dtype(ml_dtypes.bfloat16)
+
+
+def reach_of(shape: Shape, strides: Shape, unit: int, itemsize: int) -> tuple[int, int]:
+    """Of an array whose strides are so many units of bytes."""
+    if 0 in shape:
+        return 0, 0
+    steps = [(size - 1) * stride * unit for size, stride in zip(shape, strides, strict=True)]
+    return sum(min(0, step) for step in steps), sum(max(0, step) for step in steps) + itemsize
 
 
 def check_no_overlap(function: str, name: str, shape: Shape, strides: Shape, itemsize: int) -> None:

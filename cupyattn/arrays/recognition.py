@@ -30,7 +30,7 @@ def library_of(function: str, name: str, array: Any) -> Library:
     TypeError
         It is not an array.
     """
-    library = _library_of_type(type(array))  # type: ignore[arg-type]
+    library = library_of_type(type(array))  # type: ignore[arg-type]
     if library is None:
         rule, shown = f"{name} has to be an array", reprlib.repr(array)
         if isinstance(array, (list, tuple)):
@@ -40,7 +40,7 @@ def library_of(function: str, name: str, array: Any) -> Library:
 
 
 @cache
-def _library_of_type(kind: Any) -> Library | None:
+def library_of_type(kind: Any) -> Library | None:
     """The library a type belongs to; None if its objects are not arrays."""
     if issubclass(kind, np.ndarray):
         return NUMPY
@@ -72,7 +72,7 @@ def _library_in(room: str) -> Library:
 
 def alignment_meant(mask: Any) -> tuple[Alignment, Shape] | None:
     """Of a mask that says "causal" and has no values: where the diagonal lies, and between what lengths."""
-    library = _library_of_type(type(mask))  # type: ignore[arg-type]
+    library = library_of_type(type(mask))  # type: ignore[arg-type]
     return None if library is None else library.alignment_meant(mask)
 
 
@@ -81,7 +81,7 @@ def described(array: Any) -> tuple[Shape, str] | None:
 
     A jax.ShapeDtypeStruct, a tensor that is fake or on the meta device, any object with a shape and a dtype.
     """
-    library = _library_of_type(type(array))  # type: ignore[arg-type]
+    library = library_of_type(type(array))  # type: ignore[arg-type]
     if library is None:
         is_one = isinstance(getattr(array, "shape", None), tuple) and hasattr(array, "dtype")
         is_one = is_one and not isinstance(array, np.generic)

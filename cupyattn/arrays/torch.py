@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from cupyattn.arrays.library import CAST, Arrays, Job, Library, Traced, check_no_overlap
+from cupyattn.arrays import plainness
+from cupyattn.arrays.library import CAST, Arrays, Job, Library, Traced, check_no_overlap, reach_of
 from cupyattn.problem import Alignment, Array, Shape, Spec
 from cupyattn.reading import refusal
 
@@ -29,22 +30,26 @@ class Torch(Library):
 
     def check_call(self, function: str) -> None:
         """Refuse to become a constant of somebody's graph.  In the implementation of an operator nothing is traced."""
-        own = sys.modules["torch"]._C
-        if own._is_tracing():
-            by = "torch.jit.trace"
-        elif (proxies := sys.modules.get("torch.fx.experimental.proxy_tensor")) and proxies.get_proxy_mode():
-            by = "make_fx or torch.export"
-        elif own._len_torch_dispatch_stack() and own._get_dispatch_mode(own._TorchDispatchModeKey.FAKE):
-            by = "whoever switched FakeTensorMode on"  # what torch.func has wrapped does not say that it is fake
-        else:
+        by = plainness.tracer()
+        if by is None:
             return
         rule = (
-            f"cannot be traced by {by}, whose graph would hold the numbers of this example for all others. {_TRACEABLE}"
+            f"cannot be traced by {by}, whose graph would hold the numbers of this example for all others. "
+            f"{plainness.TRACEABLE}"
         )
         raise Traced(refusal(function, rule))
 
+    def surroundings(self) -> Hashable | None:
+        return plainness.surroundings()
+
+    def glance(self, array: Any) -> tuple[Hashable, int] | None:
+        return plainness.glance(array)
+
+    def reach(self, array: Any) -> tuple[int, int]:
+        return reach_of(array.shape, array.stride(), array.itemsize, array.itemsize)
+
     def refuses(self, array: Any) -> str | None:
-        said = _way_of_its_own(type(array))  # type: ignore[arg-type]
+        said = plainness.way_of_its_own(type(array))  # type: ignore[arg-type]
         if said:
             return said
         if array.layout is not sys.modules["torch"].strided or array.is_nested:
@@ -53,14 +58,14 @@ class Torch(Library):
             held = array.untyped_storage().nbytes()
         except (NotImplementedError, RuntimeError):  # under a transform, where memory is that of what is inside
             return None
-        if held < array.nbytes and held < _reach(array):
+        if held < array.nbytes and held < plainness.reach(array):
             return f"has no memory of its own any more: its storage was resized to {held} bytes, as FSDP does"
         return None
 
     def has_no_values(self, array: Any) -> bool:
         """On the meta device, or a FakeTensor."""
         kind: Any = type(array)
-        return kind.__name__ in _FAKE or (array.device.type == "meta" and not _way_of_its_own(kind))
+        return kind.__name__ in plainness.FAKE or (array.device.type == "meta" and not plainness.way_of_its_own(kind))
 
     def as_called(self, arrays: Arrays, kind: str, in_place: tuple[str, ...]) -> Arrays:
         """Under torch.autocast as torch's own function has them: q, k, v and a bias, unless they are float64."""
@@ -189,9 +194,7 @@ class Torch(Library):
 
     def is_transformed(self) -> bool:
         """By torch.func or forward-mode differentiation: tensors may carry more than their values."""
-        import torch
-
-        return bool(torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active())
+        return plainness.is_transformed()
 
     def _records(self, arrays: Arrays) -> bool:
         """Gradients may be asked for later."""
@@ -200,37 +203,9 @@ class Torch(Library):
         return torch.is_grad_enabled() and any(array.requires_grad for array in arrays.values())
 
 
-_FAKE = ("FakeTensor", "FunctionalTensor")
-_TRACEABLE = "torch.compile goes around the call; functions of q, k and v, and flash_attn_with_kvcache, are recorded"
-
-
-def _reach(array: Any) -> int:
-    """Bytes of storage up to the last element."""
-    last = sum((size - 1) * step for size, step in zip(array.shape, array.stride(), strict=True))
-    return int((array.storage_offset() + last + 1) * array.itemsize) if array.numel() else 0
-
-
 @cache
 def _name_of(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-@cache
-def _way_of_its_own(kind: Any) -> str:
-    """What to say of a kind of tensor that has its own way with operations: what is in its memory says nothing."""
-    import torch
-
-    plain, name = (torch.Tensor, torch.nn.Parameter), kind.__name__
-    if name in _FAKE:
-        return f"is a {name}, which has no values: that of a graph which is being traced, perhaps. {_TRACEABLE}"
-    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return f"is a {name}, which has no memory of its own; pass a plain tensor"
-    own = (getattr(x.__torch_function__, "__func__", x.__torch_function__) for x in (kind, *plain))
-    if next(own) in own:
-        return ""
-    if name == "CausalBias":
-        return "is a CausalBias, which has no values; pass causal=True and its alignment, 'top-left' or 'bottom-right'"
-    return f"is a {name}, which says by __torch_function__ what it means; pass a plain tensor"
 
 
 def _without_gradients(tensor: Any) -> Any:

@@ -3,6 +3,7 @@
 memory      whose arrays these are, and where they lie
 launch      kernel, grid and parameter record
 append      the same for new keys and values on their way into a cache
+script      the launches of a call, to be made again with other addresses
 gradients   the same for gradients: several launches, and sums over what repeats an operand
 states      the same for states that are merged one after the other
 module      the kernel, from the cache of cubins or from NVRTC
@@ -12,24 +13,25 @@ lanes       copies to the host and back, beside the caller's stream
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
-from cupyattn.cuda import appending, backward, scheduling
+from cupyattn.cuda import appending, backward, scheduling, scripting
 from cupyattn.cuda.launching import maps
 from cupyattn.cuda.launching.lanes import CuPyLane, TorchLane
 from cupyattn.cuda.launching.launch import map_objections, recipe_of, record_of
 from cupyattn.cuda.launching.memory import NOTHING, CuPyMemory, JaxMemory, TorchMemory, copied
-from cupyattn.cuda.launching.views import View, has_one_batch_axis, has_to_be_copied, is_aligned, lies_like_new
+from cupyattn.cuda.launching.script import Script
+from cupyattn.cuda.launching.views import View, has_to_be_copied, is_aligned, lies_like_new, why_copied
 from cupyattn.cuda.making.compiler import FOLDER_OF_CUPY, INSTALL
 from cupyattn.cuda.making.module import Launch, kernel
 from cupyattn.cuda.merging import RunningState
 from cupyattn.plan import Plan
-from cupyattn.problem import FLOAT8, Device, Problem, Shape, Spec
+from cupyattn.problem import FLOAT8, Device, Problem, Spec
 from cupyattn.reading import refusal
 
 Arrays = Mapping[str, Any]
@@ -236,6 +238,16 @@ def run_from_cache(
         return memory.home(results)
 
 
+def script_of(title: str, arrays: Arrays, *asked: Any) -> Script | None:
+    """A call that was made, as what makes it `again`; the arguments are those of `scripting.script_of`."""
+    return scripting.script_of(_memory(title), index_of(arrays["q"]), arrays, *asked)
+
+
+def again(script: Script, arrays: Sequence[Any], addresses: list[int]) -> list[Any]:
+    """The results of the same call of other arrays."""
+    return script.queue(arrays, addresses, _current)
+
+
 def make_schedule(title: str, arrays: Arrays, specs: Mapping[str, Spec], plan: Plan, problem: Problem) -> Any:
     """What `run_from_cache` takes as scheduler_metadata, for calls of these specs by these index arrays."""
     memory, index = _memory(title), index_of(arrays["cache_seqlens"])
@@ -377,7 +389,7 @@ def notes(title: str, arrays: Arrays, specs: Mapping[str, Spec], problem: Proble
     found = []
     for name, view in lie.items():
         if has_to_be_copied(name, *view[1:], problem.sizes.batch_shape):
-            found.append(f"{name} is copied: {_why(name, view, problem.sizes.batch_shape)}")
+            found.append(f"{name} is copied: {why_copied(name, view, problem.sizes.batch_shape)}")
         elif name in ("q", "k", "v") and not is_aligned(view):
             found.append(f"{name} is read number by number: its rows do not start at multiples of 16 bytes")
     if plan.kernel == "hopper" and plan.instead is not None:
@@ -385,11 +397,3 @@ def notes(title: str, arrays: Arrays, specs: Mapping[str, Spec], problem: Proble
         other = "nothing" if plan.instead.kernel == "none" else plan.instead.kernel
         found += [f"{other} runs instead: no tensor map, {reason}" for reason in reasons]
     return tuple(found)
-
-
-def _why(name: str, view: View, batch_shape: Shape) -> str:
-    if name not in ("alibi_slopes", "sinks") and not has_one_batch_axis(view.shape, batch_shape):
-        return "kernels know one batch axis"
-    if name in ("alibi_slopes", "sinks") and view.dtype != "float32":
-        return "kernels read it in float32"
-    return "its last axis is not contiguous"

@@ -7,6 +7,7 @@ from typing import Any, Literal, overload
 from cupyattn.arrays import recorded, shapes
 from cupyattn.peers.flash_call import FLASH, flash_answer, seqlens, unpacked
 from cupyattn.problem import A, Array
+from cupyattn.repeating import repeated
 
 
 # fmt: off
@@ -52,6 +53,7 @@ def flash_attn_func(
 ) -> A | tuple[A, A] | tuple[A, A, A | None]: ...
 # fmt: on
 @recorded(shapes.of_flash, **FLASH)
+@repeated()
 def flash_attn_func(
     q: Array,
     k: Array,

@@ -15,6 +15,7 @@ from cupyattn.peers.overlap import Memory
 from cupyattn.plan import with_num_splits
 from cupyattn.problem import A, Array, Problem
 from cupyattn.reading import Options, refusal
+from cupyattn.repeating import repeated
 
 FUNCTION = "flash_attn_with_kvcache"
 NO_GRADIENTS = "has no gradients, as in flash-attn, and knows no transforms; call it under torch.no_grad()"
@@ -74,6 +75,7 @@ def flash_attn_with_kvcache(
     has_gradients=False,
     no_gradients=NO_GRADIENTS,
 )
+@repeated(number="cache_seqlens")
 def flash_attn_with_kvcache(
     q: Array,
     k_cache: Array,
@@ -294,7 +296,7 @@ def _answer(
 
     if visit.kind == "cuda" and waits:
         _check_values_on_gpu(visit, problem, seqlen, rotation)
-    results = answer_from_cache(visit, problem, plan, seqlen, rotation, append, into, metadata)
+    results = answer_from_cache(visit, problem, plan, seqlen, rotation, append, into, metadata, waits)
     if "k_new" in specs:
         for name in ("k", "v"):
             visit.library.note_overwritten(visit.arrays[name])

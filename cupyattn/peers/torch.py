@@ -9,6 +9,7 @@ from cupyattn.arrays import alignment_meant, enter, recorded, shapes
 from cupyattn.corridor import answer
 from cupyattn.problem import A, Array
 from cupyattn.reading import Options, refusal
+from cupyattn.repeating import repeated
 
 
 # fmt: off
@@ -32,6 +33,7 @@ def scaled_dot_product_attention(
 ) -> A | tuple[A, A]: ...
 # fmt: on
 @recorded(shapes.of_sdpa, ("out", "lse"), always={"return_lse": True}, finish=shapes.with_lse)
+@repeated()
 def scaled_dot_product_attention(
     query: Array,
     key: Array,

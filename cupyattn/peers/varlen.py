@@ -8,6 +8,7 @@ from cupyattn import reading
 from cupyattn.arrays import recorded, shapes
 from cupyattn.peers.flash_call import FLASH, flash_answer, unpacked
 from cupyattn.problem import A, Array
+from cupyattn.repeating import repeated
 
 
 # fmt: off
@@ -54,6 +55,7 @@ def flash_attn_varlen_func(
 ) -> A | tuple[A, A] | tuple[A, A, A | None]: ...
 # fmt: on
 @recorded(shapes.of_varlen, **FLASH)
+@repeated()
 def flash_attn_varlen_func(
     q: Array,
     k: Array,

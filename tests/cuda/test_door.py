@@ -12,7 +12,7 @@ import pytest
 
 import cupyattn
 from cupyattn import cuda
-from cupyattn.cuda import appending
+from cupyattn.cuda import appending, scripting
 from cupyattn.cuda.launching import memory
 from cupyattn.problem import NAMED_DEVICES
 
@@ -539,7 +539,7 @@ def cupy(driver, monkeypatch):
     monkeypatch.setattr(memory.CuPyMemory, "contiguous", lambda self, array: found.empty(array.shape, array.dtype))
     monkeypatch.setattr(found.cuda, "get_current_stream", lambda: "the graph's")
     monkeypatch.setattr(found.cuda, "MemoryAsync", lambda num_bytes, stream: taken(stream, num_bytes))
-    for module in (cuda, appending):
+    for module in (cuda, appending, scripting):
         monkeypatch.setattr(module, "kernel", lambda what, index: lambda *call: driver.seen.append(what.source))
     with found.cuda.using_allocator(lambda num_bytes: found.cuda.MemoryPointer(taken("the pool's", num_bytes), 0)):
         yield found
@@ -572,10 +572,21 @@ def test_what_two_captured_launches_of_cupy_share_is_the_graphs_until_both_have_
 def test_outside_of_a_graph_cupys_pool_gives_all(cupy, driver):
     q, k = cupy.empty((1, 1, 2, 64), "float16"), cupy.empty((1, 700, 2, 64), "float16")
     driver.seen.clear()
-    for _ in range(2):
+    for pieces in (4, 2, 2):  # what is made again takes all but the result in one piece
         cupyattn.attention(q, k, k)
-    each = [*4 * ["the pool's"], "splitkv.cu", "merge.cu", *4 * ["the pool's again"]]
-    assert driver.seen == 2 * each
+        taken = [*pieces * ["the pool's"], "splitkv.cu", "merge.cu", *pieces * ["the pool's again"]]
+        assert driver.seen == taken
+        driver.seen.clear()
+
+
+def test_a_call_of_cupy_made_again_in_a_capture_takes_what_it_needs_from_the_graph(cupy, driver):
+    q, k = cupy.empty((1, 1, 2, 64), "float16"), cupy.empty((1, 700, 2, 64), "float16")
+    cupyattn.attention(q, k, k)
+    driver.seen.clear()
+    with driver.capture():
+        out = cupyattn.attention(q, k, k)
+    assert out.shape == q.shape
+    assert driver.seen == ["the pool's", "the graph's", "splitkv.cu", "merge.cu", "the graph's again"]
 
 
 # ---- JAX, whose CPU arrays say that they are on a GPU

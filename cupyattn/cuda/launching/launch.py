@@ -47,6 +47,8 @@ from cupyattn.plan import (
 )
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Shape
 
+MAPPED = ("q", "k", "v", "out")
+"""Of which a kernel may have tensor maps, in this order in front of its record."""
 LARGEST_FLOAT32 = (2.0 - 2.0**-23) * 2.0**127
 OF_FLOAT8 = 256.0
 """``kOfFloat8`` in ``numbers.cuh``: what the halves that float8 is made by the split-KV kernel are multiplied by."""
@@ -81,11 +83,16 @@ def record_of(
     encode = encode or maps.encode
     # Of no keys no box is ever asked for, but the driver wants an address.
     head = b"".join(
-        encode(wanted, pointers[name] or pointers["q"])
-        for name, wanted in zip(("q", "k", "v", "out"), recipe.maps, strict=False)
+        encode(wanted, pointers[name] or pointers["q"]) for name, wanted in zip(MAPPED, recipe.maps, strict=False)
     )
     fill = bytes(-(params.SIZE + len(descales) + len(recipe.behind)) % maps.ALIGNMENT)
     return params.record(pointers, tail + fill, head.ljust(4 * maps.SIZE, b"\0"))
+
+
+def place_of_addresses(recipe: Recipe) -> tuple[int, int]:
+    """From where to where `params.POINTERS` lie in such a record."""
+    start = 4 * maps.SIZE if recipe.maps else 0
+    return start, start + 8 * len(params.POINTERS)
 
 
 def recipe_of(plan: Plan, problem: Problem, operands: Mapping[str, View]) -> Recipe:

@@ -81,6 +81,15 @@ def has_to_be_copied(name: str, shape: Shape, strides: Strides, dtype: str, batc
     return gaps or (name in ("alibi_slopes", "sinks") and dtype != "float32")
 
 
+def why_copied(name: str, view: View, batch_shape: Shape) -> str:
+    """In words, of an operand that has to be."""
+    if name not in ("alibi_slopes", "sinks") and not has_one_batch_axis(view.shape, batch_shape):
+        return "kernels know one batch axis"
+    if name in ("alibi_slopes", "sinks") and view.dtype != "float32":
+        return "kernels read it in float32"
+    return "its last axis is not contiguous"
+
+
 def broadcast_strides(shape: Shape, strides: Strides) -> Strides:
     """Strides under which an axis of length one serves any index."""
     return tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))

@@ -1,0 +1,91 @@
+"""Which tensors of torch are plain, whose numbers are what their memory says, and when a call of them is.
+
+Plain calls can be recognised at a glance; the others have to be looked at, and are refused or understood.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Hashable
+from functools import cache
+from operator import attrgetter
+from typing import Any
+
+FAKE = ("FakeTensor", "FunctionalTensor")
+TRACEABLE = "torch.compile goes around the call; functions of q, k and v, and flash_attn_with_kvcache, are recorded"
+
+
+def tracer() -> str | None:
+    """Who writes down what is done, instead of having it done."""
+    own = sys.modules["torch"]._C
+    if own._is_tracing():
+        return "torch.jit.trace"
+    if (proxies := sys.modules.get("torch.fx.experimental.proxy_tensor")) and proxies.get_proxy_mode():
+        return "make_fx or torch.export"
+    if own._len_torch_dispatch_stack() and own._get_dispatch_mode(own._TorchDispatchModeKey.FAKE):
+        return "whoever switched FakeTensorMode on"  # what torch.func has wrapped does not say that it is fake
+    return None
+
+
+def is_transformed() -> bool:
+    """By torch.func or forward-mode differentiation: tensors may carry more than their values."""
+    import torch
+
+    return bool(torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active())
+
+
+def surroundings() -> Hashable | None:
+    """As `Library.surroundings`: nobody traces, casts, transforms or intercepts."""
+    torch = sys.modules["torch"]
+    own = torch._C
+    if own._len_torch_dispatch_stack() or own._len_torch_function_stack() or tracer() is not None:
+        return None
+    if is_transformed() or torch.is_autocast_enabled("cuda"):
+        return None
+    return bool(torch.is_inference_mode_enabled())
+
+
+_is_on_gpu = attrgetter("is_cuda")
+
+
+def glance(array: Any) -> tuple[Hashable, int] | None:
+    """As `Library.glance`."""
+    torch = sys.modules["torch"]
+    if not _is_on_gpu(array) or way_of_its_own(type(array)):  # type: ignore[arg-type]
+        return None
+    if array.layout is not torch.strided or array.is_nested or array.is_neg():
+        return None
+    if array.requires_grad and torch.is_grad_enabled():
+        return None
+    try:
+        if array.untyped_storage().nbytes() < array.nbytes:
+            return None
+        address = array.data_ptr()
+    except (NotImplementedError, RuntimeError):  # what has left a transform, and is still wrapped
+        return None
+    fact = (array.shape, array.stride(), array.dtype, address & 15 == 0, array.device, array.is_inference())
+    return fact, address
+
+
+def reach(array: Any) -> int:
+    """Bytes of storage up to the last element."""
+    last = sum((size - 1) * step for size, step in zip(array.shape, array.stride(), strict=True))
+    return int((array.storage_offset() + last + 1) * array.itemsize) if array.numel() else 0
+
+
+@cache
+def way_of_its_own(kind: Any) -> str:
+    """What to say of a kind of tensor that has its own way with operations: what is in its memory says nothing."""
+    import torch
+
+    plain, name = (torch.Tensor, torch.nn.Parameter), kind.__name__
+    if name in FAKE:
+        return f"is a {name}, which has no values: that of a graph which is being traced, perhaps. {TRACEABLE}"
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"is a {name}, which has no memory of its own; pass a plain tensor"
+    own = (getattr(x.__torch_function__, "__func__", x.__torch_function__) for x in (kind, *plain))
+    if next(own) in own:
+        return ""
+    if name == "CausalBias":
+        return "is a CausalBias, which has no values; pass causal=True and its alignment, 'top-left' or 'bottom-right'"
+    return f"is a {name}, which says by __torch_function__ what it means; pass a plain tensor"
