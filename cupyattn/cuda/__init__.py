@@ -107,10 +107,12 @@ def run(
     problem: Problem,
     seed: int,
     into: Arrays = MappingProxyType({}),
+    shared: scheduling.Shared | None = None,
 ) -> dict[str, Any]:
     """Launch the planned kernel on the caller's stream, and return its results by name without waiting for them.
 
     The caller's arrays that these are to go `into` are written to by the kernel, and returned, where it can.
+    A schedule may be `shared` with other calls.
 
     The values of cu_seqlens and block_table are not looked at on the host: what lies outside the arrays is
     cut off on the device.
@@ -133,7 +135,9 @@ def run(
         results = _results(memory, problem.results, arrays["q"], into)
         try:
             if problem.sizes.num_heads and 0 not in problem.out_shape:
-                for launch in _ready(function, memory, index, operands, specs, results, plan, problem, seed):
+                for launch in _ready(
+                    function, memory, index, operands, specs, results, plan, problem, seed, shared=shared
+                ):
                     launch()
         finally:  # copies may be under way
             memory.launched(operands, results)
@@ -292,8 +296,9 @@ def _ready(
     seed: int,
     cache_seqlen: int = 0,
     schedule: Any = None,
+    shared: scheduling.Shared | None = None,
 ) -> list[Launch]:
-    """That of the planned kernel, and around it those of its schedule, unless that is given, and of the merge."""
+    """That of the planned kernel, and around it those of its schedule, unless that is there, and of the merge."""
     views = {name: memory.view(array, specs[name].dtype) for name, array in operands.items()}
     _check_instead(function, plan, problem, views)
     recipe = recipe_of(plan, problem, views)
@@ -308,6 +313,9 @@ def _ready(
             recipe = recipe_of(plan, problem, views)
         if schedule is not None:
             recipe = scheduling.going_by(function, recipe, memory.view(schedule, "int32"))
+        elif shared is not None:
+            schedule = scheduling.shared_among(shared, memory, index, stream, recipe, views, operands["q"])
+            recipe = recipe if schedule is None else scheduling.without(recipe)
         scratch, workspace = memory.scratch(recipe.workspace, operands["q"])
         if schedule is not None and recipe.merge is not None and recipe.schedule is None:
             scratch["schedule"] = memory.pointer(schedule)
