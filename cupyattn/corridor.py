@@ -11,7 +11,7 @@ Each public function fills in the same two things, its arrays and its `Options`,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from cupyattn.repeating import Done, tell
 Named = Mapping[str, tuple[str, Any]]
 """{our word: (the caller's name for it, the array or None)}"""
 NOTHING: Arrays = {}
+Shared = Callable[[Hashable, Callable[[], Any]], Any]
+"""What calls of the same lengths share on a GPU: `cuda.scheduling.Shared`."""
 
 
 def under_our_names(**arrays: Any) -> dict[str, tuple[str, Any]]:
@@ -42,11 +44,12 @@ def answer(
     fixed_split_size: int | None = None,
     allowed: Allowed | None = None,
     into: Destinations = NOWHERE,
+    shared: Shared | None = None,
 ) -> Arrays:
     """The results of one attention call by name: "out", and "lse" and "dropout_mask" if asked for.
 
     The implementations `allowed` are the call's own; None: those that are allowed around it.  Results go `into` the
-    caller's arrays where these are given.
+    caller's arrays where these are given.  A schedule is `shared` with other calls, or the call's own.
     """
     visit = enter(function, arrays)
     problem = read(function, visit.specs, options)
@@ -63,7 +66,7 @@ def answer(
             visit.arrays = {**visit.arrays, "seed": seed}
             seed = None
     call = Call(function, problem, dict(visit.specs), problem.results, seed or 0, fixed_split_size, allowed)
-    found = _run(visit, plan, call, into)
+    found = _run(visit, plan, call, into, shared)
     return put(visit, found, into) if into else found
 
 
@@ -214,10 +217,10 @@ def _agreed(function: str, problem: Problem, plan: Plan) -> Plan:
     return plan
 
 
-def _run(visit: Visit, plan: Plan, call: Call, into: Destinations) -> Arrays:
+def _run(visit: Visit, plan: Plan, call: Call, into: Destinations, shared: Shared | None) -> Arrays:
     """The results; those of a GPU go `into` the caller's arrays where kernels can write there."""
     if visit.kind == "cuda":
-        return _run_on_gpu(visit, plan, call, into)
+        return _run_on_gpu(visit, plan, call, into, shared)
     kept = call.problem.state if _uses_results(plan, call.problem) else {}
     return visit.run(*in_numpy(plan, call), call.problem.results, kept, call)
 
@@ -248,13 +251,13 @@ def in_numpy(plan: Plan, call: Call) -> tuple[Callable[[Arrays], Arrays], Callab
     return forward, backward
 
 
-def _run_on_gpu(visit: Visit, plan: Plan, call: Call, into: Destinations) -> Arrays:
+def _run_on_gpu(visit: Visit, plan: Plan, call: Call, into: Destinations, shared: Shared | None) -> Arrays:
     """Without NumPy; where gradients may be asked for, out and lse are what is kept for them."""
     problem, specs, seed, allowed = call.problem, call.operands, call.seed, call.allowed
     if not visit.library.differentiates(visit.arrays):
         own = visit.function, visit.library.title, visit.arrays
-        found = launched(*own, specs, plan, problem, seed, _arrays(into))
-        if not problem.layout.seqlens and problem.dropout_p == 0.0:
+        found = launched(*own, specs, plan, problem, seed, _arrays(into), shared)
+        if shared is None and not problem.layout.seqlens and problem.dropout_p == 0.0:
             tell(Done(visit, problem, plan, found))
         return found
     whole = replace(problem, needs_lse=True)
@@ -285,12 +288,13 @@ def launched(
     problem: Problem,
     seed: int,
     into: Arrays,
+    shared: Shared | None = None,
 ) -> Arrays:
     """The results of a kernel, `into` the caller's arrays where it can."""
     from cupyattn import cuda
 
     if not problem.layout.seqlens:
-        return cuda.run(function, title, arrays, specs, plan, problem, seed, into)
+        return cuda.run(function, title, arrays, specs, plan, problem, seed, into, shared)
     there = lengths.packed_specs(problem, specs)
     return lengths.forward(lambda whole, own: cuda.run(function, title, own, there, plan, whole, seed), problem, arrays)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import array_api_compat
 import numpy as np
@@ -15,13 +16,20 @@ import numpy as np
 from cupyattn import cpu
 from cupyattn.allowed import currently_allowed
 from cupyattn.arrays import Arrays, enter
-from cupyattn.corridor import Named, answer, plan_for
+from cupyattn.corridor import Named, Shared, answer, plan_for
 from cupyattn.numpy_ref import State, merge
 from cupyattn.problem import Array, Problem
 from cupyattn.reading import Options, read
 from cupyattn.rounding import narrow
 
-Part = tuple[Named, Options]
+
+class Part(NamedTuple):
+    """A call, over some of the keys."""
+
+    named: Named
+    options: Options
+    shared: Shared | None = None
+    """Where its schedule is, as for `answer`."""
 
 
 def answer_in_parts(function: str, parts: Sequence[Part], needs_lse: bool) -> Arrays:
@@ -31,11 +39,11 @@ def answer_in_parts(function: str, parts: Sequence[Part], needs_lse: bool) -> Ar
 
     On a GPU each part is rounded once, and their merge once more.
     """
-    visit = enter(function, {f"{word}{i}": x for i, (named, _) in enumerate(parts) for word, x in _given(named)})
+    visit = enter(function, {f"{word}{i}": x for i, part in enumerate(parts) for word, x in _given(part.named)})
     specs = dict(visit.specs)
     problems = [
         read(function, tuple((word, specs[f"{word}{i}"]) for word, _ in _given(named)), options)
-        for i, (named, options) in enumerate(parts)
+        for i, (named, options, _) in enumerate(parts)
     ]
     device = visit.device()
     plans = [plan_for(function, problem, device, currently_allowed()) for problem in problems]
@@ -43,11 +51,14 @@ def answer_in_parts(function: str, parts: Sequence[Part], needs_lse: bool) -> Ar
     exact = [replace(problem, dtype="float64", needs_lse=True) for problem in problems]
     first = problems[0]
     if visit.kind == "cuda":
-        found = [answer(function, named, options._replace(needs_lse=True), None) for named, options in parts]
+        found = [
+            answer(function, named, options._replace(needs_lse=True), None, shared=shared)
+            for named, options, shared in parts
+        ]
         return merged_at_home(found, problems)
 
     def own(everything: Arrays, i: int) -> Arrays:
-        return {word: everything[f"{word}{i}"] for word, _ in _given(parts[i][0])}
+        return {word: everything[f"{word}{i}"] for word, _ in _given(parts[i].named)}
 
     def merged(everything: Arrays) -> State:
         states = []

@@ -69,6 +69,8 @@ def explain_call(
         steps = [(problem, planned_backward(problem, there, allowed)) for problem, _ in steps]
     plan = _together(steps, specs, gradients)
     if owner is not None:
+        if any(step.is_scheduled(problem) for problem, step in steps):
+            plan = replace(plan, notes=(*plan.notes, owner._about_schedules))
         made = None if plan.memory is None else plan.memory + library.nbytes_made
         plan = replace(plan, memory=made, cache_bytes=owner.nbytes)
     elif visit is not None and device is None:
@@ -164,10 +166,10 @@ def unsaid_dtype(word: str, own: str) -> str:
 
 
 def _together(steps: Sequence[tuple[Problem, Plan]], specs: Mapping[str, Spec], gradients: bool) -> Plan:
-    """One plan of all problems of a call, whose arrays are numbered where there are several."""
+    """One plan of all problems of a call, whose arrays are numbered where there may be several."""
     plans = []
     for i, (problem, plan) in enumerate(steps):
-        own = {word: specs[f"{word}{i}"] for word in ("q", "k", "v")} if len(steps) > 1 else specs
+        own = {word: specs[f"{word}{i}"] for word in ("q", "k", "v")} if f"q{i}" in specs else specs
         plans.append(weighed(plan, problem, own, gradients))
     first, *others = plans
     if not others:

@@ -15,6 +15,7 @@ from cupyattn.cache.contiguous import DynamicCache, SlidingWindowCache, StaticCa
 from cupyattn.cache.offloaded import OffloadedCache
 from cupyattn.cache.paged import PagedCache
 from cupyattn.cache.protocol import Cache, Kind
+from cupyattn.cache.schedules import Schedules
 from cupyattn.problem import Array, Device
 from cupyattn.reading import refusal
 
@@ -100,6 +101,10 @@ class LayeredCache:
             make = _maker(capacity, window, num_pages, 64 if page_size is None else page_size)
         self._new = tuple(_checked(name, layer, make(layer)) for layer in range(count))
         """Layers without tokens."""
+        self._schedules = Schedules()
+        for layer in self._new:
+            if isinstance(layer, PagedCache):
+                layer._schedules = self._schedules
         self._state: Any = State(self._as_new())
 
     def _as_new(self) -> tuple[Cache, ...]:
@@ -116,6 +121,12 @@ class LayeredCache:
     def _kind(self) -> Kind | None:
         """That of the first layer's tokens: all of them are at one place."""
         return self._state.layers[0]._kind  # type: ignore[no-any-return]
+
+    @property
+    def _about_schedules(self) -> str:
+        """What `explain` says of calls that have one."""
+        count = sum(isinstance(layer, PagedCache) for layer in self._state.layers)
+        return f"its schedule is made once in a step for all layers that are asked alike, of {count} in pages"
 
     def _sketched(self, device: Device, library: Sketches) -> Self:
         """A twin of sketches, as of `Cache`."""
@@ -225,6 +236,7 @@ class LayeredCache:
     def reset(self) -> None:
         """Let all layers be as new: other sequences, of another library or dtype, may come.  Memory is given back."""
         self._state = self._state._replace(layers=self._as_new())
+        self._schedules.forget()
 
     def fork(self, sequence: int) -> int:
         """Let a new sequence go on from what `sequence` is, in layers that are all of `PagedCache`; its number."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import array_api_compat
@@ -13,6 +14,7 @@ from cupyattn import reading
 from cupyattn.arrays import Sketch, enter, untraced
 from cupyattn.cache.pages import NoPagesError, Pages
 from cupyattn.cache.protocol import Cache, Kind, attend_options, check_rows, integers, nbytes_of, own
+from cupyattn.cache.schedules import Schedules
 from cupyattn.corridor import Named, answer
 from cupyattn.parts import Part, answer_in_parts
 from cupyattn.problem import FLOAT8, Array, Shape
@@ -68,6 +70,7 @@ class PagedCache(Cache):
             raise ValueError(refusal("PagedCache", rule, ("num_pages", num_pages), ("page_size", page_size)))
         self._num_pages = num_pages
         self._state: State = State(Pages.new(num_pages, page_size))
+        self._schedules = Schedules()
 
     def _apart(self) -> State:
         pages, kind = self._state.pages.apart(), self._state.kind
@@ -78,6 +81,10 @@ class PagedCache(Cache):
 
     def _state_over(self, kind: Kind, sketch: Callable[[Array], Sketch]) -> State:
         return super()._state_over(kind, sketch)._replace(table=None)  # type: ignore[no-any-return]
+
+    @property
+    def _about_schedules(self) -> str:
+        return "its schedule is made once for calls in a row of the same lengths; LayeredCache shares it among layers"
 
     @property
     def _pages(self) -> Pages:
@@ -237,7 +244,8 @@ class PagedCache(Cache):
             parts = self._parts(kind, packed, rows, options, edits)
             found = answer_in_parts(function, parts, needs_lse=options.needs_lse)
         else:
-            found = answer(function, *self._whole(kind, packed, rows, options, edits), None, size)
+            whole = self._whole(kind, packed, rows, options, edits)
+            found = answer(function, whole.named, whole.options, None, size, shared=whole.shared)
         return _shaped(found, shape, return_lse)
 
     def _whole(self, kind: Kind, q: Array, rows: list[int], options: Options, edits: Named) -> Part:
@@ -282,7 +290,7 @@ class PagedCache(Cache):
         # in whole pages: the problem, and what is remembered of it, stays the same for page_size tokens
         longest = math.ceil(max(lengths, default=0) / self.page_size) * self.page_size
         options = options._replace(axes="thd", max_seqlen_q=max(rows, default=0), max_seqlen_k=longest)
-        return named, options
+        return Part(named, options, partial(self._schedules.shared, (*rows, *lengths)))
 
     def _block_table(self, kind: Kind) -> Array:
         table, tables = self._state.table, self._pages.tables

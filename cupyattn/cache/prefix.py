@@ -293,6 +293,7 @@ class PrefixCache(LayeredCache):
         """Let all layers be as new: nothing is remembered, nor locked.  Memory is given back."""
         layers: Any = self._as_new()
         self._state = State(layers, Tree.new(self.page_size), {}, self._state.num_locks)
+        self._schedules.forget()
 
     def _path(self, method: str, tokens: Any, namespace: Hashable, left: int = 1) -> list[tuple[int, int]]:
         """Where the first tokens are in the tree; so many at the end are left out."""

@@ -209,6 +209,11 @@ class Cache:
     def _kind(self) -> Kind | None:
         return None if self._state is None else self._state.kind
 
+    @property
+    def _about_schedules(self) -> str:
+        """What `explain` says of calls that have one."""
+        return ""
+
     def _sketched(self, device: Device, library: Sketches) -> Cache:
         """A twin of sketches on a device, to rehearse what `attend` would do; the cache itself if it has no tokens."""
         kind = self._kind

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from cupyattn.cuda import appending, backward, scheduling, scripting
+from cupyattn.cuda import appending, backward, noting, scheduling, scripting
 from cupyattn.cuda.launching import maps
 from cupyattn.cuda.launching.lanes import CuPyLane, TorchLane
 from cupyattn.cuda.launching.launch import map_objections, recipe_of, record_of
 from cupyattn.cuda.launching.memory import NOTHING, CuPyMemory, JaxMemory, TorchMemory, copied
 from cupyattn.cuda.launching.script import Script
-from cupyattn.cuda.launching.views import View, has_to_be_copied, is_aligned, lies_like_new, why_copied
+from cupyattn.cuda.launching.views import View, has_to_be_copied, lies_like_new
 from cupyattn.cuda.making.compiler import FOLDER_OF_CUPY, INSTALL
 from cupyattn.cuda.making.module import Launch, kernel
 from cupyattn.cuda.merging import RunningState
@@ -121,10 +121,12 @@ def run(
     problem: Problem,
     seed: int,
     into: Arrays = MappingProxyType({}),
+    shared: scheduling.Shared | None = None,
 ) -> dict[str, Any]:
     """Launch the planned kernel on the caller's stream, and return its results by name without waiting for them.
 
     The caller's arrays that these are to go `into` are written to by the kernel, and returned, where it can.
+    A schedule may be `shared` with other calls.
 
     The values of cu_seqlens and block_table are not looked at on the host: what lies outside the arrays is
     cut off on the device.
@@ -147,7 +149,9 @@ def run(
         results = _results(memory, problem.results, arrays["q"], into)
         try:
             if problem.sizes.num_heads and 0 not in problem.out_shape:
-                for launch in _ready(function, memory, index, operands, specs, results, plan, problem, seed):
+                for launch in _ready(
+                    function, memory, index, operands, specs, results, plan, problem, seed, shared=shared
+                ):
                     launch()
         finally:  # copies may be under way
             memory.launched(operands, results)
@@ -316,8 +320,9 @@ def _ready(
     seed: int,
     cache_seqlen: int = 0,
     schedule: Any = None,
+    shared: scheduling.Shared | None = None,
 ) -> list[Launch]:
-    """That of the planned kernel, and around it those of its schedule, unless that is given, and of the merge."""
+    """That of the planned kernel, and around it those of its schedule, unless that is there, and of the merge."""
     views = {name: memory.view(array, specs[name].dtype) for name, array in operands.items()}
     _check_instead(function, plan, problem, views)
     recipe = recipe_of(plan, problem, views)
@@ -332,6 +337,9 @@ def _ready(
             recipe = recipe_of(plan, problem, views)
         if schedule is not None:
             recipe = scheduling.going_by(function, recipe, memory.view(schedule, "int32"))
+        elif shared is not None:
+            schedule = scheduling.shared_among(shared, memory, index, stream, recipe, views, operands["q"])
+            recipe = recipe if schedule is None else scheduling.without(recipe)
         scratch, workspace = memory.scratch(recipe.workspace, operands["q"])
         if schedule is not None and recipe.merge is not None and recipe.schedule is None:
             scratch["schedule"] = memory.pointer(schedule)
@@ -384,16 +392,5 @@ def views(title: str, arrays: Arrays, specs: Mapping[str, Spec]) -> dict[str, Vi
 
 
 def notes(title: str, arrays: Arrays, specs: Mapping[str, Spec], problem: Problem, plan: Plan) -> tuple[str, ...]:
-    """What `explain` says about these very arrays: which are copied, how the others are read, and by which kernel."""
-    lie = views(title, arrays, specs)
-    found = []
-    for name, view in lie.items():
-        if has_to_be_copied(name, *view[1:], problem.sizes.batch_shape):
-            found.append(f"{name} is copied: {why_copied(name, view, problem.sizes.batch_shape)}")
-        elif name in ("q", "k", "v") and not is_aligned(view):
-            found.append(f"{name} is read number by number: its rows do not start at multiples of 16 bytes")
-    if plan.kernel == "hopper" and plan.instead is not None:
-        reasons = map_objections(problem, lie)
-        other = "nothing" if plan.instead.kernel == "none" else plan.instead.kernel
-        found += [f"{other} runs instead: no tensor map, {reason}" for reason in reasons]
-    return tuple(found)
+    """What `explain` says about these very arrays."""
+    return noting.notes(views(title, arrays, specs), problem, plan)

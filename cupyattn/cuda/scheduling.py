@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from cupyattn.cuda.launching.launch import recipe_of, record_of
-from cupyattn.cuda.launching.memory import CuPyMemory
+from cupyattn.cuda.launching.memory import CuPyMemory, Stream
 from cupyattn.cuda.launching.recipe import Recipe
 from cupyattn.cuda.launching.views import View, contiguous_strides
 from cupyattn.cuda.making.module import Launch, kernel
@@ -16,6 +16,8 @@ from cupyattn.problem import Problem, Spec
 from cupyattn.reading import refusal
 
 WORD = "scheduler_metadata"
+Shared = Callable[[Hashable, Callable[[], Any]], Any]
+"""What there is already for a key, or else what the function makes: of calls whose lengths are the same."""
 
 
 def made(
@@ -32,6 +34,26 @@ def made(
     record = record_of(recipe.schedule, views, {}, scratch={"schedule": memory.pointer(found)})
     what, stream = recipe.schedule.specialisation, memory.stream(index)
     return found, [Launch(kernel(what, index), recipe.schedule.grid, what, record, stream, [*here.values(), found])]
+
+
+def shared_among(
+    shared: Shared, memory: CuPyMemory, index: int, stream: Stream, recipe: Recipe, views: Mapping[str, View], like: Any
+) -> Any:
+    """The schedule of a call, queued if another one has not done so on this stream; None if each has to make its own.
+
+    So it is without a schedule, and in a CUDA graph: that runs again, when what was made outside of it may be gone.
+    """
+    wanted = recipe.schedule
+    if wanted is None or memory.is_capturing(stream):
+        return None
+
+    def make() -> Any:
+        found = memory.empty((recipe.workspace.schedule,), "int32", like)
+        record = record_of(wanted, views, {}, scratch={"schedule": memory.pointer(found)})
+        Launch(kernel(wanted.specialisation, index), wanted.grid, wanted.specialisation, record, stream, [found])()
+        return found
+
+    return shared((wanted, memory, index, stream), make)
 
 
 def going_by(function: str, recipe: Recipe, view: View) -> Recipe:
@@ -51,4 +73,9 @@ def going_by(function: str, recipe: Recipe, view: View) -> Recipe:
     if view.strides != (1,) or view.pointer % 8:
         rule = f"{WORD} has to lie as get_scheduler_metadata made it, in one piece from a multiple of 8 bytes on"
         raise ValueError(refusal(function, rule, (WORD, view.shape, f"strides {view.strides}")))
+    return without(recipe)
+
+
+def without(recipe: Recipe) -> Recipe:
+    """The recipe of a call whose schedule is there."""
     return replace(recipe, schedule=None, workspace=recipe.workspace._replace(schedule=0))

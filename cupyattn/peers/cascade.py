@@ -90,7 +90,7 @@ def cascade_attention(
     _check(function, shapes, options.causal)
     xp = array_api_compat.array_namespace(q)
     batch, rows, *rest = shapes["q"]
-    common: Part = (
+    common = Part(
         {
             "q": ("q", xp.reshape(q, (1, batch * rows, *rest))),
             "k": ("k_prefix", k_prefix[None, ...]),
@@ -98,7 +98,7 @@ def cascade_attention(
         },
         options._replace(causal=False),
     )
-    found = answer_in_parts(function, [(named, options), common], needs_lse=options.needs_lse)
+    found = answer_in_parts(function, [Part(named, options), common], needs_lse=options.needs_lse)
     return (found["out"], found["lse"]) if return_lse else found["out"]
 
 

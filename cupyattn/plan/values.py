@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from cupyattn.plan.hopper import HopperTile
+from cupyattn.problem import Problem
 
 
 class CpuTile(NamedTuple):
@@ -95,6 +96,10 @@ class Plan:
     """Bytes besides the operands, at the peak: results, and what is needed to make them; None: nobody has asked."""
     cache_bytes: int = field(default=0, compare=False)
     """Of the cache that keys are in, used or not."""
+
+    def is_scheduled(self, problem: Problem) -> bool:
+        """Whether a launch in front of the kernel tells its blocks, from the lengths on the GPU, what is whose."""
+        return self.kernel == "splitkv" and self.num_splits > 1 and problem.layout.lengths_are_data
 
     def __hash__(self) -> int:
         """Remembered: launches are looked up by their plan."""

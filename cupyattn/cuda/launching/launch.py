@@ -183,12 +183,8 @@ def _merge(
     return workspace, Recipe(specialisation, (blocks, 1, 1), tail, Workspace(), behind=behind)
 
 
-def _is_scheduled(plan: Plan, problem: Problem) -> bool:
-    return plan.kernel == "splitkv" and plan.num_splits > 1 and problem.layout.lengths_are_data
-
-
 def _is_cut_by_shares(plan: Plan, problem: Problem) -> bool:
-    return _is_scheduled(plan, problem) and plan.split_size == BY_SHARES
+    return plan.is_scheduled(problem) and plan.split_size == BY_SHARES
 
 
 def _flash(tile: Tile, problem: Problem, arrays: FactsOfArrays, tail: bytes) -> Recipe:
@@ -211,7 +207,7 @@ def _splitkv(plan: Plan, tile: Tile, problem: Problem, arrays: FactsOfArrays, ta
         there = tile.block_q if row_tiles > 1 else min(tile.block_q, max(1, sizes.seqlen_q * group))
         rows = (tile.block_q, there, group, row_tiles)
         workspace, merge = _merge(plan, problem, arrays, tail, catalogue.padded(sizes.head_dim_v), rows)
-        if _is_scheduled(plan, problem):
+        if plan.is_scheduled(problem):
             grid = (plan.num_workers, 1, 1)
             workspace = workspace._replace(schedule=num_words(_sequences(problem), plan.num_workers))
             schedule = replace(merge, specialisation=catalogue.schedule(), grid=(1, 1, 1))
@@ -269,7 +265,7 @@ def tail_of(plan: Plan, problem: Problem, arrays: FactsOfArrays) -> params.Tail:
         bias_dtype=params.BIAS_DTYPES.index(dtypes["bias"]) if "bias" in dtypes else 0,
         split_size=plan.split_size,
         num_splits=plan.num_splits,
-        num_slots=plan.num_workers if _is_scheduled(plan, problem) else plan.num_slots,
+        num_slots=plan.num_workers if plan.is_scheduled(problem) else plan.num_slots,
         dropout_threshold=min(round(p * 2**32), 2**32 - 1),
         dropout_factor=0.0 if p == 1.0 else 1.0 / (1.0 - p),
         softmax_scale=max(-LARGEST_FLOAT32, min(edits.softmax_scale, LARGEST_FLOAT32)),

@@ -34,6 +34,8 @@ class Stream(NamedTuple):
     """What a launch asks of a stream."""
 
     ptr: int
+    itself: Any = None
+    """What has to be held for no other stream to be at that address, if anything has to."""
 
 
 class CuPyMemory:
@@ -86,7 +88,8 @@ class CuPyMemory:
     def stream(self, device_index: int) -> Stream:
         import cupy
 
-        return Stream(cupy.cuda.get_current_stream().ptr)
+        current = cupy.cuda.get_current_stream()
+        return Stream(current.ptr, current)
 
     def is_capturing(self, stream: Stream) -> bool:
         """Whether what is queued on the current stream becomes part of a CUDA graph."""
