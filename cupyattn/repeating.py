@@ -156,7 +156,7 @@ class Memory:
                 if its is None:
                     return None
                 if its is not library:
-                    library, surroundings = its, its.surroundings()
+                    library, surroundings = its, its.surroundings(value)
                     if surroundings is None:
                         return None
                     facts.append(surroundings)

@@ -17,7 +17,7 @@ class CuPy(Library):
     def place(self, array: Any) -> tuple[str, Any]:
         return "cuda", array.device
 
-    def surroundings(self) -> Hashable | None:
+    def surroundings(self, array: Any) -> Hashable | None:
         return ()
 
     def glance(self, array: Any) -> tuple[Hashable, int] | None:

@@ -114,8 +114,8 @@ class Library:
                 return f"has no {name}, {what}; pass what numpy.asarray makes of it"
         return None
 
-    def surroundings(self) -> Hashable | None:
-        """What counts for a call besides its arguments; None: it may not be what it was, whatever they are."""
+    def surroundings(self, array: Any) -> Hashable | None:
+        """What counts besides the arguments of a call, of which one is an array; None: it may be another call now."""
         return None
 
     def glance(self, array: Any) -> tuple[Hashable, int] | None:

@@ -34,8 +34,13 @@ def is_transformed() -> bool:
     return bool(torch.autograd.forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active())
 
 
-def surroundings() -> Hashable | None:
+_is_on_gpu = attrgetter("is_cuda")
+
+
+def surroundings(array: Any) -> Hashable | None:
     """As `Library.surroundings`: nobody traces, casts, transforms or intercepts."""
+    if not _is_on_gpu(array):
+        return None
     torch = sys.modules["torch"]
     own = torch._C
     if own._len_torch_dispatch_stack() or own._len_torch_function_stack() or tracer() is not None:
@@ -43,9 +48,6 @@ def surroundings() -> Hashable | None:
     if is_transformed() or torch.is_autocast_enabled("cuda"):
         return None
     return bool(torch.is_inference_mode_enabled())
-
-
-_is_on_gpu = attrgetter("is_cuda")
 
 
 def glance(array: Any) -> tuple[Hashable, int] | None:

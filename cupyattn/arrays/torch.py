@@ -39,8 +39,8 @@ class Torch(Library):
         )
         raise Traced(refusal(function, rule))
 
-    def surroundings(self) -> Hashable | None:
-        return plainness.surroundings()
+    def surroundings(self, array: Any) -> Hashable | None:
+        return plainness.surroundings(array)
 
     def glance(self, array: Any) -> tuple[Hashable, int] | None:
         return plainness.glance(array)
