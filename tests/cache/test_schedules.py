@@ -6,7 +6,6 @@ import threading
 
 import numpy as np
 import pytest
-from driven import driver, torch  # noqa: F401
 
 import cupyattn
 from cupyattn import LayeredCache, PagedCache, PrefixCache, SlidingWindowCache, StaticCache
@@ -16,24 +15,24 @@ LENGTHS = (700, 3)
 
 
 @pytest.fixture
-def recorded(driver, monkeypatch):  # noqa: F811
+def recorded(driver, monkeypatch):
     """The driver, whose launches are counted and not executed."""
     monkeypatch.setattr(driver, "queue", lambda work: None)
     return driver
 
 
-def filled(torch, layers=32, cache=None, lengths=LENGTHS):  # noqa: F811
+def filled(torch, layers=32, cache=None, lengths=LENGTHS):
     cache = LayeredCache(layers, num_pages=128, page_size=32) if cache is None else cache
     for layer in range(cache.num_layers):
         cache.update(*rows(torch, 2, sum(lengths)), layer, list(lengths))
     return cache
 
 
-def rows(torch, count, tokens, heads=2):  # noqa: F811
+def rows(torch, count, tokens, heads=2):
     return [torch.randn(tokens, heads, 64).half() for _ in range(count)]
 
 
-def step(torch, cache, **options):  # noqa: F811
+def step(torch, cache, **options):
     """One new token of each sequence through all layers."""
     batch = len(cache.lengths)
     for layer in range(cache.num_layers):
@@ -41,27 +40,27 @@ def step(torch, cache, **options):  # noqa: F811
         cache.attend(*rows(torch, 1, batch, heads=4), layer, [1] * batch, **options)
 
 
-def schedules_of(driver):  # noqa: F811
+def schedules_of(driver):
     """How many were made since this was asked last, of all attention calls."""
     sources = [what.source for what, _ in driver.launches]
     driver.launches.clear()
     return sources.count("schedule.cu"), sources.count("splitkv.cu")
 
 
-def test_a_step_of_32_layers_makes_one_schedule_ahead_of_all(torch, recorded):  # noqa: F811
+def test_a_step_of_32_layers_makes_one_schedule_ahead_of_all(torch, recorded):
     cache = filled(torch)
     step(torch, cache)
     assert [what.source for what, _ in recorded.launches] == ["schedule.cu", *32 * ["splitkv.cu", "merge.cu"]]
 
 
-def test_each_step_makes_its_own(torch, recorded):  # noqa: F811
+def test_each_step_makes_its_own(torch, recorded):
     cache = filled(torch, layers=4)
     for _ in range(3):
         step(torch, cache)
         assert schedules_of(recorded) == (1, 4)
 
 
-def test_a_prefix_cache_shares_too(torch, recorded):  # noqa: F811
+def test_a_prefix_cache_shares_too(torch, recorded):
     cache = PrefixCache(4, num_pages=64, page_size=32)
     for count in LENGTHS:
         cache.start([*range(count)])
@@ -70,7 +69,7 @@ def test_a_prefix_cache_shares_too(torch, recorded):  # noqa: F811
     assert schedules_of(recorded) == (1, 4)
 
 
-def test_layers_of_one_cache_among_others_share(torch, recorded):  # noqa: F811
+def test_layers_of_one_cache_among_others_share(torch, recorded):
     cache = LayeredCache(4, lambda layer: SlidingWindowCache(64) if layer % 2 else PagedCache(64, 32))
     x = torch.randn(2, 700, 2, 64).half()
     for layer in range(4):
@@ -79,7 +78,7 @@ def test_layers_of_one_cache_among_others_share(torch, recorded):  # noqa: F811
     assert schedules_of(recorded)[0] == 1
 
 
-def test_layers_with_and_without_a_window_have_a_schedule_of_each_kind(torch, recorded):  # noqa: F811
+def test_layers_with_and_without_a_window_have_a_schedule_of_each_kind(torch, recorded):
     cache = filled(torch, layers=8)
     for layer in range(8):
         window = (600, 0) if layer % 2 else (None, None)
@@ -87,7 +86,7 @@ def test_layers_with_and_without_a_window_have_a_schedule_of_each_kind(torch, re
     assert schedules_of(recorded) == (2, 8)
 
 
-def test_a_cascade_has_a_schedule_for_each_of_its_parts(torch, recorded):  # noqa: F811
+def test_a_cascade_has_a_schedule_for_each_of_its_parts(torch, recorded):
     cache = filled(torch, layers=4, lengths=(1200,))
     cache.fork(0)
     for layer in range(4):
@@ -107,7 +106,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_whatever_changes_lengths_makes_it_anew(torch, recorded, name):  # noqa: F811
+def test_whatever_changes_lengths_makes_it_anew(torch, recorded, name):
     cache = filled(torch, layers=1)
 
     def attend():
@@ -129,8 +128,15 @@ OTHERS = {
 }
 
 
+def test_as_many_rows_of_other_sequences_make_another(torch, recorded):
+    cache = filled(torch, layers=1)
+    for counts in ([2, 1], [1, 2]):
+        cache.attend(*rows(torch, 1, 3, heads=4), 0, counts)
+        assert schedules_of(recorded) == (1, 1)
+
+
 @pytest.mark.parametrize("name", OTHERS)
-def test_whatever_else_is_asked_makes_another(torch, recorded, name):  # noqa: F811
+def test_whatever_else_is_asked_makes_another(torch, recorded, name):
     cache = filled(torch, layers=1)
 
     def attend(counts=(1, 1), heads=4, **options):
@@ -140,7 +146,7 @@ def test_whatever_else_is_asked_makes_another(torch, recorded, name):  # noqa: F
     assert [attend(), attend(**OTHERS[name]), attend(), attend(**OTHERS[name])] == [(1, 1), (1, 1), (0, 1), (0, 1)]
 
 
-def test_another_stream_makes_its_own(torch, recorded):  # noqa: F811
+def test_another_stream_makes_its_own(torch, recorded):
     cache = filled(torch, layers=1)
     for stream, made in ((7, 1), (8, 1), (7, 0)):
         recorded.stream = stream
@@ -148,7 +154,7 @@ def test_another_stream_makes_its_own(torch, recorded):  # noqa: F811
         assert schedules_of(recorded) == (made, 1)
 
 
-def test_another_device_makes_its_own(torch, recorded, monkeypatch):  # noqa: F811
+def test_another_device_makes_its_own(torch, recorded, monkeypatch):
     cache = filled(torch, layers=1)
     for index in (0, 1):
         monkeypatch.setattr("cupyattn.cuda.index_of", lambda array, index=index: index)
@@ -156,7 +162,7 @@ def test_another_device_makes_its_own(torch, recorded, monkeypatch):  # noqa: F8
         assert schedules_of(recorded) == (1, 1)
 
 
-def test_another_thread_makes_its_own(torch, recorded):  # noqa: F811
+def test_another_thread_makes_its_own(torch, recorded):
     cache = filled(torch, layers=1)
     q = rows(torch, 1, 2, heads=4)
     for _ in range(2):  # the second one may have the number of the first one, which is gone
@@ -166,7 +172,7 @@ def test_another_thread_makes_its_own(torch, recorded):  # noqa: F811
         assert schedules_of(recorded) == (1, 1)
 
 
-def test_a_call_that_makes_it_and_raises_leaves_none_that_was_not_queued(torch, recorded, monkeypatch):  # noqa: F811
+def test_a_call_that_makes_it_and_raises_leaves_none_that_was_not_queued(torch, recorded, monkeypatch):
     cache, q = filled(torch, layers=1), rows(torch, 1, 2, heads=4)
 
     def broken(specialisation, index):
@@ -180,7 +186,7 @@ def test_a_call_that_makes_it_and_raises_leaves_none_that_was_not_queued(torch, 
     assert schedules_of(recorded) == (1, 1)
 
 
-def test_layers_that_have_no_schedule_make_none(torch, recorded):  # noqa: F811
+def test_layers_that_have_no_schedule_make_none(torch, recorded):
     cache, x = LayeredCache(4, lambda layer: StaticCache(1024)), torch.randn(2, 700, 2, 64).half()
     for layer in range(4):
         cache.update(x, x, layer)
@@ -192,7 +198,7 @@ def test_layers_that_have_no_schedule_make_none(torch, recorded):  # noqa: F811
 # ---- Numbers
 
 
-def numbers(torch, cascade=False, layers=3):  # noqa: F811
+def numbers(torch, cascade=False, layers=3):
     """Of three steps of some layers, among which sequences fork and leave."""
     torch.manual_seed(0)
     cache, found = filled(torch, layers, lengths=(600, 3)), []
@@ -212,7 +218,7 @@ def alone(monkeypatch):
 
 
 @pytest.mark.parametrize("cascade", [False, True])
-def test_results_are_the_same_bits_as_with_a_schedule_each(torch, driver, monkeypatch, cascade):  # noqa: F811
+def test_results_are_the_same_bits_as_with_a_schedule_each(torch, driver, monkeypatch, cascade):
     shared = numbers(torch, cascade)
     made, calls = schedules_of(driver)
     alone(monkeypatch)
@@ -221,7 +227,7 @@ def test_results_are_the_same_bits_as_with_a_schedule_each(torch, driver, monkey
     assert all(torch.equal(a, b) for a, b in zip(shared, own, strict=True))
 
 
-def test_in_a_graph_each_call_has_its_own_and_what_was_made_outside_is_not_used(torch, driver):  # noqa: F811
+def test_in_a_graph_each_call_has_its_own_and_what_was_made_outside_is_not_used(torch, driver):
     cache, q = filled(torch, layers=1, lengths=(600, 3)), rows(torch, 1, 2, heads=4)
     expected = cache.attend(*q, 0, [1, 1])
     schedules_of(driver)
@@ -234,7 +240,7 @@ def test_in_a_graph_each_call_has_its_own_and_what_was_made_outside_is_not_used(
     assert all(torch.equal(out, expected) for out in captured)
 
 
-def test_what_a_graph_made_is_not_used_outside(torch, driver):  # noqa: F811
+def test_what_a_graph_made_is_not_used_outside(torch, driver):
     cache, q = filled(torch, layers=1, lengths=(600, 3)), rows(torch, 1, 2, heads=4)
     with driver.capture():
         cache.attend(*q, 0, [1, 1])
@@ -254,7 +260,7 @@ def test_no_more_are_kept_than_it_says():
     assert len(kept._kept) == MOST
 
 
-def test_a_reset_gives_them_back(torch, recorded):  # noqa: F811
+def test_a_reset_gives_them_back(torch, recorded):
     for cache in (filled(torch, layers=2), PrefixCache(2, num_pages=64, page_size=32)):
         if not cache.lengths:
             cache.start([*range(700)])

@@ -1,0 +1,3 @@
+"""What the tests of caches share with those of the GPU's door."""
+
+from driven import driver, torch  # noqa: F401
