@@ -10,7 +10,7 @@ from typing import Any
 
 from cupyattn.plan import IMPLEMENTATIONS
 from cupyattn.problem import Implementation
-from cupyattn.reading import refusal
+from cupyattn.reading import in_our_words, refusal
 
 Allowed = tuple[str, ...]
 """Names of implementations in the order in which they are asked: one choice is one key of what is remembered."""
@@ -21,6 +21,7 @@ currently_allowed = _allowed.get
 """Those of the innermost `with` in this thread or task; None: all."""
 
 
+@in_our_words
 def implementations(*names: Implementation) -> AbstractContextManager[None]:
     """Only these implementations may be taken by calls inside: torch's sdpa_kernel, for every function here.
 

@@ -50,6 +50,9 @@ def explain_call(
     if reading.flag(FUNCTION, "backward", backward) and name in WITHOUT_GRADIENTS:
         rule = f"{name} has no gradients of its own to be explained"
         raise ValueError(refusal(FUNCTION, rule, ("backward", backward)))
+    called = name if owner is None else f"{type(owner).__name__}.{name}"
+    if text := reading.wrong_call(function, args, words, called):
+        raise TypeError(text)
     arrays, others = _taken_apart(function, args, words)
     kind = None if owner is None else owner._kind
     visit = _visit_of(name, arrays, kind)

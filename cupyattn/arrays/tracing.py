@@ -2,7 +2,7 @@
 
 A call is recorded where torch.compile or torch.export traces, under torch.jit.trace and make_fx, and where tensors have
 no values.  An eager call finds out nothing about all that: a function is called as it is, and says by an error of its
-own that it cannot be.  unknown keywords are refused in our words.
+own that it cannot be.  Arguments that it does not take are refused in our words.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 from cupyattn.arrays.calling import DECLARED, beside_dynamo, declare
 from cupyattn.arrays.library import NotNow
 from cupyattn.arrays.shapes import Finish, Results
-from cupyattn.reading import unknown_words
+from cupyattn.reading import wrong_call
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -80,15 +80,6 @@ def _as_it_is(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappi
     try:
         return beside_dynamo(function)(*args, **kwargs)
     except TypeError:
-        if words := _unknown_words(function, args, kwargs):
-            raise TypeError(words) from None
+        if text := wrong_call(function, args, kwargs):
+            raise TypeError(text) from None
         raise
-
-
-def _unknown_words(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """What to say of keywords that a function or method does not have; nothing if it has them all."""
-    name, words = function.__name__, list(signature(function).parameters)
-    strangers = [word for word in kwargs if word not in words]
-    if words[0] == "self":
-        name, words = f"{type(args[0]).__name__ if args else 'Cache'}.{name}", words[1:]
-    return unknown_words(name, strangers, words) if strangers else ""

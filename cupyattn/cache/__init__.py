@@ -3,6 +3,8 @@
 protocol     what every cache can do, and the door its arrays come through
 contiguous   one array per batch: growing, of fixed capacity, or of the last window of tokens
 pages        which page holds which tokens of which sequence: numbers alone
+rows         rows of all sequences end to end
+schedules    what thread blocks have to do in a step, once for its layers
 paged        sequences of different lengths in pages that forks share
 offloaded    on the host between uses
 layered      those of all layers together

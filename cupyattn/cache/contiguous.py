@@ -181,6 +181,7 @@ class StaticCache(ContiguousCache):
         Tokens of each sequence.
     """
 
+    @reading.in_our_words
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self._limit = reading.integer(type(self).__name__, "capacity", capacity, low=1)
@@ -209,6 +210,7 @@ class SlidingWindowCache(ContiguousCache):
         last always can.
     """
 
+    @reading.in_our_words
     def __init__(self, window: int, *, rollback: int = 0) -> None:
         super().__init__()
         name = type(self).__name__

@@ -9,6 +9,7 @@ from cupyattn import reading
 from cupyattn.problem import ITEMSIZE
 
 
+@reading.in_our_words
 def kv_cache_bytes(
     layers: int,
     num_heads_kv: int,

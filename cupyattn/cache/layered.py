@@ -75,6 +75,7 @@ class LayeredCache:
     # As of `Cache`: what it is, is one value, and what happens to several layers is put in place by one assignment.
     # Layers are changed in copies that share their memory, of which only the one or the other goes on.
 
+    @reading.in_our_words
     def __init__(
         self,
         num_layers: int,
@@ -154,6 +155,7 @@ class LayeredCache:
         """Bytes of all memory that is held, used or not."""
         return sum(layer.nbytes for layer in self._state.layers)
 
+    @reading.in_our_words
     def get_seq_length(self, layer: int = 0) -> int:
         """Tokens of the longest sequence in a layer, under the name that transformers has for it."""
         return len(self._state.layers[self._number("get_seq_length", layer)])
@@ -185,6 +187,7 @@ class LayeredCache:
             following.prefetch()
         cache.append(k, v, **packed)
 
+    @untraced
     def attend(self, q: Array, layer: int, seqlens: Sequence[int] | Array | None = None, **options: Any) -> Any:
         """Attention of the last tokens' queries over all tokens of a layer.
 
@@ -233,21 +236,25 @@ class LayeredCache:
         """Let sequence ``i`` go on as a copy of what ``sequences[i]`` was, in all layers."""
         self._change(lambda layer: layer.reorder(sequences))
 
+    @untraced
     def reset(self) -> None:
         """Let all layers be as new: other sequences, of another library or dtype, may come.  Memory is given back."""
         self._state = self._state._replace(layers=self._as_new())
         self._schedules.forget()
 
+    @untraced
     def fork(self, sequence: int) -> int:
         """Let a new sequence go on from what `sequence` is, in layers that are all of `PagedCache`; its number."""
         number: int = self._change_pages("fork", lambda layer: layer.fork(sequence))
         return number
 
+    @untraced
     def add_sequence(self) -> int:
         """Let a new sequence start without tokens, in layers that are all of `PagedCache`; its number."""
         number: int = self._change_pages("add_sequence", lambda layer: layer.add_sequence())
         return number
 
+    @untraced
     def remove(self, sequence: int) -> None:
         """Let a sequence leave, in layers that are all of `PagedCache`; those after it are one number lower."""
         self._change_pages("remove", lambda layer: layer.remove(sequence))

@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import array_api_compat
 import numpy as np
 
 from cupyattn import reading
 from cupyattn.arrays import Sketch, enter, untraced
 from cupyattn.cache.pages import NoPagesError, Pages
 from cupyattn.cache.protocol import Cache, Kind, attend_options, check_rows, integers, nbytes_of, own
+from cupyattn.cache.rows import axes_of, packed, shaped
 from cupyattn.cache.schedules import Schedules
 from cupyattn.corridor import Named, answer
 from cupyattn.parts import Part, answer_in_parts
@@ -61,6 +61,9 @@ class PagedCache(Cache):
     ((3, 3), 7)
     """
 
+    _about_schedules = "its schedule is made once for calls of the same lengths; LayeredCache shares it among layers"
+
+    @reading.in_our_words
     def __init__(self, num_pages: int, page_size: int = 64) -> None:
         super().__init__()
         num_pages = reading.integer("PagedCache", "num_pages", num_pages, low=1)
@@ -81,10 +84,6 @@ class PagedCache(Cache):
 
     def _state_over(self, kind: Kind, sketch: Callable[[Array], Sketch]) -> State:
         return super()._state_over(kind, sketch)._replace(table=None)  # type: ignore[no-any-return]
-
-    @property
-    def _about_schedules(self) -> str:
-        return "its schedule is made once for calls in a row of the same lengths; LayeredCache shares it among layers"
 
     @property
     def _pages(self) -> Pages:
@@ -129,7 +128,7 @@ class PagedCache(Cache):
             As `Cache.append`; the pages do not suffice, or seqlens do not sum up to the tokens.
         """
         function = self._named("append")
-        kind, k, v = self._tokens(function, k, v, *_axes("k and v", seqlens))
+        kind, k, v = self._tokens(function, k, v, *axes_of("k and v", seqlens))
         counts = self._counts(function, "k", tuple(k.shape), seqlens)
         pages, _, held_k, held_v, table = self._state
         if pages.lengths and len(counts) != len(pages.lengths):
@@ -150,7 +149,7 @@ class PagedCache(Cache):
             for source, target in growth.copied:
                 whole = (slice(target, target + 1), Ellipsis)
                 held = kind.library.put(held, whole, held[source : source + 1, ...])
-            written.append(kind.library.scatter(held, places, _packed(new)))
+            written.append(kind.library.scatter(held, places, packed(new)))
         if growth.taken or len(counts) != len(pages.lengths):
             table = None
         new_k, new_v = written
@@ -216,7 +215,7 @@ class PagedCache(Cache):
         shares = reading.flag(function, "cascade", cascade)
         kind = self._known(function)
         shape = dict(enter(function, {"q": ("q", q), "kept": ("the cache", kind.anchor)}).specs)["q"].shape
-        axes, otherwise = _axes("q", seqlens)
+        axes, otherwise = axes_of("q", seqlens)
         rank = 4 if seqlens is None else 3
         if len(shape) != rank:
             rule = f"q has to have {rank} axes, {reading.AXES[axes]}{otherwise}"
@@ -233,7 +232,7 @@ class PagedCache(Cache):
             "k_descale": ("k_descale", k_descale),
             "v_descale": ("v_descale", v_descale),
         }
-        packed = _packed(q) if seqlens is None else q
+        rows_of_all = packed(q) if seqlens is None else q
         if shares:
             if options.window[0] is not None or alibi_slopes is not None or size is not None:
                 rule = "cascade goes with neither a window to the left, nor alibi_slopes, nor fixed_split_size"
@@ -241,12 +240,12 @@ class PagedCache(Cache):
             if kind.dtype == FLOAT8:
                 rule = f"cascade does not go with tokens of {FLOAT8}, whose descales are those of each sequence"
                 raise ValueError(refusal(function, rule, ("cascade", cascade)))
-            parts = self._parts(kind, packed, rows, options, edits)
+            parts = self._parts(kind, rows_of_all, rows, options, edits)
             found = answer_in_parts(function, parts, needs_lse=options.needs_lse)
         else:
-            whole = self._whole(kind, packed, rows, options, edits)
+            whole = self._whole(kind, rows_of_all, rows, options, edits)
             found = answer(function, whole.named, whole.options, None, size, shared=whole.shared)
-        return _shaped(found, shape, return_lse)
+        return shaped(found, shape, return_lse)
 
     def _whole(self, kind: Kind, q: Array, rows: list[int], options: Options, edits: Named) -> Part:
         """Arrays and options of all queries over all tokens."""
@@ -338,6 +337,7 @@ class PagedCache(Cache):
         pages = self._pages
         self._go_on(pages.reordered(integers(function, "sequences", sequences, low=0, high=len(pages.lengths) - 1)))
 
+    @untraced
     def fork(self, sequence: int) -> int:
         """Let a new sequence go on from what `sequence` is; its number.  They share all pages until one writes."""
         count = len(self._pages.lengths)
@@ -345,12 +345,14 @@ class PagedCache(Cache):
         self._go_on(self._pages.forked(sequence))
         return count
 
+    @untraced
     def add_sequence(self) -> int:
         """Let a new sequence start without tokens; its number."""
         count = len(self._pages.lengths)
         self._go_on(self._pages.grown(self._pages.growth([0] * (count + 1))))
         return count
 
+    @untraced
     def remove(self, sequence: int) -> None:
         """Let a sequence leave: pages that no other has are free.  Those after it are one number lower, as in a list.
 
@@ -362,32 +364,6 @@ class PagedCache(Cache):
         count = len(self._pages.lengths)
         sequence = reading.integer(self._named("remove"), "sequence", sequence, low=0, high=count - 1)
         self._go_on(self._pages.removed(sequence))
-
-
-def _axes(names: str, seqlens: object) -> tuple[str, str]:
-    """Those of k, v and q, and what else could have been meant."""
-    if seqlens is None:
-        return "bshd", f"; for packed {names}, {reading.AXES['thd']}, give seqlens, the tokens of each sequence"
-    return "thd", f", if seqlens are given, which are for packed {names}"
-
-
-def _packed(rows: Array) -> Array:
-    """(batch, seqlen, heads, dim) as (tokens, heads, dim)."""
-    if len(rows.shape) == 3:
-        return rows
-    xp = array_api_compat.array_namespace(rows)
-    return xp.reshape(rows, (rows.shape[0] * rows.shape[1], *rows.shape[2:]))
-
-
-def _shaped(found: dict[str, Array], shape: Shape, return_lse: bool) -> Any:
-    """Packed results as the queries came."""
-    out, lse = found["out"], found.get("lse")
-    if len(shape) == 4:
-        xp = array_api_compat.array_namespace(out)
-        out = xp.reshape(out, (*shape[:3], out.shape[-1]))
-        if lse is not None:
-            lse = xp.permute_dims(xp.reshape(lse, (lse.shape[0], *shape[:2])), (1, 0, 2))
-    return (out, lse) if return_lse else out
 
 
 def _starts(kind: Kind, counts: Sequence[int]) -> Array:

@@ -85,6 +85,7 @@ class PrefixCache(LayeredCache):
     (0, 8, 4)
     """
 
+    @reading.in_our_words
     def __init__(self, num_layers: int, num_pages: int, page_size: int = 64, *, capacity: int | None = None) -> None:
         super().__init__(num_layers, num_pages=num_pages, page_size=page_size)
         layers = self._state.layers
@@ -113,6 +114,7 @@ class PrefixCache(LayeredCache):
         pages: int = self._state.tree.num_pages
         return pages
 
+    @reading.in_our_words
     def match(self, tokens: Sequence[int] | Array, namespace: Hashable = None) -> int:
         """How many tokens `start` would find; nothing changes, and nothing counts as used.
 
@@ -267,6 +269,7 @@ class PrefixCache(LayeredCache):
         layers = self._with_pages(Pages.released, locks.pop(number))
         self._state = self._state._replace(layers=layers, locks=locks)
 
+    @reading.in_our_words
     def update(self, k: Array, v: Array, layer: int, seqlens: Sequence[int] | Array | None = None) -> None:
         """Add tokens in one layer, as `LayeredCache.update` does; where pages are wanting, what is remembered goes.
 
@@ -289,6 +292,7 @@ class PrefixCache(LayeredCache):
             return
         super().update(k, v, layer, seqlens)
 
+    @untraced
     def reset(self) -> None:
         """Let all layers be as new: nothing is remembered, nor locked.  Memory is given back."""
         layers: Any = self._as_new()

@@ -50,6 +50,10 @@ class Cache:
     # What a cache is, is one value, `_state`: a change is worked out aside and put in place by one assignment.  What
     # a state has in memory is never written to, but for what is behind that which is live.
 
+    _about_schedules = ""
+    """What `explain` says of calls that have one."""
+
+    @reading.in_our_words
     def __init__(self) -> None:
         self._state: Any = None
         """None, or what has `kind`: that of the tokens."""
@@ -208,11 +212,6 @@ class Cache:
     @property
     def _kind(self) -> Kind | None:
         return None if self._state is None else self._state.kind
-
-    @property
-    def _about_schedules(self) -> str:
-        """What `explain` says of calls that have one."""
-        return ""
 
     def _sketched(self, device: Device, library: Sketches) -> Cache:
         """A twin of sketches on a device, to rehearse what `attend` would do; the cache itself if it has no tokens."""

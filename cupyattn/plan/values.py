@@ -98,7 +98,7 @@ class Plan:
     """Of the cache that keys are in, used or not."""
 
     def is_scheduled(self, problem: Problem) -> bool:
-        """Whether a launch in front of the kernel tells its blocks, from the lengths on the GPU, what is whose."""
+        """Whether a launch ahead of the kernel tells its thread blocks, from the lengths on the GPU, what is whose."""
         return self.kernel == "splitkv" and self.num_splits > 1 and problem.layout.lengths_are_data
 
     def __hash__(self) -> int:

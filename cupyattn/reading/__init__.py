@@ -4,7 +4,7 @@ Every refusal names the function, the argument as the caller knows it, the rule,
 shapes aligned.
 
 refusals    how that is worded
-words       keywords of others
+words       arguments that a function does not take, and keywords of others
 scalars     numbers, flags and choices, one by one
 options     all of them together
 sizes       the sizes of a problem, from shapes
@@ -46,7 +46,7 @@ from cupyattn.reading.scalars import (
 )
 from cupyattn.reading.seqlens import check_lengths
 from cupyattn.reading.sequences import check_sequences
-from cupyattn.reading.words import unknown_words
+from cupyattn.reading.words import in_our_words, wrong_call
 
 __all__ = [
     "AXES",
@@ -66,6 +66,7 @@ __all__ = [
     "dtype_name",
     "expect",
     "flag",
+    "in_our_words",
     "int32_rule",
     "integer",
     "is_one_number",
@@ -78,6 +79,6 @@ __all__ = [
     "softmax_scale",
     "span",
     "split_size",
-    "unknown_words",
     "window",
+    "wrong_call",
 ]

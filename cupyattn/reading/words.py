@@ -1,11 +1,17 @@
-"""Keywords of others: what a word is called here, or where the thing is that somebody asked for."""
+"""Arguments that a function does not take as they came: unknown, missing, too many; and the keywords of others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from typing import Any, ParamSpec, TypeVar
 
 from cupyattn.reading.refusals import refusal
 
+P = ParamSpec("P")
+R = TypeVar("R")
+BY_POSITION = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 SAME = (
     *(("q", "query"), ("k", "key"), ("v", "value")),
     ("causal", "is_causal"),
@@ -49,6 +55,56 @@ ELSEWHERE = {
 """What to do with a word, where a function has none for the same."""
 
 
+def in_our_words(function: Callable[P, R]) -> Callable[P, R]:
+    """A function or method that says of itself, by its own name, which arguments it does not take."""
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except TypeError:
+            if text := wrong_call(function, args, kwargs):
+                raise TypeError(text) from None
+            raise
+
+    return call
+
+
+def wrong_call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], name: str = "") -> str:
+    """What to say of arguments that a function cannot be called with; nothing if it can."""
+    asked = signature(function)
+    name = name or function.__name__
+    if next(iter(asked.parameters), "") == "self":
+        owner = type(args[0]).__name__ if args else "Cache"
+        name = owner if name == "__init__" else f"{owner}.{name}"
+        asked, args = asked.replace(parameters=list(asked.parameters.values())[1:]), args[1:]
+    try:
+        asked.bind(*args, **kwargs)
+    except TypeError:
+        return _wrong(name, asked, args, kwargs)
+    return ""
+
+
+def _wrong(function: str, asked: Signature, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    parameters = [x for x in asked.parameters.values() if x.kind is not Parameter.VAR_KEYWORD]
+    takes_any = len(parameters) < len(asked.parameters)
+    words = [x.name for x in parameters]
+    strangers = [] if takes_any else [word for word in kwargs if word not in words]
+    if strangers:
+        return unknown_words(function, strangers, words)
+    by_position = [x.name for x in parameters if x.kind in BY_POSITION]
+    if len(args) > len(by_position):
+        rule = f"takes {', '.join(by_position) or 'nothing'} by position, and all else by name; it has"
+        return refusal(function, f"{rule} {', '.join(words) or 'no arguments'}", ("given by position", len(args)))
+    given = by_position[: len(args)]
+    if twice := [word for word in given if word in kwargs]:
+        return refusal(function, f"{', '.join(twice)} is given by position and by name", ("by position", given))
+    needed = [x.name for x in parameters if x.default is Parameter.empty and x.kind is not Parameter.VAR_POSITIONAL]
+    missing = [word for word in needed if word not in (*given, *kwargs)]
+    rule = f"needs {', '.join(needed)}, and {', '.join(missing)} did not come"
+    return refusal(function, rule, ("given", ", ".join((*given, *kwargs)) or "nothing"))
+
+
 def unknown_words(function: str, strangers: Sequence[str], words: Sequence[str]) -> str:
     """The text of an error about keywords that a function does not have, but maybe another of its kind."""
     shown = []
@@ -63,5 +119,5 @@ def unknown_words(function: str, strangers: Sequence[str], words: Sequence[str])
             shown.append((stranger, text if word == stranger else f"{text}, as {word}"))
         else:
             shown.append((stranger, "nobody has one of this name"))
-    rule = f"has no argument {', '.join(strangers)}; it has {', '.join(words)}"
+    rule = f"has no argument {', '.join(strangers)}; it has {', '.join(words) or 'none'}"
     return refusal(function, rule, *shown)

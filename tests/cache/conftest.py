@@ -1,5 +1,3 @@
-"""Fixtures of what stands in for a GPU."""
+"""What the tests of caches share with those of the GPU's door."""
 
-from driven import driver, torch
-
-__all__ = ["driver", "torch"]
+from driven import driver, torch  # noqa: F401

@@ -882,7 +882,7 @@ def test_a_cascade_reads_pages_once_that_all_queries_see_whole(rows, shared, rng
     seen = []
 
     def recorded(function, parts, needs_lse):
-        seen.append([int(named["cu_seqlens_k"][1][-1]) for named, _ in parts])
+        seen.append([int(named["cu_seqlens_k"][1][-1]) for named, *_ in parts])
         return answer_in_parts(function, parts, needs_lse)
 
     monkeypatch.setattr("cupyattn.cache.paged.answer_in_parts", recorded)

@@ -128,6 +128,13 @@ OTHERS = {
 }
 
 
+def test_as_many_rows_of_other_sequences_make_another(torch, recorded):
+    cache = filled(torch, layers=1)
+    for counts in ([2, 1], [1, 2]):
+        cache.attend(*rows(torch, 1, 3, heads=4), 0, counts)
+        assert schedules_of(recorded) == (1, 1)
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_whatever_else_is_asked_makes_another(torch, recorded, name):
     cache = filled(torch, layers=1)
