@@ -55,7 +55,8 @@ def broken_torch(tmp_path, monkeypatch):
     """A torch that is installed, and whose import raises."""
     (tmp_path / "torch.py").write_text("raise OSError('libtorch.so: no such file\\nand more')")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    for name in ("torch", "torch._dynamo"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 def test_a_torch_that_is_broken_is_named_and_the_formula_measured(broken_torch, capsys):
@@ -75,6 +76,7 @@ def test_a_torch_that_is_broken_is_refused_where_it_is_asked_for(flags, broken_t
 
 def test_measuring_beside_the_formula_does_not_import_torch(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
     assert main(QUICK) == 0
 
 

@@ -20,7 +20,9 @@ def package(tmp_path, monkeypatch):
     """The name of a package that is interrupted while it is imported."""
     (tmp_path / "interrupted_package.py").write_text(PRESSED)
     monkeypatch.syspath_prepend(tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts beside it has it ignored
     yield "interrupted_package"
+    signal.signal(signal.SIGINT, before)
     sys.modules.pop("interrupted_package", None)
 
 
