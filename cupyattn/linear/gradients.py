@@ -125,10 +125,11 @@ def _fill_decay(found: Derivatives, dkept: Array, pairs: Array | None, of_last: 
     if found.keep.shape[-1] == 1:
         dkept, of_last = (x.sum(axis=-1, keepdims=True) for x in (dkept, of_last))
     pairs[..., -1, :, :] += of_last
-    from_here_on = np.flip(np.cumsum(np.flip(pairs, -3), axis=-3), -3)  # [t, j]: rows t and later
-    count = pairs.shape[-3]
-    behind = np.tri(count, k=-1)[..., None]
-    found.keep[...] = np.flip(np.cumsum(np.flip(dkept, -2), axis=-2), -2) + (from_here_on * behind).sum(axis=-2)
+    found.keep[...] = np.flip(np.cumsum(np.flip(dkept, -2), axis=-2), -2)
+    from_here_on = np.zeros(pairs.shape[:-3] + pairs.shape[-2:])
+    for t in reversed(range(pairs.shape[-3])):
+        from_here_on[..., :t, :] += pairs[..., t, :t, :]
+        found.keep[..., t, :] += from_here_on[..., :t, :].sum(axis=-2)
 
 
 def _turned(array: Array) -> Array:
