@@ -436,6 +436,20 @@ def test_cupy_graphs_have_memory_of_their_own(cupy):
             cupy.testing.assert_array_equal(outs[i], expected[i])
 
 
+def test_layers_that_share_a_schedule_say_what_each_says_alone(cupy):
+    layers, caches = cupyattn.LayeredCache(4, num_pages=128), [cupyattn.PagedCache(128) for _ in range(4)]
+    for count in (4000, 1, 1):
+        found, expected = [], []
+        for layer, cache in enumerate(caches):
+            q, k = (cupy.random.standard_normal((1, count, h, 64), dtype="float32").astype("float16") for h in (8, 2))
+            layers.update(k, k, layer)
+            cache.append(k, k)
+            found.append(layers.attend(q[:, -1:], layer))
+            expected.append(cache.attend(q[:, -1:]))
+        for ours, alone in zip(found, expected, strict=True):
+            cupy.testing.assert_array_equal(ours, alone)
+
+
 def test_two_launches_on_branches_of_one_graph(cupy):
     q, k = (cupy.random.standard_normal((4, n, 8, 64), dtype="float32").astype("float16") for n in (1, 4000))
     expected = cupyattn.attention(q, k, k)

@@ -194,6 +194,13 @@ def test_every_array_of_a_signature_may_be_a_shape(name):
     assert {x for x in annotations if "Array" in x or x.split(" |")[0] == "A"} <= set(ARRAYS)
 
 
+def test_a_cascade_of_which_nothing_is_shared_is_explained():
+    cache = cupyattn.PagedCache(16, 4)
+    cache.append(ROWS[:, :2], ROWS[:, :2], [4, 6])
+    plans = [cupyattn.explain(cache.attend, (2, 1, 4, 8), device="H100", cascade=cascade) for cascade in (False, True)]
+    assert replace(plans[1], cache_bytes=0) == replace(plans[0], cache_bytes=0)
+
+
 REFUSED = {
     "another_function": (TypeError, "only attention can be explained", (cupyattn.merge_states, [X], [X]), {}),
     "another_method": (TypeError, "only attention can be explained", (CACHES["dynamic"]().append, X, X), {}),

@@ -34,6 +34,9 @@ class LayeredCache:
     the decoder that raised half way is taken back by ``truncate(len(cache))``, or by ``truncate(cache.lengths)`` where
     lengths differ.  Copies have memory of their own.
 
+    On a GPU layers in pages share the schedule of a step, which says whose work is whose: it is made by the first of
+    them that attends, on the same stream, and by each one for itself in a CUDA graph.
+
     Parameters
     ----------
     num_layers : int

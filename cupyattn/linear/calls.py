@@ -10,7 +10,7 @@ import numpy as np
 from cupyattn.arrays import Arrays, enter, recorded, shapes
 from cupyattn.linear.asked import Asked, read
 from cupyattn.linear.chunks import by_chunks
-from cupyattn.linear.tokens import gradients
+from cupyattn.linear.gradients import gradients
 from cupyattn.problem import Array, Axes, Spec
 from cupyattn.reading import flag, refusal
 
@@ -153,11 +153,7 @@ def _gradients(asked: Asked, operands: Arrays, dout: Array | None, dstate: Array
         tokens = asked.tokens(operands)
         rows = np.zeros(tokens.out_shape()) if dout is None else asked.in_groups(asked.heads_first(dout))
         last = asked.state({"dstate": dstate}, "dstate")
-
-        def walk(part: Any, state: Array, out: Array) -> Array:
-            return by_chunks(part, state, out, asked.chunk_size)
-
-        return asked.gradients(*gradients(tokens, asked.state(operands), rows, last, walk))
+        return asked.gradients(*gradients(tokens, asked.state(operands), rows, last, asked.chunk_size))
 
 
 class LinearGradients(NamedTuple):
@@ -216,7 +212,8 @@ def linear_attention_backward(
 
     Notes
     -----
-    Token by token, from the last to the first.  About ``2 * sqrt(seqlen)`` states of each head are kept for it.
+    In chunks of `chunk_size` tokens, from the last to the first, by matrix products; 1: token by token.  About ``2 *
+    sqrt(seqlen / chunk_size)`` states of each head are kept for it.
 
     Examples
     --------

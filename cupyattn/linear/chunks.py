@@ -15,10 +15,14 @@ CHUNK, CHUNK_OF_FEATURES = 64, 16
 """Tokens of a chunk; fewer where features of a key decay each by itself: their products are an array of three axes."""
 
 
+def size_of_chunks(tokens: Tokens) -> int:
+    """Where nobody asks for another."""
+    return CHUNK if tokens.keep is None or tokens.keep.shape[-1] == 1 else CHUNK_OF_FEATURES
+
+
 def by_chunks(tokens: Tokens, state: Array, out: Array, size: int | None = None) -> Array:
     """As `by_tokens`, up to the rounding of sums in another order."""
-    if size is None:
-        size = CHUNK if tokens.keep is None or tokens.keep.shape[-1] == 1 else CHUNK_OF_FEATURES
+    size = size_of_chunks(tokens) if size is None else size
     if size == 1:
         return by_tokens(tokens, state, out)
     for start in range(0, tokens.seqlen, size):
@@ -30,27 +34,27 @@ def by_chunks(tokens: Tokens, state: Array, out: Array, size: int | None = None)
 
 def _chunk(tokens: Tokens, state: Array, out: Array) -> Array | None:
     """The state after a chunk; None where infinities or nan are met, which matrix products would spread to all."""
-    since, between = _kept(tokens)
+    since, between = kept(tokens)
     q, k = tokens.q, tokens.k
     seen = k if since is None else k * since
     seen_by_q = q if since is None else q * since[..., None, :, :]
     written = tokens.v
     if tokens.beta is not None:
-        among = np.tril(_products(k[..., None, :, :], k, between)[..., 0, :, :], -1)
+        among = np.tril(products(k[..., None, :, :], k, between)[..., 0, :, :], -1)
         try:
             written = np.linalg.solve(
                 np.eye(tokens.seqlen) + tokens.beta * among, tokens.beta * (tokens.v - seen @ state)
             )
         except np.linalg.LinAlgError:
             return None
-    out[...] = seen_by_q @ state[..., None, :, :] + _products(q, k, between) @ written[..., None, :, :]
+    out[...] = seen_by_q @ state[..., None, :, :] + products(q, k, between) @ written[..., None, :, :]
     left = k if between is None else k * between[..., -1, :, :]
     after = left.swapaxes(-1, -2) @ written
     after += state if since is None else state * since[..., -1, :, None]
     return after if np.isfinite(out).all() and np.isfinite(after).all() else None
 
 
-def _kept(tokens: Tokens) -> tuple[Array | None, Array | None]:
+def kept(tokens: Tokens) -> tuple[Array | None, Array | None]:
     """What each token sees of the state before the chunk, (..., i, features), and of token j, (..., i, j, features)."""
     keep = tokens.keep
     if keep is None:
@@ -64,7 +68,7 @@ def _kept(tokens: Tokens) -> tuple[Array | None, Array | None]:
     return np.multiply.accumulate(keep, axis=-2), between
 
 
-def _products(rows: Array, k: Array, between: Array | None) -> Array:
+def products(rows: Array, k: Array, between: Array | None) -> Array:
     """Of rows (..., group, i, head_dim) with keys as they are left: (..., group, i, j), 0 where j comes after i."""
     if between is None or between.shape[-1] == 1:
         dense = rows @ k[..., None, :, :].swapaxes(-1, -2)

@@ -5,11 +5,7 @@ All in float64.  Axes before those that are named are batch and key heads.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import NamedTuple
-
-import numpy as np
 
 from cupyattn.problem import Array
 
@@ -37,10 +33,6 @@ class Tokens(NamedTuple):
 
     def out_shape(self) -> tuple[int, ...]:
         return (*self.q.shape[:-1], self.v.shape[-1])
-
-
-Walk = Callable[[Tokens, Array, Array], Array]
-"""Tokens, the state before them and where out belongs, to the state after them."""
 
 
 def by_tokens(tokens: Tokens, state: Array, out: Array) -> Array:
@@ -76,28 +68,11 @@ class Derivatives(NamedTuple):
     keep: Array | None
     beta: Array | None
 
-
-def gradients(tokens: Tokens, state: Array, dout: Array, dstate: Array, walk: Walk) -> tuple[Derivatives, Array]:
-    """Gradients of the tokens and of the first state, from those of out and of the last state.
-
-    States are kept after every so many tokens, and computed again between: about twice the square root of the number
-    of tokens are there at a time.
-    """
-    every = max(1, math.isqrt(tokens.seqlen))
-    starts = range(0, tokens.seqlen, every)
-    before = [state]
-    for start in starts[:-1]:
-        part = tokens.part(start, start + every)
-        before.append(walk(part, before[-1], np.empty(part.out_shape())))
-    found = Derivatives(*(None if array is None else np.empty(array.shape) for array in tokens))
-    for start, first in zip(reversed(starts), reversed(before), strict=False):
-        stop = start + every
-        share = Derivatives(*(None if array is None else array[..., start:stop, :] for array in found))
-        dstate = _back(tokens.part(start, stop), first, dout[..., start:stop, :], dstate, share)
-    return found, dstate
+    def part(self, start: int, stop: int) -> Derivatives:
+        return Derivatives(*(None if array is None else array[..., start:stop, :] for array in self))
 
 
-def _back(tokens: Tokens, first: Array, dout: Array, dstate: Array, found: Derivatives) -> Array:
+def back_by_tokens(tokens: Tokens, first: Array, dout: Array, dstate: Array, found: Derivatives) -> Array:
     """Fill `found` from the last token to the first; the gradient of the state `first`."""
     states = [first]
     for t in range(tokens.seqlen):
