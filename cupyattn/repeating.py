@@ -17,6 +17,8 @@ from inspect import signature
 from math import copysign
 from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
+import numpy as np
+
 from cupyattn.allowed import currently_allowed
 from cupyattn.arrays import Arrays, Library, Visit, library_of_type
 from cupyattn.plan import Plan
@@ -262,6 +264,8 @@ def repeated(number: str | None = None) -> Callable[[Callable[P, R]], Callable[P
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if args and type(args[0]) is np.ndarray:  # of which none is: every microsecond of a small call is seen
+                return function(*args, **kwargs)
             seen = memory.look(args, kwargs)
             if seen is None:
                 return function(*args, **kwargs)

@@ -18,7 +18,7 @@ from cupyattn.cuda import appending, scheduling, scripting
 from cupyattn.cuda.launching import maps, memory
 from cupyattn.problem import NAMED_DEVICES
 
-from .common import Benchmark, named, tracked
+from .common import Benchmark, tracked
 
 H100 = NAMED_DEVICES["H100"]
 
@@ -139,12 +139,10 @@ class Repeated(Benchmark):
         with standing_in() as array:
             return processor_time(CALLS[call](array), self.turns)
 
-    @named("Overhead: a call on a GPU that is read each time")
+    @tracked("us of the processor", name="Overhead: a call on a GPU that is read each time")
     def track_read(self, call):
         with standing_in() as array, reading_each_time():
             return processor_time(CALLS[call](array), self.turns)
-
-    track_read.unit = "us of the processor"
 
 
 def main():

@@ -52,9 +52,12 @@ class Part:
     gradients: bool = False
     """The part is cut for the backward pass."""
     facts: KeyFacts = field(init=False)
+    cut: CpuTile = field(init=False)
+    """How the part is cut into tiles."""
 
     def __post_init__(self) -> None:
         self.facts = KeyFacts(self.k, self.v, self.seqlen_k)
+        self.cut = self._cut()
 
     @property
     def num_heads(self) -> int:
@@ -94,9 +97,8 @@ class Part:
         function = cut_into_tiles if most > MOST_REMEMBERED else remembered_tiles
         return function(self.problem, cut, self.batch, self.seqlen_q, self.seqlen_k)
 
-    @property
-    def cut(self) -> CpuTile:
-        """How the part is cut into tiles: as planned, or by its own lengths if it is one of many."""
+    def _cut(self) -> CpuTile:
+        """As planned, or by its own lengths if it is one of many."""
         problem, planned = self.problem, self.plan.tile
         if isinstance(planned, CpuTile) and not (problem.layout.lengths_are_data or self.gradients):
             return planned
