@@ -60,8 +60,8 @@ def cpu_tile(
     num_pairs = max(1, sizes.num_heads // group)
     enough = TILES_PER_WORKER * num_workers if num_workers > 1 else 1
     room_for_scores = SCORES_SIDE_BY_SIDE
-    if gradients:  # which hold two blocks of scores at once
-        room_for_scores //= 2
+    if gradients:  # which hold two blocks of scores at once, and walk over them more often
+        room_for_scores //= 4
     block_q = max(1, min(seqlen_q, BLOCK_Q))
     if group > 1 and has_band:  # a few rows of each head: the band's edge cuts off more of their keys
         block_q = min(block_q, max(FEWEST_ROWS, min(BLOCK_Q // 2, seqlen_q // 4)))
