@@ -74,7 +74,7 @@ struct FlashBlock {
     // ---- Loads ----
 
     DEVICE_METHOD void load_queries() {
-        load_rows<kThreads, Traits::kAligned>(queries, ptx::thread(), num_rows(), params.head_dim,
+        load_rows<kThreads, Traits::kAligned, Traits::kOfLoads>(queries, ptx::thread(), num_rows(), params.head_dim,
                                               start_of<const Element>(params.at.q, params.q, sequence.index, head,
                                                                       sequence.first_row + first_row),
                                               params.q.row);
@@ -91,11 +91,11 @@ struct FlashBlock {
         const int key = block * kBlockK, left = sequence.band.seqlen_k - key;
         if constexpr (Traits::kPaged) {
             const int place = key + static_cast<int>(sequence.first_key);
-            load_rows_from<kThreads, Traits::kAligned>(tile, ptx::thread(), left, num_cols, data, [&](int row) {
+            load_rows_from<kThreads, Traits::kAligned, Traits::kOfLoads>(tile, ptx::thread(), left, num_cols, data, [&](int row) {
                 return row_in_pages(data, strides, place + row, sequence, params);
             });
         } else {
-            load_rows<kThreads, Traits::kAligned>(tile, ptx::thread(), left, num_cols, data + key * strides.row,
+            load_rows<kThreads, Traits::kAligned, Traits::kOfLoads>(tile, ptx::thread(), left, num_cols, data + key * strides.row,
                                                   strides.row);
         }
     }

@@ -41,7 +41,8 @@ struct SplitBlock : SplitStates<Traits> {
     using QueryTile = typename Traits::QueryTile;
     static constexpr int kRowTiles = Traits::kRowTiles, kBlockK = Traits::kBlockK, kThreads = Traits::kThreads;
     static constexpr int kPlanes = Planes<Kept>::kCount;
-    static constexpr bool kQueriesInRegisters = kRowTiles * kPlanes == 1 || Traits::kFloat8;
+    // Not where they would take registers from wide sums; float8 ones have to be made halves.
+    static constexpr bool kQueriesInRegisters = (kRowTiles * kPlanes == 1 && Traits::kHeadDim <= 192) || Traits::kFloat8;
     static constexpr int kQuerySteps = kQueriesInRegisters ? Traits::kHeadDim / 16 : 1;
     using QueryFragments = uint32[kRowTiles][kPlanes][4];
 
@@ -169,16 +170,15 @@ struct SplitBlock : SplitStates<Traits> {
         if constexpr (kQueriesInRegisters) keep_queries();
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) out[m].clear(), softmax[m].clear();
-#pragma unroll 1
-        for (int i = 0; i < kAhead; ++i) {
-            if (part.start + i < part.stop) load(part.start + i, i);
-            ptx::commit_copies();
-        }
         int stage = 0;
 #pragma unroll 1
-        for (int block = part.start; block < part.stop; ++block) {
+        for (int block = part.start - kAhead; block < part.stop; ++block) {
             if (block + kAhead < part.stop) load(block + kAhead, stage == 0 ? kAhead : stage - 1);
             ptx::commit_copies();
+            if (block < part.start) {  // the first tiles have to come first
+                stage = stage == kAhead ? 0 : stage + 1;
+                continue;
+            }
             ptx::wait_copies<kAhead>();
             ptx::warp_barrier();  // this tile is here, from all lanes
             const int key = first_key(block);

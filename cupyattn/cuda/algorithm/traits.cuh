@@ -20,6 +20,8 @@ struct FlashTraits {
     static constexpr bool kAligned = kAligned_;  // every row of q, k and v starts at a multiple of 16 bytes
     static constexpr int kEdits = kEdits_;
     static constexpr int kRowTiles = kBlockQ / (16 * kNumWarps);  // fragments of 16 rows per warp
+    // Registers for float32 under way: sums of wide heads leave none for more than one chunk.
+    static constexpr int kOfLoads = larger(kHeadDim, kHeadDimV) > 128 ? 8 : 32;
 
     using QueryTile = SharedTile<Element, kBlockQ, kHeadDim>;
     using KeyTile = SharedTile<Element, kBlockK, kHeadDim>;
