@@ -1,7 +1,7 @@
 // hopper.cu: flash.cu's algorithm for Hopper's own units, TMA and wgmma.
 //
 // A thread block owns kBlockQ rows: of one head, or of the tokens of a whole group of heads that share their keys
-// (packed).  Its first warpgroup fetches: one thread has TMA fill rings of key and value tiles.  Each other
+// (packed).  Its first warpgroup fetches: one thread, or one warp, has TMA fill rings of key and value tiles.  Each other
 // warpgroup has 64 of the rows, and walks the key blocks right to left:
 //
 //     scores = queries @ keys[block]^T              wgmma, under way while ...
@@ -329,7 +329,7 @@ DEVICE void run_block(const HopperParams& given) {
         ptx::fewer_registers<Traits::kProducerRegisters>();
         if (ptx::warp() > 0)
             inspect<Traits>(given, memory);
-        else if (ptx::lane() == 0)
+        else if (Traits::kPaged || ptx::lane() == 0)
             fetch<Traits>(given, memory);
     } else {
         ptx::more_registers<Traits::kConsumerRegisters>();

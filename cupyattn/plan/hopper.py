@@ -98,9 +98,19 @@ def may_cluster(problem: Problem, tile: HopperTile, cluster: int) -> bool:
     return tile.reach == ALL_KEYS and not layout.ragged and layout.page_size is None and num_row_tiles % cluster == 0
 
 
-def rows_per_box(tile: HopperTile, page_size: int) -> int:
+def rows_per_box(block_k: int, page_size: int) -> int:
     """Keys of a page that are brought at once: they divide pages and blocks."""
-    return math.gcd(tile.block_k, page_size)
+    return math.gcd(block_k, page_size)
+
+
+def _block_of_pages(block_k: int, page_size: int, dtype: str) -> int:
+    """The largest block of at least two thirds of the keys whose boxes hold most, up to 64 keys.
+
+    Pages of 256 keys would be brought to blocks of 176 by 16 keys at a time, to blocks of 128 by 128.
+    """
+    step = 32 if dtype == FLOAT8 else 16
+    sizes = range(block_k, 2 * block_k // 3 - 1, -step)
+    return max(sizes, key=lambda size: (min(64, rows_per_box(size, page_size)), size))
 
 
 def reach_of(problem: Problem) -> int:
@@ -154,6 +164,9 @@ def hopper_tile(problem: Problem) -> HopperTile:
     head_dim, head_dim_v = padded_dims(sizes, problem.dtype)
     reach = reach_of(problem)
     tile = base_tile(head_dim, head_dim_v, reach, problem.dtype)
+    page_size = problem.layout.page_size
+    if page_size is not None:
+        tile = tile._replace(block_k=_block_of_pages(tile.block_k, page_size, problem.dtype))
     group = sizes.queries_per_pair
     if 1 < group <= tile.block_q:
         packed = tile._replace(heads_per_unit=group)

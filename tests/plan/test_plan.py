@@ -266,6 +266,30 @@ def test_every_kernel_reads_pages_and_hopper_those_of_whole_boxes(problem, page_
     assert objects(paged, "multiple of 8 keys", on=on) == (set() if page_size == 16 else {"hopper"})
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "mask", "block_k"),
+    [
+        (128, 256, Mask(), 128),
+        (128, 64, Mask(), 128),
+        (128, 48, Mask(), 144),
+        (128, 16, Mask(), 176),
+        (128, 256, Mask(right=0), 128),
+        (192, 256, Mask(), 96),
+        (256, 64, Mask(), 64),
+        (64, 24, Mask(), 96),
+    ],
+)
+def test_a_block_of_hoppers_is_made_of_few_boxes_of_pages(head_dim, page_size, mask, block_k):
+    paged = asked(
+        head_dims=(head_dim, head_dim), mask=mask, layout=Layout("bshd", page_size=page_size, cached=True)
+    )
+    assert choose(paged, H100).tile.block_k == block_k
+
+
+def test_blocks_without_pages_are_as_large_as_can_be():
+    assert choose(asked(layout=Layout("bshd")), H100).tile.block_k == 176
+
+
 @pytest.mark.parametrize(("head_dim", "kernel"), [(192, "splitkv"), (200, "flash"), (256, "flash")])
 def test_wide_heads_in_float32_need_more_shared_memory_than_small_gpus_have(head_dim, kernel):
     wide = replace(DECODE, dtype="float32", sizes=replace(DECODE.sizes, head_dim=head_dim))

@@ -1,4 +1,4 @@
-// hopper.cu's first warpgroup: one thread fetches, three warps look after values.
+// hopper.cu's first warpgroup: one thread fetches, or a warp what lies in pages; three warps look after values.
 #pragma once
 
 #include "algorithm/hopper.cuh"
@@ -6,29 +6,30 @@
 
 namespace cupyattn {
 
-// Fills a tile with what lies in pages, from place `row` of the sequence on: a box at a time, which is in one page.
-// Outside of all pages TMA finds zeros.
+// Fills a tile with what lies in pages, from place `row` of the sequence on: boxes are in one page each, and each lane has
+// its own, so that the table is asked for all of them at once.  Outside of all pages TMA finds zeros.
 template <typename Tile>
 DEVICE void load_pages(const Tile& tile, const TensorMap& map, uint32 barrier, int row, int head,
                        const Sequence& sequence, const HopperParams& given) {
     const int stop = static_cast<int>(sequence.first_key) + sequence.band.seqlen_k;
-#pragma unroll 1
-    for (int first = 0; first < Tile::kRows; first += given.rows_per_box) {
-        const int place = row + first, page = place < stop ? page_of(place, sequence, given.params) : kNoPage;
+    static_assert(Tile::kRows <= 32 * 8, "boxes are of 8 rows or more, and there is a lane to each");
+    const int first = ptx::lane() * given.rows_per_box, place = row + first;
+    if (first >= Tile::kRows) return;
+    const int page = place < stop ? page_of(place, sequence, given.params) : kNoPage;
 #pragma unroll
-        for (int slab = 0; slab < Tile::kSlabs; ++slab)
-            ptx::load_box(tile.base + slab * Tile::kSlab + first * Tile::kSwizzle, map, barrier, slab * Tile::kSlabCols,
-                          0, place % given.params.page_size, head, page, ptx::kKeepInL2);
-    }
+    for (int slab = 0; slab < Tile::kSlabs; ++slab)
+        ptx::load_box(tile.base + slab * Tile::kSlab + first * Tile::kSwizzle, map, barrier, slab * Tile::kSlabCols, 0,
+                      place % given.params.page_size, head, page, ptx::kKeepInL2);
 }
 
-// One thread: has every tile loaded as soon as there is room for it.
+// Has every tile loaded as soon as there is room for it; by one thread, or for pages by a warp.
 template <typename Traits>
 DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory) {
     const Params& params = given.params;
     const auto key_ring = memory.key_ring(), value_ring = memory.fetched_ring();
     const auto query_ring = memory.query_ring();
     const int query_bytes = given.tokens_per_tile * given.heads_per_unit * Traits::kHeadDim * sizeof(typename Traits::Element);
+    const bool leads = !Traits::kPaged || ptx::lane() == 0;
     int use = 0, tile_use = 0;
 #pragma unroll 1
     for (uint32 round = 0, index; (index = tile_of_round<Traits>(round)) < uint32(given.num_tiles); ++round) {
@@ -39,11 +40,13 @@ DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory)
         const int key_head = tile.head / params.queries_per_k, value_head = tile.head / params.queries_per_v;
         const auto load_block = [&](const auto& its_tile, const TensorMap& map, uint32 barrier, int block, int head) {
             const int row = static_cast<int>(tile.sequence.first_key) + block * Traits::kBlockK;
-            ptx::mbarrier_arrive_expect(barrier, its_tile.kBytes);
-            if constexpr (Traits::kPaged)
+            if (leads) ptx::mbarrier_arrive_expect(barrier, its_tile.kBytes);
+            if constexpr (Traits::kPaged) {
+                ptx::warp_barrier();  // no box is under way before all of them are expected
                 load_pages(its_tile, map, barrier, row, head, tile.sequence, given);
-            else
+            } else {
                 load_tile<Traits::kCluster>(its_tile, map, barrier, row, head, key_batch, ptx::kKeepInL2);
+            }
         };
         const auto load_keys = [&](int block, int its_use) {
             key_ring.wait_empty(its_use);
@@ -51,10 +54,12 @@ DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory)
         };
         load_keys(tile.blocks.stop - 1, use);
         query_ring.wait_empty(tile_use);
-        ptx::mbarrier_arrive_expect(query_ring.full(tile_use), query_bytes);
-        load_tile<1>(memory.queries(tile_use), given.q, query_ring.full(tile_use),
-                     static_cast<int>(tile.sequence.first_row) + tile.first_token, tile.head / given.heads_per_unit,
-                     batch, ptx::kDropFromL2);
+        if (leads) {
+            ptx::mbarrier_arrive_expect(query_ring.full(tile_use), query_bytes);
+            load_tile<1>(memory.queries(tile_use), given.q, query_ring.full(tile_use),
+                         static_cast<int>(tile.sequence.first_row) + tile.first_token, tile.head / given.heads_per_unit,
+                         batch, ptx::kDropFromL2);
+        }
         ++tile_use;
 #pragma unroll 1
         for (int block = tile.blocks.stop - 1; block >= tile.blocks.start; --block, ++use) {

@@ -152,7 +152,7 @@ def _hopper(plan: Plan, tile: HopperTile, problem: Problem, arrays: FactsOfArray
         tiles, per_unit = longest * _sequences(problem) * plan.num_splits, longest
     count = tiles * units
     grid = (min(count, plan.num_workers) if tile.persistent else count, 1, 1)
-    per_box = rows_per_box(tile, page_size or 0)
+    per_box = rows_per_box(tile.block_k, page_size or 0)
     in_order = units * _sequences(problem) if per_unit else units
     section = min(tile.units_per_section, max(1, in_order))
     rising = -(-in_order // section) % 2 if tile.persistent and tile.reach != ALL_KEYS else -1
@@ -308,7 +308,7 @@ def _maps(
     """The maps of q, k and v, and of out if whole boxes of it belong to one sequence and to whole tokens."""
     wide, wide_v = padded_dims(problem.sizes, problem.dtype)
     group, page_size = tile.heads_per_unit, problem.layout.page_size
-    rows = tile.block_k // tile.cluster if page_size is None else rows_per_box(tile, page_size)
+    rows = tile.block_k // tile.cluster if page_size is None else rows_per_box(tile.block_k, page_size)
     found = (
         map_of("q", problem, shapes, strides["q"], wide, tile.tokens, group),
         map_of("k", problem, shapes, strides["k"], wide, rows),
