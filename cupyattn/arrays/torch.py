@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import cache
@@ -14,6 +14,7 @@ import numpy as np
 
 from cupyattn.arrays import plainness
 from cupyattn.arrays.library import CAST, Arrays, Job, Library, Traced, check_no_overlap, reach_of
+from cupyattn.cpu import lent_by_torch
 from cupyattn.problem import Alignment, Array, Shape, Spec
 from cupyattn.reading import refusal
 
@@ -190,7 +191,14 @@ class Torch(Library):
     def run(self, job: Job, arrays: Arrays) -> Arrays:
         if self.is_transformed() or (job.backward is not None and self._records(arrays)):
             return dict(zip(job.results, _forwards().apply(job, *arrays.values()), strict=False))
-        return super().run(job, arrays)
+        return self.run_forward(job, arrays)
+
+    def run_forward(self, job: Job, arrays: Arrays) -> Arrays:
+        """The numbers alone, whether or not anybody records the call."""
+        if job.at_home:
+            return super().run(job, arrays)
+        with lent_by_torch(sys.modules["torch"].get_num_threads()):
+            return super().run(job, arrays)
 
     def is_transformed(self) -> bool:
         """By torch.func or forward-mode differentiation: tensors may carry more than their values."""
@@ -280,7 +288,8 @@ def _backwards() -> Any:
             known = {name: handed(x) for name, x in zip(job.kept, tensors[len(operands) :], strict=False)} | {
                 f"d{name}": None if x is None else handed(x) for name, x in gradients.items()
             }
-            found = job.backward({name: handed(x) for name, x in operands.items()}, known)
+            with nullcontext() if job.at_home else lent_by_torch(torch.get_num_threads()):
+                found = job.backward({name: handed(x) for name, x in operands.items()}, known)
             return tuple(
                 found[name] if job.at_home else TORCH.from_numpy(found[name], TORCH.dtype(x), x)
                 for name, x in operands.items()
@@ -312,7 +321,7 @@ def _forwards() -> Any:
             whole, at_hand = replace(job, results=job.all_results), _AT_HAND.get()
             if at_hand is not None:
                 return tuple(_at_hand(spec, at_hand.get(name), tensors[0]) for name, spec in whole.results.items())
-            found = Library.run(TORCH, whole, dict(zip(job.names, tensors, strict=True)))
+            found = TORCH.run_forward(whole, dict(zip(job.names, tensors, strict=True)))
             return tuple(found[name] for name in whole.results)
 
         @staticmethod

@@ -3,7 +3,8 @@
 `run` and `run_backward` take a plan, a problem and its operands.  From the door inwards:
 
 - `forward`, `backward`: the two passes, a list of tasks each
-- `tasks`: in which order these run and add up; `threads`: running them on cores, the BLAS held to one thread
+- `tasks`: in which order these run and add up; `threads`: running them on cores, the BLAS held to one thread;
+  `team`: on cores where threads of torch's wait
 - `cutting`: the problem into parts, `part`: one of them, `tiles`: into tiles and blocks of keys
 - `views`: the arithmetic's view of a tile; `edits`: of what edits its scores; `bounded`: of what needs no maximum
 - `flash`: the arithmetic of a tile, twin of the CUDA kernels
@@ -16,12 +17,13 @@ Both passes are imported when they are first run: a machine's GPU needs neither,
 from typing import TYPE_CHECKING
 
 from cupyattn.cpu.machine import memory_of_machine, num_cores
+from cupyattn.cpu.team import lent_by_torch
 from cupyattn.doors import opened_late
 
 if TYPE_CHECKING:
     from cupyattn.cpu.backward import run_backward
     from cupyattn.cpu.forward import run
 
-__all__ = ["memory_of_machine", "num_cores", "run", "run_backward"]
+__all__ = ["lent_by_torch", "memory_of_machine", "num_cores", "run", "run_backward"]
 
 __getattr__ = opened_late(__name__, {"forward": ("run",), "backward": ("run_backward",)})

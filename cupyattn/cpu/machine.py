@@ -7,6 +7,13 @@ import os
 from contextlib import suppress
 from functools import cache
 
+_IMPORTED_IN = os.getpid()
+
+
+def is_forked() -> bool:
+    """This process is a copy of the one that imported us, whose other threads it does not have."""
+    return os.getpid() != _IMPORTED_IN
+
 
 def num_cores() -> int:
     """The cores this process may use."""

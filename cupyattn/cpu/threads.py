@@ -12,14 +12,15 @@ import weakref
 from _thread import LockType, allocate_lock, start_new_thread
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import cached_property
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from cupyattn.cpu.machine import num_cores
 from cupyattn.cpu.scratch import Scratch, Shelf
+from cupyattn.cpu.team import Helper, Team, team_for
 
 Task = Callable[[Scratch], None]
 
@@ -141,7 +142,7 @@ def run_all(tasks: Sequence[Task], num_workers: int, *, are_small: bool = False)
 
     `are_small` says of tasks for one worker that no BLAS has threads for their products, and spares holding it.  A
     task receives scratch memory that it may use until it returns.
-    The threads live for one call, so that a fork between calls finds none.
+    The threads live for one call, so that a fork between calls finds none; or they are torch's, see `team`.
     """
     queue = deque(tasks)
     num_workers = min(num_workers, len(tasks))
@@ -180,14 +181,9 @@ def run_all(tasks: Sequence[Task], num_workers: int, *, are_small: bool = False)
         with nullcontext() if are_small else _blas.on_one_thread():
             work()
         return
-    with _blas.on_one_thread():
+    with _blas.on_one_thread(), _helpers(num_workers, help_with_it) as begin:
         try:
-            for number in range(1, num_workers):
-                try:
-                    # Not a threading.Thread, which waits until it has begun, for ever if there is no memory to begin.
-                    start_new_thread(help_with_it, (number,))
-                except (RuntimeError, MemoryError):  # too many, or the interpreter is about to end: fewer will do
-                    break
+            begin()
             work()
             _wait_for(at_work)
         except BaseException as error:
@@ -197,6 +193,23 @@ def run_all(tasks: Sequence[Task], num_workers: int, *, are_small: bool = False)
     for found in raised:
         if found is not None:
             raise found
+
+
+def _helpers(num_workers: int, helper: Helper) -> AbstractContextManager[Callable[[], None]]:
+    """A context whose value has them begin: threads of torch's that wait for work, or else new ones."""
+    openmp = team_for(num_workers)
+    if openmp is not None:
+        return Team(openmp, num_workers, helper)
+    return nullcontext(partial(_start_threads, num_workers, helper))
+
+
+def _start_threads(num_workers: int, helper: Helper) -> None:
+    for number in range(1, num_workers):
+        try:
+            # Not a threading.Thread, which waits until it has begun, for ever if there is no memory to begin.
+            start_new_thread(helper, (number,))
+        except (RuntimeError, MemoryError):  # too many, or the interpreter is about to end: fewer will do
+            break
 
 
 def _wait_for(locks: list[LockType]) -> None:
