@@ -68,14 +68,19 @@ def with_cupyattn(q, k, v, causal, compute_dtype=None):
     return lambda: cupyattn.attention(q, k, v, layout="bhsd", causal=causal == "causal", compute_dtype=compute_dtype)
 
 
-def with_torch(q, k, v, causal, compute_dtype=None):
-    """torch's own kernel, in the dtype of the arrays, on as many cores as cupyattn takes."""
+def as_tensors(*arrays):
+    """torch, and the arrays in it; it works on as many cores as cupyattn may take."""
     try:
         import torch
     except ImportError:
         raise NotImplementedError("torch is not installed") from None
     torch.set_num_threads(num_cores())
-    tensors = [torch.from_numpy(x) for x in (q, k, v)]
+    return torch, [torch.from_numpy(x) for x in arrays]
+
+
+def with_torch(q, k, v, causal, compute_dtype=None):
+    """torch's own kernel, in the dtype of the arrays."""
+    torch, tensors = as_tensors(q, k, v)
     return lambda: torch.nn.functional.scaled_dot_product_attention(*tensors, is_causal=causal == "causal")
 
 

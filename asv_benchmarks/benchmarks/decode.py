@@ -7,9 +7,8 @@ goes well.
 import numpy as np
 
 import cupyattn
-from cupyattn.cpu import num_cores
 
-from .common import Benchmark, fastest, named, tracked
+from .common import Benchmark, as_tensors, fastest, named, tracked
 
 QUERY_HEADS, KEY_HEADS, HEAD_DIM = 28, 4, 128
 
@@ -38,16 +37,6 @@ def with_repeated_keys(q, k, v):
     return lambda: torch.nn.functional.scaled_dot_product_attention(*tensors)
 
 
-def as_tensors(*arrays):
-    """torch, and the arrays in it; it works on as many cores as cupyattn may take."""
-    try:
-        import torch
-    except ImportError:
-        raise NotImplementedError("torch is not installed") from None
-    torch.set_num_threads(num_cores())
-    return torch, [torch.from_numpy(x) for x in arrays]
-
-
 PEERS = {"enable_gqa": with_enable_gqa, "repeated keys": with_repeated_keys}
 CONTENDERS = {"cupyattn": with_cupyattn, **PEERS}
 
@@ -69,7 +58,7 @@ class Step(Benchmark):
 
 
 class DecodeAgainstTorch(Benchmark):
-    """Time of one step over that of torch's scaled_dot_product_attention."""
+    """Time of one step over that of torch's scaled_dot_product_attention, both on the same tensors."""
 
     params = (list(PEERS), [1024, 4096, 16384])
     param_names = ("peer", "context")
@@ -77,7 +66,7 @@ class DecodeAgainstTorch(Benchmark):
 
     def setup(self, peer, context):
         arrays = draw_step(context)
-        self.ours, self.peer = with_cupyattn(*arrays), PEERS[peer](*arrays)
+        self.ours, self.peer = with_cupyattn(*as_tensors(*arrays)[1]), PEERS[peer](*arrays)
 
     @tracked("time / torch", lambda _, context: 1.0 if context == 4096 else None, "Decode: time over torch's")
     def track_time(self, peer, context):
