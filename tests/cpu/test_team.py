@@ -11,23 +11,24 @@ import pytest
 from interruptions import at_every_instruction
 
 import cupyattn
-from cupyattn.cpu import team, threads
+from cupyattn.cpu import num_cores, team, threads
 from cupyattn.cpu.team import lent_by_torch, team_for
 from cupyattn.cpu.threads import run_all
 
 torch = pytest.importorskip("torch")
 
 WAIT = 20
+on_several_cores = pytest.mark.skipif(num_cores() < 2, reason="one core has no use for a second thread")
 
 
 @pytest.fixture(autouse=True)
 def two_threads(monkeypatch):
     """Of torch and of ours, on one core too."""
+    if team._openmp() is None:
+        pytest.skip("needs a torch whose OpenMP is GNU's")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     monkeypatch.setattr(type(threads._blas), "num_threads", lambda self: 2)
-    if team._openmp() is None:
-        pytest.skip("needs a torch whose OpenMP is GNU's")
     torch.ones(10**6).sum()
     yield
     torch.set_num_threads(before)
@@ -96,6 +97,7 @@ def test_of_more_than_are_wanted_the_others_do_nothing():
     assert len(set(seen)) <= 2
 
 
+@on_several_cores
 def test_calls_on_tensors_take_them_forward_and_backward(started):
     x = torch.randn(1, 1200, 2, 16, requires_grad=True)
     assert cupyattn.explain(x, x, x).num_workers > 1
@@ -104,6 +106,7 @@ def test_calls_on_tensors_take_them_forward_and_backward(started):
     assert not started
 
 
+@on_several_cores
 def test_tensors_get_the_bits_of_arrays(started):
     x = np.random.default_rng(0).standard_normal((1, 1200, 2, 16)).astype(np.float32)
     expected = cupyattn.attention(x, x, x)
