@@ -53,12 +53,14 @@ def calls(sizes: Sizes, dtype: str, causal: bool, device: str, against: str) -> 
     if device == "cuda":
         return _on_a_gpu(arrays, dtype, causal), {}
     exact = partial(attention, *arrays, layout="bhsd", causal=causal)
-    found = {"cupyattn float64": Call(exact, exact)}
+    given = _tensors(arrays) if against == "torch" else arrays  # or torch's threads would spin beside ours
+    ours = partial(attention, *given, layout="bhsd", causal=causal)
+    found = {"cupyattn float64": Call(ours, exact)}
     if dtype == "float32":
-        found["cupyattn float32"] = Call(partial(exact, compute_dtype="float32"), exact)
+        found["cupyattn float32"] = Call(partial(ours, compute_dtype="float32"), exact)
     name = f"{against} {dtype}"
     if against == "torch":
-        return found | {name: Call(_torch(arrays, causal), exact)}, {}
+        return found | {name: Call(partial(_sdpa(given), *given, is_causal=causal), exact)}, {}
     needed = 2 * sizes.num_scores * arrays[0].itemsize  # the scores, and one more of them where some are hidden
     if needed > memory_of_machine() / 2:
         return found, {name: f"its scores would take {needed / 1e9:.1f} GB"}
@@ -96,13 +98,12 @@ def versions(device: str, against: str) -> dict[str, str]:
     return {"torch": torch.__version__, **gpu}
 
 
-def _torch(arrays: list[Any], causal: bool) -> Callable[[], Any]:
-    """torch's own kernel on as many cores as cupyattn takes."""
+def _tensors(arrays: list[Any]) -> list[Any]:
+    """torch's, which works on as many cores as cupyattn takes."""
     import torch
 
     torch.set_num_threads(num_cores())
-    tensors = [torch.from_numpy(x) for x in arrays]
-    return partial(_sdpa(tensors), *tensors, is_causal=causal)
+    return [torch.from_numpy(x) for x in arrays]
 
 
 def _sdpa(tensors: list[Any]) -> Callable[..., Any]:

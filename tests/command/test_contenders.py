@@ -21,6 +21,12 @@ def test_all_compute_the_same(causal, against):
         np.testing.assert_allclose(call.result(), call.exact(), rtol=0, atol=1e-5)
 
 
+def test_against_torch_all_take_tensors():
+    torch = pytest.importorskip("torch")
+    calls, _ = contenders.calls(SIZES, "float32", False, "cpu", "torch")
+    assert all(isinstance(call.run(), torch.Tensor) for call in calls.values())
+
+
 def test_in_float64_there_is_one_of_ours():
     calls, _ = contenders.calls(SIZES, "float64", False, "cpu", "naive")
     assert list(calls) == ["cupyattn float64", "naive float64"]
