@@ -49,8 +49,7 @@ def ulysses_attention(
     Parameters
     ----------
     q, k, v, comm, sharding, mask, bias, ...
-        As for `ring_attention`, on the CPU only.  All layouts are the same work; striped ones take alibi_slopes here,
-        too.
+        As for `ring_attention`, on the CPU only.  All layouts are the same work.
 
     Returns
     -------
