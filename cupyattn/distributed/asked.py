@@ -109,11 +109,9 @@ def _check_home(visit: Visit, rectangles: bool) -> None:
     if visit.kind == "cuda" and visit.library.title not in ON_GPUS:
         rule = f"takes arrays on a GPU from CuPy and torch, not {visit.library.title}; under jax.shard_map see JaxComm"
         raise ValueError(refusal(visit.function, rule, *((x.name, x.shape) for _, x in visit.specs)))
-    if visit.kind == "cuda" and not rectangles:
-        rule = "does not take arrays on a GPU: heads are exchanged on the host only; ring_attention takes them"
-        raise ValueError(refusal(visit.function, rule, *((x.name, x.shape) for _, x in visit.specs)))
-    if visit.kind == "cuda" and "alibi_slopes" in visit.arrays:
-        rule = "alibi_slopes do not go with shards on a GPU: kernels know a diagonal that begins or ends in a corner"
+    if visit.kind == "cuda" and rectangles and "alibi_slopes" in visit.arrays:
+        rule = "alibi_slopes do not go with rectangles on a GPU: kernels know a diagonal that begins or ends in a "
+        rule += "corner; ulysses_attention takes them"
         raise ValueError(refusal(visit.function, rule, ("alibi_slopes", dict(visit.specs)["alibi_slopes"].shape)))
     if visit.library.is_deferred(visit.arrays):
         rule = "needs the arrays' values now, and they are traced; under jax.shard_map see JaxComm"
