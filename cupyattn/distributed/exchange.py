@@ -138,7 +138,7 @@ class Exchange:
     def gradients(self, whole: Arrays, known: Arrays) -> Arrays:
         """Of this rank's heads of all rows and keys, and of what edits them, in the shapes of `whole`."""
         names = [name for name in ("q", "k", "v", "bias", "alibi_slopes") if name in whole]
-        totals = {name: verbs.zeros(tuple(whole[name].shape), self.work.dtype, whole[name]) for name in names}
+        totals: Arrays = {name: verbs.zeros(tuple(whole[name].shape), self.work.dtype, whole[name]) for name in names}
         for sequence in self.sequences() if self.num_heads else ():
             i, rows, keys = sequence
             here = {name: None if x is None else x[:, :, rows] for name, x in known.items()}
