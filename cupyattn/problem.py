@@ -91,8 +91,7 @@ class Mask:
     """Keys seen before the diagonal; None: all of them."""
     right: int | None = None
     """Keys seen after the diagonal; None: all of them, 0: causal."""
-    alignment: Alignment | int = "bottom-right"
-    """Where the diagonal of row 0 is; the key itself, as a number, is for the CPU alone."""
+    alignment: Alignment = "bottom-right"
     array: Shape | None = None
     """Shape of the boolean array (True: may be seen) that broadcasts to (..., heads, seqlen_q, seqlen_k)."""
 
@@ -102,8 +101,6 @@ class Mask:
 
     def offset(self, seqlen_q: int, seqlen_k: int) -> int:
         """The key on the diagonal of row 0."""
-        if isinstance(self.alignment, int):
-            return self.alignment
         return seqlen_k - seqlen_q if self.alignment == "bottom-right" else 0
 
     def visible_keys(self, row: int, seqlen_q: int, seqlen_k: int) -> Span:
@@ -147,6 +144,15 @@ class Mask:
         return max(0, stops - starts)
 
 
+class Distances(NamedTuple):
+    """Rows and keys that are some of a sequence's tokens, evenly spaced: ``|first + step * (row - key)|`` apart."""
+
+    first: int
+    """Tokens from key 0 to the diagonal of row 0."""
+    step: int
+    """Tokens from each row to the next, and from each key."""
+
+
 @dataclass(frozen=True, slots=True)
 class ScoreEdits:
     """What happens to the score of a visible pair, in order: scale, softcap, ALiBi, bias; then sinks."""
@@ -156,6 +162,8 @@ class ScoreEdits:
     """``softcap * tanh(score / softcap)``; 0: off."""
     alibi_slopes: Shape | None = None
     """Shape (heads,) or (batch, heads): ``-slope * |diagonal - key|`` is added."""
+    distances: Distances | None = None
+    """What is in the place of ``|diagonal - key|`` there, on the CPU alone; None: nothing is."""
     bias: Shape | None = None
     """Shape of the added array, broadcasting to (..., heads, seqlen_q, seqlen_k)."""
     sinks: bool = False

@@ -16,9 +16,9 @@ def slopes_of(slopes: Array, where: TileIndex, shape: tuple[int, int]) -> Array:
     return found.reshape(found.shape[0], *shape, 1, 1)
 
 
-def distances(diagonal: Array, keys: slice, compute_dtype: str) -> Array:
-    """-|diagonal - key|, (rows, keys), given the key on each row's diagonal."""
-    found: Array = np.abs(diagonal[:, None] - np.arange(keys.start, keys.stop))
+def distances(diagonal: Array, keys: slice, compute_dtype: str, step: int = 1) -> Array:
+    """-|diagonal - step * key|, (rows, keys), given where each row's diagonal is."""
+    found: Array = np.abs(diagonal[:, None] - step * np.arange(keys.start, keys.stop))
     return -found.astype(compute_dtype)
 
 

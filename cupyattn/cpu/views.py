@@ -14,7 +14,7 @@ from cupyattn.cpu.flash import KeyBlock
 from cupyattn.cpu.part import Part
 from cupyattn.cpu.places import Rows, is_tidy
 from cupyattn.cpu.scratch import Scratch
-from cupyattn.cpu.tiles import EDGE, MOST_REMEMBERED, TileIndex, band_cuts, remembered_cuts
+from cupyattn.cpu.tiles import EDGE, MOST_REMEMBERED, Cut, TileIndex, band_cuts, remembered_cuts
 from cupyattn.numpy_ref import Array
 from cupyattn.rounding import are_bits, widen
 
@@ -98,8 +98,17 @@ def blocks(part: Part, where: TileIndex, pairs: int, heads: int, scratch: Scratc
             if closed.any():  # hidden, even if the score is nan
                 block.hidden = closed if hidden is None else hidden | closed
         if part.slopes is not None:
-            block.distance = distances(part.diagonal(where.rows)[cut.rows], cut.keys, part.compute_dtype)
+            block.distance = _distances(part, where, cut)
         if problem.dropout_p > 0.0:
             ids = part.batch_ids[where.batches]
             block.keep = dropout_factors(problem.dropout_p, part.seed, ids, where, cut, shape, part.compute_dtype)
         yield block
+
+
+def _distances(part: Part, where: TileIndex, cut: Cut) -> Array:
+    """Of a block's keys from its rows' diagonals, as ALiBi's slopes multiply them."""
+    apart = part.problem.edits.distances
+    if apart is None:
+        return distances(part.diagonal(where.rows)[cut.rows], cut.keys, part.compute_dtype)
+    rows = np.arange(where.rows.start, where.rows.stop)[cut.rows]
+    return distances(apart.first + apart.step * rows, cut.keys, part.compute_dtype, apart.step)

@@ -67,8 +67,8 @@ def ask(
 ) -> Asked:
     """Look at a call on all ranks; where one of them cannot mean it, all raise.
 
-    `arrays` are operands, `known` those that gradients come with.  Where work is cut into `rectangles` keys that are
-    not neighbours cannot have distances from a diagonal.
+    `arrays` are operands, `known` those that gradients come with.  Work that is cut into `rectangles` has diagonals
+    that no kernel of a GPU counts ALiBi's distances from.
     """
     if not is_comm(comm):
         rule = "comm has to be one of cupyattn.distributed's: by run_ranks, MpiComm, TorchComm or NcclComm"
@@ -96,12 +96,6 @@ def ask(
     problems = [_problem(function, specs, options, rows, keys, axis, packed) for specs in of_ranks]
     right = 0 if options.causal else options.window[1]
     band = Band(options.window[0], right, problems[0].mask.alignment == "bottom-right")
-    if rectangles and "alibi_slopes" in of_ranks[0] and (rows.kind == "striped" or keys.kind == "striped"):
-        rule = (
-            "alibi_slopes are not for striped rows, whose diagonal is between two keys; zigzag and contiguous ones have"
-        )
-        rule += " them, and ulysses_attention"
-        raise ValueError(refusal(function, rule, ("sharding", keys)))
     if mine["visit"].kind == "cuda":  # refused before anything is sent
         plan_for(function, problems[comm.rank], mine["visit"].device(), mine["allowed"])
     return Asked(
@@ -115,11 +109,9 @@ def _check_home(visit: Visit, rectangles: bool) -> None:
     if visit.kind == "cuda" and visit.library.title not in ON_GPUS:
         rule = f"takes arrays on a GPU from CuPy and torch, not {visit.library.title}; under jax.shard_map see JaxComm"
         raise ValueError(refusal(visit.function, rule, *((x.name, x.shape) for _, x in visit.specs)))
-    if visit.kind == "cuda" and not rectangles:
-        rule = "does not take arrays on a GPU: heads are exchanged on the host only; ring_attention takes them"
-        raise ValueError(refusal(visit.function, rule, *((x.name, x.shape) for _, x in visit.specs)))
-    if visit.kind == "cuda" and "alibi_slopes" in visit.arrays:
-        rule = "alibi_slopes do not go with shards on a GPU: kernels know a diagonal that begins or ends in a corner"
+    if visit.kind == "cuda" and rectangles and "alibi_slopes" in visit.arrays:
+        rule = "alibi_slopes do not go with rectangles on a GPU: kernels know a diagonal that begins or ends in a "
+        rule += "corner; ulysses_attention takes them"
         raise ValueError(refusal(visit.function, rule, ("alibi_slopes", dict(visit.specs)["alibi_slopes"].shape)))
     if visit.library.is_deferred(visit.arrays):
         rule = "needs the arrays' values now, and they are traced; under jax.shard_map see JaxComm"

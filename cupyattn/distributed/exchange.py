@@ -1,21 +1,22 @@
-"""Heads for tokens, and tokens for heads: the all-to-alls of Ulysses, and what is attended in between."""
+"""Heads for tokens, and tokens for heads: the all-to-alls of Ulysses, and what is attended in between.
+
+Wherever the arrays are: what is done to them is `verbs`, and the work's.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate
 
-import numpy as np
-
-from cupyattn import cpu
 from cupyattn.arrays import Arrays
-from cupyattn.corridor import plan_for, plan_for_gradients
+from cupyattn.distributed import verbs
 from cupyattn.distributed.asked import Asked
 from cupyattn.distributed.sharding import Sharding
-from cupyattn.distributed.work import Work, problem_of
-from cupyattn.numpy_ref import Array, State
-from cupyattn.problem import Problem
-from cupyattn.reading import refusal
+from cupyattn.distributed.working import AnyWork
+from cupyattn.problem import Array
+from cupyattn.reading import Options, refusal
 
 HeadsOf = Callable[[int], slice]
 """Which heads a rank works on."""
@@ -25,7 +26,7 @@ HeadsOf = Callable[[int], slice]
 class Exchange:
     """One rank's heads of the whole sequence, for its tokens of all heads.  Arrays are heads first."""
 
-    work: Work
+    work: AnyWork
 
     def __post_init__(self) -> None:
         asked = self.work.asked
@@ -57,21 +58,25 @@ class Exchange:
     def gathered(self, array: Array, tokens: Sharding, heads: HeadsOf) -> Array:
         """Of (batch, all heads, own tokens, dim): (batch, own heads, all tokens, dim), in the sequence's order."""
         comm = self.comm
-        going = [np.ascontiguousarray(array[:, heads(rank)]) for rank in range(comm.size)]
+        going = [_end_to_end(array[:, heads(rank)]) for rank in range(comm.size)]
         batch, count, _, dim = going[comm.rank].shape
         came = comm.all_to_all(going, [(batch, count, tokens.length(rank), dim) for rank in range(comm.size)])
-        whole = np.empty((batch, count, sum(tokens.seqlens), dim), array.dtype)
+        whole = verbs.empty((batch, count, sum(tokens.seqlens), dim), array.dtype, array)
         for rank, part in enumerate(came):
-            whole[:, :, tokens.positions(rank)] = part
+            for places, own in _stretches(tokens, rank):
+                verbs.write(whole[:, :, places], part[:, :, own])
         return whole
 
     def scattered(self, whole: Array, tokens: Sharding, heads: HeadsOf) -> Iterator[tuple[slice, Array]]:
         """The way back: heads of each rank, and what it found of them for this rank's tokens."""
         comm = self.comm
-        going = [np.ascontiguousarray(whole[:, :, tokens.positions(rank)]) for rank in range(comm.size)]
-        batch, own, dim = whole.shape[0], tokens.length(comm.rank), whole.shape[-1]
+        batch, count, _, dim = whole.shape
+        going = [verbs.empty((batch, count, tokens.length(to), dim), whole.dtype, whole) for to in range(comm.size)]
+        for rank, part in enumerate(going):
+            for places, own in _stretches(tokens, rank):
+                verbs.write(part[:, :, own], whole[:, :, places])
         counts = [heads(rank).stop - heads(rank).start for rank in range(comm.size)]
-        came = comm.all_to_all(going, [(batch, count, own, dim) for count in counts])
+        came = comm.all_to_all(going, [(batch, count, tokens.length(comm.rank), dim) for count in counts])
         for rank, part in enumerate(came):
             yield heads(rank), part
 
@@ -100,14 +105,14 @@ class Exchange:
             yield i, slice(first_q, first_q + rows), slice(first_k, first_k + keys)
             first_q, first_k = first_q + rows, first_k + keys
 
-    def call(self, whole: Arrays, sequence: tuple[int, slice, slice]) -> tuple[Problem, Arrays]:
+    def call(self, whole: Arrays, sequence: tuple[int, slice, slice]) -> tuple[Arrays, Options]:
         """The attention of this rank's heads in one sequence."""
         i, rows, keys = sequence
         asked, operands = self.work.asked, {"q": whole["q"][:, :, rows]}
         for name, count in (("k", self.sizes.num_heads_k), ("v", self.sizes.num_heads_v)):
             operands[name] = whole[name][:, :, keys]
             if not _are_groups(self.users(count)):
-                operands[name] = operands[name][:, self.users(count)]
+                operands[name] = _repeated(operands[name], self.users(count))
         for name in ("mask", "bias", "alibi_slopes", "sinks"):
             if name in whole:
                 operands[name] = whole[name]
@@ -116,45 +121,41 @@ class Exchange:
         options = asked.options._replace(
             axes="bhsd", needs_lse=True, alignment=asked.options.alignment or "bottom-right"
         )
-        return problem_of(asked.function, operands, options), operands
+        return operands, options
 
-    def attend(self, whole: Arrays) -> State:
-        """This rank's heads of all rows."""
-        asked, device = self.work.asked, self.work.device
-        shape = (self.sizes.batch, self.num_heads, whole["q"].shape[2])
-        out, lse = np.zeros((*shape, self.sizes.head_dim_v)), np.full(shape, -np.inf)
+    def attend(self, whole: Arrays) -> tuple[Array, Array]:
+        """(out, lse) of this rank's heads of all rows."""
+        q, (of_out, of_lse) = whole["q"], self.work.state_dtypes
+        shape = (self.sizes.batch, self.num_heads, q.shape[2])
+        out, lse = verbs.zeros((*shape, self.sizes.head_dim_v), of_out, q), verbs.empty(shape, of_lse, q)
+        verbs.write(lse, -math.inf)
         for sequence in self.sequences() if self.num_heads else ():
-            problem, operands = self.call(whole, sequence)
-            plan = plan_for(asked.function, problem, device, asked.allowed)
-            found = cpu.run(plan, replace(problem, dtype="float64"), operands)
-            out[:, :, sequence[1]], lse[:, :, sequence[1]] = found["out"], found["lse"]
-        return State(out, lse)
+            found = self.work.answer(*self.call(whole, sequence))
+            verbs.write(out[:, :, sequence[1]], found["out"])
+            verbs.write(lse[:, :, sequence[1]], found["lse"])
+        return out, lse
 
     def gradients(self, whole: Arrays, known: Arrays) -> Arrays:
         """Of this rank's heads of all rows and keys, and of what edits them, in the shapes of `whole`."""
-        asked, device, dtype = self.work.asked, self.work.device, self.work.dtype
         names = [name for name in ("q", "k", "v", "bias", "alibi_slopes") if name in whole]
-        totals: Arrays = {name: np.zeros(whole[name].shape, dtype) for name in names}
+        totals: Arrays = {name: verbs.zeros(tuple(whole[name].shape), self.work.dtype, whole[name]) for name in names}
         for sequence in self.sequences() if self.num_heads else ():
             i, rows, keys = sequence
-            problem, operands = self.call(whole, sequence)
-            plan = plan_for_gradients(asked.function, problem, device, asked.allowed)
             here = {name: None if x is None else x[:, :, rows] for name, x in known.items()}
-            found = cpu.run_backward(plan, problem, operands, here)
-            totals["q"][:, :, rows] += found["q"]
+            found = self.work.pull(*self.call(whole, sequence), here)
+            verbs.add(totals["q"][:, :, rows], found["q"])
             for name, count in (("k", self.sizes.num_heads_k), ("v", self.sizes.num_heads_v)):
                 total = totals[name][:, :, keys]
-                if found[name].shape == total.shape and _are_groups(self.users(count)):
-                    total += found[name]
+                if _are_groups(self.users(count)):
+                    verbs.add(total, found[name])
                 else:
                     for head, user in enumerate(self.users(count)):
-                        total[:, user] += found[name][:, head]
+                        verbs.add(total[:, user], found[name][:, head])
             if "bias" in found:
-                totals["bias"] += found["bias"]
+                verbs.add(totals["bias"], found["bias"])
             if "alibi_slopes" in found:
                 slopes = totals["alibi_slopes"]
-                slopes = slopes[i] if asked.packed and slopes.ndim == 2 else slopes
-                slopes += found["alibi_slopes"]
+                verbs.add(slopes[i] if self.work.asked.packed and slopes.ndim == 2 else slopes, found["alibi_slopes"])
         return totals
 
 
@@ -168,6 +169,26 @@ def has_rows(asked: Asked, name: str) -> bool:
         return False
     rule = f"{name} has to be of a rank's own rows on all ranks, or one for all rows"
     raise ValueError(refusal(asked.function, rule, *((f"rank {i}", spec.shape) for i, spec in enumerate(specs))))
+
+
+def _stretches(tokens: Sharding, rank: int) -> Iterator[tuple[slice, slice]]:
+    """A rank's tokens, evenly spaced ones together: where they are in the whole, and among its own."""
+    starts = list(accumulate(tokens.seqlens, initial=0))
+    for piece in tokens.pieces[rank]:
+        first = starts[piece.sequence]
+        yield slice(first + piece.start, first + piece.stop, piece.step), piece.local
+
+
+def _end_to_end(array: Array) -> Array:
+    return array if verbs.is_contiguous(array) else verbs.copied(array)
+
+
+def _repeated(array: Array, users: list[int]) -> Array:
+    """A key head for each of its users."""
+    found = verbs.empty((array.shape[0], len(users), *array.shape[2:]), array.dtype, array)
+    for head, user in enumerate(users):
+        verbs.write(found[:, head], array[:, user])
+    return found
 
 
 def _of_rank_4(array: Array) -> Array:

@@ -8,7 +8,7 @@ rank to rank, and is rounded once more at the end.  So do gradients.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import array_api_compat
 
@@ -18,9 +18,20 @@ from cupyattn.distributed import verbs
 from cupyattn.distributed.rank import OfRank
 from cupyattn.distributed.rectangles import Rectangle
 from cupyattn.problem import Array, Spec
-from cupyattn.reading import read
+from cupyattn.reading import Options, read
 
 KNOWN = ("dout", "out", "lse", "dlse")
+
+
+class Answered(NamedTuple):
+    """A state that is the result: rounded by the kernel that found it, heads first, with its sinks."""
+
+    out: Array
+    lse: Array
+
+    def rounded(self, spec: Spec, axes: str, sinks: Any) -> tuple[Array, Array]:
+        """As `RunningState.rounded`."""
+        return (verbs.copied(self.out.swapaxes(1, 2)) if axes == "bshd" else self.out), self.lse
 
 
 class GpuWork(OfRank):
@@ -36,8 +47,7 @@ class GpuWork(OfRank):
 
     def attend(self, whole: Any, rectangle: Rectangle, k: Array, v: Array) -> None:
         """Merge what the rows of a rectangle find in its keys into the state of all rows."""
-        operands, options = self.attended(rectangle, self.q, k, v)
-        found = answer(self.asked.function, under_our_names(**operands), options, None, None, self.asked.allowed)
+        found = self.answer(*self.attended(rectangle, self.q, k, v))
         whole.merge(rectangle.rows, found["out"], found["lse"])
 
     def message(self, whole: Any) -> Array:
@@ -72,14 +82,31 @@ class GpuWork(OfRank):
         `known` has dout, out and lse, and dlse or None, of all rows.
         """
         rows = rectangle.rows
-        operands, options = self.attended(rectangle, self.q, k, v)
-        here = {name: x[:, :, rows] for name, x in known.items() if x is not None}
-        visit = enter(self.asked.function, under_our_names(**operands, **here))
-        problem = read(visit.function, tuple(x for x in visit.specs if x[0] in operands), options)
-        found = answer_with_gradients(visit, problem, KNOWN, self.asked.allowed, 0)
+        here = {name: None if x is None else x[:, :, rows] for name, x in known.items()}
+        found = self.pull(*self.attended(rectangle, self.q, k, v), here)
         verbs.add(totals["q"][:, :, rows], found["q"])
         self.add_edits(totals, found, rectangle)
         return found["k"], found["v"]
+
+    def answer(self, operands: Arrays, options: Options) -> Arrays:
+        """out and lse of a call of `attention`, as its kernel rounds them."""
+        return answer(self.asked.function, under_our_names(**operands), options, None, None, self.asked.allowed)
+
+    def pull(self, operands: Arrays, options: Options, known: Arrays) -> Arrays:
+        """Gradients of its operands, given dout, out and lse, and dlse or None; rounded likewise."""
+        here = {name: x for name, x in known.items() if x is not None}
+        visit = enter(self.asked.function, under_our_names(**operands, **here))
+        problem = read(visit.function, tuple(x for x in visit.specs if x[0] in operands), options)
+        return answer_with_gradients(visit, problem, KNOWN, self.asked.allowed, 0)
+
+    def state_of(self, out: Array, lse: Array) -> Answered:
+        """What `answer` has found of all rows, sinks included."""
+        return Answered(out, lse)
+
+    @property
+    def state_dtypes(self) -> tuple[str, str]:
+        """Of out and lse, as `answer` has them."""
+        return self.asked.problem.out_dtype, "float32"
 
     def sinks_gradient(self, known: Arrays) -> Array:
         """Of each head's sink, over all rows, in float32."""

@@ -11,7 +11,7 @@ from cupyattn.arrays import Arrays
 from cupyattn.distributed import verbs
 from cupyattn.distributed.asked import Asked
 from cupyattn.distributed.rectangles import Rectangle
-from cupyattn.problem import Array
+from cupyattn.problem import Array, Distances
 from cupyattn.reading import Options
 
 
@@ -51,19 +51,16 @@ class OfRank:
     def attended(self, rectangle: Rectangle, q: Array, k: Array, v: Array) -> tuple[Arrays, Options]:
         """The call of `attention` that a rectangle is."""
         operands = {"q": q[:, :, rectangle.rows], "k": k, "v": v}
-        alignment: Any = "top-left"
-        window = rectangle.window
         for word, array in (("mask", self.mask), ("bias", self.bias)):
             if array is not None:
                 operands[word] = array[self._edited(array, rectangle)]
-        if self.slopes is not None:  # distances are from the true diagonal, wherever it is
+        if self.slopes is not None:
             per_sequence = self.asked.packed and self.slopes.ndim == 2
             operands["alibi_slopes"] = self.slopes[rectangle.sequence] if per_sequence else self.slopes
-            alignment, band = rectangle.diagonal, self.asked.band
-            window = band.left, band.right
         options = self.asked.options._replace(
-            axes="bhsd", causal=False, window=window, alignment=alignment, needs_lse=True
-        )
+            axes="bhsd", causal=False, window=rectangle.window, alignment="top-left", needs_lse=True,
+            distances=Distances(rectangle.diagonal, rectangle.places.step) if self.slopes is not None else None,
+        )  # fmt: skip
         return operands, options
 
     def add_edits(self, totals: Arrays, found: Arrays, rectangle: Rectangle) -> None:

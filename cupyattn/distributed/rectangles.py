@@ -42,7 +42,7 @@ class Rectangle(NamedTuple):
     window: Window
     """Seen before and behind the diagonal of the rectangle's first row and key."""
     diagonal: int
-    """The key, counted from the rectangle's first, on the true diagonal of the first row; for steps of one."""
+    """Tokens from the first key to the diagonal of the first row."""
 
     @property
     def num_rows(self) -> int:
@@ -77,7 +77,7 @@ def rectangle_of(rows: Piece, keys: Piece, band: Band, shift: int) -> Rectangle 
         Span(keys.local.start + start, keys.local.start + stop),
         range(keys.start + start * step, keys.start + stop * step, step),
         window,
-        ahead + first - start,
+        ahead + (first - start) * step,
     )
 
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Literal
 
-import numpy as np
-
 from cupyattn.api import Gradients
 from cupyattn.arrays import Arrays, untraced
 from cupyattn.distributed import jax as in_jax
+from cupyattn.distributed import verbs
 from cupyattn.distributed.asked import Asked, ask
 from cupyattn.distributed.comm import Comm
 from cupyattn.distributed.exchange import Exchange, has_rows
 from cupyattn.distributed.jax import JaxComm
 from cupyattn.distributed.running import run, run_backward
 from cupyattn.distributed.sharding import Kind, Sharding
-from cupyattn.distributed.work import Work
-from cupyattn.numpy_ref import State
+from cupyattn.distributed.working import AnyState, AnyWork, work_of
 from cupyattn.problem import Alignment, Array, Implementation
 from cupyattn.reading import flag
 
@@ -49,8 +47,7 @@ def ulysses_attention(
     Parameters
     ----------
     q, k, v, comm, sharding, mask, bias, ...
-        As for `ring_attention`, on the CPU only.  All layouts are the same work; striped ones take alibi_slopes here,
-        too.
+        As for `ring_attention`; `alibi_slopes` on a GPU, too.  All layouts are the same work.
 
     Returns
     -------
@@ -66,7 +63,9 @@ def ulysses_attention(
     -----
     Rank ``r`` of ``size`` attends query heads ``r * num_heads // size`` up to ``(r + 1) * num_heads // size``, and
     is sent the key heads that these use: a key head goes to several ranks where there are fewer than ranks.  With more
-    ranks than query heads some have nothing to do.  Every rank holds the whole sequence for its heads.
+    ranks than query heads some have nothing to do.  Every rank holds the whole sequence for its heads.  On a GPU
+    results are rounded once, by the kernel, and what ranks find of the gradients is added up in float32; that has not
+    run on a GPU yet.
 
     Gradients as of `ring_attention`.
 
@@ -161,15 +160,17 @@ def _check_rows(asked: Asked) -> None:
         has_rows(asked, name)
 
 
-def _forward(asked: Asked, operands: Arrays) -> tuple[Work, State]:
-    work = Work(asked, operands, asked.visit.device())
-    exchange = Exchange(work)
-    found = exchange.attend(_whole(exchange, work.q, work.k, work.v))
-    own = work.begin(with_sinks=False)
-    both = np.concatenate([found.out, found.lse[..., None]], axis=-1)
-    for heads, part in exchange.scattered(both, asked.rows, exchange.heads):
-        own.out[:, heads], own.lse[:, heads] = part[..., :-1], part[..., -1]
-    return work, own
+def _forward(asked: Asked, operands: Arrays) -> tuple[AnyWork, AnyState]:
+    work = work_of(asked, operands)
+    exchange, own = Exchange(work), []
+    for array in exchange.attend(_whole(exchange, work.q, work.k, work.v)):
+        of_rows = array if array.ndim == 4 else array[..., None]
+        rows = asked.rows.length(asked.comm.rank)
+        whole = verbs.empty((*of_rows.shape[:1], work.q.shape[1], rows, of_rows.shape[3]), array.dtype, array)
+        for heads, part in exchange.scattered(of_rows, asked.rows, exchange.heads):
+            verbs.write(whole[:, heads], part)
+        own.append(whole if array.ndim == 4 else whole[..., 0])
+    return work, work.state_of(*own)
 
 
 def _whole(exchange: Exchange, q: Array, k: Array, v: Array) -> Arrays:
@@ -182,9 +183,9 @@ def _whole(exchange: Exchange, q: Array, k: Array, v: Array) -> Arrays:
     }
 
 
-def _backward(work: Work, rows: Arrays) -> Arrays:
+def _backward(work: AnyWork, rows: Arrays) -> Arrays:
     exchange = Exchange(work)
-    whole = _whole(exchange, work.wide_q, work.for_gradients(work.k), work.for_gradients(work.v))
+    whole = _whole(exchange, *(work.for_gradients(x) for x in (work.q, work.k, work.v)))
     known: Arrays = {}
     for name, array in rows.items():
         if array is None:
@@ -200,11 +201,11 @@ def _backward(work: Work, rows: Arrays) -> Arrays:
         ("v", exchange.keys, exchange.of_v),
     ):
         for heads, part in exchange.scattered(found[name], tokens, of):
-            totals[name][:, heads] += part
+            verbs.add(totals[name][:, heads], part)
     if "bias" in found:
         _add_bias(exchange, totals["bias"], found["bias"])
     if "alibi_slopes" in found:
-        totals["alibi_slopes"][..., exchange.own] += found["alibi_slopes"]
+        verbs.add(totals["alibi_slopes"][..., exchange.own], found["alibi_slopes"])
     return totals
 
 
@@ -213,8 +214,8 @@ def _add_bias(exchange: Exchange, total: Array, found: Array) -> None:
     total = total.reshape((1,) * (4 - total.ndim) + total.shape)  # a view: it is contiguous
     each_head = total.shape[1] > 1
     if not has_rows(exchange.work.asked, "bias"):
-        total[:, exchange.own if each_head else slice(None)] += found
+        verbs.add(total[:, exchange.own if each_head else slice(None)], found)
         return
     of = exchange.heads if each_head else lambda _: slice(0, 1)
     for heads, part in exchange.scattered(found, exchange.rows, of):
-        total[:, heads] += part
+        verbs.add(total[:, heads], part)

@@ -41,10 +41,7 @@ class Work(OfRank):
 
     def attend(self, whole: State, rectangle: Rectangle, k: Array, v: Array) -> None:
         """Merge what the rows of a rectangle find in its keys into the state of all rows."""
-        operands, problem = self._rectangle(rectangle, self.q, k, v)
-        plan = plan_for(self.asked.function, problem, self.device, self.asked.allowed)
-        found = cpu.run(plan, replace(problem, dtype="float64", needs_lse=True), operands)
-        rows = rectangle.rows
+        found, rows = self.answer(*self.attended(rectangle, self.q, k, v)), rectangle.rows
         before, after = State(whole.out[:, :, rows], whole.lse[:, :, rows]), State(found["out"], found["lse"])
         if not np.isneginf(before.lse).all():
             after = merge([before, after])
@@ -56,10 +53,8 @@ class Work(OfRank):
         `known` has dout, out and lse, and dlse or None, of all rows, in the dtype of the arithmetic.
         """
         rows = rectangle.rows
-        operands, problem = self._rectangle(rectangle, self.wide_q, k, v)
-        plan = plan_for_gradients(self.asked.function, problem, self.device, self.asked.allowed)
         here = {name: None if x is None else x[:, :, rows] for name, x in known.items()}
-        found = cpu.run_backward(plan, problem, operands, here)
+        found = self.pull(*self.attended(rectangle, self.wide_q, k, v), here)
         totals["q"][:, :, rows] += found["q"]
         self.add_edits(totals, found, rectangle)
         return found["k"], found["v"]
@@ -80,9 +75,26 @@ class Work(OfRank):
         """The states of several messages as one."""
         return merge([State(x[..., :-1], x[..., -1]) for x in messages])
 
-    def _rectangle(self, rectangle: Rectangle, q: Array, k: Array, v: Array) -> tuple[Arrays, Problem]:
-        operands, options = self.attended(rectangle, q, k, v)
-        return operands, problem_of(self.asked.function, operands, options)
+    def answer(self, operands: Arrays, options: Options) -> Arrays:
+        """out and lse of a call of `attention`, in float64."""
+        problem = problem_of(self.asked.function, operands, options)
+        plan = plan_for(self.asked.function, problem, self.device, self.asked.allowed)
+        return cpu.run(plan, replace(problem, dtype="float64", needs_lse=True), operands)
+
+    def pull(self, operands: Arrays, options: Options, known: Arrays) -> Arrays:
+        """Gradients of its operands, given dout, out and lse, and dlse or None."""
+        problem = problem_of(self.asked.function, operands, options)
+        plan = plan_for_gradients(self.asked.function, problem, self.device, self.asked.allowed)
+        return cpu.run_backward(plan, problem, operands, known)
+
+    def state_of(self, out: Array, lse: Array) -> State:
+        """What `answer` has found of all rows, sinks included."""
+        return State(out, lse)
+
+    @property
+    def state_dtypes(self) -> tuple[str, str]:
+        """Of out and lse, as `answer` has them."""
+        return "float64", "float64"
 
     def rounded(self, whole: State) -> Arrays:
         """The results in the caller's layout and dtypes."""

@@ -37,8 +37,8 @@ def _objections_of_a_kernel(problem: Problem, device: Device) -> list[str]:
         size = getattr(problem.sizes, name)
         if size % 8 or not 0 < size <= 256:
             reasons.append(f"needs {name} to be a multiple of 8 from 8 to 256, not {size}")
-    if isinstance(problem.mask.alignment, int):
-        reasons.append("knows a diagonal that is aligned top-left or bottom-right, and no other")
+    if problem.edits.distances is not None:
+        reasons.append("counts ALiBi's distances from its own diagonal, and no others")
     if problem.needs_dropout_mask:
         reasons.append("does not write out dropped weights (return_attn_probs with dropout)")
     return reasons

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from cupyattn.problem import Alignment, Axes, Mask, ScoreEdits, Sizes, Spec
+from cupyattn.problem import Alignment, Axes, Distances, Mask, ScoreEdits, Sizes, Spec
 from cupyattn.reading import scalars
 from cupyattn.reading.refusals import refusal
 
@@ -15,8 +15,7 @@ class Options(NamedTuple):
 
     axes: Axes = "bshd"
     causal: bool = False
-    alignment: Alignment | int | None = "bottom-right"
-    """As `Mask.alignment`; a number is never a caller's."""
+    alignment: Alignment | None = "bottom-right"
     window: tuple[int | None, int | None] = (None, None)
     softmax_scale: float | None = None
     softcap: float = 0.0
@@ -34,6 +33,8 @@ class Options(NamedTuple):
     """q, k and v may be FLOAT8, and then have descales."""
     cached: bool = False
     """k and v are a cache, or the pages of one."""
+    distances: Distances | None = None
+    """As `ScoreEdits.distances`; never a caller's."""
 
     def edits(self, head_dim: int, specs: Mapping[str, Spec]) -> ScoreEdits:
         scale = self.softmax_scale
@@ -42,6 +43,7 @@ class Options(NamedTuple):
             (float(head_dim) ** -0.5 if head_dim else 1.0) if scale is None else scale,
             self.softcap,
             None if slopes is None else slopes.shape,
+            self.distances,
             None if bias is None else bias.shape,
             "sinks" in specs,
         )

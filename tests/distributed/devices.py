@@ -18,10 +18,22 @@ RNG = np.random.default_rng(0)
 Q, K, V, DOUT = (RNG.standard_normal((2, SEQLEN, heads, 8)) for heads in (HEADS, 2, 2, HEADS))
 SINKS, SLOPES = np.array([0.0, 1.0, -1.0, 2.0]), np.array([0.1, 0.2, 0.3, 0.4])
 BIAS = RNG.standard_normal((HEADS, SEQLEN, SEQLEN))
+MASK = RNG.random((2, 1, SEQLEN, SEQLEN)) < 0.7
 CASES = {
     "ring": (ring_attention, "zigzag", {"causal": True, "sinks": SINKS}),
     "ring-striped": (ring_attention, "striped", {"window_size": (2, 1), "softcap": 2.0}),
     "ring-bias": (ring_attention, "contiguous", {"bias": BIAS, "causal": True}),
+    "ring-bias-keys": (ring_attention, "zigzag", {"bias": BIAS[:, :1], "causal": True}),
+    "decode-zigzag": (
+        sharded_decode,
+        "zigzag",
+        {"window_size": (4, 0), "alignment": "bottom-right", "bias": BIAS[:, :1]},
+    ),
+    "ring-alibi": (ring_attention, "striped", {"window_size": (5, 3), "alibi_slopes": np.stack([SLOPES, 2 * SLOPES])}),
+    "ring-alibi-bias": (ring_attention, "zigzag", {"causal": True, "alibi_slopes": SLOPES, "bias": BIAS}),
+    "ulysses-mask": (ulysses_attention, "zigzag", {"mask": MASK, "bias": BIAS}),
+    "ulysses-keys": (ulysses_attention, "striped", {"mask": MASK[:, :, :1], "bias": BIAS[:, :1], "causal": True}),
+    "decode-alibi": (sharded_decode, "striped", {"alignment": "bottom-right", "alibi_slopes": SLOPES}),
     "ulysses": (ulysses_attention, "zigzag", {"causal": True, "sinks": SINKS, "alibi_slopes": SLOPES}),
     "decode": (sharded_decode, "striped", {"causal": True, "alignment": "bottom-right", "sinks": SINKS}),
 }
@@ -32,13 +44,14 @@ def check(case):
     function, kind, options = CASES[case]
     layout = Sharding(kind, SIZE, (SEQLEN,))
     order = np.concatenate([layout.positions(rank) for rank in range(SIZE)])
-    everywhere = case == "decode"
+    everywhere = function is sharded_decode
     q, dout = (Q[:, -3:], DOUT[:, -3:]) if everywhere else (Q, DOUT)
-    arrays = {name: options[name] for name in ("sinks", "alibi_slopes", "bias") if name in options}
+    arrays = {name: options[name] for name in ("sinks", "alibi_slopes", "mask", "bias") if name in options}
+    of_own_rows = [name for name in ("mask", "bias") if name in arrays and arrays[name].shape[-2] > 1]
     scalars = {name: value for name, value in options.items() if name not in arrays}
     rows = slice(None) if everywhere else order
-    given = {**arrays, **({"bias": arrays["bias"][:, order]} if "bias" in arrays else {})}
-    specs = {name: P(None, "ranks") if name == "bias" else P() for name in given}
+    given = {**arrays, **{name: arrays[name][..., order, :] for name in of_own_rows}}
+    specs = {name: P(*[None] * (x.ndim - 2), "ranks") if name in of_own_rows else P() for name, x in given.items()}
 
     def rank(q, k, v, given):
         return function(q, k, v, comm=JaxComm("ranks"), sharding=kind, return_lse=True, **given, **scalars)
@@ -54,7 +67,7 @@ def check(case):
         return (out * dout[:, rows]).sum(), (out, lse)
 
     operands = q[:, rows], K[:, order], V[:, order], {name: jnp.asarray(x) for name, x in given.items()}
-    (dq, dk, dv, others), (out, lse) = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*operands)
+    (dq, dk, dv, others), (out, lse) = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True, allow_int=True)(*operands)
     expected, expected_lse = attention(q, K, V, return_lse=True, **options)
     wanted = attention_backward(dout, q, K, V, **options)
     close = {"atol": 1e-12, "rtol": 1e-12}
@@ -63,14 +76,58 @@ def check(case):
     np.testing.assert_allclose(dq, wanted.dq[:, rows], **close)
     np.testing.assert_allclose(dk, wanted.dk[:, order], **close)
     np.testing.assert_allclose(dv, wanted.dv[:, order], **close)
-    for name, gradient in others.items():
+    for name in others.keys() - {"mask"}:
         expected = getattr(wanted, f"d{name}")
-        np.testing.assert_allclose(gradient, expected[:, order] if name == "bias" else expected, **close)
+        np.testing.assert_allclose(others[name], expected[..., order, :] if name in of_own_rows else expected, **close)
+
+
+PACKED = {
+    "ring-packed": (ring_attention, "zigzag", {"causal": True, "alibi_slopes": np.stack([SLOPES, 2 * SLOPES])}),
+    "ulysses-packed": (ulysses_attention, "striped", {"causal": True, "alibi_slopes": np.stack([SLOPES, 2 * SLOPES])}),
+}
+LENGTHS = (12, 4)
+
+
+def check_packed(case):
+    """Packed sequences are each by itself, gradients included."""
+    function, kind, options = PACKED[case]
+    layout = Sharding(kind, SIZE, LENGTHS)
+    order = np.concatenate([layout.positions(rank) for rank in range(SIZE)])
+    q, k, v, dout = (x.reshape(-1, *x.shape[2:]) for x in (Q, K, V, DOUT))
+    slopes, scalars = options["alibi_slopes"], {"causal": options["causal"]}
+
+    def rank(q, k, v, slopes):
+        own = {"comm": JaxComm("ranks"), "sharding": layout, "alibi_slopes": slopes, "return_lse": True}
+        return function(q, k, v, **own, **scalars)
+
+    of_tokens, of_lse = P("ranks"), P(None, "ranks")
+    whole = jax.jit(jax.shard_map(rank, mesh=MESH, in_specs=(of_tokens,) * 3 + (P(),), out_specs=(of_tokens, of_lse)))
+
+    def loss(*operands):
+        out, lse = whole(*operands)
+        return (out * dout[order]).sum(), (out, lse)
+
+    operands = *(jnp.asarray(x[order]) for x in (q, k, v)), jnp.asarray(slopes)
+    gradients, (out, lse) = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*operands)
+    close = {"atol": 1e-12, "rtol": 1e-12}
+    for i, first in enumerate((0, LENGTHS[0])):
+        own = slice(first, first + LENGTHS[i])
+        mine = [x[None, own] for x in (q, k, v)]
+        here = np.flatnonzero((order >= own.start) & (order < own.stop))
+        here = here[np.argsort(order[here])]
+        expected, expected_lse = attention(*mine, alibi_slopes=slopes[i], return_lse=True, **scalars)
+        wanted = attention_backward(dout[None, own], *mine, alibi_slopes=slopes[i], **scalars)
+        np.testing.assert_allclose(out[here], expected[0], **close)
+        np.testing.assert_allclose(lse[:, here], expected_lse[0], **close)
+        for found, exact in zip(gradients[:3], wanted[:3], strict=True):
+            np.testing.assert_allclose(found[here], exact[0], **close)
+        np.testing.assert_allclose(gradients[3][i], wanted.dalibi_slopes, **close)
 
 
 REFUSED = {
-    "alibi_slopes are not for shards": (ring_attention, {"alibi_slopes": SLOPES}),
-    "mask is not exchanged": (ulysses_attention, {"mask": np.ones((4, SEQLEN), bool)}),
+    "alibi_slopes have to be (4,) or (2, 4)": (ring_attention, {"alibi_slopes": SLOPES[:3]}),
+    "mask has to broadcast to (batch, num_heads, own rows": (ulysses_attention, {"mask": np.ones((3, SEQLEN), bool)}),
+    "sharding is a Sharding, of packed sequences": (ring_attention, {"sharding": Sharding("zigzag", 2, (4, 4))}),
     "the heads of q have to be a multiple of the ranks": (ulysses_attention, {"heads": 3}),
     "has to be a Sharding, or one of": (ring_attention, {"sharding": "spiral"}),
     "all ranks have to have as many tokens": (ring_attention, {"sharding": Sharding("zigzag", 2, (9,))}),
@@ -79,7 +136,7 @@ REFUSED = {
 
 
 def refuse():
-    """What cannot be meant, or is not done, is said where it is traced."""
+    """What cannot be meant is said where it is traced."""
     for said, (function, changes) in REFUSED.items():
         heads = changes.get("heads", HEADS)
         options = {name: value for name, value in changes.items() if name != "heads"}
@@ -99,5 +156,5 @@ if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     assert len(jax.devices()) == SIZE
     for name in sys.argv[1:]:
-        refuse() if name == "refuse" else check(name)
+        refuse() if name == "refuse" else check_packed(name) if name in PACKED else check(name)
         print(f"{name} is right")

@@ -87,7 +87,6 @@ def test_what_one_rank_is_refused_all_others_hear_of(changes, kind, said):
         ({"q": np.ones((4, 2, 8))}, "q has to have 4 axes"),
         ({"sharding": Sharding("zigzag", 3, (13,))}, "not as long as the layout says"),
         ({"sharding": Sharding("zigzag", 3, (6, 6))}, "has one length"),
-        ({"sharding": "striped", "alibi_slopes": np.ones(2)}, "not for striped"),
         ({"k": X[:, :3], "v": X[:, :3], "causal": True, "sharding": "contiguous"}, "alignment has to be chosen"),
     ],
     ids=lambda x: x if isinstance(x, str) else " ".join(x),

@@ -46,6 +46,11 @@ def test_with_every_argument_all_ranks_have_attention_and_its_gradients(name, rn
     assert_same(draw(rng, 3, 21), 3, "zigzag", options)
 
 
+@pytest.mark.parametrize("name", ["ALiBi", "ALiBi both ways"])
+def test_striped_keys_are_as_far_from_rows_as_their_places_in_the_sequence(name, rng):
+    assert_same(draw(rng, 4, 21), 3, "striped", {"alignment": "bottom-right", **drawn_options(rng, 4, 21)[name]})
+
+
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(st.data())
 def test_any_lengths_and_shards(data):

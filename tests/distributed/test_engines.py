@@ -16,6 +16,13 @@ from cupyattn.distributed import TorchComm
 
 SCRIPT = Path(__file__).with_name("process.py")
 SECONDS = 600.0
+OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",  # in a container
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",  # more ranks than cores; of Open MPI 5, then of 4
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+}
+"""What Open MPI has to be told, and MPICH need not."""
 
 
 def launcher(engine, size):
@@ -38,7 +45,7 @@ def run(engine, size, what):
     home = str(Path(cupyattn.__file__).parents[1])
     path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
-    environment = {**os.environ, "PYTHONPATH": path, **dict.fromkeys(names, "1")}
+    environment = {**os.environ, **OPEN_MPI, "PYTHONPATH": path, **dict.fromkeys(names, "1")}
     call = [*launcher(engine, size), str(SCRIPT), engine, what]
     ended = subprocess.run(call, capture_output=True, text=True, timeout=SECONDS, env=environment)
     return ended.stdout, ended.stderr, ended.returncode

@@ -14,6 +14,7 @@ from cupyattn.distributed import (
     sharded_decode,
     sharded_decode_backward,
     ulysses_attention,
+    ulysses_attention_backward,
     verbs,
 )
 from cupyattn.distributed import shard_sequence as shard
@@ -31,8 +32,8 @@ def gpu(torch, monkeypatch):
     return torch
 
 
-def drawn(torch, rng, dtype, seqlen_q=SEQLEN, seqlen_k=SEQLEN):
-    shapes = [(1, n, h, DIM) for n, h in ((seqlen_q, HEADS[0]), (seqlen_k, HEADS[1]), (seqlen_k, HEADS[1]))]
+def drawn(torch, rng, dtype, seqlen_q=SEQLEN, seqlen_k=SEQLEN, heads=HEADS):
+    shapes = [(1, n, h, DIM) for n, h in ((seqlen_q, heads[0]), (seqlen_k, heads[1]), (seqlen_k, heads[1]))]
     return [torch.from_numpy(rng.standard_normal(x)).to(getattr(torch, dtype)) for x in (*shapes, shapes[0])]
 
 
@@ -54,7 +55,10 @@ def assert_near(actual, wanted, unit, units=8):
     assert (np.abs(wide(actual) - wanted) <= units * unit * max(1.0, np.abs(wanted).max())).all()
 
 
-def on_ranks(arrays, kind, size, options):
+RING, ULYSSES = (ring_attention, ring_attention_backward), (ulysses_attention, ulysses_attention_backward)
+
+
+def on_ranks(arrays, kind, size, options, forward=ring_attention, backward=ring_attention_backward):
     q, k, v, dout = arrays
     layout = Sharding(kind, size, (q.shape[1],))
 
@@ -62,10 +66,10 @@ def on_ranks(arrays, kind, size, options):
         mine = [shard(x, layout, comm.rank) for x in (q, k, v)]
         own = {**options, "comm": comm, "sharding": layout}
         for word in ("mask", "bias"):
-            if word in own:
+            if word in own and own[word].shape[-2] > 1:
                 own[word] = shard(own[word], layout, comm.rank, axis=-2)
-        out, lse = ring_attention(*mine, **own, return_lse=True)
-        return out, lse, ring_attention_backward(shard(dout, layout, comm.rank), *mine, out=out, lse=lse, **own)
+        out, lse = forward(*mine, **own, return_lse=True)
+        return out, lse, backward(shard(dout, layout, comm.rank), *mine, out=out, lse=lse, **own)
 
     outs, lses, found = zip(*run_ranks(rank, size, timeout=TIMEOUT), strict=True)
     return unshard(outs, layout), unshard(lses, layout, axis=2), found, layout
@@ -95,6 +99,61 @@ def test_a_ring_is_attention_of_the_whole(gpu, driver, rng, name):
         assert_near(whole, getattr(gradients, word), UNIT[dtype], 16)
 
 
+EXCHANGED = {
+    "zigzag float16": ("float16", "zigzag", 2, {"causal": True}),
+    "contiguous bfloat16": ("bfloat16", "contiguous", 2, {"window_size": (20, 9)}),
+    "striped float32": ("float32", "striped", 2, {"causal": True, "softcap": 3.0}),
+    "a rank without heads": ("float16", "zigzag", 5, {"causal": True}),
+}
+exchanged = [pytest.param(name, marks=() if name == "zigzag float16" else pytest.mark.long) for name in EXCHANGED]
+
+
+@pytest.mark.parametrize("name", exchanged)
+def test_heads_for_tokens_are_attention_of_the_whole(gpu, driver, rng, name):
+    dtype, kind, size, options = EXCHANGED[name]
+    arrays = drawn(gpu, rng, dtype)
+    out, lse, found, layout = on_ranks(arrays, kind, size, options, *ULYSSES)
+    exact, exact_lse, gradients = in_float64(arrays, options)
+    assert (out.dtype, lse.dtype) == (getattr(gpu, dtype), gpu.float32)
+    assert_near(out, exact, UNIT[dtype])
+    assert_near(lse, exact_lse, UNIT[dtype])
+    for word in ("dq", "dk", "dv"):
+        assert getattr(found[0], word).dtype == out.dtype
+        assert_near(unshard([getattr(x, word) for x in found], layout), getattr(gradients, word), UNIT[dtype], 16)
+
+
+@pytest.mark.long
+def test_heads_of_one_rank_may_use_key_heads_unequally(gpu, driver, rng):
+    """Heads 2, 3 and 4 of 8 use key heads 0, 0 and 1 of 2."""
+    arrays = drawn(gpu, rng, "float16", 20, 20, heads=(8, 2))
+    out, _, found, layout = on_ranks(arrays, "contiguous", 3, {"causal": True}, *ULYSSES)
+    exact, _, gradients = in_float64(arrays, {"causal": True})
+    assert_near(out, exact, UNIT["float16"])
+    assert_near(unshard([x.dk for x in found], layout), gradients.dk, UNIT["float16"], 16)
+
+
+def test_heads_for_tokens_are_what_the_kernel_rounds(gpu, driver, rng):
+    """The same bits as its own of the whole: nothing is merged, and nothing rounded again."""
+    arrays = drawn(gpu, rng, "float16")
+    out, lse, _, _ = on_ranks(arrays, "zigzag", 2, {"causal": True}, *ULYSSES)
+    whole, whole_lse = cupyattn.attention(*arrays[:3], causal=True, return_lse=True)
+    assert gpu.equal(out, whole)
+    assert gpu.equal(lse, whole_lse)
+    assert not [x for x in driver.launches if x[0].source == "merge.cu"]
+
+
+@pytest.mark.parametrize("kind", ["zigzag", pytest.param("striped", marks=pytest.mark.long)])
+def test_heads_for_tokens_have_alibi(gpu, driver, rng, kind):
+    options = {"causal": True, "alibi_slopes": gpu.tensor([0.1, 0.2, 0.3, 0.4])}
+    arrays = drawn(gpu, rng, "float16")
+    out, lse, found, layout = on_ranks(arrays, kind, 2, options, *ULYSSES)
+    exact, exact_lse, gradients = in_float64(arrays, options)
+    assert_near(out, exact, UNIT["float16"])
+    assert_near(lse, exact_lse, UNIT["float16"])
+    assert_near(unshard([x.dk for x in found], layout), gradients.dk, UNIT["float16"], 16)
+    assert_near(sum(x.dalibi_slopes for x in found), gradients.dalibi_slopes, UNIT["float16"], 16)
+
+
 def test_what_rows_have_come_to_is_merged_by_the_kernel(gpu, driver, rng):
     on_ranks(drawn(gpu, rng, "float16"), "zigzag", 2, {"causal": True})
     merged = [x[0].expression for x in driver.launches if x[0].source == "merge.cu"]
@@ -103,7 +162,8 @@ def test_what_rows_have_come_to_is_merged_by_the_kernel(gpu, driver, rng):
 
 
 @pytest.mark.long
-def test_what_edits_scores(gpu, driver, rng):
+@pytest.mark.parametrize("functions", [RING, ULYSSES], ids=["ring", "ulysses"])
+def test_what_edits_scores(gpu, driver, rng, functions):
     options = {
         "causal": True,
         "sinks": gpu.tensor([0.0, 1.0, -1.0, 2.0]).half(),
@@ -111,7 +171,7 @@ def test_what_edits_scores(gpu, driver, rng):
         "mask": gpu.from_numpy(rng.random((1, 1, SEQLEN, SEQLEN)) < 0.7),
     }
     arrays = drawn(gpu, rng, "float16")
-    out, lse, found, layout = on_ranks(arrays, "zigzag", 2, options)
+    out, lse, found, layout = on_ranks(arrays, "zigzag", 2, options, *functions)
     exact, exact_lse, gradients = in_float64(arrays, options)
     assert_near(out, exact, UNIT["float16"])
     assert_near(lse, exact_lse, UNIT["float16"])
@@ -140,14 +200,15 @@ def test_a_decode_is_attention_of_the_whole(gpu, driver, rng, kind):
     assert_near(unshard([x.dv for x in found], layout), gradients.dv, UNIT["float16"], 16)
 
 
-def test_autograd_goes_round_the_ring(gpu, driver, rng):
+@pytest.mark.parametrize("attend", [ring_attention, pytest.param(ulysses_attention, marks=pytest.mark.long)])
+def test_autograd_goes_where_the_keys_went(gpu, driver, rng, attend):
     arrays = drawn(gpu, rng, "float16")
     q, k, v, dout = arrays
     layout = Sharding("zigzag", 2, (SEQLEN,))
 
     def rank(comm):
         mine = [shard(x, layout, comm.rank).requires_grad_() for x in (q, k, v)]
-        ring_attention(*mine, comm=comm, causal=True).backward(shard(dout, layout, comm.rank))
+        attend(*mine, comm=comm, sharding=layout, causal=True).backward(shard(dout, layout, comm.rank))
         return [x.grad for x in mine]
 
     found = list(zip(*run_ranks(rank, 2, timeout=TIMEOUT), strict=True))
@@ -156,13 +217,14 @@ def test_autograd_goes_round_the_ring(gpu, driver, rng):
         assert_near(unshard(shards, layout), wanted, UNIT["float16"], 16)
 
 
-def test_packed_sequences(gpu, driver, rng):
+@pytest.mark.parametrize("attend", [ring_attention, pytest.param(ulysses_attention, marks=pytest.mark.long)])
+def test_packed_sequences(gpu, driver, rng, attend):
     layout = Sharding("zigzag", 2, (40, 30))
     q, k, v, _ = (x[0] for x in drawn(gpu, rng, "float16"))
 
     def rank(comm):
         mine = [shard(x, layout, comm.rank, axis=0) for x in (q, k, v)]
-        return ring_attention(*mine, comm=comm, sharding=layout, causal=True, return_lse=True)
+        return attend(*mine, comm=comm, sharding=layout, causal=True, return_lse=True)
 
     outs, lses = zip(*run_ranks(rank, 2, timeout=TIMEOUT), strict=True)
     out, lse = unshard(outs, layout, axis=0), unshard(lses, layout, axis=1)
@@ -185,18 +247,10 @@ def test_what_no_kernel_takes_is_refused_before_anything_is_sent(gpu, driver):
     assert len(said) == 4  # a length and a text, by which ranks agree
 
 
-@pytest.mark.parametrize(
-    ("function", "changes", "said"),
-    [
-        (ring_attention, {"alibi_slopes": np.ones(2)}, "alibi_slopes do not go with shards on a GPU"),
-        (ulysses_attention, {}, "heads are exchanged on the host only"),
-    ],
-    ids=["ALiBi", "Ulysses"],
-)
-def test_what_there_is_not_on_a_gpu_is_refused(gpu, driver, function, changes, said):
+def test_alibi_is_refused_where_diagonals_are_no_kernel_s(gpu, driver):
     x = gpu.zeros(1, 8, 2, 32).half()
-    with pytest.raises(ValueError, match=said):
-        run_ranks(lambda comm: function(x, x, x, comm=comm, **changes), 2, timeout=TIMEOUT)
+    with pytest.raises(ValueError, match=r"alibi_slopes do not go with rectangles on a GPU.*ulysses_attention takes"):
+        run_ranks(lambda comm: ring_attention(x, x, x, comm=comm, alibi_slopes=np.ones(2)), 2, timeout=TIMEOUT)
 
 
 def test_ranks_on_a_gpu_and_on_the_host_do_not_agree(gpu, driver):

@@ -1,4 +1,4 @@
-"""Inside of `jax.shard_map` results and gradients are those of attention; what is not done there is refused."""
+"""Inside of `jax.shard_map` results and gradients are those of attention; what cannot be meant there is refused."""
 
 import os
 import subprocess
@@ -13,13 +13,17 @@ import cupyattn
 from cupyattn.distributed import JaxComm, ring_attention, run_ranks
 
 SCRIPT = Path(__file__).with_name("devices.py")
+LONG = (
+    "ring", "ring-bias", "ring-bias-keys", "ring-alibi", "ring-alibi-bias", "ring-packed",
+    "ulysses", "ulysses-mask", "ulysses-keys", "ulysses-packed", "decode", "decode-zigzag", "decode-alibi", "refuse",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "case",
     [
         "ring-striped",
-        *(pytest.param(case, marks=pytest.mark.long) for case in ("ring", "ring-bias", "ulysses", "decode", "refuse")),
+        *(pytest.param(case, marks=pytest.mark.long) for case in LONG),
     ],
 )
 def test_devices_of_a_mesh_agree_with_one(case):

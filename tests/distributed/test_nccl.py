@@ -8,7 +8,16 @@ import nccl_stand_in as fake
 import numpy as np
 import pytest
 
-from cupyattn.distributed import NcclComm, RankFailed, Sharding, ring_attention, ring_attention_backward, verbs
+from cupyattn.distributed import (
+    NcclComm,
+    RankFailed,
+    Sharding,
+    ring_attention,
+    ring_attention_backward,
+    ulysses_attention,
+    ulysses_attention_backward,
+    verbs,
+)
 from cupyattn.distributed import shard_sequence as shard
 from cupyattn.distributed import unshard_sequence as unshard
 
@@ -121,16 +130,23 @@ def test_collectives_of_both_homes(gpu):
         assert numbers == [[source, number] for source in range(3)]
 
 
-def test_a_ring_and_its_gradients_go_round(gpu, driver, rng):
+@pytest.mark.parametrize(
+    ("forward", "backward"),
+    [
+        (ring_attention, ring_attention_backward),
+        pytest.param(ulysses_attention, ulysses_attention_backward, marks=pytest.mark.long),
+    ],
+)
+def test_attention_and_its_gradients_are_those_of_the_whole(gpu, driver, rng, forward, backward):
     torch, size = gpu.torch, 3
-    q, k, v, dout = (torch.from_numpy(rng.standard_normal((1, 24, 2, 32))).half() for _ in range(4))
+    q, k, v, dout = (torch.from_numpy(rng.standard_normal((1, 24, 3, 32))).half() for _ in range(4))
     layout = Sharding("zigzag", size, (24,))
 
     def rank(comm):
         mine = [shard(x, layout, comm.rank) for x in (q, k, v)]
-        out, lse = ring_attention(*mine, comm=comm, sharding=layout, causal=True, return_lse=True)
+        out, lse = forward(*mine, comm=comm, sharding=layout, causal=True, return_lse=True)
         options = {"comm": comm, "sharding": layout, "causal": True, "out": out, "lse": lse}
-        return out, ring_attention_backward(shard(dout, layout, comm.rank), *mine, **options)
+        return out, backward(shard(dout, layout, comm.rank), *mine, **options)
 
     found, world = gpu.on_ranks(rank, size)
     exact = [x.double().requires_grad_() for x in (q, k, v)]

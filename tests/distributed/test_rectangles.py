@@ -20,6 +20,12 @@ def seen_by(rectangle):
                 yield row, rectangle.keys.start + j, rectangle.places[j]
 
 
+def apart(rectangle, row, key):
+    """Tokens from a key to a row's diagonal, as the CPU counts them."""
+    rows, step = row - rectangle.rows.start, rectangle.places.step
+    return rectangle.diagonal + step * (rows // rectangle.rows.step - (key - rectangle.keys.start))
+
+
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     st.sampled_from(["contiguous", "zigzag", "striped"]),
@@ -33,7 +39,7 @@ def seen_by(rectangle):
 def test_rectangles_are_who_sees_whom(kind, size, seqlen_q, seqlen_k, left, right, bottom_right):
     rows, keys = Sharding(kind, size, (seqlen_q,)), Sharding(kind, size, (seqlen_k,))
     band = Band(left, right, bottom_right)
-    seen = np.zeros((seqlen_q, seqlen_k), int)
+    seen, ahead = np.zeros((seqlen_q, seqlen_k), int), (seqlen_k - seqlen_q) * bottom_right
     for mine, of_rows in enumerate(rows.pieces):
         for owner, of_keys in enumerate(keys.pieces):
             for rectangle in rectangles_of(of_rows, of_keys, shifts_of(rows, keys, band), band):
@@ -42,6 +48,7 @@ def test_rectangles_are_who_sees_whom(kind, size, seqlen_q, seqlen_k, left, righ
                 assert len(pairs) == rectangle.count_visible > 0
                 for row, key, place in pairs:
                     assert keys.positions(owner)[key] == place
+                    assert apart(rectangle, row, key) == rows.positions(mine)[row] + ahead - place
                     seen[rows.positions(mine)[row], place] += 1
     distance = np.arange(seqlen_k) - (np.arange(seqlen_q) + (seqlen_k - seqlen_q) * bottom_right)[:, None]
     expected = np.ones(seen.shape, bool)

@@ -49,6 +49,14 @@ def test_on_any_number_of_ranks_in_any_layout(size, kind, rng):
     assert_same(on_ranks(arrays, size, kind, options), on_one_device(arrays, options), **FEW_UNITS)
 
 
+@pytest.mark.parametrize("name", ["ALiBi", "ALiBi both ways"])
+@pytest.mark.parametrize("lengths", [(21, 21), (13, 29)])
+def test_striped_rows_are_as_far_from_keys_as_their_places_in_the_sequence(name, lengths, rng):
+    options = {"alignment": "bottom-right", **drawn_options(rng)[name]}
+    arrays = draw(rng, *lengths)
+    assert_same(on_ranks(arrays, 3, "striped", options), on_one_device(arrays, options), **FEW_UNITS)
+
+
 @pytest.mark.parametrize("alignment", ["top-left", "bottom-right"])
 @pytest.mark.parametrize("lengths", [(13, 29), (29, 13), (5, 0)])
 def test_queries_and_keys_of_different_lengths(alignment, lengths, rng):
@@ -101,10 +109,12 @@ def test_the_same_bits_in_every_run(rng):
 
 
 @pytest.mark.parametrize("window_size", [(None, None), (3, 0)])
-@pytest.mark.parametrize("slopes", [None, 1, 2])
-def test_packed_sequences(window_size, slopes, rng):
+@pytest.mark.parametrize(
+    ("slopes", "kind"), [(None, "zigzag"), (1, "zigzag"), (2, "zigzag"), (None, "striped"), (2, "striped")]
+)
+def test_packed_sequences(window_size, slopes, kind, rng):
     lengths = (5, 0, 11, 1)
-    layout = Sharding("zigzag", 3, lengths)
+    layout = Sharding(kind, 3, lengths)
     q, k, v, dout = (x[0] for x in draw(rng, sum(lengths), batch=1))
     options = {"causal": True, "window_size": window_size}
     if slopes is not None:
