@@ -86,41 +86,42 @@ __all__ = [
 
 serving.begin()
 
-__getattr__ = opened_late(
-    __name__,
-    {
-        "cache": (
-            "Cache",
-            "DynamicCache",
-            "LayeredCache",
-            "OffloadedCache",
-            "PagedCache",
-            "PrefixCache",
-            "SlidingWindowCache",
-            "StaticCache",
-            "kv_cache_bytes",
-        ),
-        "explaining": ("explain",),
-        "linear": ("LinearGradients", "linear_attention", "linear_attention_backward"),
-        "merging": ("merge_states",),
-        "peers": (
-            "apply_rotary_emb",
-            "flash_attn_func",
-            "flash_attn_kvpacked_func",
-            "flash_attn_qkvpacked_func",
-            "flash_attn_varlen_func",
-            "flash_attn_varlen_kvpacked_func",
-            "flash_attn_varlen_qkvpacked_func",
-            "pad_input",
-            "rotary_tables",
-            "scaled_dot_product_attention",
-            "unpad_input",
-        ),
-        "peers.cascade": ("cascade_attention",),
-        "peers.kvcache": ("flash_attn_with_kvcache",),
-        "peers.scheduling": ("get_scheduler_metadata",),
-    },
-)
+if not TYPE_CHECKING:  # or every misspelt name would be one, of type Any
+    __getattr__ = opened_late(
+        __name__,
+        {
+            "cache": (
+                "Cache",
+                "DynamicCache",
+                "LayeredCache",
+                "OffloadedCache",
+                "PagedCache",
+                "PrefixCache",
+                "SlidingWindowCache",
+                "StaticCache",
+                "kv_cache_bytes",
+            ),
+            "explaining": ("explain",),
+            "linear": ("LinearGradients", "linear_attention", "linear_attention_backward"),
+            "merging": ("merge_states",),
+            "peers": (
+                "apply_rotary_emb",
+                "flash_attn_func",
+                "flash_attn_kvpacked_func",
+                "flash_attn_qkvpacked_func",
+                "flash_attn_varlen_func",
+                "flash_attn_varlen_kvpacked_func",
+                "flash_attn_varlen_qkvpacked_func",
+                "pad_input",
+                "rotary_tables",
+                "scaled_dot_product_attention",
+                "unpad_input",
+            ),
+            "peers.cascade": ("cascade_attention",),
+            "peers.kvcache": ("flash_attn_with_kvcache",),
+            "peers.scheduling": ("get_scheduler_metadata",),
+        },
+    )
 
 
 def __dir__() -> list[str]:

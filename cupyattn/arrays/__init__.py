@@ -76,7 +76,8 @@ __all__ = [
     "untraced",
 ]
 
-__getattr__ = opened_late(
-    __name__,
-    {"cupy": ("CUPY",), "sketches": ("Rehearsed", "Sketch", "Sketches"), "xla": ("objection_to_programs",)},
-)
+if not TYPE_CHECKING:  # or every misspelt name would be one, of type Any
+    __getattr__ = opened_late(
+        __name__,
+        {"cupy": ("CUPY",), "sketches": ("Rehearsed", "Sketch", "Sketches"), "xla": ("objection_to_programs",)},
+    )

@@ -32,6 +32,8 @@ def define(operator: Operator) -> str:
     def without_values(*args: Any) -> Any:
         values = operator.named(args)
         operator.refuse(values)
+        for word in operator.overwrites:
+            _make_known(values[word])
         like = next(tensors_of(args))
         found = [like.new_empty(shape, dtype=dtype) for shape, dtype in operator.results(values)]
         return found if is_list else _one_or_more(found)
@@ -47,6 +49,17 @@ def define(operator: Operator) -> str:
     for kind in ("CPU", "CUDA"):
         made.library.impl(operator.name, _under_autocast(operator, kind), f"Autocast{kind}")
     return operator.name
+
+
+def _make_known(x: Any) -> None:
+    """Where a view lies that is written to, a constant of the graph and not a symbol.
+
+    For such a symbol torch's Inductor takes 0, and writes to the beginning of what it is a view of
+    (https://github.com/pytorch/pytorch/issues/198068).  Sizes and strides are what it may be made of.
+    """
+    if not isinstance(x.storage_offset(), int):
+        for number in (*x.shape, *x.stride(), x.storage_offset()):
+            int(number)
 
 
 def _apart(found: list[Any], args: tuple[Any, ...]) -> list[Any]:

@@ -38,7 +38,7 @@ KINDS = {
     "Alignment | None": "str?",
     "Implementation | Collection[Implementation] | None": "str?",
     "Axes": "str",
-    "str": "str",
+    "Rule": "str",
     "Mapping[str, Any] | None": "str?",
     "Literal['bshd', 'bhsd']": "str",
     "Any": "str?",

@@ -37,7 +37,8 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
 
 _OF_A_CACHE = (
     "a cache keeps its lengths and where its tokens are in Python, which no graph does: it is called between two "
-    "graphs. In one graph flash_attn_with_kvcache takes the same steps, over arrays and lengths of the caller's"
+    "graphs. In one graph flash_attn_with_kvcache takes the same steps, over the caller's k_cache and v_cache, "
+    "(batch, capacity, num_heads_kv, head_dim), and his cache_seqlens, a tensor of int32 to which each step adds"
 )
 
 

@@ -214,7 +214,7 @@ class SlidingWindowCache(ContiguousCache):
     def __init__(self, window: int, *, rollback: int = 0) -> None:
         super().__init__()
         name = type(self).__name__
-        self.window = reading.integer(name, "window", window, low=1)
+        self.window: int = reading.integer(name, "window", window, low=1)
         self._back = self.window - 1 + reading.integer(name, "rollback", rollback, low=0)
         self._room = max(SMALLEST, self._back // 4)
 

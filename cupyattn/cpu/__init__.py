@@ -26,4 +26,5 @@ if TYPE_CHECKING:
 
 __all__ = ["lent_by_torch", "memory_of_machine", "num_cores", "run", "run_backward"]
 
-__getattr__ = opened_late(__name__, {"forward": ("run",), "backward": ("run_backward",)})
+if not TYPE_CHECKING:  # or every misspelt name would be one, of type Any
+    __getattr__ = opened_late(__name__, {"forward": ("run",), "backward": ("run_backward",)})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from cupyattn.api import Gradients
 from cupyattn.arrays import Arrays, untraced
@@ -17,10 +17,42 @@ from cupyattn.distributed.running import run, run_backward
 from cupyattn.distributed.sharding import Kind, Sharding
 from cupyattn.distributed.traffic import Keys, Returns, Ring
 from cupyattn.distributed.working import AnyState, AnyWork, work_of
-from cupyattn.problem import Alignment, Array, Implementation, Span
+from cupyattn.problem import A, Alignment, Array, Implementation, Span
 from cupyattn.reading import flag
 
 
+# fmt: off
+@overload
+def ring_attention(
+    q: A, k: A, v: A, *, comm: Comm | JaxComm, sharding: Sharding | Kind | None = ...,
+    layout: Literal["bshd", "bhsd"] = ..., causal: bool = ..., alignment: Alignment | None = ...,
+    window_size: tuple[int | None, int | None] = ..., mask: Array | None = ..., bias: Array | None = ...,
+    softmax_scale: float | None = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    sinks: Array | None = ..., compute_dtype: Any = ...,
+    implementation: Implementation | Collection[Implementation] | None = ...,
+    return_lse: Literal[False] = ...,
+) -> A: ...
+@overload
+def ring_attention(
+    q: A, k: A, v: A, *, comm: Comm | JaxComm, sharding: Sharding | Kind | None = ...,
+    layout: Literal["bshd", "bhsd"] = ..., causal: bool = ..., alignment: Alignment | None = ...,
+    window_size: tuple[int | None, int | None] = ..., mask: Array | None = ..., bias: Array | None = ...,
+    softmax_scale: float | None = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    sinks: Array | None = ..., compute_dtype: Any = ...,
+    implementation: Implementation | Collection[Implementation] | None = ...,
+    return_lse: Literal[True],
+) -> tuple[A, A]: ...
+@overload
+def ring_attention(
+    q: A, k: A, v: A, *, comm: Comm | JaxComm, sharding: Sharding | Kind | None = ...,
+    layout: Literal["bshd", "bhsd"] = ..., causal: bool = ..., alignment: Alignment | None = ...,
+    window_size: tuple[int | None, int | None] = ..., mask: Array | None = ..., bias: Array | None = ...,
+    softmax_scale: float | None = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    sinks: Array | None = ..., compute_dtype: Any = ...,
+    implementation: Implementation | Collection[Implementation] | None = ...,
+    return_lse: bool,
+) -> A | tuple[A, A]: ...
+# fmt: on
 @untraced
 def ring_attention(
     q: Array,
@@ -130,15 +162,15 @@ def ring_attention(
 
 @untraced
 def ring_attention_backward(
-    dout: Array,
-    q: Array,
-    k: Array,
-    v: Array,
+    dout: A,
+    q: A,
+    k: A,
+    v: A,
     *,
     comm: Comm,
-    out: Array | None = None,
-    lse: Array | None = None,
-    dlse: Array | None = None,
+    out: A | None = None,
+    lse: A | None = None,
+    dlse: A | None = None,
     sharding: Sharding | Kind | None = None,
     layout: Literal["bshd", "bhsd"] = "bshd",
     causal: bool = False,
@@ -152,7 +184,7 @@ def ring_attention_backward(
     sinks: Array | None = None,
     compute_dtype: Any = None,
     implementation: Implementation | Collection[Implementation] | None = None,
-) -> Gradients[Any]:
+) -> Gradients[A]:
     """Gradients of `ring_attention`, given this rank's gradient of its output.  Every rank of `comm` calls it.
 
     Parameters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from cupyattn.api import Gradients
 from cupyattn.arrays import Arrays, untraced
@@ -16,10 +16,42 @@ from cupyattn.distributed.jax import JaxComm
 from cupyattn.distributed.running import run, run_backward
 from cupyattn.distributed.sharding import Kind, Sharding
 from cupyattn.distributed.working import AnyState, AnyWork, work_of
-from cupyattn.problem import Alignment, Array, Implementation
+from cupyattn.problem import A, Alignment, Array, Implementation
 from cupyattn.reading import flag
 
 
+# fmt: off
+@overload
+def ulysses_attention(
+    q: A, k: A, v: A, *, comm: Comm | JaxComm, sharding: Sharding | Kind = ...,
+    layout: Literal["bshd", "bhsd"] = ..., causal: bool = ..., alignment: Alignment | None = ...,
+    window_size: tuple[int | None, int | None] = ..., mask: Array | None = ..., bias: Array | None = ...,
+    softmax_scale: float | None = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    sinks: Array | None = ..., compute_dtype: Any = ...,
+    implementation: Implementation | Collection[Implementation] | None = ...,
+    return_lse: Literal[False] = ...,
+) -> A: ...
+@overload
+def ulysses_attention(
+    q: A, k: A, v: A, *, comm: Comm | JaxComm, sharding: Sharding | Kind = ...,
+    layout: Literal["bshd", "bhsd"] = ..., causal: bool = ..., alignment: Alignment | None = ...,
+    window_size: tuple[int | None, int | None] = ..., mask: Array | None = ..., bias: Array | None = ...,
+    softmax_scale: float | None = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    sinks: Array | None = ..., compute_dtype: Any = ...,
+    implementation: Implementation | Collection[Implementation] | None = ...,
+    return_lse: Literal[True],
+) -> tuple[A, A]: ...
+@overload
+def ulysses_attention(
+    q: A, k: A, v: A, *, comm: Comm | JaxComm, sharding: Sharding | Kind = ...,
+    layout: Literal["bshd", "bhsd"] = ..., causal: bool = ..., alignment: Alignment | None = ...,
+    window_size: tuple[int | None, int | None] = ..., mask: Array | None = ..., bias: Array | None = ...,
+    softmax_scale: float | None = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
+    sinks: Array | None = ..., compute_dtype: Any = ...,
+    implementation: Implementation | Collection[Implementation] | None = ...,
+    return_lse: bool,
+) -> A | tuple[A, A]: ...
+# fmt: on
 @untraced
 def ulysses_attention(
     q: Array,
@@ -103,15 +135,15 @@ def ulysses_attention(
 
 @untraced
 def ulysses_attention_backward(
-    dout: Array,
-    q: Array,
-    k: Array,
-    v: Array,
+    dout: A,
+    q: A,
+    k: A,
+    v: A,
     *,
     comm: Comm,
-    out: Array | None = None,
-    lse: Array | None = None,
-    dlse: Array | None = None,
+    out: A | None = None,
+    lse: A | None = None,
+    dlse: A | None = None,
     sharding: Sharding | Kind = "contiguous",
     layout: Literal["bshd", "bhsd"] = "bshd",
     causal: bool = False,
@@ -125,7 +157,7 @@ def ulysses_attention_backward(
     sinks: Array | None = None,
     compute_dtype: Any = None,
     implementation: Implementation | Collection[Implementation] | None = None,
-) -> Gradients[Any]:
+) -> Gradients[A]:
     """Gradients of `ulysses_attention`, given this rank's gradient of its output.  Every rank calls it.
 
     Parameters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, overload
 
 import numpy as np
 
@@ -11,10 +11,32 @@ from cupyattn.arrays import Arrays, enter, recorded, shapes
 from cupyattn.linear.asked import Asked, read
 from cupyattn.linear.chunks import by_chunks
 from cupyattn.linear.gradients import gradients
-from cupyattn.problem import Array, Axes, Spec
+from cupyattn.problem import A, Array, Spec
 from cupyattn.reading import flag, refusal
 
+Rule: TypeAlias = Literal["linear", "gated", "delta", "gated_delta"]
 
+
+# fmt: off
+@overload
+def linear_attention(
+    q: A, k: A, v: A, *, decay: Array | None = ..., beta: Array | None = ..., state: Array | None = ...,
+    rule: Rule = ..., scale: float | None = ..., layout: Literal["bshd", "bhsd"] = ..., chunk_size: int | None = ...,
+    return_state: Literal[False] = ...,
+) -> A: ...
+@overload
+def linear_attention(
+    q: A, k: A, v: A, *, decay: Array | None = ..., beta: Array | None = ..., state: Array | None = ...,
+    rule: Rule = ..., scale: float | None = ..., layout: Literal["bshd", "bhsd"] = ..., chunk_size: int | None = ...,
+    return_state: Literal[True],
+) -> tuple[A, A]: ...
+@overload
+def linear_attention(
+    q: A, k: A, v: A, *, decay: Array | None = ..., beta: Array | None = ..., state: Array | None = ...,
+    rule: Rule = ..., scale: float | None = ..., layout: Literal["bshd", "bhsd"] = ..., chunk_size: int | None = ...,
+    return_state: bool,
+) -> A | tuple[A, A]: ...
+# fmt: on
 @recorded(
     shapes.of_linear,
     ("out", "state"),
@@ -29,9 +51,9 @@ def linear_attention(
     decay: Array | None = None,
     beta: Array | None = None,
     state: Array | None = None,
-    rule: str = "linear",
+    rule: Rule = "linear",
     scale: float | None = None,
-    layout: Axes = "bshd",
+    layout: Literal["bshd", "bhsd"] = "bshd",
     chunk_size: int | None = None,
     return_state: bool = False,
 ) -> Any:
@@ -156,15 +178,15 @@ def _gradients(asked: Asked, operands: Arrays, dout: Array | None, dstate: Array
         return asked.gradients(*gradients(tokens, asked.state(operands), rows, last, asked.chunk_size))
 
 
-class LinearGradients(NamedTuple):
+class LinearGradients(NamedTuple, Generic[A]):
     """Gradients of `linear_attention`, each shaped like the argument it belongs to; None where that was not given."""
 
-    dq: Array
-    dk: Array
-    dv: Array
-    ddecay: Array | None = None
-    dbeta: Array | None = None
-    dstate: Array | None = None
+    dq: A
+    dk: A
+    dv: A
+    ddecay: A | None = None
+    dbeta: A | None = None
+    dstate: A | None = None
 
 
 @recorded(
@@ -174,20 +196,20 @@ class LinearGradients(NamedTuple):
     finish=lambda asked, found: LinearGradients(*_in_their_places(asked, found)),
 )
 def linear_attention_backward(
-    dout: Array,
-    q: Array,
-    k: Array,
-    v: Array,
+    dout: A,
+    q: A,
+    k: A,
+    v: A,
     *,
     dlast_state: Array | None = None,
     decay: Array | None = None,
     beta: Array | None = None,
     state: Array | None = None,
-    rule: str = "linear",
+    rule: Rule = "linear",
     scale: float | None = None,
-    layout: Axes = "bshd",
+    layout: Literal["bshd", "bhsd"] = "bshd",
     chunk_size: int | None = None,
-) -> LinearGradients:
+) -> LinearGradients[A]:
     """Gradients of `linear_attention`, given the gradient of its output.
 
     Parameters

@@ -38,18 +38,19 @@ __all__ = [
     "unpad_input",
 ]
 
-__getattr__ = opened_late(
-    __name__,
-    {
-        "flash_attn": ("flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func"),
-        "padding": ("pad_input", "unpad_input"),
-        "rotary": ("apply_rotary_emb",),
-        "tables": ("rotary_tables",),
-        "torch": ("scaled_dot_product_attention",),
-        "varlen": (
-            "flash_attn_varlen_func",
-            "flash_attn_varlen_kvpacked_func",
-            "flash_attn_varlen_qkvpacked_func",
-        ),
-    },
-)
+if not TYPE_CHECKING:  # or every misspelt name would be one, of type Any
+    __getattr__ = opened_late(
+        __name__,
+        {
+            "flash_attn": ("flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func"),
+            "padding": ("pad_input", "unpad_input"),
+            "rotary": ("apply_rotary_emb",),
+            "tables": ("rotary_tables",),
+            "torch": ("scaled_dot_product_attention",),
+            "varlen": (
+                "flash_attn_varlen_func",
+                "flash_attn_varlen_kvpacked_func",
+                "flash_attn_varlen_qkvpacked_func",
+            ),
+        },
+    )

@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import array_api_compat
 
 from cupyattn import reading
 from cupyattn.arrays import enter, recorded, shapes
 from cupyattn.parts import Part, answer_in_parts
-from cupyattn.problem import Array, Shape
+from cupyattn.problem import A, Array, Shape
 from cupyattn.reading import AXES, Options, refusal
 
 
+# fmt: off
+@overload
+def cascade_attention(
+    q: A, k_prefix: A, v_prefix: A, k: A, v: A, *, causal: bool = ..., softmax_scale: float | None = ...,
+    softcap: float = ..., sinks: Array | None = ..., compute_dtype: Any = ...,
+    return_lse: Literal[False] = ...,
+) -> A: ...
+@overload
+def cascade_attention(
+    q: A, k_prefix: A, v_prefix: A, k: A, v: A, *, causal: bool = ..., softmax_scale: float | None = ...,
+    softcap: float = ..., sinks: Array | None = ..., compute_dtype: Any = ...,
+    return_lse: Literal[True],
+) -> tuple[A, A]: ...
+@overload
+def cascade_attention(
+    q: A, k_prefix: A, v_prefix: A, k: A, v: A, *, causal: bool = ..., softmax_scale: float | None = ...,
+    softcap: float = ..., sinks: Array | None = ..., compute_dtype: Any = ...,
+    return_lse: bool,
+) -> A | tuple[A, A]: ...
+# fmt: on
 @recorded(shapes.of_cascade, ("out", "lse"), always={"return_lse": True}, finish=shapes.with_lse, is_one_job=False)
 def cascade_attention(
     q: Array,

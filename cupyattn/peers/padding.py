@@ -13,7 +13,7 @@ import numpy as np
 
 from cupyattn import reading
 from cupyattn.arrays import Visit, enter, recorded, shapes
-from cupyattn.problem import Array
+from cupyattn.problem import A, Array
 from cupyattn.reading import LARGEST_RESULT, refusal
 
 
@@ -25,8 +25,8 @@ from cupyattn.reading import LARGEST_RESULT, refusal
     smooth=1,
 )
 def unpad_input(
-    hidden_states: Array, attention_mask: Array, unused_mask: Array | None = None
-) -> tuple[Array, Array, Array, int, Array]:
+    hidden_states: A, attention_mask: Array, unused_mask: Array | None = None
+) -> tuple[A, Array, Array, int, Array]:
     """Pack the rows of a padded batch that a mask keeps.
 
     Parameters
@@ -106,7 +106,7 @@ def unpad_input(
 
 
 @recorded(shapes.of_padded, ("padded",), finish=lambda _, found: found, is_one_job=False)
-def pad_input(hidden_states: Array, indices: Array, batch: int, seqlen: int) -> Array:
+def pad_input(hidden_states: A, indices: Array, batch: int, seqlen: int) -> A:
     """Put packed rows back into a padded batch; the padding is zero.
 
     Parameters
@@ -156,7 +156,8 @@ def pad_input(hidden_states: Array, indices: Array, batch: int, seqlen: int) -> 
     rows = xp.take(xp.concat([hidden_states, zeros], axis=0), _index(visit, source), axis=0)
     if rows.dtype != hidden_states.dtype:  # NumPy joins arrays of a foreign byte order in its own
         rows = xp.astype(rows, hidden_states.dtype)
-    return xp.reshape(rows, (batch, seqlen, *shape[1:]))
+    padded: A = xp.reshape(rows, (batch, seqlen, *shape[1:]))
+    return padded
 
 
 def _enter(function: str, named: dict[str, tuple[str, Any]], what: str, needed: tuple[str, ...]) -> Visit:

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from cupyattn import reading
 from cupyattn.arrays import Arrays, Visit, check_pair_apart, enter, recorded, shapes
 from cupyattn.corridor import Named
-from cupyattn.problem import FLOATS, Array, Spec
+from cupyattn.problem import FLOATS, A, Array, Spec
 from cupyattn.reading import refusal
 from cupyattn.rounding import narrow, widen
 
 
+# fmt: off
+@overload
+def apply_rotary_emb(
+    x: tuple[A, A], cos: Array, sin: Array,
+    interleaved: bool = ..., inplace: bool = ..., seqlen_offsets: int | Array = ..., cu_seqlens: Array | None = ...,
+    max_seqlen: int | None = ...,
+) -> tuple[A, A]: ...
+@overload
+def apply_rotary_emb(
+    x: A, cos: Array, sin: Array,
+    interleaved: bool = ..., inplace: bool = ..., seqlen_offsets: int | Array = ..., cu_seqlens: Array | None = ...,
+    max_seqlen: int | None = ...,
+) -> A: ...
+# fmt: on
 @recorded(shapes.of_rotary, (), always={"inplace": False}, finish=lambda asked, found: _as_asked(**asked, found=found))
 def apply_rotary_emb(
     x: Array | tuple[Array, Array],

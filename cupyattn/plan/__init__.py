@@ -116,24 +116,25 @@ __all__ = [
     "with_num_splits",
 ]
 
-__getattr__ = opened_late(
-    __name__,
-    {
-        "backward": (
-            "OF_BIAS",
-            "OF_KEYS",
-            "OF_QUERIES",
-            "OF_VALUES",
-            "backward_tile",
-            "choose_backward",
-            "heads_per_block",
-            "hopper_backward_tile",
-            "hopper_shared_memory_of",
-            "passes_of",
-            "shared_memory_of",
-        ),
-        "memory": ("memory_of",),
-    },
-)
+if not TYPE_CHECKING:  # or every misspelt name would be one, of type Any
+    __getattr__ = opened_late(
+        __name__,
+        {
+            "backward": (
+                "OF_BIAS",
+                "OF_KEYS",
+                "OF_QUERIES",
+                "OF_VALUES",
+                "backward_tile",
+                "choose_backward",
+                "heads_per_block",
+                "hopper_backward_tile",
+                "hopper_shared_memory_of",
+                "passes_of",
+                "shared_memory_of",
+            ),
+            "memory": ("memory_of",),
+        },
+    )
 
 sys.modules["cupyattn.hopper"] = hopper  # where plans that were pickled before there was this wing look for their tiles

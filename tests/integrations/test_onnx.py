@@ -131,26 +131,6 @@ def test_is_the_specification(inputs, attributes, mode):
         assert_matches(result, its, rtol=1e-12, atol=1e-14)
 
 
-PLAIN = ("plain", "bool mask", "float mask, softcap, past", "lengths and causal", "three axes")
-
-
-@pytest.mark.parametrize("name", PLAIN)
-def test_is_onnxs_own_reference(name):
-    """Where the package onnx is installed.
-
-    Of rows that see no key some of its versions make nan, and in mode 0 some show scores after softcap.
-    """
-    reference = needs("onnx.reference.ops.op_attention")
-    inputs, attributes = CALLS[name]
-    if "nonpad_kv_seqlen" in inputs:
-        inputs = {**inputs, "nonpad_kv_seqlen": np.array([5, 4])}
-    for mode in range(1 if "softcap" in attributes else 0, 4):
-        said = {**attributes, "qk_matmul_output_mode": mode}
-        expected = reference._compute_attention(**inputs, **said)
-        for result, its in zip(onnx.attention(**inputs, **said), expected, strict=True):
-            assert_matches(result, its, rtol=1e-12, atol=1e-13)
-
-
 def test_inputs_come_in_the_operators_order():
     inputs, attributes = CALLS["float mask, softcap, past"]
     order = ("Q", "K", "V", "attn_mask", "past_key", "past_value")

@@ -1,14 +1,22 @@
-"""Right and wrong uses, to whoever checks types: mypy and pyright complain of an `ignore` that nothing is wrong with.
+"""Right and wrong uses, to whoever checks types: checkers complain of an `ignore` that nothing is wrong with.
 
 Never run.  `Tensor` is another library's array than NumPy's.
 """
 
-from typing import Any, assert_type
+from typing import Any, TypeAlias, assert_type
 
 import numpy as np
 
 import cupyattn
 from cupyattn import Gradients, Plan, attention, attention_backward, merge_states, scaled_dot_product_attention
+from cupyattn.distributed import (
+    ThreadComm,
+    ring_attention,
+    ring_attention_backward,
+    sharded_decode,
+    ulysses_attention,
+)
+from cupyattn.integrations import onnx
 
 Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
@@ -21,6 +29,9 @@ class Tensor:
     @property
     def dtype(self) -> str:
         return "float32"
+
+
+Results: TypeAlias = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 
 
 def of_one_library(x: Tensor, y: Floats, unknown: Any, flag: bool) -> None:
@@ -40,8 +51,7 @@ def of_one_library(x: Tensor, y: Floats, unknown: Any, flag: bool) -> None:
     assert_type(cupyattn.flash_attn_func(y, y, y, 0.0, None, True, (3, None)), Floats)
     assert_type(cupyattn.flash_attn_func(x, x, x, return_lse=True, seqlens_k=y), tuple[Tensor, Tensor])
     assert_type(cupyattn.flash_attn_func(x, x, x, return_attn_probs=True), tuple[Tensor, Tensor, Tensor | None])
-    either = Tensor | tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
-    assert_type(cupyattn.flash_attn_func(x, x, x, return_lse=flag), either)
+    assert_type(cupyattn.flash_attn_func(x, x, x, return_lse=flag), Results)
     assert_type(cupyattn.flash_attn_qkvpacked_func(x), Tensor)
     assert_type(cupyattn.flash_attn_qkvpacked_func(x, return_lse=True), tuple[Tensor, Tensor])
     assert_type(cupyattn.flash_attn_kvpacked_func(x, x, out=x), Tensor)
@@ -63,7 +73,32 @@ def of_one_library(x: Tensor, y: Floats, unknown: Any, flag: bool) -> None:
         pass
 
 
-def arrays_that_do_not_go_together_have_results_of_no_library(x: Tensor, y: Floats) -> None:
+def of_other_wings(x: Tensor, y: Floats, comm: ThreadComm, flag: bool) -> None:
+    assert_type(cupyattn.linear_attention(x, x, x, rule="gated", decay=y), Tensor)
+    assert_type(cupyattn.linear_attention(x, x, x, return_state=True), tuple[Tensor, Tensor])
+    assert_type(cupyattn.linear_attention(x, x, x, return_state=flag), Tensor | tuple[Tensor, Tensor])
+    assert_type(cupyattn.linear_attention_backward(x, x, x, x).dbeta, Tensor | None)
+    assert_type(cupyattn.cascade_attention(x, x, x, x, x), Tensor)
+    assert_type(cupyattn.cascade_attention(x, x, x, x, x, return_lse=True), tuple[Tensor, Tensor])
+    assert_type(cupyattn.apply_rotary_emb(x, y, y, True), Tensor)
+    assert_type(cupyattn.apply_rotary_emb((x, x), y, y), tuple[Tensor, Tensor])
+    assert_type(cupyattn.unpad_input(x, y), tuple[Tensor, Any, Any, int, Any])
+    assert_type(cupyattn.pad_input(x, y, 2, 9), Tensor)
+    assert_type(onnx.attention(x, x, x, is_causal=1), onnx.Outputs)
+    assert_type(ring_attention(x, x, x, comm=comm, causal=True), Tensor)
+    assert_type(ring_attention(x, x, x, comm=comm, return_lse=True), tuple[Tensor, Tensor])
+    assert_type(ulysses_attention(x, x, x, comm=comm), Tensor)
+    assert_type(sharded_decode(x, x, x, comm=comm, return_lse=flag), Tensor | tuple[Tensor, Tensor])
+    assert_type(ring_attention_backward(x, x, x, x, comm=comm), Gradients[Tensor])
+    assert_type(cupyattn.SlidingWindowCache(9).window, int)
+
+
+def names_that_are_not_there() -> None:
+    print(cupyattn.atention)  # type: ignore[attr-defined]
+    print(cupyattn.peers.flash_atn_func)  # type: ignore[attr-defined]
+
+
+def arrays_that_do_not_go_together_have_results_of_no_library(x: Tensor, y: Floats, comm: ThreadComm) -> None:
     attention(x, y, y).reshape(3)  # type: ignore[attr-defined]
     attention(x, x, y, return_lse=True)[0].reshape(3)  # type: ignore[attr-defined]
     attention_backward(y, x, x, x).dq.reshape(3)  # type: ignore[attr-defined]
@@ -71,6 +106,8 @@ def arrays_that_do_not_go_together_have_results_of_no_library(x: Tensor, y: Floa
     cupyattn.flash_attn_func(x, y, y).reshape(3)  # type: ignore[attr-defined]
     cupyattn.flash_attn_with_kvcache(x, y, y).reshape(3)  # type: ignore[attr-defined]
     merge_states([x], [y])[0].reshape(3)  # type: ignore[attr-defined]
+    cupyattn.linear_attention(x, x, y).reshape(3)  # type: ignore[attr-defined]
+    ring_attention(x, x, y, comm=comm).reshape(3)  # type: ignore[attr-defined]
     attention(x, x, x, out=y).reshape(3)  # type: ignore[attr-defined]
 
 
@@ -92,6 +129,11 @@ def words_and_numbers(x: Tensor) -> None:
     cupyattn.flash_attn_func(x, x, x, causal="yes")  # type: ignore[call-overload]
     cupyattn.flash_attn_varlen_func(x, x, x, x, x)  # type: ignore[call-overload]
     cupyattn.flash_attn_with_kvcache(1, 2, 3)  # type: ignore[call-overload]
+    cupyattn.linear_attention(x, x, x, rule="mamba")  # type: ignore[call-overload]
+    cupyattn.linear_attention(x, x, x, layout="thd")  # type: ignore[call-overload]
+    cupyattn.apply_rotary_emb((x, x, x), x, x)  # type: ignore[arg-type]
+    ring_attention(x, x, x)  # type: ignore[call-overload]
+    ulysses_attention(x, x, x, comm=1)  # type: ignore[call-overload]
 
 
 def results(x: Tensor) -> None:
