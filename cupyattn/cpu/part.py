@@ -103,7 +103,7 @@ class Part:
         if isinstance(planned, CpuTile) and not (problem.layout.lengths_are_data or self.gradients):
             return planned
         lengths = self.batch, self.seqlen_q, self.seqlen_k
-        return cpu_tile(problem.sizes, *lengths, self.num_workers, problem.mask.has_band, self.gradients)
+        return cpu_tile(problem.sizes, *lengths, self.num_workers, problem.mask.band_width(self.seqlen_k), self.gradients)
 
     def cost(self, where: TileIndex) -> int:
         """Of a tile, roughly, in floating-point operations, as the plan counts them."""

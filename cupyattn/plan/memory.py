@@ -113,7 +113,7 @@ def _cuts(plan: Plan, problem: Problem, gradients: bool) -> tuple[_Cut, ...]:
     """That of the plan's tile; or, where parts are cut by lengths of their own, those of one and of all sequences."""
     sizes, tile = problem.sizes, plan.tile
     batch = sizes.batch_shape[-1] if sizes.batch_shape else 1
-    lengths, band = (sizes.seqlen_q, sizes.seqlen_k), problem.mask.has_band
+    lengths, band = (sizes.seqlen_q, sizes.seqlen_k), problem.mask.band_width(sizes.seqlen_k)
     workers = plan.num_workers
     if problem.layout.lengths_are_data:  # long ones are parts by themselves, of which many are one worker's each
         heads_kv = sizes.num_heads_k * sizes.head_dim + sizes.num_heads_v * sizes.head_dim_v
