@@ -138,12 +138,15 @@ def _widest_block(cut: CpuTile, problem: Problem) -> int:
     """Keys; a band is cut finer where it ends inside a tile, see `cpu.tiles.band_cuts`."""
     sizes, mask = problem.sizes, problem.mask
     widest = max(1, min(cut.block_k, sizes.seqlen_k))
-    stacked = cut.heads > 1 or mask.array is not None or problem.edits.bias is not None
-    if stacked or not mask.has_band or cut.block_q <= EDGE:
+    if not mask.has_band:
         return widest
     starts = range(0, sizes.seqlen_q, cut.block_q)
-    tiles = (Span(start, min(sizes.seqlen_q, start + cut.block_q)) for start in starts)
+    tiles = [Span(start, min(sizes.seqlen_q, start + cut.block_q)) for start in starts]
+    touched = max((len(mask.touched(rows, sizes.seqlen_q, sizes.seqlen_k)) for rows in tiles), default=0)
     whole = max((len(mask.whole(rows, sizes.seqlen_q, sizes.seqlen_k)) for rows in tiles), default=0)
+    stacked = cut.heads > 1 or mask.array is not None or problem.edits.bias is not None
+    if stacked or cut.block_q <= EDGE or not whole:
+        return max(1, min(widest, touched))
     return min(widest, max(EDGE, whole))
 
 
