@@ -99,6 +99,14 @@ class Mask:
     def has_band(self) -> bool:
         return self.left is not None or self.right is not None
 
+    def band_width(self, seqlen_k: int) -> int | None:
+        """The most keys that the band lets a row see; None if there is no band."""
+        if not self.has_band:
+            return None
+        if self.left is None or self.right is None:
+            return seqlen_k
+        return min(seqlen_k, self.left + 1 + self.right)
+
     def offset(self, seqlen_q: int, seqlen_k: int) -> int:
         """The key on the diagonal of row 0."""
         return seqlen_k - seqlen_q if self.alignment == "bottom-right" else 0

@@ -93,6 +93,15 @@ def test_a_mask_without_sides_has_no_band():
     assert Mask(right=0).has_band
 
 
+@every_band
+def test_the_width_of_a_band_is_the_most_keys_that_it_lets_a_row_see(band):
+    for seqlen_k in LENGTHS:
+        rows = range(-10, 2 * max(LENGTHS))  # all places of a diagonal, and not those alone that a call has
+        whole = Mask(band.left, band.right, 0)
+        seen = max(len(whole.visible_keys(row, 1, seqlen_k)) for row in rows)
+        assert band.band_width(seqlen_k) == (seen if band.has_band else None)
+
+
 def test_the_diagonal_of_the_first_row_lies_where_the_alignment_says():
     assert Mask(alignment="top-left").offset(2, 5) == 0
     assert Mask(alignment="bottom-right").offset(2, 5) == 3

@@ -102,8 +102,8 @@ class Part:
         problem, planned = self.problem, self.plan.tile
         if isinstance(planned, CpuTile) and not (problem.layout.lengths_are_data or self.gradients):
             return planned
-        lengths = self.batch, self.seqlen_q, self.seqlen_k
-        return cpu_tile(problem.sizes, *lengths, self.num_workers, problem.mask.has_band, self.gradients)
+        lengths, band_width = (self.batch, self.seqlen_q, self.seqlen_k), problem.mask.band_width(self.seqlen_k)
+        return cpu_tile(problem.sizes, *lengths, self.num_workers, band_width, self.gradients)
 
     def cost(self, where: TileIndex) -> int:
         """Of a tile, roughly, in floating-point operations, as the plan counts them."""

@@ -15,7 +15,7 @@ from itertools import permutations
 import numpy as np
 
 from cupyattn.peers.overlap import Memory, Pages, touched
-from cupyattn.peers.rotary import rotated
+from cupyattn.peers.rotary import rotated, too_wide
 from cupyattn.problem import FLOATS, Array, Problem, Spec
 from cupyattn.reading import DESCALES, refusal, short, span
 
@@ -96,7 +96,7 @@ def _check_tables(function: str, specs: Mapping[str, Spec], problem: Problem) ->
         rule = "rotary_cos and rotary_sin have to be of one shape, (positions, rotary_dim / 2)"
         raise ValueError(refusal(function, rule, (cos.name, cos.shape), (sin.name, sin.shape)))
     if 2 * cos.shape[1] > problem.sizes.head_dim:
-        rule = f"rotary_dim, twice the columns of rotary_cos, must not exceed head_dim, {problem.sizes.head_dim}"
+        rule = too_wide("rotary_cos", cos.shape[1], problem.sizes.head_dim)
         raise ValueError(refusal(function, rule, (cos.name, cos.shape)))
     if cos.shape[0] < problem.sizes.seqlen_k:
         rule = f"rotary_cos has to have a row for every place of a sequence in the cache, {problem.sizes.seqlen_k}"

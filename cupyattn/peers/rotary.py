@@ -50,7 +50,8 @@ def apply_rotary_emb(
         Or (tokens, num_heads, head_dim) with `cu_seqlens`.  Or a pair of such, ``(q, k)``, rotated alike: each row at
         the same position, whatever the numbers of heads.
     cos, sin : array, shape (positions, rotary_dim / 2)
-        Floating, of any precision, as from `rotary_tables`.  Features from rotary_dim on stay as they are.
+        Floating, of any precision, as from `rotary_tables`.  Features from rotary_dim on stay as they are.  Models of
+        transformers have every column twice, of which the first half belongs here.
     interleaved : bool
         Which features make a pair.
     inplace : bool
@@ -193,6 +194,14 @@ def _rotate(x: Array, cosine: Array, sine: Array, adjacent: bool) -> Array:
     return out
 
 
+def too_wide(name: str, columns: int, head_dim: int) -> str:
+    """The rule that a table of so many columns breaks, and what to do with one as transformers has it."""
+    rule = f"rotary_dim, twice the columns of {name}, must not exceed head_dim, {head_dim}"
+    if columns != head_dim:
+        return rule
+    return f"{rule}; where every column comes twice, as in transformers, pass {name}[:, :{head_dim // 2}]"
+
+
 def _check(function: str, specs: dict[str, Spec], max_seqlen: int | None) -> None:
     x, cos, sin = specs["x"], specs["cos"], specs["sin"]
     for spec in (x, cos, sin):
@@ -207,7 +216,7 @@ def _check(function: str, specs: dict[str, Spec], max_seqlen: int | None) -> Non
         rule = "cos and sin have to be of one shape, (positions, rotary_dim / 2)"
         raise ValueError(refusal(function, rule, ("cos", cos.shape), ("sin", sin.shape)))
     if 2 * cos.shape[1] > x.shape[-1]:
-        rule = "rotary_dim, twice the columns of cos, must not exceed head_dim"
+        rule = too_wide("cos", cos.shape[1], x.shape[-1])
         raise ValueError(refusal(function, rule, (x.name, x.shape), ("cos", cos.shape)))
     if packed:
         spec = specs["cu_seqlens"]

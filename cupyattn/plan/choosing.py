@@ -120,7 +120,7 @@ def _by_numpy(problem: Problem, device: Device, fixed_split_size: int | None) ->
         compute, note = "float64", ", since softmax_scale or softcap leave the range of float32"
     workers = num_cpu_workers(problem, device.num_units)
     batch = sizes.batch_shape[-1] if sizes.batch_shape else 1
-    tile = cpu_tile(sizes, batch, sizes.seqlen_q, sizes.seqlen_k, workers, problem.mask.has_band)
+    tile = cpu_tile(sizes, batch, sizes.seqlen_q, sizes.seqlen_k, workers, problem.mask.band_width(sizes.seqlen_k))
     reason = f"{compute} reference arithmetic{note}, " + (
         f"up to {workers} threads" if workers > 1 else "too little work for threads"
     )

@@ -17,6 +17,8 @@ NUMBERS_SIDE_BY_SIDE = 2**19
 MOST_KEYS = 8192
 FEWEST_ROWS = 128
 """Splitting rows further over more threads costs more than it gains."""
+NARROW = 256
+"""Keys of a window up to which short tiles gain more, by the scores that they leave out, than their steps cost."""
 TILES_PER_WORKER = 2
 """So that nobody waits long for the last one; more were more steps of Python, which one thread takes at a time."""
 WORTH_THREADS = 75_000_000
@@ -48,10 +50,13 @@ def cpu_tile(
     seqlen_q: int,
     seqlen_k: int,
     num_workers: int,
-    has_band: bool = False,
+    band_width: int | None = None,
     gradients: bool = False,
 ) -> CpuTile:
     """How to cut a part: tall blocks of scores, and several heads or batches side by side if they are small.
+
+    `band_width` is that of the mask.  All keys that any row of a tile sees are scored for all of its rows, so that a
+    window narrower than a tall tile is cut into short ones: 128 rows behind 64 keys take a third of the scores of 512.
 
     Several workers get `TILES_PER_WORKER` tiles each, as far as there are rows to share out, and heads are stacked or
     set side by side only where every worker still has one.
@@ -63,7 +68,9 @@ def cpu_tile(
     if gradients:  # which hold two blocks of scores at once, and walk over them more often
         room_for_scores //= 4
     block_q = max(1, min(seqlen_q, BLOCK_Q))
-    if group > 1 and has_band:  # a few rows of each head: the band's edge cuts off more of their keys
+    if band_width is not None and band_width <= min(NARROW, seqlen_k - 1) and seqlen_q >= 2 * FEWEST_ROWS:
+        block_q = FEWEST_ROWS
+    elif group > 1 and band_width is not None:  # a few rows of each head: the band's edge cuts off more of their keys
         block_q = min(block_q, max(FEWEST_ROWS, min(BLOCK_Q // 2, seqlen_q // 4)))
     while block_q >= 2 * FEWEST_ROWS and batch * sizes.num_heads * -(-seqlen_q // block_q) < enough:
         block_q = -(-block_q // 2)

@@ -113,7 +113,7 @@ def _cuts(plan: Plan, problem: Problem, gradients: bool) -> tuple[_Cut, ...]:
     """That of the plan's tile; or, where parts are cut by lengths of their own, those of one and of all sequences."""
     sizes, tile = problem.sizes, plan.tile
     batch = sizes.batch_shape[-1] if sizes.batch_shape else 1
-    lengths, band = (sizes.seqlen_q, sizes.seqlen_k), problem.mask.has_band
+    lengths, band = (sizes.seqlen_q, sizes.seqlen_k), problem.mask.band_width(sizes.seqlen_k)
     workers = plan.num_workers
     if problem.layout.lengths_are_data:  # long ones are parts by themselves, of which many are one worker's each
         heads_kv = sizes.num_heads_k * sizes.head_dim + sizes.num_heads_v * sizes.head_dim_v
@@ -138,12 +138,15 @@ def _widest_block(cut: CpuTile, problem: Problem) -> int:
     """Keys; a band is cut finer where it ends inside a tile, see `cpu.tiles.band_cuts`."""
     sizes, mask = problem.sizes, problem.mask
     widest = max(1, min(cut.block_k, sizes.seqlen_k))
-    stacked = cut.heads > 1 or mask.array is not None or problem.edits.bias is not None
-    if stacked or not mask.has_band or cut.block_q <= EDGE:
+    if not mask.has_band:
         return widest
     starts = range(0, sizes.seqlen_q, cut.block_q)
-    tiles = (Span(start, min(sizes.seqlen_q, start + cut.block_q)) for start in starts)
+    tiles = [Span(start, min(sizes.seqlen_q, start + cut.block_q)) for start in starts]
+    touched = max((len(mask.touched(rows, sizes.seqlen_q, sizes.seqlen_k)) for rows in tiles), default=0)
     whole = max((len(mask.whole(rows, sizes.seqlen_q, sizes.seqlen_k)) for rows in tiles), default=0)
+    stacked = cut.heads > 1 or mask.array is not None or problem.edits.bias is not None
+    if stacked or cut.block_q <= EDGE or not whole:
+        return max(1, min(widest, touched))
     return min(widest, max(EDGE, whole))
 
 

@@ -24,13 +24,16 @@ SAME = (
     ("return_lse", "return_softmax_lse", "return_residual"),
     ("implementation", "backend"),
     ("seqlens_q", "query_seq_lengths", "seqused_q"),
-    ("seqlens_k", "key_value_seq_lengths", "seqused_k"),
+    ("seqlens_k", "key_value_seq_lengths", "seqused_k", "cache_seqlens"),
     ("cu_seqlens", "cu_seqlens_q", "cu_seqlens_k"),
     ("max_seqlen", "max_seqlen_q", "max_seqlen_k"),
     *(("decay", "g"), ("state", "initial_state", "past_state"), ("return_state", "output_final_state")),
     ("rule", "update_rule"),
+    *(("layers", "num_layers", "num_hidden_layers"), ("num_heads_kv", "num_key_value_heads", "num_kv_heads")),
+    *(("dim", "head_dim", "headdim"), ("page_size", "block_size"), ("batch", "batch_size")),
+    *(("theta", "base", "rope_theta"), ("scaling", "rope_scaling", "rope_parameters")),
 )
-"""Words of torch, JAX, flash-attn, flash-linear-attention, ONNX and ours for one thing."""
+"""Words of torch, JAX, flash-attn, flash-linear-attention, vLLM, transformers, ONNX and ours for one thing."""
 ELSEWHERE = {
     "attention takes it": (
         *("softmax_scale", "softcap", "window_size", "alibi_slopes", "sinks", "mask", "bias", "alignment", "layout"),
@@ -51,8 +54,15 @@ ELSEWHERE = {
     "results are the same in every run: leave it out": ("deterministic",),
     "attention takes it, and implementations says it to all calls in a with": ("implementation", "backend"),
     "what runs is chosen by shapes and devices, see explain: leave it out": (*("pack_gqa", "sm_margin"),),
+    "flash-attn 3 has it, and nothing here": ("qv", "attention_chunk"),
+    "no code of the caller's runs inside: attention takes arrays, as mask and bias": ("score_mod", "block_mask"),
 }
 """What to do with a word, where a function has none for the same."""
+OF_PACKED = {
+    "seqlens_q": "a packed sequence has the rows from one of cu_seqlens to the next",
+    "seqlens_k": "flash_attn_with_kvcache takes it, as cache_seqlens; here a sequence has the keys that cu_seqlens say",
+}
+"""Instead, where sequences are packed: what `attention` takes for dense ones is no help there."""
 
 
 def in_our_words(function: Callable[P, R]) -> Callable[P, R]:
@@ -108,12 +118,15 @@ def _wrong(function: str, asked: Signature, args: Sequence[Any], kwargs: Mapping
 def unknown_words(function: str, strangers: Sequence[str], words: Sequence[str]) -> str:
     """The text of an error about keywords that a function does not have, but maybe another of its kind."""
     shown = []
+    packed = OF_PACKED if any(word.startswith("cu_seqlens") for word in words) else {}
     for stranger in strangers:
         others = dict.fromkeys(word for group in SAME if stranger in group for word in group)
         here = " or ".join(word for word in others if word in words)
         there = [(text, word) for word in (stranger, *others) for text, those in ELSEWHERE.items() if word in those]
         if here:
             shown.append((stranger, f"here it is {here}"))
+        elif texts := [packed[word] for word in others if word in packed]:
+            shown.append((stranger, texts[0]))
         elif there:
             text, word = there[0]
             shown.append((stranger, text if word == stranger else f"{text}, as {word}"))

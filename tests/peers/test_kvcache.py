@@ -961,6 +961,7 @@ BAD = [
     ("cos and sin of two shapes", good, ValueError, ["rotary_cos and rotary_sin have to be of one shape"],
      {**tables(), "rotary_sin": floats(24, 2)}),
     ("rotary_dim past head_dim", good, ValueError, ["must not exceed head_dim, 8", "(24, 5)"], tables(half=5)),
+    ("columns twice", good, ValueError, ["as in transformers, pass rotary_cos[:, :4]", "(24, 8)"], tables(half=8)),
     ("tables shorter than the cache", good, ValueError, ["a row for every place", "24", "(23, 3)"], tables(23)),
     ("slopes of other heads", good, ValueError, ["alibi_slopes has to be (num_heads,) or"],
      {"alibi_slopes": floats(2)}),

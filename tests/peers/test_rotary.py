@@ -425,6 +425,7 @@ X, COS, SIN = drawn()
 PACKED = X.reshape(10, 3, 8)
 STARTS = np.array([0, 4, 10], np.int32)
 WIDE = np.ones((16, 5))
+TWICE = np.ones((16, 8))
 FROM_0 = "positions have to be from 0 to 15"
 ONE_SHAPE = "cos and sin have to be of one shape"
 SEQUENCES = "cu_seqlens has to start with 0, must not decrease, and has to end with the rows of x"
@@ -440,7 +441,8 @@ SEQUENCES = "cu_seqlens has to start with 0, must not decrease, and has to end w
         (TypeError, "seqlen_offsets has to be int32 or int64", {"seqlen_offsets": np.array([0.0, 1.0])}),
         (ValueError, r"one position per sequence, \(2,\)", {"seqlen_offsets": np.array([0, 1, 2])}),
         (ValueError, "seqlen_offsets has to be an int, or", {"seqlen_offsets": np.array([[1, 1]])}),
-        (ValueError, "must not exceed head_dim", {"cos": WIDE, "sin": WIDE}),
+        (ValueError, r"must not exceed head_dim, 8\n", {"cos": WIDE, "sin": WIDE}),
+        (ValueError, r"as in transformers, pass cos\[:, :4\]", {"cos": TWICE, "sin": TWICE}),
         (ValueError, ONE_SHAPE, {"sin": SIN[:9]}),
         (ValueError, ONE_SHAPE, {"cos": COS[None], "sin": SIN[None]}),
         (ValueError, r"x has to be \(batch, seqlen, num_heads, head_dim\)", {"x": PACKED}),

@@ -515,9 +515,10 @@ def cut_problems(draw):
         (num_heads // per_k, num_heads // per_k) if draw(st.booleans()) else (num_heads // per_k, num_heads // per_v)
     )
     lengths = st.one_of(st.integers(0, 40), st.integers(0, 10_000), st.sampled_from([2**17, 2**31 - 1]))
+    widths = st.none() | lengths
     batch, seqlen_q, seqlen_k = draw(st.integers(0, 300)), draw(lengths), draw(lengths)
     sizes = Sizes((batch,), num_heads, *shared, seqlen_q, seqlen_k, 64, 64)
-    return sizes, batch, seqlen_q, seqlen_k, draw(st.integers(1, 64)), draw(st.booleans()), draw(st.booleans())
+    return sizes, batch, seqlen_q, seqlen_k, draw(st.integers(1, 64)), draw(widths), draw(st.booleans())
 
 
 @settings(derandomize=True, deadline=None, max_examples=500)
@@ -564,11 +565,23 @@ def test_heads_and_batches_lie_side_by_side_only_where_they_are_whole(cut):
 
 def test_where_a_band_hides_keys_a_tile_has_few_rows_of_each_head_of_a_group():
     sizes = Sizes((2,), 8, 2, 2, 512, 512, 64, 64)
-    full, banded = (cpu_tile(sizes, 2, 512, 512, 2, has_band) for has_band in (False, True))
+    full, banded = (cpu_tile(sizes, 2, 512, 512, 2, band_width) for band_width in (None, 512))
     assert (full.block_q, full.heads) == (512, 1)
     assert (banded.block_q, banded.heads) == (128, 4)
     alone = Sizes((2,), 8, 8, 8, 512, 512, 64, 64)
-    assert cpu_tile(alone, 2, 512, 512, 2, True).block_q == 512
+    assert cpu_tile(alone, 2, 512, 512, 2, 512).block_q == 512
+
+
+@pytest.mark.parametrize(("band_width", "block_q"), [(16, 128), (256, 128), (257, 512), (4096, 512), (None, 512)])
+def test_a_narrow_window_is_cut_into_short_tiles(band_width, block_q):
+    sizes = Sizes((1,), 4, 4, 4, 4096, 4096, 64, 64)
+    assert cpu_tile(sizes, 1, 4096, 4096, 1, band_width).block_q == block_q
+
+
+def test_few_rows_and_a_window_of_all_keys_are_not_cut_into_shorter_tiles():
+    few, causal = (Sizes((1,), 4, 4, 4, n, n, 64, 64) for n in (160, 256))
+    assert cpu_tile(few, 1, 160, 160, 1, 16).block_q == 160
+    assert cpu_tile(causal, 1, 256, 256, 1, 256).block_q == 256
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -579,8 +579,9 @@ FLASH_ATTNS = (
     *("block_table", "k_cache", "v_cache", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx"),
     *("cache_leftpad", "rotary_interleaved", "num_splits", "return_softmax_lse", "q_descale", "k_descale", "v_descale"),
     *("page_table", "cu_seqlens_k_new", "rotary_seqlens", "pack_gqa", "sm_margin", "learnable_sink"),
-    *("seqused_q", "seqused_k"),
+    *("seqused_q", "seqused_k", "qv", "attention_chunk"),
 )
+FLEX_ATTENTIONS = ("score_mod", "block_mask")
 OURS = (
     *("layout", "alignment", "mask", "bias", "sinks", "dropout_seed", "compute_dtype", "fixed_split_size"),
     *("return_lse", "check_indices", "implementation", "backend", "out", "lse_out"),
@@ -593,7 +594,7 @@ def test_words_of_torch_jax_flash_attn_and_ours_are_answered_with_what_to_say_in
     function = getattr(cupyattn, name)
     own = list(inspect.signature(function).parameters)
     of_operands = {"q", "k", "v", "query", "key", "value"}  # of functions that have packed ones
-    for word in {*TORCHS, *JAXS, *FLASH_ATTNS, *OURS}.difference(own):
+    for word in {*TORCHS, *JAXS, *FLASH_ATTNS, *FLEX_ATTENTIONS, *OURS}.difference(own):
         with pytest.raises(TypeError, match=rf"^{name}: has no argument {word}; it has {', '.join(own)}\n") as caught:
             function(**{word: None})
         line = str(caught.value).splitlines()[-1].strip()
@@ -623,6 +624,18 @@ def test_jaxs_words_are_all_known():
         ("flash_attn_func", "cu_seqlens_q", "flash_attn_varlen_func takes sequences of different lengths"),
         ("flash_attn_varlen_qkvpacked_func", "cu_seqlens_k", "here it is cu_seqlens"),
         ("attention", "colour", "nobody has one of this name"),
+        ("attention", "cache_seqlens", "here it is seqlens_k"),
+        ("flash_attn_func", "qv", "flash-attn 3 has it, and nothing here"),
+        ("flash_attn_varlen_func", "attention_chunk", "flash-attn 3 has it, and nothing here"),
+        ("flash_attn_varlen_func", "seqused_k", "flash_attn_with_kvcache takes it, as cache_seqlens"),
+        ("flash_attn_varlen_func", "seqused_q", "the rows from one of cu_seqlens to the next"),
+        ("flash_attn_with_kvcache", "seqused_k", "here it is cache_seqlens"),
+        ("kv_cache_bytes", "num_layers", "here it is layers"),
+        ("kv_cache_bytes", "num_key_value_heads", "here it is num_heads_kv"),
+        ("PagedCache", "block_size", "here it is page_size"),
+        ("rotary_tables", "head_dim", "here it is dim"),
+        ("rotary_tables", "rope_theta", "here it is theta"),
+        ("rotary_tables", "rope_scaling", "here it is scaling"),
     ],
 )
 def test_a_strangers_word_is_explained(name, word, words):
