@@ -280,9 +280,7 @@ def test_every_kernel_reads_pages_and_hopper_those_of_whole_boxes(problem, page_
     ],
 )
 def test_a_block_of_hoppers_is_made_of_few_boxes_of_pages(head_dim, page_size, mask, block_k):
-    paged = asked(
-        head_dims=(head_dim, head_dim), mask=mask, layout=Layout("bshd", page_size=page_size, cached=True)
-    )
+    paged = asked(head_dims=(head_dim, head_dim), mask=mask, layout=Layout("bshd", page_size=page_size, cached=True))
     assert choose(paged, H100).tile.block_k == block_k
 
 
