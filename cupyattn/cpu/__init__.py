@@ -7,7 +7,7 @@
   `team`: on cores where threads of torch's wait
 - `cutting`: the problem into parts, `part`: one of them, `tiles`: into tiles and blocks of keys
 - `views`: the arithmetic's view of a tile; `edits`: of what edits its scores; `bounded`: of what needs no maximum
-- `flash`: the arithmetic of a tile, twin of the CUDA kernels
+- `flash`: the arithmetic of a tile, twin of the CUDA kernels; `hiding`: what it does about hidden keys
 - `places`: where rows and keys lie; `facts`: what is known of the keys; `scratch`: memory that is used again
 - `machine`: how many cores, how much memory
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from cupyattn.cpu.hiding import hide
 from cupyattn.cpu.scratch import Scratch
 from cupyattn.numpy_ref import Array, State
 
@@ -211,7 +212,7 @@ class Tile:
         if block.bias is not None:
             by_head += block.bias
         if block.hidden is not None:
-            np.copyto(by_head[..., block.hidden_rows, :], -np.inf, where=block.hidden)
+            hide(by_head[..., block.hidden_rows, :], block.hidden, self.scratch)
         return scores
 
 
