@@ -269,8 +269,10 @@ def unseen_values(sources):
     held(sources, OF_QUERIES, arrays, options_of(causal=True, alignment="top-left"), (1,))
 
 
+OF_SEQUENCES = (ragged, skewed, skewed_strays)
 GROUPS = {
-    group.__name__: group for group in (queries, keys, values, unseen, ragged, skewed, skewed_strays, strays, capped, sloped, unseen_values)
+    group.__name__: group
+    for group in (queries, keys, values, unseen, *OF_SEQUENCES, strays, capped, sloped, unseen_values)
 }
 
 

@@ -221,8 +221,10 @@ def _step(
 
 
 def _is_packed(problem: Problem, tile: BackwardTile, wanted: int, arrays: FactsOfArrays) -> bool:
-    """Whether sequences lie end to end and have fewer tiles by where they begin than if each had those of the longest."""
-    return wanted != OF_BIAS and _tiles(problem, tile, wanted, arrays, True) < _tiles(problem, tile, wanted, arrays, False)
+    """Whether there are fewer tiles by where sequences begin than if each had those of the longest."""
+    return wanted != OF_BIAS and _tiles(problem, tile, wanted, arrays, True) < _tiles(
+        problem, tile, wanted, arrays, False
+    )
 
 
 def _tiles(problem: Problem, tile: BackwardTile, wanted: int, arrays: FactsOfArrays, packed: bool) -> int:

@@ -201,10 +201,11 @@ def backward(
     """
     columns, columns_v = padded(head_dim), padded(head_dim_v)
     arguments = (ELEMENT[dtype], columns, columns_v, *tile, wanted, aligned, edits)
-    name = "backward_bias" if wanted == OF_BIAS else "backward"
+    source = "backward_bias" if wanted == OF_BIAS else "backward"
+    name = f"{source}_packed" if packed else source
     return Specialisation(
-        f"{name}.cu",
-        f"cupyattn::{name}{'_packed' if packed else ''}<cupyattn::BackwardTraits<{', '.join(map(_literal, arguments))}>>",
+        f"{source}.cu",
+        f"cupyattn::{name}<cupyattn::BackwardTraits<{', '.join(map(_literal, arguments))}>>",
         32 * tile.num_warps,
         shared_memory_of(columns, columns_v, dtype, tile, wanted),
     )
