@@ -222,9 +222,10 @@ def _step(
 
 def _is_packed(problem: Problem, tile: BackwardTile, wanted: int, arrays: FactsOfArrays) -> bool:
     """Whether there are fewer tiles by where sequences begin than if each had those of the longest."""
-    return wanted != OF_BIAS and _tiles(problem, tile, wanted, arrays, True) < _tiles(
-        problem, tile, wanted, arrays, False
-    )
+    if wanted == OF_BIAS:
+        return False
+    packed, as_the_longest = (_tiles(problem, tile, wanted, arrays, x) for x in (True, False))
+    return packed < as_the_longest
 
 
 def _tiles(problem: Problem, tile: BackwardTile, wanted: int, arrays: FactsOfArrays, packed: bool) -> int:
