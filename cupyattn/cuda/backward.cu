@@ -13,7 +13,8 @@
 // Twin     cpu.flash.flash_backward, in float64 with the same names.
 // Source   Dao, FlashAttention-2, 2023, algorithm 2 (arXiv 2307.08691).
 // Needs    sm_80; lse_log2 and delta, see backward_rows.cu.
-// Launch   one block per (tile that stays, query head or owner, sequence), the tile fastest; kThreads; kSharedBytes.
+// Launch   one block per (tile that stays, query head or owner, sequence), the tile fastest (see gradients_tiling.cuh);
+//          kThreads; kSharedBytes.
 
 #include "algorithm/gradients.cuh"
 
@@ -96,24 +97,32 @@ DEVICE_APART void backward_with_care(const BackwardParams& params, const Sequenc
     block.run(heads, first);
 }
 
-template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads) backward(const __grid_constant__ BackwardParams params) {
-    const int longest = Traits::kTurned ? params.seqlen_k : params.seqlen_q;
-    const int tiles = larger(1, ceil_div(longest, Traits::kStays));
-    const int shared = Traits::kTurned ? params.grad.heads_per_block : 1, owners = params.num_heads / shared;
-    const int place = ptx::block_x() % tiles, owner = ptx::block_x() / tiles % owners;
-    const Sequence sequence = sequence_at(ptx::block_x() / tiles / owners, params);
+template <typename Traits, bool kPacked>
+DEVICE void backward_of_block(const BackwardParams& params) {
+    constexpr bool kTurned = Traits::kTurned;
+    const int shared = kTurned ? params.grad.heads_per_block : 1, owners = params.num_heads / shared;
+    const Place place = staying_place<kTurned, kPacked>(params, owners, Traits::kStays);
+    const Sequence sequence = sequence_at(place.sequence, params);
     // Under a causal mask the last queries see the most keys, and the first keys are seen by the most queries.
-    const int tile = Traits::kTurned || params.right == kOpen ? place : tiles - 1 - place;
+    const int tile = kTurned || params.right == kOpen ? place.tile : place.tiles - 1 - place.tile;
     const int first = tile * Traits::kStays;
-    if (first >= (Traits::kTurned ? sequence.band.seqlen_k : sequence.band.seqlen_q)) return;
+    if (first >= (kTurned ? sequence.band.seqlen_k : sequence.band.seqlen_q)) return;
     if (params.grad.flags) {  // only tiles in which hopper_backward.cu met what is not finite
-        const int64 flagged = (static_cast<int64>(sequence.index) * owners + owner) * larger(1, ceil_div(longest, 128));
-        if (!ptx::load_global(params.grad.flags + flagged + first / 128)) return;
+        const int64 flag = flag_of<kTurned, kPacked>(params, owners, place.sequence, place.owner, first);
+        if (!ptx::load_global(params.grad.flags + flag)) return;
     }
-    const Span heads{owner * shared, (owner + 1) * shared};
+    const Span heads{place.owner * shared, (place.owner + 1) * shared};
     BackwardPass<Traits, false> block(params, sequence);
     if (block.run(heads, first)) backward_with_care<Traits>(params, sequence, heads, first);
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads) backward(const __grid_constant__ BackwardParams params) {
+    backward_of_block<Traits, false>(params);
+}
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads) backward_packed(const __grid_constant__ BackwardParams params) {
+    backward_of_block<Traits, true>(params);
 }
 
 }  // namespace cupyattn

@@ -23,7 +23,7 @@
 
 namespace cupyattn {
 
-template <typename Traits>
+template <typename Traits, bool kPacked>
 struct HopperGradients {
     using Element = typename Traits::Element;
     static constexpr int kMoves = Traits::kMoves, kSteps = kMoves / 16;
@@ -72,10 +72,9 @@ struct HopperGradients {
                 if ((head + 1) % params.grad.queries_per_dv == 0) suspicious |= store_b();
         }
         if (ptx::any(suspicious) && ptx::lane() == 0) {
-            const int tiles = larger(1, ceil_div(kTurned ? params.seqlen_k : params.seqlen_q, Traits::kStays));
             const int owners = params.num_heads / (tile.heads.stop - tile.heads.start);
-            const int64 place = (static_cast<int64>(tile.sequence.index) * owners + tile.owner) * tiles;
-            ptx::atomic_add(params.grad.flags + place + tile.first / Traits::kStays, 1);
+            const int64 flag = flag_of<kTurned, kPacked>(params, owners, tile.sequence.index, tile.owner, tile.first);
+            ptx::atomic_add(params.grad.flags + flag, 1);
         }
     }
 
@@ -288,8 +287,8 @@ struct HopperGradients {
     }
 };
 
-template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, 1) hopper_backward(const __grid_constant__ HopperBackwardParams given) {
+template <typename Traits, bool kPacked>
+DEVICE void hopper_backward_of_block(const HopperBackwardParams& given) {
     const GradientMemory<Traits> memory{ptx::shared_memory()};
     if (ptx::thread() == 0) {
         memory.init();
@@ -299,7 +298,7 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) hopper_backward(const __g
         ptx::prefetch_map(given.dout);
     }
     ptx::barrier();
-    const GradientTile tile = gradient_tile<Traits>(given.params);
+    const GradientTile tile = gradient_tile<Traits, kPacked>(given.params);
     const int warpgroup = ptx::warpgroup();
     if (warpgroup == 0) {
         ptx::fewer_registers<Traits::kProducerRegisters>();
@@ -307,8 +306,18 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) hopper_backward(const __g
         if (Traits::kTurned && ptx::warp() == 1) fetch_facts<Traits>(given.params, memory, tile);
     } else {
         ptx::more_registers<Traits::kConsumerRegisters>();
-        HopperGradients<Traits>(given.params, memory, tile, warpgroup - 1).run();
+        HopperGradients<Traits, kPacked>(given.params, memory, tile, warpgroup - 1).run();
     }
+}
+
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) hopper_backward(const __grid_constant__ HopperBackwardParams given) {
+    hopper_backward_of_block<Traits, false>(given);
+}
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1)
+    hopper_backward_packed(const __grid_constant__ HopperBackwardParams given) {
+    hopper_backward_of_block<Traits, true>(given);
 }
 
 }  // namespace cupyattn

@@ -11,6 +11,7 @@ from cupyattn.plan.choosing import choose
 from cupyattn.plan.gpu import bytes_in_a_tile, padded
 from cupyattn.plan.hopper import HOPPER_MEMORY, padded_dims
 from cupyattn.plan.objections import objections_of_flash, objections_of_hopper, objections_of_numpy, only
+from cupyattn.plan.tiling import num_tiles
 from cupyattn.plan.values import BackwardTile, BackwardTiles, Plan
 from cupyattn.problem import Device, Problem, Sizes
 
@@ -49,15 +50,12 @@ def choose_backward(
     if on_hopper:
         bare = replace(bare, objections=(of_numpy, ("hopper_backward", on_hopper)))
     tiles = backward_tiles(problem, device)
-    sizes = problem.sizes
-    (_, of_queries) = tiles.passes[0]
-    blocks = sizes.batch * sizes.num_heads * math.ceil(sizes.seqlen_q / of_queries.stays)
     return replace(
         bare,
         kernel="backward",
         compute_dtype="float32",
         tile=tiles,
-        num_workers=blocks,
+        num_workers=_blocks_of_queries(problem, tiles),
         flops=flops,
         bytes=3 * problem.bytes,
         reason=_reason(problem, tiles),
@@ -102,10 +100,17 @@ def _notes(problem: Problem, tiles: BackwardTiles) -> tuple[str, ...]:
 
 
 def _reason(problem: Problem, tiles: BackwardTiles) -> str:
-    sizes = problem.sizes
     (_, of_queries), (_, of_keys) = tiles.passes[:2]
-    blocks = sizes.batch * sizes.num_heads * math.ceil(sizes.seqlen_q / of_queries.stays)
-    return f"{blocks} tiles of {of_queries.stays} queries, then tiles of {of_keys.stays} keys"
+    most = "up to " if problem.layout.ragged else ""
+    blocks = _blocks_of_queries(problem, tiles)
+    return f"{most}{blocks} tiles of {of_queries.stays} queries, then tiles of {of_keys.stays} keys"
+
+
+def _blocks_of_queries(problem: Problem, tiles: BackwardTiles) -> int:
+    """Of the first pass; of sequences end to end as many as their rows together make, whatever the longest is."""
+    sizes, (_, tile) = problem.sizes, tiles.passes[0]
+    total = sizes.total_q if problem.layout.ragged else None
+    return num_tiles(sizes.batch, sizes.seqlen_q, tile.stays, total) * sizes.num_heads
 
 
 def objections_of_hopper_backward(problem: Problem, device: Device) -> tuple[str, ...]:

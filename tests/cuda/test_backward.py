@@ -1,5 +1,8 @@
 """The kernels for gradients under the emulator, held to the dense derivative: sizes, tiles, edits, layouts, strays."""
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, additive, call, slopes, strays, turns
@@ -310,6 +313,31 @@ def test_sequences_end_to_end_meet_the_bar(rng, case, behind, schedule):
     for name, used in (("q", rows), ("dout", rows), ("k", keys), ("v", keys)):
         arrays[name][used:] = np.nan  # nobody's
     check(arrays, asked, schedule)
+
+
+@pytest.mark.parametrize("device", [A100, replace(NAMED_DEVICES["H100"], num_units=1)], ids=lambda x: x.name)
+def test_sequences_of_their_own_tiles_have_the_bits_that_each_has_alone(rng, device):
+    """Those of the kernels of dense batches; one sequence begins with a tile, and two are empty."""
+    lengths_q, lengths_k = (5, 0, 251, 17, 0, 120), (40, 9, 3, 260, 5, 30)
+    arrays = ragged_operands(rng, "bfloat16", lengths_q, lengths_k, (4, 2, 2))
+    options = ragged_options(arrays, **CAUSAL)
+    packed = Call(with_dout(rng, arrays, options, dlse=True), options, device=device)
+    found = packed.run(1).grads
+    assert all("_packed<" in step.specialisation.expression for *_, step in packed.launches[1:])
+    for rows, keys in zip(spans(lengths_q), spans(lengths_k), strict=True):
+        places = {"q": rows, "dout": rows, "k": keys, "v": keys}
+        alone = {name: packed.arrays[name][None, place] for name, place in places.items()}
+        forward = packed.arrays["out"][None, rows], packed.arrays["lse"][None, :, rows]
+        alone["dlse"] = packed.arrays["dlse"][None, :, rows]
+        alone = {name: np.ascontiguousarray(x) for name, x in alone.items()}
+        dense = Call(alone, options_of(**CAUSAL), device=device, forward=forward).run(1).grads
+        for name in "qkv":
+            assert_same_bits(found[name][places[name]], dense[name][0])
+
+
+def spans(lengths):
+    ends = np.cumsum([0, *lengths])
+    return [slice(start, stop) for start, stop in itertools.pairwise(ends)]
 
 
 def test_longest_lengths_may_be_longer_than_any(rng):

@@ -92,6 +92,16 @@ MUTANTS = [
     Mutant("products of the first columns", "fragments.cuh",
            "Right::advance(from, step) + plane * Right::kPlane + Right::down(pair)",
            "Right::advance(from, step) + plane * Right::kPlane", "dq, tall"),
+    # ---- Tiles of sequences end to end
+    Mutant("the last tile is lost", "gradients_tiling.cuh", "total / size + params.batch, 0, size}",
+           "total / size + params.batch - 1, 0, size}", "dq"),
+    Mutant("a sequence that begins with the next tile", "tiling.cuh", "start_of(middle) < static",
+           "start_of(middle) <= static", "dk and dv, sequences"),
+    Mutant("an empty sequence takes its neighbour's tile", "tiling.cuh", "(tile - middle + 1) * size)",
+           "(tile - middle + 2) * size)", "dk and dv, sequences"),
+    Mutant("a tile counted twice", "tiling.cuh", "first_of(sequence + 1) - first}",
+           "first_of(sequence + 1) - first + 1}", "dq"),
+    Mutant("last tile first, by one", "backward.cu", "place.tiles - 1 - place.tile", "place.tiles - place.tile", "dq"),
     # ---- Who sees whom
     Mutant("lengths of the other side", "gradients.cuh",
            "smaller(Traits::kStays, (kTurned ? sequence.band.seqlen_k : sequence.band.seqlen_q)",
@@ -311,7 +321,7 @@ def dense(sources, passes, schedule=1, heads=(4, 2, 2), seqlens=(40, 70), dims=(
 
 def ragged(sources, passes, schedule=1, **options):
     rng = np.random.default_rng(SEED)
-    arrays = ragged_operands(rng, "float16", (50, 0, 17), (40, 5, 70), (4, 2, 2), (24, 8), behind=(0, 3))
+    arrays = ragged_operands(rng, "float16", (50, 0, 17), (40, 24, 70), (4, 2, 2), (24, 8), behind=(0, 3))
     asked = ragged_options(arrays, **options)
     check(with_dout(rng, arrays, asked, dlse=True), asked, schedule, sources=sources, passes=passes)
 

@@ -20,7 +20,7 @@ H100 = replace(NAMED_DEVICES["H100"], num_units=1)  # full with one block
 SEED = 7
 CAUSAL = {"causal": True, "alignment": "bottom-right"}
 TOGETHER = OF_KEYS | OF_VALUES
-FETCH, COMPUTE = "gradients90.cuh", "hopper_backward.cu"
+FETCH, COMPUTE, TILES = "gradients90.cuh", "hopper_backward.cu", "gradients_tiling.cuh"
 
 MUTANTS = [
     # ---- Rings
@@ -129,11 +129,37 @@ MUTANTS = [
     Mutant("nobody raises a flag", COMPUTE, "if (ptx::any(suspicious) && ptx::lane() == 0)", "if (false)", "strays"),
     Mutant("one lane raises the flag", COMPUTE, "if (ptx::any(suspicious) && ptx::lane() == 0)",
            "if (suspicious && ptx::lane() == 0)", "strays"),
-    Mutant("the first tile's flag", COMPUTE, "+ tile.first / Traits::kStays, 1);", ", 1);", "strays"),
-    Mutant("the first head's flag", COMPUTE, "* owners + tile.owner) * tiles", "* owners) * tiles", "strays"),
+    Mutant("the first tile's flag", COMPUTE, "tile.sequence.index, tile.owner, tile.first);",
+           "tile.sequence.index, tile.owner, 0);", "strays"),
+    Mutant("the first head's flag", COMPUTE, "tile.sequence.index, tile.owner, tile.first);",
+           "tile.sequence.index, 0, tile.first);", "strays"),
+    Mutant("the first head's flag among those of all", COMPUTE, "tile.sequence.index, tile.owner, tile.first);",
+           "tile.sequence.index, 0, tile.first);", "skewed_strays"),
+    Mutant("the first sequence's flags", COMPUTE, "owners, tile.sequence.index, tile.owner", "owners, 0, tile.owner",
+           "skewed_strays"),
+    Mutant("flags as the longest has tiles", COMPUTE, "flag_of<kTurned, kPacked>", "flag_of<kTurned, false>",
+           "skewed_strays"),
+    # ---- Tiles of sequences end to end
+    Mutant("the last tile is lost", TILES, "total / size + params.batch, 0, size}",
+           "total / size + params.batch - 1, 0, size}", "skewed"),
+    Mutant("the neighbour's sequence at a border", "tiling.cuh", "start_of(middle) < static",
+           "start_of(middle) <= static", "skewed"),
+    Mutant("an empty sequence takes its neighbour's tile", "tiling.cuh", "(tile - middle + 1) * size)",
+           "(tile - middle + 2) * size)", "skewed"),
+    Mutant("the last sequence is nobody's", TILES, "total, params.batch, total", "total, params.batch - 1, total",
+           "skewed"),
+    Mutant("a tile counted twice", "tiling.cuh", "first_of(sequence + 1) - first}",
+           "first_of(sequence + 1) - first + 1}", "skewed"),
+    Mutant("keys cut by where queries begin", TILES, "kTurned ? params.at.cu_seqlens_k : params.at.cu_seqlens_q",
+           "params.at.cu_seqlens_q", "skewed"),
+    Mutant("all of the longest's tiles", TILES, "if constexpr (kPacked) return place_of", "if (false) return place_of",
+           "skewed"),
     Mutant("dq may be anything", COMPUTE, "queries_per_dk == 0) suspicious |= store_a();",
            "queries_per_dk == 0) store_a();", "strays"),
-    Mutant("the first tile's flag is looked at", "backward.cu", "flagged + first / 128", "flagged", "strays"),
+    Mutant("the first tile's flag is looked at", "backward.cu", "place.sequence, place.owner, first);",
+           "place.sequence, place.owner, 0);", "strays"),
+    Mutant("the first sequence's flags are looked at", "backward.cu", "owners, place.sequence, place.owner",
+           "owners, 0, place.owner", "skewed_strays"),
 ]  # fmt: skip
 BEFORE_A_COMMIT = (
     "tiles are there without their facts",
@@ -196,6 +222,27 @@ def ragged(sources):
     held(sources, TOGETHER, arrays, ragged_options(arrays, **CAUSAL), (1,))
 
 
+SKEWED = (5, 0, 251, 17, 0, 120), (40, 9, 3, 260, 5, 30)
+"""Of queries and keys: not all take the tiles of the longest, and one begins with a tile."""
+
+
+def of_skewed(options):
+    arrays = ragged_operands(np.random.default_rng(SEED), "bfloat16", *SKEWED, (2, 2, 2))
+    return arrays, ragged_options(arrays, **options)
+
+
+def skewed(sources):
+    for wanted in (OF_QUERIES, TOGETHER):
+        held(sources, wanted, *of_skewed(CAUSAL), (1,))
+
+
+def skewed_strays(sources):
+    """Of one head and one sequence a tile, not the first, has a nan that none of its rows sees."""
+    arrays, options = of_skewed({})
+    arrays["k"][40 + 9 + 3 + 260 + 2, 1, 2] = np.nan  # of the empty sequence, in the boxes of the one before it
+    held(sources, OF_QUERIES, arrays, options, (1,), mended=True)
+
+
 def strays(sources):
     """Of two heads and two tiles the last meets a nan that none of its rows sees: 0 * nan, in one column of dq."""
     arrays = dense((2, 2, 2), (170, 190))
@@ -222,8 +269,10 @@ def unseen_values(sources):
     held(sources, OF_QUERIES, arrays, options_of(causal=True, alignment="top-left"), (1,))
 
 
+OF_SEQUENCES = (ragged, skewed, skewed_strays)
 GROUPS = {
-    group.__name__: group for group in (queries, keys, values, unseen, ragged, strays, capped, sloped, unseen_values)
+    group.__name__: group
+    for group in (queries, keys, values, unseen, *OF_SEQUENCES, strays, capped, sloped, unseen_values)
 }
 
 

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rounds import places_of_blocks
 
+from cupyattn.cuda.launching.gradients import backward_recipe
 from cupyattn.cuda.launching.launch import recipe_of
 from cupyattn.cuda.launching.views import view_of_numpy
-from cupyattn.plan import choose, num_tiles, tile_of_round
+from cupyattn.plan import choose, choose_backward, num_tiles, tile_of_round
 from cupyattn.problem import NAMED_DEVICES
 
 LENGTHS = st.lists(st.integers(0, 700), min_size=1, max_size=40)
@@ -93,3 +94,52 @@ def test_a_plan_of_sequences_side_by_side_has_no_more_tiles_than_they_have(devic
     assert plan.num_workers == 12 * -(-1000 // plan.tile.block_q)
     assert recipe_of(plan, problem, views).grid == (plan.num_workers, 1, 1)
     assert "up to" not in plan.reason
+
+
+def gradients_of(lengths, device):
+    """(plan, [(source, whether packed, grid times heads of a block, rows of its tiles)]) of the passes."""
+    problem, views = call(lengths)
+    like = views["q"]
+    rows = like._replace(shape=(32, like.shape[0]), strides=(like.shape[0], 1), dtype="float32")
+    plan = choose_backward(problem, NAMED_DEVICES[device])
+    steps = backward_recipe(plan, problem, views | {"dout": like, "out": like, "lse": rows}).steps[1:]
+    found = []
+    for step in steps:
+        on_hopper = step.specialisation.source == "hopper_backward.cu"
+        passes = plan.tile.passes if on_hopper or plan.instead is None else plan.instead.tile.passes
+        number = len(found) // (1 if plan.instead is None else 2)
+        expression = step.specialisation.expression
+        whole = step.grid * step.heads_per_block
+        found.append((step.specialisation.source, "_packed<" in expression, whole, passes[number][1].stays))
+    return plan, found
+
+
+GRADIENTS = [("A100", ["backward.cu"] * 2), ("H100", ["hopper_backward.cu", "backward.cu"] * 2)]
+
+
+@pytest.mark.parametrize(("device", "kernels"), GRADIENTS)
+def test_the_grids_of_gradients_of_a_skewed_batch_are_little_more_than_their_tiles(rng, device, kernels):
+    """As many as the longest would be 133120 of 128 rows, for queries and for keys, too."""
+    lengths = skewed(rng)
+    plan, found = gradients_of(lengths, device)
+    assert [source for source, *_ in found] == kernels
+    for _, packed, blocks, rows in found:
+        real = 32 * int((-(-lengths // rows)).sum())
+        assert packed
+        assert real <= blocks <= 1.1 * real
+    assert f"up to {32 * (65536 // 128 + 64)} tiles of 128 queries" in plan.reason
+
+
+@pytest.mark.parametrize("device", ["A100", "H100"])
+def test_gradients_of_sequences_as_long_as_each_other_have_the_kernels_of_a_dense_batch(device):
+    _, found = gradients_of([1024] * 64, device)
+    for _, packed, blocks, rows in found:
+        assert not packed
+        assert blocks == 32 * 64 * 1024 // rows
+
+
+@pytest.mark.parametrize("lengths", [[300, 1, 1, 1, 0], [128] * 5, [129, 0, 0], [1], [130] * 4 + [1]], ids=str)
+def test_both_kernels_of_a_pass_find_flags_alike(lengths):
+    """Where those of Hopper have tiles by where sequences begin, so have those that look at what these flagged."""
+    _, found = gradients_of(lengths, "H100")
+    assert [packed for _, packed, *_ in found[::2]] == [packed for _, packed, *_ in found[1::2]]

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "algorithm/dropout.cuh"
+#include "algorithm/gradients_tiling.cuh"
 #include "algorithm/softmax.cuh"
 #include "algorithm/traits.cuh"
 #include "tiles/strays.cuh"

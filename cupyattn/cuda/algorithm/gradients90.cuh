@@ -1,6 +1,7 @@
 // hopper_backward.cu's traits, parameters and shared memory, and the warps that fetch.
 #pragma once
 
+#include "algorithm/gradients_tiling.cuh"
 #include "algorithm/scores.cuh"
 #include "algorithm/traits.cuh"
 #include "tiles/tile90.cuh"
@@ -37,7 +38,7 @@ struct HopperBackwardTraits {
     static constexpr int kSharedBytes = kBarriers + Ring<kNumStages>::kBytes + Ring<1>::kBytes;
 
     static_assert(!(kEdits & kSoftcap) || !(kEdits & kAlibi), "a slope's share is of the change before the softcap");
-    static_assert(kStays == 128 && kNumWarps_ == 12, "two warpgroups of 64 rows, and one that fetches");
+    static_assert(kStays == kFlaggedRows && kNumWarps_ == 12, "two warpgroups of 64 rows, and one that fetches");
     static_assert(kMoves % 16 == 0 && kMoves <= 256, "the sizes of a wgmma");
     static_assert(kStayingBytes % 1024 == 0 && kMovingBytes % 1024 == 0 && MovingA::kBytes % 1024 == 0,
                   "swizzles go by addresses");
@@ -57,16 +58,16 @@ struct GradientTile {
     Span whole;        // those that all of them see wholly
 };
 
-template <typename Traits>
+template <typename Traits, bool kPacked>
 DEVICE GradientTile gradient_tile(const BackwardParams& params) {
     constexpr bool kTurned = Traits::kTurned;
     constexpr int kMoves = Traits::kMoves;
-    const int tiles = larger(1, ceil_div(kTurned ? params.seqlen_k : params.seqlen_q, Traits::kStays));
-    const int shared = kTurned ? params.grad.heads_per_block : 1, owners = params.num_heads / shared;
-    const int place = ptx::block_x() % tiles, owner = ptx::block_x() / tiles % owners;
+    const int shared = kTurned ? params.grad.heads_per_block : 1;
+    const Place place = staying_place<kTurned, kPacked>(params, params.num_heads / shared, Traits::kStays);
+    const int owner = place.owner;
     // Under a causal mask the last queries see the most keys, and the first keys are seen by the most queries.
-    const int index = kTurned || params.right == kOpen ? place : tiles - 1 - place;
-    GradientTile tile{sequence_at(ptx::block_x() / tiles / owners, params), {owner * shared, (owner + 1) * shared}, owner,
+    const int index = kTurned || params.right == kOpen ? place.tile : place.tiles - 1 - place.tile;
+    GradientTile tile{sequence_at(place.sequence, params), {owner * shared, (owner + 1) * shared}, owner,
                       index * Traits::kStays, {0, 0}, {0, 0}};
     const Band& band = tile.sequence.band;
     const int last = smaller(tile.first + Traits::kStays, kTurned ? band.seqlen_k : band.seqlen_q) - 1;

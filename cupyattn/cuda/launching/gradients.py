@@ -28,7 +28,7 @@ from cupyattn.cuda.launching.views import (
 )
 from cupyattn.cuda.making import catalogue
 from cupyattn.cuda.making.module import Specialisation
-from cupyattn.plan import OF_BIAS, OF_KEYS, OF_VALUES, BackwardTile, BackwardTiles, Plan, padded_dims
+from cupyattn.plan import OF_BIAS, OF_KEYS, OF_VALUES, BackwardTile, BackwardTiles, Plan, num_tiles, padded_dims
 from cupyattn.problem import Problem, Shape
 
 NAMES = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
@@ -144,7 +144,8 @@ def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool
         steps += more
     if plan.kernel == "backward":
         for (wanted, tile), heads in zip(plan.tile.passes, plan.tile.heads, strict=True):
-            steps.append(_step(problem, tile, wanted, heads, rows_are_aligned, arrays))
+            packed = _is_packed(problem, tile, wanted, arrays)
+            steps.append(_step(problem, tile, wanted, heads, rows_are_aligned, arrays, packed))
     return BackwardRecipe(
         tuple(step for step in steps if step.grid),
         tail_of(plan, problem, arrays).pack(),
@@ -163,10 +164,12 @@ def _on_hopper(plan: Plan, problem: Problem, aligned: bool, arrays: FactsOfArray
     steps, num_flags = [], 0
     passes = zip(plan.tile.passes, plan.tile.heads, plan.instead.tile.passes, strict=True)
     for (wanted, tile), heads, (_, other) in passes:
-        again = _step(problem, other, wanted, heads, aligned, arrays)
-        grid = _step(problem, tile, wanted, heads, aligned, arrays).grid
+        # Flags are found by both alike, whatever the other one's tiles would be better off with.
+        packed = _is_packed(problem, tile, wanted, arrays)
+        again = _step(problem, other, wanted, heads, aligned, arrays, packed)
+        grid = _grid(problem, tile, wanted, heads, arrays, packed)
         dims, edits = padded_dims(problem.sizes, problem.dtype), _edits(problem)
-        what = catalogue.hopper_backward(problem.dtype, *dims, tile, wanted, edits)
+        what = catalogue.hopper_backward(problem.dtype, *dims, tile, wanted, edits, packed)
         box_maps = _maps(problem, arrays, tile, wanted)
         steps.append(Step(what, grid, again.heads_per_block, box_maps, num_flags))
         steps.append(again._replace(flags=num_flags))
@@ -200,26 +203,46 @@ def _rows(problem: Problem) -> Step:
 
 
 def _step(
-    problem: Problem, tile: BackwardTile, wanted: int, heads_per_block: int, aligned: bool, arrays: FactsOfArrays
+    problem: Problem,
+    tile: BackwardTile,
+    wanted: int,
+    heads_per_block: int,
+    aligned: bool,
+    arrays: FactsOfArrays,
+    packed: bool,
 ) -> Step:
     sizes = problem.sizes
     edits = _edits(problem)
-    what = catalogue.backward(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, wanted, aligned, edits)
+    what = catalogue.backward(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, wanted, aligned, edits, packed)
     if wanted == OF_BIAS:
         batch, heads, rows, keys = _four(arrays.shapes["bias"])
         return Step(what, batch * heads * -(-rows // tile.stays) * -(-keys // tile.moves))
-    seqlen = sizes.seqlen_k if wanted & (OF_KEYS | OF_VALUES) else sizes.seqlen_q
-    owners = sizes.num_heads // heads_per_block
-    return Step(what, sizes.batch * owners * _tiles(seqlen, tile), heads_per_block)
+    return Step(what, _grid(problem, tile, wanted, heads_per_block, arrays, packed), heads_per_block)
+
+
+def _is_packed(problem: Problem, tile: BackwardTile, wanted: int, arrays: FactsOfArrays) -> bool:
+    """Whether there are fewer tiles by where sequences begin than if each had those of the longest."""
+    if wanted == OF_BIAS:
+        return False
+    packed, as_the_longest = (_tiles(problem, tile, wanted, arrays, x) for x in (True, False))
+    return packed < as_the_longest
+
+
+def _tiles(problem: Problem, tile: BackwardTile, wanted: int, arrays: FactsOfArrays, packed: bool) -> int:
+    sizes, of_keys = problem.sizes, bool(wanted & (OF_KEYS | OF_VALUES))
+    total = arrays.shapes["k" if of_keys else "q"][0] if packed and problem.layout.ragged else None
+    return num_tiles(sizes.batch, sizes.seqlen_k if of_keys else sizes.seqlen_q, tile.stays, total)
+
+
+def _grid(
+    problem: Problem, tile: BackwardTile, wanted: int, heads_per_block: int, arrays: FactsOfArrays, packed: bool
+) -> int:
+    return _tiles(problem, tile, wanted, arrays, packed) * (problem.sizes.num_heads // heads_per_block)
 
 
 def _edits(problem: Problem) -> int:
     """Those of scores one by one: what they have in common is no matter of gradients."""
     return catalogue.edits_of(problem) & ~catalogue.CAUSAL_ALIBI
-
-
-def _tiles(seqlen: int, tile: BackwardTile) -> int:
-    return max(1, -(-seqlen // tile.stays))
 
 
 def _four(shape: Shape) -> Shape:

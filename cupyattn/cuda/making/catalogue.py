@@ -186,14 +186,25 @@ def schedule() -> Specialisation:
 
 
 def backward(
-    dtype: str, head_dim: int, head_dim_v: int, tile: BackwardTile, wanted: int, aligned: bool, edits: int
+    dtype: str,
+    head_dim: int,
+    head_dim_v: int,
+    tile: BackwardTile,
+    wanted: int,
+    aligned: bool,
+    edits: int,
+    packed: bool = False,
 ) -> Specialisation:
-    """A kernel that sums the gradients `wanted`, ``backward.cu`` or ``backward_bias.cu``."""
+    """A kernel that sums the gradients `wanted`, ``backward.cu`` or ``backward_bias.cu``.
+
+    `packed`: each sequence has the tiles of its own rows, not those of the longest.
+    """
     columns, columns_v = padded(head_dim), padded(head_dim_v)
     arguments = (ELEMENT[dtype], columns, columns_v, *tile, wanted, aligned, edits)
-    name = "backward_bias" if wanted == OF_BIAS else "backward"
+    source = "backward_bias" if wanted == OF_BIAS else "backward"
+    name = f"{source}_packed" if packed else source
     return Specialisation(
-        f"{name}.cu",
+        f"{source}.cu",
         f"cupyattn::{name}<cupyattn::BackwardTraits<{', '.join(map(_literal, arguments))}>>",
         32 * tile.num_warps,
         shared_memory_of(columns, columns_v, dtype, tile, wanted),
@@ -201,13 +212,14 @@ def backward(
 
 
 def hopper_backward(
-    dtype: str, head_dim: int, head_dim_v: int, tile: BackwardTile, wanted: int, edits: int = 0
+    dtype: str, head_dim: int, head_dim_v: int, tile: BackwardTile, wanted: int, edits: int = 0, packed: bool = False
 ) -> Specialisation:
     """The same on Hopper, of padded head_dims, ``hopper_backward.cu``."""
     arguments = (ELEMENT[dtype], head_dim, head_dim_v, *tile, wanted, edits)
+    name = "hopper_backward_packed" if packed else "hopper_backward"
     return Specialisation(
         "hopper_backward.cu",
-        f"cupyattn::hopper_backward<cupyattn::HopperBackwardTraits<{', '.join(map(_literal, arguments))}>>",
+        f"cupyattn::{name}<cupyattn::HopperBackwardTraits<{', '.join(map(_literal, arguments))}>>",
         32 * tile.num_warps,
         hopper_shared_memory_of(head_dim, head_dim_v, tile, wanted),
     )
