@@ -1,6 +1,6 @@
 """Inference's part of gpu.py: ragged batches, pages, and a step of decoding in one call or in three."""
 
-from gpu_tools import in_a_graph, microseconds
+from gpu_tools import in_a_graph, microseconds, skewed_starts
 
 import cupyattn
 
@@ -121,13 +121,11 @@ def narrow(report, torch):
 
 
 def skewed(report, torch):
-    """64 packed sequences, the longest of 8192 tokens, of 65536 in all, beside as many that are alike."""
+    """Packed sequences of which one is long, beside as many that are alike."""
     if report.late("caches"):
         return
-    total, longest, batch = 65536, 8192, 64
-    rest = torch.linspace(0, total - longest, batch, dtype=torch.float64).round().to(torch.int32)
-    starts = {"skewed": torch.cat([rest, torch.tensor([total], dtype=torch.int32)]),
-              "alike": torch.arange(0, total + 1, total // batch, dtype=torch.int32)}  # fmt: skip
+    starts = skewed_starts(torch)
+    total = int(starts["alike"][0][-1])
     q = torch.randn((total, HEADS, HEAD_DIM), device="cuda", dtype=torch.bfloat16)
     k, v = (torch.randn((total, HEADS_KV, HEAD_DIM), device="cuda", dtype=torch.bfloat16) for _ in range(2))
 
@@ -137,8 +135,8 @@ def skewed(report, torch):
             lambda: cupyattn.flash_attn_varlen_func(q, k, v, its, its, its_longest, its_longest, causal=True), torch
         )
 
-    times = microseconds({"skewed": call(starts["skewed"], longest), "alike": call(starts["alike"], 1024)}, torch)
-    pairs = {name: (x.diff().double() ** 2).sum().item() / 2 for name, x in starts.items()}
+    times = microseconds({name: call(*found) for name, found in starts.items()}, torch)
+    pairs = {name: (x.diff().double() ** 2).sum().item() / 2 for name, (x, _) in starts.items()}
     rates = {f"{name}_tflops": 4 * HEADS * HEAD_DIM * pairs[name] / took / 1e6 for name, took in times.items()}
     report.row("caches", what="packed", **{f"{name}_us": took for name, took in times.items()}, **rates)
 
@@ -170,11 +168,11 @@ def chunks(report, torch):
     """A chunk of a prompt behind what is cached already: in pages, and contiguous."""
     if report.late("caches"):
         return
-    batch, seqlen, chunk = 4, 16000, 2048
+    batch, seqlen, chunk = 4, 12800, 2048
     q = torch.randn((batch, chunk, HEADS, HEAD_DIM), device="cuda", dtype=torch.bfloat16)
     lengths = torch.full((batch,), seqlen, device="cuda", dtype=torch.int32)
     calls = {}
-    for page_size in (None, 16, 64, 100, 128):
+    for page_size in (None, 16, 64, 100, 128, 256):
         k, v, table = cache(torch, batch, seqlen, page_size)
 
         def call(k=k, v=v, table=table):

@@ -3,7 +3,7 @@
 import statistics
 from functools import partial
 
-from gpu_tools import microseconds
+from gpu_tools import microseconds, skewed_starts
 
 import cupyattn
 from cupyattn.cuda.making import catalogue
@@ -54,6 +54,7 @@ def gradients(report, torch):
     if not report.late("gradients"):
         edits(report, torch)
         shares(report, torch)
+        packed(report, torch)
 
 
 def edits(report, torch):
@@ -79,6 +80,21 @@ def shares(report, torch):
         call = _graph(torch, cupyattn.attention(*inputs, causal=True), inputs)
         times[heads_kv] = microseconds({"cupyattn": call}, torch, repeats=3)["cupyattn"]
     report.row("shares", heads=32, seqlen=4096, one_key_head_over_as_many=times[1] / times[32])
+
+
+def packed(report, torch):
+    """The backward pass over packed sequences of which one is long, beside as many that are alike."""
+    starts, calls = skewed_starts(torch), {}
+    total = int(starts["alike"][0][-1])
+    inputs = [torch.randn((total, 16, 128), device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in "qkv"]
+    for name, (found, longest) in starts.items():
+        its = found.cuda()
+        out = cupyattn.flash_attn_varlen_func(*inputs, its, its, longest, longest, causal=True)
+        calls[name] = _graph(torch, out, inputs)
+    times = microseconds(calls, torch, repeats=3)
+    pairs = {name: (found.diff().double() ** 2).sum().item() / 2 for name, (found, _) in starts.items()}
+    rates = {f"{name}_tflops": 10 * 16 * 128 * pairs[name] / took / 1e6 for name, took in times.items()}
+    report.row("packed gradients", **rates)
 
 
 def _graph(torch, out, inputs):

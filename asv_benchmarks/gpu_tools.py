@@ -87,3 +87,14 @@ def with_tile(torch, q, k, v, tile, kernel, **options):
     plan = replace(choose(problem, visit.device()), kernel=kernel, tile=tile, num_workers=workers)
     specs = dict(visit.specs)
     return lambda: cuda.run("attention", visit.library.title, visit.arrays, specs, plan, problem, 0)
+
+
+def skewed_starts(torch):
+    """(starts, longest) of 64 packed sequences, 65536 tokens in all: one of 8192, and as many that are alike."""
+    total, longest, batch = 65536, 8192, 64
+    rest = torch.linspace(0, total - longest, batch, dtype=torch.float64).round().to(torch.int32)
+    skewed = torch.cat([rest, torch.tensor([total], dtype=torch.int32)])
+    return {
+        "skewed": (skewed, longest),
+        "alike": (torch.arange(0, total + 1, total // batch, dtype=torch.int32), total // batch),
+    }
