@@ -77,8 +77,8 @@ def _gradients_on_gpu(plan: Plan, problem: Problem, specs: Specs) -> int:
     if plan.kernel == "hopper_backward":  # a flag for each of its tiles
         for (wanted, tile), heads in zip(tiles.passes, tiles.heads, strict=True):
             name, longest = ("k", sizes.seqlen_k) if wanted & (OF_KEYS | OF_VALUES) else ("q", sizes.seqlen_q)
-            together = specs[name].shape[0] if layout.ragged else None
-            total += num_tiles(sizes.batch, longest, tile.stays, together) * (sizes.num_heads // heads)
+            end_to_end = specs[name].shape[0] if layout.ragged else None
+            total += num_tiles(sizes.batch, longest, tile.stays, end_to_end) * (sizes.num_heads // heads)
     return 4 * total
 
 
