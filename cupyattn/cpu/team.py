@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache, partial
+from itertools import starmap
 from typing import Any
 
 from cupyattn.cpu.machine import is_forked
@@ -24,17 +25,33 @@ Helper = Callable[[int], None]
 """What a thread does to help, given its number from 1 on."""
 
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_lent: ContextVar[int] = ContextVar("threads that torch lends us", default=0)
+
+
+class _Loan:
+    """So many threads, until the end of this object."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+
+_lent: ContextVar[weakref.ref[_Loan] | None] = ContextVar("threads that torch lends us", default=None)
 
 
 @contextmanager
 def lent_by_torch(count: int) -> Iterator[None]:
     """For the calls inside, torch's `count` threads of the calling thread are at hand."""
-    before = _lent.set(count)
+    loan = _Loan(count)  # which ends with this frame, also where an interruption comes before the reset
+    before = _lent.set(weakref.ref(loan))
     try:
         yield
     finally:
         _lent.reset(before)
+
+
+def _num_lent() -> int:
+    found = _lent.get()
+    loan = None if found is None else found()
+    return 0 if loan is None else loan.count
 
 
 class OpenMP:
@@ -69,7 +86,7 @@ def team_for(num_workers: int) -> OpenMP | None:
     Not where many of them would come for nothing, for all are asked each time: those who are not would end.  Nor in a
     forked child, which does not have them, though OpenMP believes so.
     """
-    count = _lent.get()
+    count = _num_lent()
     if not num_workers <= count <= 2 * num_workers or is_forked() or sys.is_finalizing():
         return None
     openmp = _openmp()
@@ -88,19 +105,24 @@ class Team:
                 helper(number)
 
         self._body = _BODY(body)
-        self._end = partial(_end_region, openmp, get_ident())
+        self._calls: list[None] = []
+        self._end = partial(_end_region, openmp, self._calls, get_ident())
         self._mark: weakref.ref[Team] | None = weakref.ref(self, self._end)
         self._begin = openmp.begin_parallel
 
     def __enter__(self) -> Callable[[], None]:
-        return partial(self._begin, self._body, None, _lent.get())
+        return partial(self._calls.extend, starmap(self._begin, [(self._body, None, _num_lent())]))
 
     def __exit__(self, *exception: object) -> None:
         self._end()
         self._mark = None
 
 
-def _end_region(openmp: OpenMP, caller: int, _: weakref.ref[Team] | None = None) -> None:
-    """Wait for those who help, if that has not been done: OpenMP knows, but only of the thread that asks."""
-    if get_ident() == caller and openmp.level() > 0:
-        openmp.end_parallel()
+def _end_region(openmp: OpenMP, calls: list[None], caller: int, _: weakref.ref[Team] | None = None) -> None:
+    """Wait for those who help, if they have begun and that has not been done.
+
+    `calls` has an entry for the region's begin and one for its end.  Each is made and entered by one `extend`, which no
+    signal's handler divides: a region that is not this one's, but a later call's, is never ended.
+    """
+    if get_ident() == caller and len(calls) == 1:
+        calls.extend(starmap(openmp.end_parallel, [()]))

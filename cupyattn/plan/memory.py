@@ -14,6 +14,7 @@ from cupyattn.plan.backward import OF_KEYS, OF_VALUES
 from cupyattn.plan.cpu import cpu_tile
 from cupyattn.plan.hopper import HopperTile, padded_dims
 from cupyattn.plan.schedule import BY_SHARES, num_sequences, num_words
+from cupyattn.plan.tiling import num_tiles
 from cupyattn.plan.values import BackwardTiles, CpuTile, Plan, Tile
 from cupyattn.problem import FLOAT8, ITEMSIZE, Problem, Shape, Span, Spec
 
@@ -75,8 +76,9 @@ def _gradients_on_gpu(plan: Plan, problem: Problem, specs: Specs) -> int:
             total += parts * math.prod(whole)
     if plan.kernel == "hopper_backward":  # a flag for each of its tiles
         for (wanted, tile), heads in zip(tiles.passes, tiles.heads, strict=True):
-            rows = sizes.seqlen_k if wanted & (OF_KEYS | OF_VALUES) else sizes.seqlen_q
-            total += sizes.batch * (sizes.num_heads // heads) * max(1, -(-rows // tile.stays))
+            name, longest = ("k", sizes.seqlen_k) if wanted & (OF_KEYS | OF_VALUES) else ("q", sizes.seqlen_q)
+            end_to_end = specs[name].shape[0] if layout.ragged else None
+            total += num_tiles(sizes.batch, longest, tile.stays, end_to_end) * (sizes.num_heads // heads)
     return 4 * total
 
 
@@ -105,6 +107,8 @@ SHORT = 2**17
 """Numbers of a sequence up to which it goes together with others: `cpu.cutting`, as the next."""
 SHARE = 4
 """Parts per worker from which a part is not shared out."""
+LIMITS = 2**16
+"""Numbers that hide scores at the same time: `cpu.hiding`."""
 SEVERAL_ROWS = 64
 """Rows per key from which their bound is worth knowing: `cpu.bounded`."""
 
@@ -214,10 +218,14 @@ def _edits(cut: _Cut, problem: Problem, item: int) -> int:
         heads = len(shape) > 2 and shape[-3] > 1
         return scores if heads else in_head
 
+    hidden = 0
     if problem.mask.array is not None:
+        hidden = max(hidden, piece(problem.mask.array))
         total += 3 * piece(problem.mask.array)
     if edits.bias is not None:
+        hidden = max(hidden, piece(edits.bias))
         total += (2 * item + 3) * piece(edits.bias)  # that of the block before is still there
+    total += item * min(hidden, LIMITS)
     if edits.alibi_slopes is not None:
         total += max(24 * in_head, 16 * in_head + item * scores)
     if problem.dropout_p > 0.0:

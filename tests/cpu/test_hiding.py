@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cupyattn.cpu.hiding import _is_scattered, hide
+from cupyattn.cpu.hiding import AT_ONCE, _is_scattered, hide
 from cupyattn.cpu.scratch import Scratch
 
 SHAPE = (2, 3, 70, 50)
@@ -41,3 +41,11 @@ def test_keys_that_are_hidden_from_all_rows_take_no_memory_for_each_row(rng):
     scratch = Scratch()
     hide(rng.standard_normal(SHAPE), LIE["keys of all rows"](rng), scratch)
     assert scratch.nbytes < 8 * SHAPE[3] * 4
+
+
+def test_many_hidden_scores_take_no_memory_for_each(rng):
+    scratch, scores, hidden = Scratch(), rng.standard_normal((1, 2, 300, 700)), rng.random((1, 2, 300, 700)) < 0.5
+    expected = np.where(hidden, -np.inf, scores)
+    hide(scores, hidden, scratch)
+    np.testing.assert_array_equal(scores, expected)
+    assert scratch.nbytes <= 8 * AT_ONCE

@@ -1,5 +1,6 @@
 """Threads that torch lends: the same ones in each call, and torch finds them as it left them."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -145,6 +146,40 @@ def test_an_interruption_anywhere_ends_the_region_and_leaves_the_blas_as_it_was(
             assert not threads._blas._latest().holders, f"after {number} instructions"
     assert count > 150
     assert torch.ones(10**6).sum() == 10**6
+
+
+def test_the_end_of_an_interrupted_call_that_comes_late_does_not_end_a_later_ones_region():
+    """Its traceback keeps the region's object: of a caller who keeps the exception, as a notebook does."""
+    caller, kept = threading.get_ident(), []
+
+    class Kept(KeyboardInterrupt):
+        def __init__(self):
+            kept.append(self)
+
+    with lent_by_torch(2):
+        for number, _ in at_every_instruction(
+            lambda: run_all([lambda scratch: None] * 2, 2), team.__file__, error=Kept, first=40
+        ):
+            was_open, together, levels = level(), threading.Barrier(2, timeout=WAIT), []
+
+            def task(scratch, together=together, levels=levels):
+                together.wait()
+                if threading.get_ident() == caller:
+                    kept.clear()
+                    levels.append(level())
+
+            run_all([task] * 2, 2)
+            assert levels == [0 if was_open else 1], f"after {number} instructions"
+            assert level() == 0
+
+
+def test_an_interruption_anywhere_takes_back_what_was_lent():
+    def call():
+        with lent_by_torch(2):
+            pass
+
+    for number, _ in at_every_instruction(call, team.__file__, contextlib.__file__):
+        assert team_for(2) is None, f"after {number} instructions"
 
 
 def test_an_interruption_stops_those_who_help():

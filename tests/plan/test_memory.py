@@ -53,6 +53,12 @@ FORWARD = {
     "float32": ("attention", dense(1, 512, 8, 2, 64), {"causal": True}),
     "float32_arithmetic": ("attention", dense(1, 512, 4, 4, 64), {"compute_dtype": "float32"}),
     "mask": ("attention", dense(1, 512, 4, 4, 64), {"mask": np.tri(512, dtype=bool)}),
+    "scattered_mask": ("attention", dense(1, 512, 4, 4, 64), {"mask": floats(4, 512, 512) > 0}),
+    "scattered_mask_and_window": (
+        "attention",
+        dense(1, 2048, 4, 4, 64),
+        {"mask": floats(2048, 2048) > 0, "window_size": (10, 300)},
+    ),
     "bias": ("attention", dense(1, 512, 4, 4, 64), {"bias": floats(4, 512, 512)}),
     "slopes": ("attention", dense(1, 512, 4, 4, 64), {"alibi_slopes": floats(4)}),
     "narrow_window": ("attention", dense(1, 4096, 2, 2, 64), {"window_size": (63, 0)}),
