@@ -2,7 +2,8 @@
 
 After each of torch's operators its OpenMP threads wait for the next one in a loop that takes all of a core, for
 milliseconds.  Threads of ours would share these cores with them, and take up to twice as long.  So calls on tensors are
-worked on by the very threads that wait.
+worked on by the very threads that wait.  Once these sleep, new threads are better: they begin on a core that is idle,
+and who is woken may for milliseconds wait where the caller is at work.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import ctypes
 import os
 import sys
 import weakref
-from _thread import get_ident
+from _thread import _local, get_ident, get_native_id
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -80,17 +81,44 @@ def _openmp() -> OpenMP | None:
         return None
 
 
+class _Helpers(_local):
+    """What is known of those who help the thread that asks."""
+
+    first: int | None = None
+    """The system's number of the first one; None: nobody has helped yet."""
+
+
+_helpers = _Helpers()
+
+
 def team_for(num_workers: int) -> OpenMP | None:
     """The OpenMP that lends its threads to a call with so many workers; None: it has to start its own.
 
-    Not where many of them would come for nothing, for all are asked each time: those who are not would end.  Nor in a
-    forked child, which does not have them, though OpenMP believes so.
+    Not where many of them would come for nothing, for all are asked each time: those who are not would end.  Nor where
+    they sleep, which is known once they have helped.  Nor in a forked child, which does not have them, though OpenMP
+    believes so.
     """
     count = _num_lent()
     if not num_workers <= count <= 2 * num_workers or is_forked() or sys.is_finalizing():
         return None
     openmp = _openmp()
-    return openmp if openmp is not None and openmp.level() == 0 else None
+    if openmp is None or openmp.level() > 0:
+        return None
+    return openmp if _helpers.first is None or _is_awake(_helpers.first) else None
+
+
+def _is_awake(thread: int) -> bool:
+    """Whether a thread is on a core or waits for one; who is gone has to be met anew."""
+    try:
+        file = os.open(f"/proc/self/task/{thread}/stat", os.O_RDONLY)
+    except OSError:
+        _helpers.first = None
+        return True
+    try:
+        said = os.read(file, 512)
+    finally:
+        os.close(file)
+    return said[said.rindex(b")") + 2 :].startswith(b"R")
 
 
 class Team:
@@ -100,8 +128,13 @@ class Team:
     """
 
     def __init__(self, openmp: OpenMP, num_workers: int, helper: Helper) -> None:
-        def body(_: object) -> None:
-            if (number := openmp.thread_number()) < num_workers:
+        self._first: list[int] = []
+
+        def body(_: object, first: list[int] = self._first) -> None:
+            number = openmp.thread_number()
+            if number == 1:
+                first.append(get_native_id())
+            if 0 < number < num_workers:
                 helper(number)
 
         self._body = _BODY(body)
@@ -116,6 +149,7 @@ class Team:
     def __exit__(self, *exception: object) -> None:
         self._end()
         self._mark = None
+        _helpers.first = next(iter(self._first), None)
 
 
 def _end_region(openmp: OpenMP, calls: list[None], caller: int, _: weakref.ref[Team] | None = None) -> None:

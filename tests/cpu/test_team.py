@@ -19,6 +19,7 @@ from cupyattn.cpu.threads import run_all
 torch = pytest.importorskip("torch")
 
 WAIT = 20
+IS_AWAKE = team._is_awake
 on_several_cores = pytest.mark.skipif(num_cores() < 2, reason="one core has no use for a second thread")
 
 
@@ -29,6 +30,7 @@ def two_threads(monkeypatch):
         pytest.skip("needs a torch whose OpenMP is GNU's")
     before = torch.get_num_threads()
     torch.set_num_threads(2)
+    monkeypatch.setattr(team, "_is_awake", lambda thread: True)
     monkeypatch.setattr(type(threads._blas), "num_threads", lambda self: 2)
     torch.ones(10**6).sum()
     yield
@@ -72,6 +74,45 @@ def test_the_threads_are_the_same_in_every_call(started):
     assert len(first) == 2
     assert threading.get_native_id() in first
     assert not started
+
+
+def test_once_they_sleep_threads_are_our_own(started, monkeypatch):
+    with lent_by_torch(2):
+        who_works()
+        monkeypatch.setattr(team, "_is_awake", lambda thread: thread != team._helpers.first)
+        who_works()
+        assert len(started) == 1
+        monkeypatch.setattr(team, "_is_awake", lambda thread: thread == team._helpers.first)
+        who_works()
+        assert len(started) == 1
+
+
+def test_who_is_awake_is_told_from_who_sleeps():
+    numbers, done = [], threading.Event()
+
+    def sleep():
+        numbers.append(threading.get_native_id())
+        done.wait(WAIT)
+
+    sleeper = threading.Thread(target=sleep)
+    sleeper.start()
+    until = time.monotonic() + WAIT
+    while (not numbers or IS_AWAKE(numbers[0])) and time.monotonic() < until:
+        time.sleep(0.001)
+    assert not IS_AWAKE(numbers[0])
+    assert IS_AWAKE(threading.get_native_id())
+    done.set()
+    sleeper.join()
+
+
+def test_helpers_who_are_gone_are_met_anew(monkeypatch):
+    """As after torch.set_num_threads."""
+    monkeypatch.setattr(team, "_is_awake", IS_AWAKE)
+    with lent_by_torch(2):
+        team._helpers.first = 2**22 + 1  # more than there can be
+        assert team_for(2) is not None
+        who_works()
+        assert team._helpers.first not in (None, 2**22 + 1)
 
 
 def test_outside_a_call_on_tensors_they_are_our_own(started):
