@@ -1,10 +1,16 @@
-"""Ranks that are processes of torch.distributed, on the CPU; torch is imported late."""
+"""Ranks that are processes of torch.distributed; torch is imported late.
+
+What is on the host goes by gloo, and a thread waits for each message.  What is on a GPU goes by NCCL, which torch has
+wait for the stream that is current when a message is begun; the one that is current when it is waited for waits for it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -21,12 +27,13 @@ LOOKS = 0.25
 
 
 class TorchComm(PointToPoint):
-    """`Comm` by torch.distributed on the CPU (gloo): ranks are processes, as ``torchrun`` starts them.
+    """`Comm` by torch.distributed: ranks are processes, as ``torchrun`` starts them.
 
     Parameters
     ----------
     group : torch.distributed.ProcessGroup, optional
-        Its ranks take part.  Default all of them.  Its backend has to send tensors of the CPU.
+        Its ranks take part.  Default all of them.  It has to have gloo for the CPU, on which ranks agree, and for
+        arrays on GPUs NCCL beside it, as by ``init_process_group("cpu:gloo,cuda:nccl")``.
     timeout : float
         Seconds that a rank waits for another.
 
@@ -42,7 +49,8 @@ class TorchComm(PointToPoint):
     Notes
     -----
     A rank that raises in the middle of a call tells the others by torch's key-value store, and they raise `RankFailed`;
-    so do they if one dies.
+    so do they if one dies.  On a GPU they hear of it when they begin the next message; a stream that waits for one
+    which never comes is torch's to end, by the timeout of the group.  By NCCL it has not run yet.
     """
 
     def __init__(self, group: Any = None, *, timeout: float = 60.0) -> None:
@@ -55,10 +63,11 @@ class TorchComm(PointToPoint):
         if not dist.is_available() or not dist.is_initialized():
             rule = "torch.distributed has to be initialised, as by init_process_group('gloo')"
             raise ValueError(refusal("TorchComm", rule))
-        backend = str(dist.get_backend(group))
-        if "gloo" not in backend:
-            rule = "the group has to send tensors of the CPU, as gloo does"
-            raise ValueError(refusal("TorchComm", rule, ("backend", backend)))
+        backends = dist.get_backend_config(group)
+        self._backends = dict(part.split(":") for part in backends.split(","))
+        if self._backends.get("cpu") != "gloo":
+            rule = "the group has to send arrays of the CPU by gloo, as after init_process_group('cpu:gloo,cuda:nccl')"
+            raise ValueError(refusal("TorchComm", rule, ("backend", backends)))
         self._dist: Any = dist
         self._group: Any = group
         self._ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
@@ -66,22 +75,63 @@ class TorchComm(PointToPoint):
         self._store: Any = dist.distributed_c10d._get_default_store()
         self._key = "cupyattn gave up: " + ",".join(map(str, self._ranks))
         self._failure: str | None = None
+        self._batch: _Batch | None = None
+
+    @contextmanager
+    def grouped(self) -> Iterator[None]:
+        """One group of NCCL's; what is begun before it ends can be waited for behind it."""
+        if self._batch is not None:
+            yield
+            return
+        batch = self._batch = _Batch()
+        try:
+            yield
+        finally:
+            self._batch = None
+        self._begin(batch)
 
     def send(self, array: Array, to: int) -> Sending:
-        _check_host(array)
         self.check()
-        if not array.nbytes:  # both sides know
+        if not verbs.num_bytes(array):  # both sides know
             return _Sent(_Done(), array)
+        if not verbs.is_numpy(array):
+            return self._on_device(self._dist.isend, array, to)
         data = np.ascontiguousarray(array) if array.flags.writeable else np.array(array, order="C")  # or torch warns
         return _Sent(_Work(self, self._begun(self._dist.isend, _tensor_of(data), to), to), data)
 
     def receive(self, shape: Shape, dtype: Any, source: int, like: Array = None) -> Receiving:
-        _check_host(like)
         self.check()
-        array = np.empty(shape, dtype)
-        if not array.nbytes:
+        array = verbs.empty(shape, dtype, like)
+        if not verbs.num_bytes(array):
             return _Expected(_Done(), array)
+        if not verbs.is_numpy(array):
+            return self._on_device(self._dist.irecv, array, source)
         return _Expected(_Work(self, self._begun(self._dist.irecv, _tensor_of(array), source), source), array)
+
+    def _on_device(self, start: Any, array: Array, other: int) -> _OnDevice:
+        tensor = _on_the_way(array)
+        backend = self._backends.get(tensor.device.type)
+        if backend is None or (backend == "gloo") != (tensor.device.type == "cpu"):
+            rule = f"the group has nothing that sends arrays of {tensor.device.type}; "
+            rule += "init_process_group('cpu:gloo,cuda:nccl') brings NCCL for a GPU"
+            raise ValueError(
+                refusal("TorchComm", rule, ("backend", str(self._backends)), ("array", tuple(array.shape)))
+            )
+        batch = self._batch or _Batch()
+        batch.operations.append(self._dist.P2POp(start, tensor, self._ranks[other], self._group))
+        batch.arrays.append(array)
+        if batch is not self._batch:
+            self._begin(batch)
+        return _OnDevice(self, batch, array)
+
+    def _begin(self, batch: _Batch) -> None:
+        if not batch.operations:
+            return
+        try:
+            with _stream_of(batch.arrays[0]):
+                batch.works = self._dist.batch_isend_irecv(batch.operations)
+        except RuntimeError as error:
+            raise RankFailed(f"rank {self.rank}: messages could not be begun: {error}") from error
 
     def _begun(self, start: Any, tensor: Any, other: int) -> Any:
         try:
@@ -107,16 +157,60 @@ class TorchComm(PointToPoint):
                 self._store.set(self._key, self._failure)
 
 
-def _check_host(array: Array) -> None:
-    if array is not None and not verbs.is_numpy(array):
-        rule = "sends arrays of the CPU, as gloo does; NcclComm takes tensors that are on a GPU"
-        raise ValueError(refusal("TorchComm", rule, ("array", tuple(array.shape))))
-
-
 def _tensor_of(array: Array) -> Any:
     import torch
 
     return torch.from_numpy(array.reshape(-1).view(np.uint8))
+
+
+def _on_the_way(array: Array) -> Any:
+    """The bytes of an array on a device, as a tensor on the same memory."""
+    import torch
+
+    from_dlpack: Any = torch.utils.dlpack.from_dlpack
+    return verbs.as_bytes(array if verbs.is_torch(array) else from_dlpack(array))
+
+
+def _stream_of(array: Array) -> Any:
+    """Has torch work on the stream that is current for this array: torch's own, or CuPy's."""
+    if verbs.is_torch(array):
+        return contextlib.nullcontext()
+    import cupy
+    import torch
+
+    stream_of: Any = torch.cuda.ExternalStream
+    return torch.cuda.stream(stream_of(cupy.cuda.get_current_stream().ptr, array.device.id))
+
+
+@dataclass
+class _Batch:
+    """Messages on a device that are under way together."""
+
+    operations: list[Any] = field(default_factory=list)
+    arrays: list[Array] = field(default_factory=list)
+    works: list[Any] | None = None
+    """What torch does about them, and nobody has waited for; None until they are begun."""
+
+
+@dataclass
+class _OnDevice:
+    """One of them; who waits for it waits for all.  On a GPU it is the current stream that waits."""
+
+    comm: TorchComm
+    batch: _Batch
+    array: Array
+
+    def wait(self) -> Array:
+        if self.batch.works is None:
+            raise RuntimeError("a message is waited for inside of its own group")
+        self.comm.check()
+        try:
+            with _stream_of(self.array):
+                while self.batch.works:  # each once: gloo's would wait for another message
+                    self.batch.works.pop().wait()
+        except RuntimeError as error:
+            raise RankFailed(f"rank {self.comm.rank}: a message did not come: {error}") from error
+        return self.array
 
 
 @dataclass

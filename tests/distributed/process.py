@@ -1,7 +1,7 @@
 """One rank of the tests of engines that have processes, run as a script: `process.py ENGINE WHAT`.
 
 WHAT is "agree": compare with one device and say so; "raise" and "die": rank 1 does, and the others have to notice;
-"differ": rank 1 asks for something else.
+"differ": rank 1 asks for something else; "tensors": messages go as those of a GPU do, by torch itself.
 """
 
 import os
@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import pytest
 
 from cupyattn import attention, attention_backward
 from cupyattn.distributed import (
@@ -93,6 +94,33 @@ def differ(comm):
     ring_attention(x, x, x, comm=comm)
 
 
+def tensors(comm):
+    """Torch's own exchange of tensors, here by gloo: as of a GPU, where it is NCCL's."""
+    import torch
+
+    def of(rank, to, dtype=torch.bfloat16):
+        return torch.full((rank + 1, 2, to), 10.0 * rank + to, dtype=dtype)
+
+    rank, ranks = comm.rank, range(comm.size)
+    came = comm.all_to_all([of(rank, to) for to in ranks], [tuple(of(source, rank).shape) for source in ranks])
+    assert all(torch.equal(x, of(source, rank)) for source, x in enumerate(came))  # one has no numbers
+    own = torch.arange(6, dtype=torch.float32).reshape(2, 3).T + rank
+    assert all(torch.equal(x, own - rank + source) for source, x in enumerate(comm.all_gather(own)))
+    assert torch.equal(comm.all_reduce(own.clone()), sum(own - rank + source for source in ranks))
+    others = [to for to in ranks if to != rank]
+    with comm.grouped():  # received first, everywhere
+        coming = [comm.receive((4,), torch.float64, source, own) for source in others]
+        going = [comm.send(torch.full((4,), float(rank), dtype=torch.float64), to) for to in others]
+        with pytest.raises(RuntimeError, match="inside of its own group"):
+            coming[0].wait()
+    assert [message.wait()[0].item() for message in coming] == [float(source) for source in others]
+    for message in going:
+        message.wait()
+    with pytest.raises(ValueError, match="nothing that sends arrays of meta"):
+        comm.send(torch.empty(3, device="meta"), others[0])
+    assert comm.all_reduce(np.array([1.0]))[0] == comm.size  # NumPy's beside them
+
+
 if __name__ == "__main__":
     _, name, what = sys.argv
     ranks = engine(name)
@@ -100,6 +128,8 @@ if __name__ == "__main__":
         agree(ranks)
     elif what == "differ":
         differ(ranks)
+    elif what == "tensors":
+        tensors(ranks)
     else:
         fail(ranks, what)
     print(f"rank {ranks.rank} of {ranks.size} is done", flush=True)

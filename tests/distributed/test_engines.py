@@ -64,6 +64,13 @@ def test_processes_agree_with_one_device(engine, size):
     assert sorted(re.findall(r"rank (\d) of \d is done", said)) == [str(rank) for rank in range(size)], errors
 
 
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_torch_sends_tensors_where_they_are(size):
+    said, errors, code = run("torch", size, "tensors")
+    assert code == 0, errors
+    assert said.count("is done") == size, errors
+
+
 @pytest.mark.long
 @every_engine
 def test_a_process_that_raises_is_heard_of(engine):
