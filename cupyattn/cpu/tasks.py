@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from cupyattn.cpu.machine import is_crowded
 from cupyattn.cpu.part import Part
 from cupyattn.cpu.scratch import Scratch
 from cupyattn.cpu.threads import run_all
@@ -13,7 +14,12 @@ from cupyattn.cpu.tiles import TileIndex
 
 LITTLE = 2**20
 """Cost up to which a task is mostly Python, of which only one thread runs at a time."""
+BRIEF = 2**28
+"""Cost up to which a call is over, on one thread, within about the time that a thread has before others get its core.
 
+Where many want the cores, its caller's thread alone is done then; a helper would begin when one of them has had its
+turn, and the caller would wait for it.
+"""
 
 Addition = Callable[[], None]
 """What a task has to do yet, to sums that it has in common with others."""
@@ -27,11 +33,17 @@ def run_in_order(tasks: list[Costly], num_workers: int) -> None:
     if len(tasks) == 1:  # a small call, of which every microsecond is seen
         run_all([partial(_alone, tasks[0][2])], 1, are_small=are_small)
         return
+    if num_workers > 1 and _cost(tasks) <= BRIEF and is_crowded():
+        num_workers = 1
     in_turn, first, runs = InTurn(), 0, []
     for group in in_order(tasks, num_workers):
         runs.append(partial(_one_after_the_other, group, first, in_turn))
         first += len(group)
     run_all(runs, num_workers, are_small=are_small)
+
+
+def _cost(tasks: list[Costly]) -> int:
+    return sum(part.cost(where) for part, tiles, _ in tasks for where in tiles)
 
 
 def _alone(task: Work, scratch: Scratch) -> None:

@@ -11,7 +11,7 @@ from oracle import assert_same_bits
 import cupyattn
 from cupyattn import plan
 from cupyattn.cpu import flash
-from cupyattn.cpu.tasks import LITTLE, InTurn, in_order
+from cupyattn.cpu.tasks import BRIEF, LITTLE, InTurn, in_order
 
 
 @pytest.fixture
@@ -139,3 +139,36 @@ def test_what_costs_little_shares_a_task_and_the_dearest_of_the_others_come_firs
             one(None)
     assert done == ["d", "c", "a", "b"]
     assert len(in_order(found, num_workers=1)) == 4
+
+
+@pytest.fixture
+def threads_of(three_workers, monkeypatch):
+    """The threads that compute tiles of a call on a machine that is `crowded` or not."""
+    found, original = set(), flash.flash
+
+    def noted(*arguments):
+        found.add(threading.get_ident())
+        time.sleep(0.01)  # so that every worker gets a tile
+        return original(*arguments)
+
+    monkeypatch.setattr(flash, "flash", noted)
+
+    def run(rng, crowded):
+        monkeypatch.setattr("cupyattn.cpu.tasks.is_crowded", lambda: crowded)
+        found.clear()
+        q, k, v = (rng.standard_normal((6, 40, 4, 8)) for _ in range(3))
+        cupyattn.attention(q, k, v)
+        return set(found)
+
+    return run
+
+
+def test_a_brief_call_on_a_crowded_machine_is_its_callers_alone(threads_of, rng):
+    assert threads_of(rng, crowded=True) == {threading.get_ident()}
+    assert len(threads_of(rng, crowded=False)) > 1
+
+
+def test_a_long_call_has_helpers_on_a_crowded_machine_too(threads_of, rng, monkeypatch):
+    monkeypatch.setattr("cupyattn.cpu.tasks.BRIEF", 0)
+    assert BRIEF > 0
+    assert len(threads_of(rng, crowded=True)) > 1

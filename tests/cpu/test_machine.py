@@ -1,0 +1,39 @@
+"""What this machine has for us."""
+
+import os
+
+import pytest
+
+from cupyattn.cpu.machine import is_crowded
+
+
+def says(monkeypatch, text):
+    monkeypatch.setattr(os, "read", lambda file, most: text)
+
+
+@pytest.mark.parametrize(("more", "crowded"), [(0, False), (1, True)])
+def test_is_crowded_counts_threads_that_run_now(monkeypatch, more, crowded):
+    says(monkeypatch, b"0.00 0.00 0.00 %d/87 4066\n" % (2 * os.cpu_count() + more))
+    assert is_crowded() == crowded
+
+
+@pytest.mark.parametrize("text", [b"", b"0.1 0.2 0.3", b"0.1 0.2 0.3 many/87 1", b"0.1 0.2 0.3 9 1"])
+def test_is_not_crowded_where_what_the_system_says_cannot_be_read(monkeypatch, text):
+    says(monkeypatch, text)
+    assert not is_crowded()
+
+
+def test_is_not_crowded_where_the_system_says_nothing(monkeypatch):
+    def missing(path, flags):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(os, "open", missing)
+    assert not is_crowded()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/loadavg"), reason="no /proc/loadavg here")
+def test_is_crowded_leaves_no_file_open():
+    before = set(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        is_crowded()
+    assert set(os.listdir("/proc/self/fd")) == before
