@@ -92,9 +92,9 @@ struct BackwardPass : BackwardBlock<Traits, kCare> {
 
 // Once more; apart, since it is rarely run.
 template <typename Traits>
-DEVICE_APART void backward_with_care(const BackwardParams& params, const Sequence& sequence, const Span& heads, int first) {
-    BackwardPass<Traits, true> block(params, sequence);
-    block.run(heads, first);
+DEVICE_APART void backward_with_care(const BackwardParams& params, int sequence, int head, int num_heads, int first) {
+    BackwardPass<Traits, true> block(params, sequence_at(sequence, params));
+    block.run({head, head + num_heads}, first);
 }
 
 template <typename Traits, bool kPacked>
@@ -113,15 +113,15 @@ DEVICE void backward_of_block(const BackwardParams& params) {
     }
     const Span heads{place.owner * shared, (place.owner + 1) * shared};
     BackwardPass<Traits, false> block(params, sequence);
-    if (block.run(heads, first)) backward_with_care<Traits>(params, sequence, heads, first);
+    if (block.run(heads, first)) backward_with_care<Traits>(params, place.sequence, heads.start, shared, first);
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads) backward(const __grid_constant__ BackwardParams params) {
+__global__ void __launch_bounds__(Traits::kThreads, 1) backward(const __grid_constant__ BackwardParams params) {
     backward_of_block<Traits, false>(params);
 }
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads) backward_packed(const __grid_constant__ BackwardParams params) {
+__global__ void __launch_bounds__(Traits::kThreads, 1) backward_packed(const __grid_constant__ BackwardParams params) {
     backward_of_block<Traits, true>(params);
 }
 

@@ -118,10 +118,7 @@ struct HopperGradients {
         if constexpr (Traits::kNeedsChanges) {
             ptx::wgmma_wait<0>();
             ptx::hold(dscores.value);
-            if (whole)
-                change<false>(scores, dscores, block);
-            else
-                change<true>(scores, dscores, block);
+            change(scores, dscores, block);
             dweights.round_from(dscores);
         }
         if constexpr (Traits::kSumsB && !kCapped) weights.round_from(scores);
@@ -174,20 +171,21 @@ struct HopperGradients {
         }
     }
 
-    // Products q k^T become weights, times what the softcap lets through of a change; -0 where a pair is not seen, which
-    // no other weight is.
+    // Products q k^T become weights, times what the softcap lets through of a change; 0 where a pair is not seen.
     template <bool kBand>
     DEVICE_METHOD void weigh(Accumulator<kMoves>& scores, int block) {
         const float scale_log2 = scale_log2_of_edited<kEdits>(params);
         const float alibi_slope = alibi_slope_of<kEdits>(head, tile.sequence, params);
         const int first_column = block * kMoves + Accumulator<kMoves>::first_column();
-        int start[2] = {0, 0}, stop[2] = {kMoves, kMoves};
+        int start[2] = {0, 0};
+        uint32 count[2] = {kMoves, kMoves};
         if constexpr (kBand) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const Band& band = tile.sequence.band;
                 const Span seen = kTurned ? band.seeing_rows(row(half)) : band.visible_keys(row(half));
-                start[half] = seen.start - first_column, stop[half] = exists(half) ? seen.stop - first_column : 0;
+                start[half] = seen.start - first_column;
+                count[half] = exists(half) ? larger(seen.stop - seen.start, 0) : 0;
             }
         }
 #pragma unroll
@@ -200,30 +198,24 @@ struct HopperGradients {
                 const int half = i / 2, column = Accumulator<kMoves>::column(eight, i);
                 const float lse = kTurned ? ptx::from_bits(facts[i % 2]) : row_lse[half];
                 float& x = scores.value[eight][i];
-                bool hidden = kBand && (column < start[half] || column >= stop[half]);
+                bool hidden = kBand && static_cast<uint32>(column - start[half]) >= count[half];
                 if constexpr (bool(kEdits)) {
                     const int token = kTurned ? first_column + column : row(half);
                     const int key = kTurned ? row(half) : first_column + column;
                     x = edited<kEdits>(x, token, head, key, alibi_slope, tile.sequence, params, params.softmax_scale, hidden,
                                        through[i]);
                 }
-                if (kBand) hidden = hidden || x == -ptx::infinity();
                 x = ptx::exp2(ptx::fma(x, scale_log2, -lse));
-                if (hidden) x = -0.f;
+                if (hidden) x = 0.f;
             }
             if constexpr (kCapped && Traits::kSumsB) weights.round_eight(scores.value[eight], eight);
             if constexpr (kCapped && Traits::kSumsA) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) scores.value[eight][i] *= is_hidden<kBand>(scores.value[eight][i]) ? 1.f : through[i];
+                for (int i = 0; i < 4; ++i) scores.value[eight][i] *= through[i];
             }
         }
     }
-    template <bool kBand>
-    DEVICE_METHOD static bool is_hidden(float weight) {
-        return kBand && ptx::bits(weight) == ptx::bits(-0.f);
-    }
     // Products dout v^T become what a change of a product q k^T comes to, the scale aside.
-    template <bool kBand>
     DEVICE_METHOD void change(const Accumulator<kMoves>& scores, Accumulator<kMoves>& dscores, int block) {
         const int first_column = block * kMoves + Accumulator<kMoves>::first_column();
 #pragma unroll
@@ -233,9 +225,8 @@ struct HopperGradients {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float delta = kTurned ? ptx::from_bits(facts[2 + i % 2]) : row_delta[i / 2];
-                const float weight = scores.value[eight][i];
                 float& x = dscores.value[eight][i];
-                x = is_hidden<kBand>(weight) ? 0.f : weight * (x - delta);  // where a pair is not seen x may be nan
+                x = scores.value[eight][i] * (x - delta);
                 if constexpr (kSumsSlope) {
                     const int column = Accumulator<kMoves>::column(eight, i);
                     const int distance = row(i / 2) + tile.sequence.band.offset - first_column - column;

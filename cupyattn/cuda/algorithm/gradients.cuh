@@ -28,6 +28,7 @@ struct BackwardBlock {
     static constexpr int kWanted = Traits::kWanted, kEdits = Traits::kEdits;
     static constexpr int kRowTiles = Traits::kRowTiles, kMoves = Traits::kMoves, kThreads = Traits::kThreads;
     static constexpr bool kSumsA = Traits::kSumsA, kSumsB = Traits::kSumsB, kNeedsChanges = Traits::kNeedsChanges;
+    static constexpr bool kChoosy = kCare || kWanted == kOfBias;  // elsewhere 0 times what is not finite calls for care
     static constexpr bool kCountsA = kCare && kSumsA && bool(kEdits & kSoftcap), kCountsB = kCare && kSumsB;
 
     const BackwardParams& params;
@@ -253,14 +254,15 @@ struct BackwardBlock {
         const float scale_log2 = scale_log2_of_edited<kEdits>(params);
         const float alibi_slope = alibi_slope_of<kEdits>(head, sequence, params);
         const int first_column = begin + Accumulator<kMoves>::first_column();
-        int start[2], stop[2];  // of the columns that each row is seen by, or sees
+        int start[2];
+        uint32 count[2];  // of the columns that each row is seen by, or sees
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             Span seen{0, kTurned ? sequence.band.seqlen_q : sequence.band.seqlen_k};
             if constexpr (kBand)
                 seen = kTurned ? sequence.band.seeing_rows(row(m, half)) : sequence.band.visible_keys(row(m, half));
             if (!exists(m, half)) seen.stop = 0;
-            start[half] = seen.start - first_column, stop[half] = seen.stop - first_column;
+            start[half] = seen.start - first_column, count[half] = larger(seen.stop - seen.start, 0);
         }
 #pragma unroll
         for (int sixteen = 0; sixteen < kMoves / 16; ++sixteen) {
@@ -279,17 +281,18 @@ struct BackwardBlock {
                     const int key = kTurned ? row(m, half) : first_column + column;
                     const float lse = kTurned ? ptx::from_bits(facts[i % 2]) : row_lse[m][half];
                     const float delta = kTurned ? ptx::from_bits(facts[2 + i % 2]) : row_delta[m][half];
-                    bool hidden = (kBand || kEdits) && (column < start[half] || column >= stop[half]);
+                    bool hidden = (kBand || kEdits) && static_cast<uint32>(column - start[half]) >= count[half];
                     float x = scores.value[block][i], slope = 1.f;
                     if constexpr (bool(kEdits & ~kDropout))
                         x = edited<kEdits>(x, token, head, key, alibi_slope, sequence, params, params.softmax_scale,
                                            hidden, slope);
-                    if (kBand || kEdits) hidden = hidden || x == -ptx::infinity();
-                    const float weight = ptx::exp2(ptx::fma(x, scale_log2, -lse));
+                    if constexpr (kChoosy) hidden = hidden || x == -ptx::infinity();
+                    const float weight = hidden ? 0.f : ptx::exp2(ptx::fma(x, scale_log2, -lse));
                     const float factor = kEdits & kDropout ? kept[eight][i] : 1.f;
-                    scores.value[block][i] = hidden ? 0.f : kCare && counting ? 1.f : weight * factor;
+                    scores.value[block][i] = kCare && counting && !hidden ? 1.f : weight * factor;
                     if constexpr (kNeedsChanges) {
-                        const float change = hidden ? 0.f : weight * ptx::fma(factor, dscores.value[block][i], -delta);
+                        float change = weight * ptx::fma(factor, dscores.value[block][i], -delta);
+                        if (kChoosy && hidden) change = 0.f;
                         if constexpr (kWanted == kOfBias) changes[m].value[block][i] += change;
                         if constexpr (kWanted == kOfQueries && bool(kEdits & kAlibi)) {
                             const int distance = token + sequence.band.offset - key;
@@ -297,7 +300,7 @@ struct BackwardBlock {
                                 slope_part -= change * static_cast<float>(distance < 0 ? -distance : distance);
                         }
                         const float through = kCountsA && counting ? 1.f : change * slope;
-                        dscores.value[block][i] = kEdits & kSoftcap && !hidden ? through : change;
+                        dscores.value[block][i] = kEdits & kSoftcap && !(kChoosy && hidden) ? through : change;
                     }
                 }
             }
