@@ -361,7 +361,7 @@ DEVICE_APART void flash_with_care(const Params& params, int tile, int head, cons
 }
 
 template <typename Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kHeadDim > 96) flash_forward(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kLeastBlocks) flash_forward(const __grid_constant__ Params params) {
     const Tiling tiling = tiling_of(params.at.cu_seqlens_q, params.total_q, sequences_of_rows(params), params.seqlen_q,
                                     Traits::kBlockQ);
     const Place place = place_of(ptx::block_x(), params.num_heads, tiling);

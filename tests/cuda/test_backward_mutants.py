@@ -195,6 +195,7 @@ MUTANTS = [
     Mutant("strays counted by weight", "gradients.cuh", "kCare && counting && !hidden ? 1.f : weight * factor",
            "weight * factor",
            "dk and dv, strays"),
+    Mutant("hidden changes of a bias", "gradients.cuh", "kCare || kWanted == kOfBias;", "kCare;", "dbias"),
     Mutant("hidden strays counted", "gradients.cuh", "kCare && counting && !hidden ? 1.f", "kCare && counting ? 1.f",
            "dk and dv, strays"),
     Mutant("hidden changes, with care", "gradients.cuh", "if (kChoosy && hidden) change = 0.f;", "",
@@ -437,6 +438,8 @@ def of_strays(sources):
     dense(sources, passes, 0, seqlens=(70, 40), options=CAUSAL, change=put("dout", np.s_[:, 25:30], np.inf))
     dense(sources, passes, 0, heads=(4, 2, 4), change=put("dout", np.s_[0, 3, 0, 5], -np.inf))
     dense(sources, passes, 0, change=hidden_by_a_score)
+    unseen = put("dout", np.s_[:, 25:30], np.inf)
+    dense(sources, ((OF_VALUES, SMALL),), 0, seqlens=(70, 40), options=CAUSAL, change=unseen)
 
 
 def of_keys_and_values_of_sequences(sources):
@@ -479,6 +482,7 @@ def of_a_bias(sources):
     bias = np.zeros((40, 70), np.float32)
     bias[3] = np.finfo(np.float32).min
     dense(sources, passes, 0, options={"softcap": 2.0}, bias=bias)
+    dense(sources, passes, 0, options=CAUSAL, bias=np.zeros((40, 70), "f4"), change=put("v", np.s_[0, 60], np.nan))
 
 
 GROUPS = {

@@ -21,7 +21,10 @@ struct FlashTraits {
     static constexpr int kEdits = kEdits_;
     static constexpr int kRowTiles = kBlockQ / (16 * kNumWarps);  // fragments of 16 rows per warp
     // Registers for float32 under way: sums of wide heads leave none for more than one chunk.
-    static constexpr int kOfLoads = larger(kHeadDim, kHeadDimV) > 128 ? 8 : 32;
+    static constexpr int kWidest = larger(kHeadDim, kHeadDimV), kOfLoads = kWidest > 128 ? 8 : 32;
+    // Blocks of a multiprocessor that there are registers for at least, 0: as many as ptxas likes.  Left to itself, it
+    // spills some of these for one more.
+    static constexpr int kLeastBlocks = kWidest <= 128 && (kWidest > 96 || Same<Element, float>::value) ? 1 : 0;
 
     using QueryTile = SharedTile<Element, kBlockQ, kHeadDim>;
     using KeyTile = SharedTile<Element, kBlockK, kHeadDim>;
