@@ -141,14 +141,20 @@ struct HopperRows : HopperResult<Traits> {
         ptx::hold(scores.value);
         memory.key_ring().leave(use + 1, ptx::thread() % 128);
         const float its_shrink[2] = {shrink[0], shrink[1]};  // that of the weights in the product
+        constexpr bool kMeanwhile = !kEdge || Traits::kOverlapsAtEdges;
+        if constexpr (!kMeanwhile) finish_product(its_shrink);
         absorb<kEdge>(scores, block);
         // Without this the compiler would wait for the product first, and overlap nothing.
-        if constexpr (Switches::kPinned) ptx::pin(softmax.row_sum[0] + softmax.row_sum[1], memory.base);
+        if constexpr (kMeanwhile && Switches::kPinned) ptx::pin(softmax.row_sum[0] + softmax.row_sum[1], memory.base);
+        if constexpr (kMeanwhile) finish_product(its_shrink);
+        keep_weights(scores);
+        if constexpr (!Switches::kRescaleFirst) rescale();
+    }
+
+    DEVICE_METHOD void finish_product(const float (&its_shrink)[2]) {
         ptx::wgmma_wait<0>();
         end_product(0, its_shrink);
         release_values();
-        keep_weights(scores);
-        if constexpr (!Switches::kRescaleFirst) rescale();
     }
 
     // A block from its scores to its values, one thing after the other.

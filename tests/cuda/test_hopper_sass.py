@@ -104,6 +104,17 @@ def test_nothing_is_spilled_and_nothing_serialised(kernel):
     assert re.findall(r"C75\d\d|warning", cubin.log) == []
 
 
+@pytest.mark.parametrize("reach", [RIGHT_EDGE, BOTH_EDGES])
+def test_float8_spills_nothing_in_a_walk_where_keys_are_hidden(reach, tmp_path):
+    """Its sums leave no registers for an edge's bounds beside a product under way: there is none, at an edge."""
+    found, spans = instructions(compiled(FLOAT8, 128, 128, reach), tmp_path)
+    spans = [x for x in spans if any("QGMMA" in text for text in found[x[0] : x[1] + 1])]
+    inner = [x for x in spans if not any(x[0] <= y[0] and y[1] <= x[1] for y in spans if y != x)]
+    blocks = [found[start : stop + 1] for start, stop in inner if stop - start < 1500]
+    assert len(blocks) == (2 if reach == RIGHT_EDGE else 3), "blocks at each edge, and whole ones"
+    assert [text for body in blocks for text in body if "LDL" in text or "STL" in text] == []
+
+
 def test_warpgroups_share_out_no_more_registers_than_the_launch_has(kernel, tmp_path):
     _, cubin = kernel
     found, _ = instructions(cubin, tmp_path)

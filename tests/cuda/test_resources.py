@@ -31,12 +31,8 @@ def test_kernels_take_no_more_than_they_did(nvrtc, target, index):
     assert not worse(found, known), f"{name_of(wanted)}: (registers, spills) {found}, in the table {known}"
 
 
-SPILL = {
-    "sm_90a": tuple(f"hopper_forward<HopperTraits<Float8, 128, 128, 128, 128, 2, 1, {reach}" for reach in (1, 2)),
-    "sm_100a": ("flash_forward<Half, 128, 128", "flash_forward<BFloat16, 128, 128"),
-}
-"""What does: found on 2026-11-30, when the whole table was measured again for the first time in several changes.  These
-have yet to be mended; whoever mends one takes it off the list."""
+SPILL = {"sm_90a": "hopper_forward<HopperTraits<Float8, 128, 128, 128, 128, 2, 1, 2"}
+"""What does: two numbers of a tile, outside of its walk.  Whoever mends it takes it off the list."""
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -44,8 +40,8 @@ def test_prefill_kernels_of_sixteen_bits_or_fewer_spill_nothing_but_for_those_kn
     ours = ("flash_forward<Half", "flash_forward<BF", "hopper_forward")
     kernels = committed()["kernels"][target].items()
     spilling = [name for name, (_, spills) in kernels if spills and name.startswith(ours)]
-    assert [name for name in spilling if not name.startswith(SPILL.get(target, ()))] == []
-    assert all(any(name.startswith(known) for name in spilling) for known in SPILL.get(target, ()))
+    assert [name for name in spilling if not name.startswith(SPILL.get(target, "none"))] == []
+    assert bool(spilling) == (target in SPILL)
 
 
 @pytest.mark.parametrize("device", [device for device in NAMED_DEVICES.values() if device.compute_capability >= (8, 0)])

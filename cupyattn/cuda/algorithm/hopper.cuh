@@ -49,6 +49,8 @@ struct HopperTraits {
     static constexpr int kThreads = 128 * (1 + kConsumers);
     // Columns of the output that are summed at once: sums of a block need registers beside those of all blocks.
     static constexpr int kParts = Switches::kTwoLevel && kHeadDimV > 128 ? 2 : 1, kPartCols = kHeadDimV / kParts;
+    // Both sums leave no registers for an edge's bounds while a product is under way, if they have 128 columns.
+    static constexpr bool kOverlapsAtEdges = !(Switches::kTwoLevel && kHeadDimV == 128);
     // Multiples of 8. All warpgroups share what the launch gave the block: 168 for each of 384 threads, 128 for each of
     // 512; the fetching one hands over what it does not need.
     static constexpr int kConsumerRegisters = kConsumers == 3 ? 160 : 232;
