@@ -19,11 +19,13 @@ from cupyattn.cuda.launching import append, launch, maps, params
 from cupyattn.cuda.launching.memory import CuPyMemory
 from cupyattn.cuda.launching.recipe import Recipe
 from cupyattn.cuda.launching.views import DESCALES, View
-from cupyattn.cuda.making.module import Launch, Specialisation
+from cupyattn.cuda.making.module import Specialisation
 from cupyattn.problem import Spec
 
 Places = Mapping[str, int]
 """Where the address of an operand, a result, or scratch memory stands in a list of addresses."""
+Queued = tuple[Any, tuple[int, int, int], tuple[int, int, int], tuple[Any], int]
+"""What a kernel is called with but for the stream, the kernel before it: a `Launch`, as fast as Python has it."""
 NOWHERE, NUMBER = -1, -2
 """The last two of the list: 0, and the cache_seqlen of all sequences of a cache."""
 _address = struct.Struct("<Q")
@@ -67,7 +69,8 @@ class Step:
 
     function: Any
     grid: tuple[int, int, int]
-    what: Specialisation
+    block: tuple[int, int, int]
+    shared_memory: int
     dtype: np.dtype[np.void]
     """Of the record."""
     words: Words
@@ -80,7 +83,7 @@ class Step:
     descales: tuple[tuple[int, int], ...] = ()
     """(offset in what is behind, place in the list) of further addresses."""
 
-    def ready(self, addresses: Sequence[int], packed: bytes, stream: Any, kept: list[Any]) -> Launch:
+    def ready(self, addresses: Sequence[int], packed: bytes) -> Queued:
         """`packed` are its words."""
         behind = self.behind
         if self.descales:
@@ -92,7 +95,7 @@ class Step:
         if self.boxes:
             encoded = [_encoded(box, addresses[place] or addresses[self.instead]) for box, place in self.boxes]
             record = b"".join((*encoded, self.fill, record))
-        return Launch(self.function, self.grid, self.what, np.frombuffer(record, self.dtype)[0], stream, kept)
+        return self.function, self.grid, self.block, (np.void(record, self.dtype),), self.shared_memory
 
 
 def step(recipe: Recipe, function: Any, facts: Mapping[str, View], places: Places, words: Words) -> Step:
@@ -107,9 +110,13 @@ def step(recipe: Recipe, function: Any, facts: Mapping[str, View], places: Place
         first = params.SIZE - (stop - start)
         descales = tuple((first + 8 * i, places[name]) for i, name in enumerate(DESCALES) if name in places)
     return Step(
-        function, recipe.grid, recipe.specialisation, record.dtype, words, record.tobytes()[stop:], boxes, places["q"],
-        bytes(start - len(boxes) * maps.SIZE), descales,
+        function, recipe.grid, *_shape_of(recipe.specialisation), record.dtype, words, record.tobytes()[stop:], boxes,
+        places["q"], bytes(start - len(boxes) * maps.SIZE), descales,
     )  # fmt: skip
+
+
+def _shape_of(what: Specialisation) -> tuple[tuple[int, int, int], int]:
+    return (what.threads, 1, 1), what.shared_memory
 
 
 def step_of_append(recipe: append.Recipe, function: Any, facts: Mapping[str, View], places: Places) -> Step:
@@ -117,7 +124,7 @@ def step_of_append(recipe: append.Recipe, function: Any, facts: Mapping[str, Vie
     record = append.record_of(recipe, {name: view._replace(pointer=0) for name, view in facts.items()})
     words = words_of(append.POINTERS, places)
     behind = record.tobytes()[words.layout.size :]
-    return Step(function, recipe.grid, recipe.specialisation, record.dtype, words, behind)
+    return Step(function, recipe.grid, *_shape_of(recipe.specialisation), record.dtype, words, behind)
 
 
 def side_by_side(sizes: Sequence[int]) -> tuple[int, ...]:
@@ -154,19 +161,20 @@ class Script:
                 array = memory.result(spec, like) if place is None else arrays[place]
                 results.append(array)
                 addresses.append(memory.pointer(array) if place is None else addresses[place])
-            stream, kept = memory.stream(self.index), list[Any]()
+            stream = memory.stream(self.index)
             if self.scratch:
                 *starts, total = self.scratch
                 with memory.temporaries(stream):
-                    kept.append(memory.empty((total,), "uint8", like))
-                first = memory.pointer(kept[0])
+                    scratch = memory.empty((total,), "uint8", like)  # which has to stay until all are launched
+                first = memory.pointer(scratch)
                 addresses += [first + start for start in starts]
             addresses += (self.cache_seqlen, 0)
-            launches, words, packed = list[Launch](), None, b""
+            launches, words, packed = list[Queued](), None, b""
             for each in self.steps:
                 if each.words is not words:
                     words, packed = each.words, each.words.pack(addresses)
-                launches.append(each.ready(addresses, packed, stream, kept))
-            for launched in launches:  # nothing is written unless all are ready
-                launched()
+                launches.append(each.ready(addresses, packed))
+            for function, grid, block, record, shared_memory in launches:  # nothing is written unless all are ready
+                if grid[0]:
+                    function(grid, block, record, shared_memory, stream)
         return results
