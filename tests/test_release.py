@@ -111,6 +111,31 @@ def test_a_workflow_is_yaml_with_jobs_of_steps(path):
         assert all(len({"uses", "run"} & step.keys()) == 1 for step in job["steps"])
 
 
+CHECKED = (
+    *((path, "vendor.github-workflows") for path in WORKFLOWS),
+    *((path, "custom.github-workflows-require-timeout") for path in WORKFLOWS),
+    (ROOT / "CITATION.cff", "vendor.citation-file-format"),
+)
+
+
+@pytest.mark.parametrize(("path", "schema"), CHECKED, ids=[f"{path.name}, {schema}" for path, schema in CHECKED])
+def test_what_others_read_is_as_their_schema_has_it(path, schema):
+    pytest.importorskip("check_jsonschema")
+    call = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", schema, str(path)]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_workflows_hand_no_secret_to_anybody():
+    tool = Path(sys.executable).with_name("zizmor")
+    if not tool.exists():
+        pytest.skip("needs zizmor")
+    config = ROOT / ".github" / "zizmor.yml"
+    call = [str(tool), "--offline", "--no-progress", "--config", str(config), str(WORKFLOWS[0].parent)]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_python_that_is_classified_is_tried():
     yaml = pytest.importorskip("yaml")
     classified = {found[1] for one in PROJECT["project"]["classifiers"] if (found := re.search(r":: (3\.\d+)$", one))}
