@@ -6,12 +6,12 @@ torch.compile traces this, so that it is written for that: constants, loops, and
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from inspect import Parameter, signature
 from typing import Any
 
 import numpy as np
+import torch
 
 from cupyattn.arrays.defining import define
 from cupyattn.arrays.library import NotNow
@@ -39,7 +39,6 @@ def record(name: str, finish: Finish, args: tuple[Any, ...], kwargs: Mapping[str
 
     `otherwise` is what torch.compile calls instead, between two graphs; others have an error there.
     """
-    torch = sys.modules["torch"]
     names, defaults, arguments, destinations, positional, draws = known_before(name)
     values = {**dict(defaults), **dict(zip(names, args, strict=False)), **kwargs}
     in_dynamo = not isinstance(otherwise, NotNow)
@@ -83,7 +82,7 @@ def _put(function: str, word: str, destination: Any, result: Any) -> Any:
     if destination.dtype != result.dtype:
         rule = f"{word} has to be {str(result.dtype).removeprefix('torch.')}"
         raise TypeError(refusal(function, rule, (word, tuple(destination.shape), str(destination.dtype))))
-    if sys.modules["torch"].is_grad_enabled() and (result.requires_grad or destination.requires_grad):
+    if torch.is_grad_enabled() and (result.requires_grad or destination.requires_grad):
         rule = f"{word} cannot be differentiated through, as in torch; call it under torch.no_grad(), or without"
         raise ValueError(refusal(function, rule))
     return destination.copy_(result)
@@ -98,18 +97,18 @@ def _part(value: Any, kind: str, part: str) -> Any:
     if part == "seed":
         return None
     if part == "number":
-        return None if isinstance(value, sys.modules["torch"].Tensor) else value
+        return None if isinstance(value, torch.Tensor) else value
     if part == "mapping":
         return None if value is None else _as_json(value)
     if part == "count":
-        return sys.modules["torch"].arange(value) if isinstance(value, (int, sys.modules["torch"].SymInt)) else value
+        return torch.arange(value) if isinstance(value, (int, torch.SymInt)) else value
     if part == "flag":
         return int(value) if isinstance(value, bool) else value
     if part == "several":
         return list(value) if isinstance(value, tuple) else [value]
     if part == "array":
-        return value if isinstance(value, sys.modules["torch"].Tensor) else None
-    if kind == "str?" and isinstance(value, sys.modules["torch"].dtype):
+        return value if isinstance(value, torch.Tensor) else None
+    if kind == "str?" and isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if kind == "str?" and isinstance(value, (list, tuple)):
         return ",".join([str(name) for name in value])
@@ -132,7 +131,7 @@ _as_json._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as abov
 def _plain(function: str, word: str, kind: str, value: Any, like: Any) -> Any:
     """NumPy's companions as tensors, a dtype as its name, and the number in an array of one."""
     if kind.startswith("Tensor"):
-        return sys.modules["torch"].as_tensor(value, device=like.device) if isinstance(value, np.ndarray) else value
+        return torch.as_tensor(value, device=like.device) if isinstance(value, np.ndarray) else value
     if word == "compute_dtype":
         return compute_dtype(function, value)
     return [known(function, word, x) for x in value] if isinstance(value, list) else known(function, word, value)
@@ -140,7 +139,6 @@ def _plain(function: str, word: str, kind: str, value: Any, like: Any) -> Any:
 
 def _fits(value: Any, kind: str, in_dynamo: bool) -> bool:
     """Whether a schema takes it; in torch.compile, whether it is a tensor that means what is in its memory."""
-    torch = sys.modules["torch"]
     if kind.endswith("?"):
         return value is None or _fits(value, kind[:-1], in_dynamo)
     if kind.startswith("Tensor["):
