@@ -227,7 +227,7 @@ def test_an_update_for_which_too_little_can_go_forgets_nothing():
     serve(cache, 9 * [1], stays=True)
     serve(cache, 9 * [2])
     before = contents(cache)
-    with pytest.raises(ValueError, match=r"PagedCache\.append: 10 more pages are needed and 3 are free"):
+    with pytest.raises(ValueError, match=r"^PrefixCache\.update: 10 more pages are needed and 3 are free"):
         compute(cache, 0, list(range(30)))
     assert contents(cache) == before
 
