@@ -325,7 +325,7 @@ def test_tensors_stay_tensors(rng):
 
 
 def refusals():
-    yield "no pages", ValueError, "PagedCache: num_pages has to be from 1", lambda c: PrefixCache(1, 0)
+    yield "no pages", ValueError, "PrefixCache: num_pages has to be from 1", lambda c: PrefixCache(1, 0)
     yield "no layers", ValueError, "PrefixCache: num_layers has to be from 1", lambda c: PrefixCache(0, 4)
     more = "PrefixCache: capacity has to be from 0 to 4"
     yield "more than there is", ValueError, more, lambda c: PrefixCache(1, 4, capacity=5)
