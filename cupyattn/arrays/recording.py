@@ -11,7 +11,6 @@ from inspect import Parameter, signature
 from typing import Any
 
 import numpy as np
-import torch
 
 from cupyattn.arrays.defining import define
 from cupyattn.arrays.library import NotNow
@@ -39,6 +38,8 @@ def record(name: str, finish: Finish, args: tuple[Any, ...], kwargs: Mapping[str
 
     `otherwise` is what torch.compile calls instead, between two graphs; others have an error there.
     """
+    import torch
+
     names, defaults, arguments, destinations, positional, draws = known_before(name)
     values = {**dict(defaults), **dict(zip(names, args, strict=False)), **kwargs}
     in_dynamo = not isinstance(otherwise, NotNow)
@@ -74,6 +75,8 @@ def record(name: str, finish: Finish, args: tuple[Any, ...], kwargs: Mapping[str
 
 def _put(function: str, word: str, destination: Any, result: Any) -> Any:
     """The result, where the caller wants it; refused as `destinations` does it, where shapes and dtypes suffice."""
+    import torch
+
     if destination is None:
         return result
     if destination.shape != result.shape:
@@ -94,6 +97,8 @@ def _first(value: Any) -> Any:
 
 def _part(value: Any, kind: str, part: str) -> Any:
     """What an operator's argument is of a function's."""
+    import torch
+
     if part == "seed":
         return None
     if part == "number":
@@ -130,6 +135,8 @@ _as_json._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as abov
 
 def _plain(function: str, word: str, kind: str, value: Any, like: Any) -> Any:
     """NumPy's companions as tensors, a dtype as its name, and the number in an array of one."""
+    import torch
+
     if kind.startswith("Tensor"):
         return torch.as_tensor(value, device=like.device) if isinstance(value, np.ndarray) else value
     if word == "compute_dtype":
@@ -139,6 +146,8 @@ def _plain(function: str, word: str, kind: str, value: Any, like: Any) -> Any:
 
 def _fits(value: Any, kind: str, in_dynamo: bool) -> bool:
     """Whether a schema takes it; in torch.compile, whether it is a tensor that means what is in its memory."""
+    import torch
+
     if kind.endswith("?"):
         return value is None or _fits(value, kind[:-1], in_dynamo)
     if kind.startswith("Tensor["):
