@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from cupyattn.cpu.hiding import hide
+from cupyattn.cpu.hiding import exponentials, hide
 from cupyattn.cpu.scratch import Scratch
 from cupyattn.cpu.strays import join_sinks, taken_apart, weighted_sum
 from cupyattn.numpy_ref import Array, State
@@ -57,7 +57,9 @@ class OnlineSoftmax:
             self.row_max[...] = sinks
             self.row_sum[...] = 1.0
 
-    def fold(self, scores: Array, rows: slice = slice(None)) -> Array | None:
+    def fold(
+        self, scores: Array, rows: slice = slice(None), exponentiate: Callable[[Array], None] | None = None
+    ) -> Array | None:
         """Turn the scores of `rows` into weights in place; return the factor by which earlier results shrink."""
         row_max, row_sum = self.row_max[..., rows], self.row_sum[..., rows]
         shrink = None
@@ -76,7 +78,7 @@ class OnlineSoftmax:
             self.fresh = False
             np.subtract(scores, origin[..., None], out=scores)
             row_max[...] = new_max
-        np.exp(scores, out=scores)
+        np.exp(scores, out=scores) if exponentiate is None else exponentiate(scores)
         row_sum += (scores @ _ones(scores.shape[-1], scores.dtype))[..., 0]
         return shrink
 
@@ -216,6 +218,9 @@ class Tile:
             hide(by_head[..., block.hidden_rows, :], block.hidden, self.scratch)
         return scores
 
+    def exponentiate(self, block: KeyBlock, scores: Array) -> None:
+        exponentials(self.per_head(scores), block.hidden if block.hidden_rows == slice(None) else None, self.scratch)
+
 
 def flash(tile: Tile, head_dim_v: int) -> State:
     """Attention of one tile, block of keys by block of keys, keeping only sums.
@@ -232,7 +237,7 @@ def flash(tile: Tile, head_dim_v: int) -> State:
     for block in tile.blocks():
         scores = tile.scores(block)
         unseen = np.isneginf(scores) if tile.suspicious else None
-        shrink = softmax.fold(scores, block.rows)
+        shrink = softmax.fold(scores, block.rows, partial(tile.exponentiate, block))
         if block.keep is not None:
             tile.per_head(scores)[...] *= block.keep
         if not started and unseen is None and scores.shape[:-1] == rows:
@@ -363,7 +368,7 @@ def block_gradients(
     scores = tile.scores(block, slope)
     unseen = np.isneginf(scores) if with_care else None
     weights = np.subtract(scores, origin[..., rows, None], out=scores)
-    np.exp(weights, out=weights)
+    tile.exponentiate(block, weights)
     if share is not None:
         weights *= share[..., rows, None]
     if unseen is not None:
