@@ -106,7 +106,7 @@ def _part(value: Any, kind: str, part: str) -> Any:
     if part == "mapping":
         return None if value is None else _as_json(value)
     if part == "count":
-        return torch.arange(value) if isinstance(value, (int, torch.SymInt)) else value
+        return torch.arange(value) if isinstance(value, (int, torch.SymInt)) else value  # type: ignore[arg-type]
     if part == "flag":
         return int(value) if isinstance(value, bool) else value
     if part == "several":
