@@ -124,7 +124,8 @@ def attention(
     softcap : float
         If not 0, scores become ``softcap * tanh(score / softcap)``, before ALiBi and bias.
     alibi_slopes : array, shape (num_heads,) or (batch, num_heads), optional
-        ``-slope * |diagonal - key|`` is added to the scores.
+        ``-slope * |diagonal - key|`` is added to the scores.  One of inf leaves the key on the diagonal alone, if it
+        is seen; on a GPU results of its head may be nan.
     sinks : array, shape (num_heads,), optional
         A logit per head that joins the softmax's denominator and has no value.  One of +inf has all the weight: out
         is 0 and lse +inf, of queries that see no key too.

@@ -112,7 +112,7 @@ def answer_from_cache(
         if scheduler_metadata is None and not waits:
             seqlen = problem.sizes.seqlen_k if cache_seqlen is None else cache_seqlen
             tell(Done(visit, problem, plan, made, (seqlen, *rotation)))
-        return put(visit, made, into)
+        return put(visit, visit.of_their_kind(made, into), into)
 
     def forward(operands: Arrays) -> Arrays:
         asked = append(operands)
@@ -259,7 +259,7 @@ def _run_on_gpu(visit: Visit, plan: Plan, call: Call, into: Destinations, shared
         found = launched(*own, specs, plan, problem, seed, _arrays(into), shared)
         if shared is None and not problem.layout.seqlens and problem.dropout_p == 0.0:
             tell(Done(visit, problem, plan, found))
-        return found
+        return visit.of_their_kind(found, into)
     whole = replace(problem, needs_lse=True)
     if problem.dtype == FLOAT8:
         rule = f"has no gradients of {FLOAT8}, nor of what comes with it; call it under torch.no_grad()"

@@ -22,6 +22,7 @@ ATTACKS = {
     "interrupted": (300_000, "calls of caches and of threads, interrupted at every instruction of the package"),
     "caches": (4_000, "caches through any sequence of calls, among them ones that fail or are interrupted"),
     "fuzz": (60_000, "the public API, forward and backward, against an oracle in float64"),
+    "elsewhere": (4_000, "the same in JAX and dask, float8, and gradients of queries over a cache"),
     "processes": (400, "16 threads, forks and other children, memory that runs out"),
     "folders": (200, "hostile cache folders, writers that are killed"),
     "sanitized": (60, "the kernels, emulated, under the address and undefined-behaviour sanitizers"),

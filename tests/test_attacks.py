@@ -3,7 +3,15 @@
 import attack
 import pytest
 
-SHARES = {"interrupted": 1500, "fuzz": 1500, "caches": 20, "processes": 4, "folders": 5, "sanitized": 2}
+SHARES = {
+    "interrupted": 1500,
+    "fuzz": 1500,
+    "caches": 20,
+    "elsewhere": 100,
+    "processes": 4,
+    "folders": 5,
+    "sanitized": 2,
+}
 """Cases."""
 
 

@@ -254,6 +254,22 @@ def test_the_number_of_tokens_may_come_by_position(gpu):
     assert found == gpu.long_way(step(9))
 
 
+def test_for_keys_without_memory_the_driver_is_given_the_address_of_q_each_time(gpu, monkeypatch):
+    """Their boxes are never asked for, and it makes no tensor map of address 0."""
+    told, cupy = [], gpu.cupy
+    monkeypatch.setattr(maps, "encode", lambda wanted, address: told.append(address) or encoded(wanted, address))
+    nowhere = cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(0, 0, None, device_id=0), 0)
+    k, v = (cupy.ndarray((2, 0, 2, 64), "float16", nowhere, strides=(256, 256, 128, 2)) for _ in range(2))
+    for was_long in (True, False):
+        q = gpu.array(2, 300, 2, 64)
+        told.clear()
+        (launched, _), went = gpu.of(lambda q=q: cupyattn.attention(q, k, v, implementation="hopper"))
+        assert (len(launched), went) == (1, was_long)
+        *operands, out = told
+        assert operands == [q.data.ptr] * 3
+        assert out not in (0, q.data.ptr)
+
+
 @pytest.mark.parametrize("number", [-1, 2**40, True, "3"])
 def test_a_number_of_tokens_that_is_none_is_refused_as_ever(gpu, number):
     q, k_cache, v_cache, new = (gpu.array(2, n, 2, 64) for n in (1, 128, 128, 1))

@@ -137,6 +137,13 @@ class Library:
         """The arrays of a call, cast where the library casts them by itself; those `in_place` are written to."""
         return arrays
 
+    def check_kinds(self, function: str, arrays: Arrays) -> None:
+        """Refuse arrays, by the callers' names, whose types disagree about what results are."""
+
+    def of_their_kind(self, arrays: Arrays, results: Arrays) -> Arrays:
+        """Results of a call as objects of the type that the library's own functions return for these arrays."""
+        return results
+
     def as_given(self, results: Arrays, given: Arrays) -> Arrays:
         """Gradients in the dtypes in which their arguments came, before `as_called`."""
         return results

@@ -6,7 +6,7 @@ Plain calls can be recognised at a glance; the others have to be looked at, and 
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -53,7 +53,7 @@ def surroundings(array: Any) -> Hashable | None:
 def glance(array: Any) -> tuple[Hashable, int] | None:
     """As `Library.glance`."""
     torch = sys.modules["torch"]
-    if not _is_on_gpu(array) or way_of_its_own(type(array)):  # type: ignore[arg-type]
+    if not _is_on_gpu(array) or not is_tensor_itself(type(array)):
         return None
     if array.layout is not torch.strided or array.is_nested or array.is_neg():
         return None
@@ -73,6 +73,43 @@ def reach(array: Any) -> int:
     """Bytes of storage up to the last element."""
     last = sum((size - 1) * step for size, step in zip(array.shape, array.stride(), strict=True))
     return int((array.storage_offset() + last + 1) * array.itemsize) if array.numel() else 0
+
+
+def is_tensor_itself(kind: Any) -> bool:
+    """Or one of torch's that only says what a tensor is for."""
+    torch = sys.modules["torch"]
+    return kind in (torch.Tensor, torch.nn.Parameter)
+
+
+def kind_of_results(arrays: Mapping[str, Any]) -> Any:
+    """Of a call with such tensors, as torch's own functions choose it; None where these have an error."""
+    torch = sys.modules["torch"]
+    plain = torch.Tensor
+    for array in arrays.values():
+        if type(array) is not plain:
+            break
+    else:
+        return plain
+    return _kind_of_all(frozenset(map(type, arrays.values()))) if torch._C._is_torch_function_enabled() else plain
+
+
+@cache
+def _kind_of_all(kinds: frozenset[Any]) -> Any:
+    """The one that is all of them, by inheritance, those left out that say nothing of results."""
+    import torch
+
+    silent = torch._C._disabled_torch_function_impl
+    own = [kind for kind in kinds if kind is not torch.Tensor and kind.__torch_function__ is not silent]
+    whole = [kind for kind in own if all(issubclass(kind, other) for other in own)]
+    return next(iter(whole), None) if own else torch.Tensor
+
+
+def of_their_kind(arrays: Mapping[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Results as what torch's own functions return for such tensors, where these are not just tensors."""
+    plain, kind = sys.modules["torch"].Tensor, kind_of_results(arrays)
+    if kind is plain:
+        return results
+    return {name: x.as_subclass(kind) if isinstance(x, plain) else x for name, x in results.items()}
 
 
 @cache

@@ -6,7 +6,6 @@ torch.compile traces this, so that it is written for that: constants, loops, and
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from inspect import Parameter, signature
 from typing import Any
@@ -39,7 +38,8 @@ def record(name: str, finish: Finish, args: tuple[Any, ...], kwargs: Mapping[str
 
     `otherwise` is what torch.compile calls instead, between two graphs; others have an error there.
     """
-    torch = sys.modules["torch"]
+    import torch
+
     names, defaults, arguments, destinations, positional, draws = known_before(name)
     values = {**dict(defaults), **dict(zip(names, args, strict=False)), **kwargs}
     in_dynamo = not isinstance(otherwise, NotNow)
@@ -75,6 +75,8 @@ def record(name: str, finish: Finish, args: tuple[Any, ...], kwargs: Mapping[str
 
 def _put(function: str, word: str, destination: Any, result: Any) -> Any:
     """The result, where the caller wants it; refused as `destinations` does it, where shapes and dtypes suffice."""
+    import torch
+
     if destination is None:
         return result
     if destination.shape != result.shape:
@@ -83,7 +85,7 @@ def _put(function: str, word: str, destination: Any, result: Any) -> Any:
     if destination.dtype != result.dtype:
         rule = f"{word} has to be {str(result.dtype).removeprefix('torch.')}"
         raise TypeError(refusal(function, rule, (word, tuple(destination.shape), str(destination.dtype))))
-    if sys.modules["torch"].is_grad_enabled() and (result.requires_grad or destination.requires_grad):
+    if torch.is_grad_enabled() and (result.requires_grad or destination.requires_grad):
         rule = f"{word} cannot be differentiated through, as in torch; call it under torch.no_grad(), or without"
         raise ValueError(refusal(function, rule))
     return destination.copy_(result)
@@ -95,21 +97,23 @@ def _first(value: Any) -> Any:
 
 def _part(value: Any, kind: str, part: str) -> Any:
     """What an operator's argument is of a function's."""
+    import torch
+
     if part == "seed":
         return None
     if part == "number":
-        return None if isinstance(value, sys.modules["torch"].Tensor) else value
+        return None if isinstance(value, torch.Tensor) else value
     if part == "mapping":
         return None if value is None else _as_json(value)
     if part == "count":
-        return sys.modules["torch"].arange(value) if isinstance(value, (int, sys.modules["torch"].SymInt)) else value
+        return torch.arange(value) if isinstance(value, (int, torch.SymInt)) else value  # type: ignore[arg-type]
     if part == "flag":
         return int(value) if isinstance(value, bool) else value
     if part == "several":
         return list(value) if isinstance(value, tuple) else [value]
     if part == "array":
-        return value if isinstance(value, sys.modules["torch"].Tensor) else None
-    if kind == "str?" and isinstance(value, sys.modules["torch"].dtype):
+        return value if isinstance(value, torch.Tensor) else None
+    if kind == "str?" and isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if kind == "str?" and isinstance(value, (list, tuple)):
         return ",".join([str(name) for name in value])
@@ -131,8 +135,10 @@ _as_json._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as abov
 
 def _plain(function: str, word: str, kind: str, value: Any, like: Any) -> Any:
     """NumPy's companions as tensors, a dtype as its name, and the number in an array of one."""
+    import torch
+
     if kind.startswith("Tensor"):
-        return sys.modules["torch"].as_tensor(value, device=like.device) if isinstance(value, np.ndarray) else value
+        return torch.as_tensor(value, device=like.device) if isinstance(value, np.ndarray) else value
     if word == "compute_dtype":
         return compute_dtype(function, value)
     return [known(function, word, x) for x in value] if isinstance(value, list) else known(function, word, value)
@@ -140,7 +146,8 @@ def _plain(function: str, word: str, kind: str, value: Any, like: Any) -> Any:
 
 def _fits(value: Any, kind: str, in_dynamo: bool) -> bool:
     """Whether a schema takes it; in torch.compile, whether it is a tensor that means what is in its memory."""
-    torch = sys.modules["torch"]
+    import torch
+
     if kind.endswith("?"):
         return value is None or _fits(value, kind[:-1], in_dynamo)
     if kind.startswith("Tensor["):

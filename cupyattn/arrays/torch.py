@@ -80,6 +80,14 @@ class Torch(Library):
 
         return {word: array.to(dtype) if is_cast(word, array) else array for word, array in arrays.items()}
 
+    def check_kinds(self, function: str, arrays: Arrays) -> None:
+        if plainness.kind_of_results(arrays) is None:
+            rule = "results would be of the type of one of these tensors, and none is a subclass of all the others"
+            raise TypeError(refusal(function, rule, *((name, type(array).__name__) for name, array in arrays.items())))
+
+    def of_their_kind(self, arrays: Arrays, results: Arrays) -> Arrays:
+        return plainness.of_their_kind(arrays, results)
+
     def as_given(self, results: Arrays, given: Arrays) -> Arrays:
         return {name: result.to(given[name].dtype) for name, result in results.items()}
 
@@ -190,8 +198,10 @@ class Torch(Library):
 
     def run(self, job: Job, arrays: Arrays) -> Arrays:
         if self.is_transformed() or (job.backward is not None and self._records(arrays)):
-            return dict(zip(job.results, _forwards().apply(job, *arrays.values()), strict=False))
-        return self.run_forward(job, arrays)
+            found = dict(zip(job.results, _forwards().apply(job, *arrays.values()), strict=False))
+        else:
+            found = self.run_forward(job, arrays)
+        return self.of_their_kind(arrays, found)
 
     def run_forward(self, job: Job, arrays: Arrays) -> Arrays:
         """The numbers alone, whether or not anybody records the call."""

@@ -52,10 +52,13 @@ def recorded(
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if "torch._dynamo" in sys.modules and sys.modules["torch"].compiler.is_dynamo_compiling():
-                from cupyattn.arrays.recording import record
+            if _has_dynamo():
+                import torch
 
-                return cast(R, record(name, finish, args, kwargs, around))
+                if torch.compiler.is_dynamo_compiling():
+                    from cupyattn.arrays.recording import record
+
+                    return cast(R, record(name, finish, args, kwargs, around))
             try:
                 return cast(R, _as_it_is(function, args, kwargs))
             except NotNow as error:
@@ -66,6 +69,15 @@ def recorded(
         return call
 
     return decorate
+
+
+def _has_dynamo() -> bool:
+    return "torch._dynamo" in sys.modules
+
+
+# What assume_constant_result sets: torch.compile would walk through all of sys.modules, and what it touches there may
+# import more meanwhile.
+_has_dynamo._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def define_operators() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -84,6 +84,14 @@ class Visit:
         job = Job(self.function, tuple(self.arrays), forward, backward, results, kept or {}, at_home=True)
         return self.library.run(job, self.arrays)
 
+    def of_their_kind(self, results: Arrays, into: Container[str] = ()) -> Arrays:
+        """Results of another's making, as objects of the type that the library's own functions return for its arrays.
+
+        Those of these names `into` are the caller's own, and stay what they are.
+        """
+        fresh = {name: array for name, array in results.items() if name not in into}
+        return {**results, **self.library.of_their_kind(self.arrays, fresh)}
+
     def as_given(self, gradients: Arrays) -> Arrays:
         """Gradients, by their arguments' names, in the dtypes in which these came."""
         return gradients if self.given is self.arrays else self.library.as_given(gradients, self.given)
@@ -162,6 +170,7 @@ def enter(function: str, arrays: Mapping[str, tuple[str, Any]], in_place: tuple[
     given = {word: array for word, (_, array) in present.items()}
     if library is NUMPY:
         return Visit(function, library, given, _specs(library, present, given), "cpu", given)
+    library.check_kinds(function, dict(present.values()))
     kind = _place(function, library, present)
     called = library.as_called(given, kind, in_place)
     return Visit(function, library, called, _specs(library, present, called), kind, given)

@@ -13,7 +13,7 @@ from cupyattn import reading
 from cupyattn.arrays import Sketches, untraced
 from cupyattn.cache.contiguous import DynamicCache, SlidingWindowCache, StaticCache
 from cupyattn.cache.offloaded import OffloadedCache
-from cupyattn.cache.paged import PagedCache
+from cupyattn.cache.paged import PagedCache, sizes_of_pages
 from cupyattn.cache.protocol import Cache, Kind
 from cupyattn.cache.schedules import Schedules
 from cupyattn.problem import Array, Device
@@ -102,11 +102,12 @@ class LayeredCache:
             rule = "make has to be callable with the number of a layer"
             raise TypeError(refusal(name, rule, ("make", reprlib.repr(make), type(make).__name__)))
         if make is None:
-            make = _maker(capacity, window, num_pages, 64 if page_size is None else page_size)
+            make = _maker(name, capacity, window, num_pages, 64 if page_size is None else page_size)
         self._new = tuple(_checked(name, layer, make(layer)) for layer in range(count))
         """Layers without tokens."""
         self._schedules = Schedules()
-        for layer in self._new:
+        for number, layer in enumerate(self._new):
+            layer._layer = (name, number)
             if isinstance(layer, PagedCache):
                 layer._schedules = self._schedules
         self._state: Any = State(self._as_new())
@@ -291,14 +292,16 @@ class LayeredCache:
         return {"seqlens": seqlens}
 
 
-def _maker(capacity: int | None, window: int | None, num_pages: int | None, page_size: int) -> Callable[[int], Cache]:
+def _maker(
+    name: str, capacity: int | None, window: int | None, num_pages: int | None, page_size: int
+) -> Callable[[int], Cache]:
     make: Callable[[], Cache] = DynamicCache
     if capacity is not None:
-        make = partial(StaticCache, capacity)
+        make = partial(StaticCache, reading.integer(name, "capacity", capacity, low=1))
     if window is not None:
-        make = partial(SlidingWindowCache, window)
+        make = partial(SlidingWindowCache, reading.integer(name, "window", window, low=1))
     if num_pages is not None:
-        make = partial(PagedCache, num_pages, page_size)
+        make = partial(PagedCache, *sizes_of_pages(name, num_pages, page_size))
     return lambda layer: make()
 
 

@@ -66,11 +66,7 @@ class PagedCache(Cache):
     @reading.in_our_words
     def __init__(self, num_pages: int, page_size: int = 64) -> None:
         super().__init__()
-        num_pages = reading.integer("PagedCache", "num_pages", num_pages, low=1)
-        page_size = reading.integer("PagedCache", "page_size", page_size, low=1)
-        if num_pages * page_size > reading.LARGEST_SIZE:
-            rule = f"no more than {reading.LARGEST_SIZE} tokens can be told apart"
-            raise ValueError(refusal("PagedCache", rule, ("num_pages", num_pages), ("page_size", page_size)))
+        num_pages, page_size = sizes_of_pages(type(self).__name__, num_pages, page_size)
         self._num_pages = num_pages
         self._state: State = State(Pages.new(num_pages, page_size))
         self._schedules = Schedules()
@@ -364,6 +360,16 @@ class PagedCache(Cache):
         count = len(self._pages.lengths)
         sequence = reading.integer(self._named("remove"), "sequence", sequence, low=0, high=count - 1)
         self._go_on(self._pages.removed(sequence))
+
+
+def sizes_of_pages(name: str, num_pages: Any, page_size: Any) -> tuple[int, int]:
+    """(num_pages, page_size), checked for who is called by this name."""
+    num_pages = reading.integer(name, "num_pages", num_pages, low=1)
+    page_size = reading.integer(name, "page_size", page_size, low=1)
+    if num_pages * page_size > reading.LARGEST_SIZE:
+        rule = f"no more than {reading.LARGEST_SIZE} tokens can be told apart"
+        raise ValueError(refusal(name, rule, ("num_pages", num_pages), ("page_size", page_size)))
+    return num_pages, page_size
 
 
 def _starts(kind: Kind, counts: Sequence[int]) -> Array:

@@ -32,6 +32,10 @@ class Kind:
     """ "cpu" or "cuda"."""
 
 
+_BY_LAYER = {"append": "update", "attend": "attend"}
+"""What a layered cache calls the methods that are called of one layer."""
+
+
 class Cache:
     """The keys and values of one layer's tokens so far.
 
@@ -52,6 +56,8 @@ class Cache:
 
     _about_schedules = ""
     """What `explain` says of calls that have one."""
+    _layer: tuple[str, int] | None = None
+    """The class of the layered cache that it is in, and its number there."""
 
     @reading.in_our_words
     def __init__(self) -> None:
@@ -201,8 +207,13 @@ class Cache:
         """After the use of keys and values."""
 
     def _named(self, method: str) -> str:
-        """What errors call a method."""
-        return f"{type(self).__name__}.{method}"
+        """What errors call a method; of a layer, what the user called, who says himself which layer is to attend."""
+        if self._layer is None:
+            return f"{type(self).__name__}.{method}"
+        owner, number = self._layer
+        if method in _BY_LAYER:
+            return f"{owner}.{_BY_LAYER[method]}"
+        return f"{owner}.{method}, layer {number} ({type(self).__name__})"
 
     def _known(self, function: str) -> Kind:
         if self._kind is None:

@@ -21,8 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from cupyattn.cpu.hiding import hide
+from cupyattn.cpu.hiding import exponentials, hide
 from cupyattn.cpu.scratch import Scratch
+from cupyattn.cpu.strays import join_sinks, taken_apart, weighted_sum
 from cupyattn.numpy_ref import Array, State
 
 
@@ -56,7 +57,9 @@ class OnlineSoftmax:
             self.row_max[...] = sinks
             self.row_sum[...] = 1.0
 
-    def fold(self, scores: Array, rows: slice = slice(None)) -> Array | None:
+    def fold(
+        self, scores: Array, rows: slice = slice(None), exponentiate: Callable[[Array], None] | None = None
+    ) -> Array | None:
         """Turn the scores of `rows` into weights in place; return the factor by which earlier results shrink."""
         row_max, row_sum = self.row_max[..., rows], self.row_sum[..., rows]
         shrink = None
@@ -75,7 +78,7 @@ class OnlineSoftmax:
             self.fresh = False
             np.subtract(scores, origin[..., None], out=scores)
             row_max[...] = new_max
-        np.exp(scores, out=scores)
+        np.exp(scores, out=scores) if exponentiate is None else exponentiate(scores)
         row_sum += (scores @ _ones(scores.shape[-1], scores.dtype))[..., 0]
         return shrink
 
@@ -215,24 +218,8 @@ class Tile:
             hide(by_head[..., block.hidden_rows, :], block.hidden, self.scratch)
         return scores
 
-
-def weighted_sum(weights: Array, values: Array, unseen: Array | None) -> Array:
-    """``weights @ values`` over the pairs that are seen; `unseen` is None if every value is finite.
-
-    Where a key is not seen its weight is 0, but 0 * nan is nan: values nobody may look at are left
-    out instead of multiplied.
-    """
-    if unseen is None:
-        return np.asarray(weights @ values)
-    finite = np.isfinite(values)
-    total = weights @ np.where(finite, values, 0.0)
-    bad_keys = ~finite.all(axis=-1)
-    for key in np.flatnonzero(bad_keys.reshape(-1, bad_keys.shape[-1]).any(axis=0)):
-        stray = np.where(finite[..., key, :], 0.0, values[..., key, :])
-        product = weights[..., key, None] * stray[..., None, :]
-        skip = unseen[..., key, None] | finite[..., None, key, :]
-        total = total + np.where(skip, 0.0, product)
-    return np.asarray(total)
+    def exponentiate(self, block: KeyBlock, scores: Array) -> None:
+        exponentials(self.per_head(scores), block.hidden if block.hidden_rows == slice(None) else None, self.scratch)
 
 
 def flash(tile: Tile, head_dim_v: int) -> State:
@@ -243,14 +230,14 @@ def flash(tile: Tile, head_dim_v: int) -> State:
     rows = tile.q.shape[:-1]
     joining, apart = tile.sinks, None
     if tile.sinks is not None and not np.isfinite(tile.sinks).all():
-        joining, apart = _taken_apart(tile.sinks)
+        joining, apart = taken_apart(tile.sinks)
     softmax = OnlineSoftmax(rows, tile.q.dtype, joining, tile.bounded)
     out = tile.scratch.array("out", (*rows, head_dim_v), tile.q.dtype)
     started = False
     for block in tile.blocks():
         scores = tile.scores(block)
         unseen = np.isneginf(scores) if tile.suspicious else None
-        shrink = softmax.fold(scores, block.rows)
+        shrink = softmax.fold(scores, block.rows, partial(tile.exponentiate, block))
         if block.keep is not None:
             tile.per_head(scores)[...] *= block.keep
         if not started and unseen is None and scores.shape[:-1] == rows:
@@ -271,23 +258,8 @@ def flash(tile: Tile, head_dim_v: int) -> State:
         out.fill(0.0)
     state = softmax.finish(out)
     if apart is not None:
-        _join(state, apart)
+        join_sinks(state, apart)
     return state
-
-
-def _taken_apart(sinks: Array) -> tuple[Array, Array]:
-    """(sinks that can be summed, the others): +inf, which has all the weight, and nan would leave nan in the sums."""
-    special, nothing = ~(sinks < np.inf), sinks.dtype.type(-np.inf)
-    return np.where(special, nothing, sinks), np.where(special, sinks, nothing)
-
-
-def _join(state: State, sinks: Array) -> None:
-    """Add sinks of +inf and of nan to a state without them; what is nan stays nan."""
-    special, sees_any = ~np.isneginf(sinks), ~np.isneginf(state.lse)
-    share = np.where(np.isnan(sinks), sinks, sinks.dtype.type(0.0))
-    with_sink = np.where(sees_any[..., None], state.out * share[..., None] + 0.0, 0.0)
-    np.copyto(state.out, with_sink, where=special[..., None])
-    np.copyto(state.lse, np.where(np.isnan(state.lse), state.lse, sinks), where=special)
 
 
 @dataclass
@@ -317,6 +289,11 @@ class BlockGradients:
         return math.isfinite(sum(float(np.add.reduce(share, axis=None)) for share in shares if share is not None))
 
 
+FAR = {"float32": 2.0**15, "float64": 2.0**27}
+"""A row's log-sum-exp beyond this lost what its softmax is: next to scores that are all -3.4e38 the logarithm of how
+many they are is nothing.  Highest score and sum are then found again, as the forward pass had them."""
+
+
 def flash_backward(
     tile: Tile,
     state: State,
@@ -336,13 +313,17 @@ def flash_backward(
     empty = np.isneginf(state.lse)
     origin = np.where(empty, state.lse.dtype.type(0.0), state.lse)
     delta[empty] = 0.0
+    share = None
+    far = np.isfinite(origin) & (np.abs(origin) > FAR[tile.q.dtype.name])
+    if far.any():
+        origin, share = _taken_again(tile, far, origin)
     dq = tile.scratch.array("dq", tile.q.shape, tile.q.dtype)
     dq.fill(0.0)
     dslopes = None if tile.slopes is None else np.zeros(tile.per_head(dq).shape[:-2], tile.q.dtype)
     for block in tile.blocks():
-        found = block_gradients(tile, block, dout, origin, delta)
+        found = block_gradients(tile, block, dout, origin, delta, share)
         if not found.are_finite():  # maybe 0 * nan of what nobody may look at: once more, with care
-            found = block_gradients(tile, block, dout, origin, delta, with_care=True)
+            found = block_gradients(tile, block, dout, origin, delta, share, with_care=True)
         dq[..., block.rows, :] += found.dq
         if dslopes is not None and found.dslopes is not None:
             dslopes += found.dslopes
@@ -352,14 +333,30 @@ def flash_backward(
     if tile.sinks is not None:
         certain = np.isposinf(tile.sinks) & np.isposinf(state.lse)
         weight_of_sink = np.where(certain, 1.0, np.exp(tile.sinks - origin))
+        if share is not None:
+            weight_of_sink *= share
         dsinks = np.where(empty, 0.0, -weight_of_sink * delta)
     return TileGradients(dq, dsinks, dslopes)
 
 
+def _taken_again(tile: Tile, far: Array, origin: Array) -> tuple[Array, Array]:
+    """(origin, share): of these rows the highest score and one over the sum of weights; of others origin and 1."""
+    softmax = OnlineSoftmax(origin.shape, origin.dtype, tile.sinks)
+    for block in tile.blocks():
+        softmax.fold(tile.scores(block), block.rows)
+    return np.where(far, softmax.row_max, origin), np.where(far, 1.0 / softmax.row_sum, origin.dtype.type(1.0))
+
+
 def block_gradients(
-    tile: Tile, block: KeyBlock, dout: Array, origin: Array, delta: Array, with_care: bool = False
+    tile: Tile,
+    block: KeyBlock,
+    dout: Array,
+    origin: Array,
+    delta: Array,
+    share: Array | None = None,
+    with_care: bool = False,
 ) -> BlockGradients:
-    """One block's share of the gradients, `origin` being the rows' log-sum-exp.
+    """One block's share of the gradients; weights are the exponentials of scores less `origin`, times `share`.
 
     A pair that is not seen has a weight of 0, and what it adds is 0 times something.  Only `with_care` that is 0
     whatever is multiplied, and whatever the row's log-sum-exp is.
@@ -371,7 +368,9 @@ def block_gradients(
     scores = tile.scores(block, slope)
     unseen = np.isneginf(scores) if with_care else None
     weights = np.subtract(scores, origin[..., rows, None], out=scores)
-    np.exp(weights, out=weights)
+    tile.exponentiate(block, weights)
+    if share is not None:
+        weights *= share[..., rows, None]
     if unseen is not None:
         weights[unseen] = 0.0
     kept = weights

@@ -11,6 +11,10 @@ SAMPLED, SCATTERED = 64, 20
 """One row of so many is looked at; where one key of so many differs from the one before it in being hidden or not, they
 are scattered: choosing number by number is then slower than arithmetic on all of them, for no processor can guess."""
 
+MIXED = 8
+"""The same for exponentials: so many are scattered that it is faster to keep infinities away from NumPy's exp."""
+LOWEST = float(np.finfo(np.float64).min)
+
 AT_ONCE = 2**16
 """Limits of scores that there are at the same time: they stay in a core's second-level cache."""
 
@@ -34,6 +38,26 @@ def _limit(scores: Array, hidden: Array, scratch: Scratch) -> None:
     np.fmin(scores, limits, out=scores)
 
 
-def _is_scattered(hidden: Array) -> bool:
+def exponentials(scores: Array, hidden: Array | None, scratch: Scratch) -> None:
+    """Of float64 scores, in place; the same bits as `numpy.exp`, where scores of hidden keys are minus infinity.
+
+    NumPy's exp (for AVX-512) has its fast way for eight numbers without an infinity alone: where most eights have one
+    it takes seven times as long.  So hidden scores are made 0, and their exponentials 0 afterwards.
+    """
+    if hidden is None or scores.dtype != np.float64 or not _is_scattered(hidden, MIXED):
+        np.exp(scores, out=scores)
+        return
+    height = max(1, AT_ONCE * hidden.shape[-2] // max(1, hidden.size))
+    for first in range(0, hidden.shape[-2], height):
+        rows = slice(first, first + height)
+        seen, some = ~hidden[..., rows, :], scores[..., rows, :] if hidden.shape[-2] > 1 else scores
+        limits = scratch.array("limits", seen.shape, scores.dtype)
+        np.multiply(seen, LOWEST, out=limits)
+        np.maximum(some, limits, out=some)
+        np.exp(some, out=some)
+        np.multiply(some, seen, out=some)
+
+
+def _is_scattered(hidden: Array, one_in: int = SCATTERED) -> bool:
     some = hidden[..., ::SAMPLED, :]
-    return bool(SCATTERED * np.count_nonzero(some[..., 1:] != some[..., :-1]) > some.size)
+    return bool(one_in * np.count_nonzero(some[..., 1:] != some[..., :-1]) > some.size)

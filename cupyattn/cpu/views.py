@@ -29,6 +29,9 @@ def tile_of(part: Part, where: TileIndex, scratch: Scratch, backward: bool = Fal
     slopes = sinks = None
     if part.slopes is not None:
         slopes = slopes_of(part.slopes, where, (pairs, heads))
+        steep = _steep(part, where, (pairs, heads))
+        if steep is not None:
+            slopes = np.where(steep, slopes.dtype.type(0.0), slopes)
     if part.sinks is not None:
         sinks = np.repeat(part.sinks[where.heads].reshape(pairs, heads), len(where.rows), axis=-1)
     return flash.Tile(
@@ -74,7 +77,8 @@ def blocks(part: Part, where: TileIndex, pairs: int, heads: int, scratch: Scratc
     """The key blocks that the tile's rows can see, left to right."""
     problem = part.problem
     shape = (pairs, heads)
-    stacked = heads > 1 or part.mask is not None or part.bias is not None
+    steep = _steep(part, where, shape)
+    stacked = heads > 1 or part.mask is not None or part.bias is not None or steep is not None
     block_k = part.cut.block_k
     cuts = band_cuts if part.seqlen_k > MOST_REMEMBERED * min(block_k, EDGE) else remembered_cuts
     for cut in cuts(problem.mask, where.rows, part.seqlen_q, part.seqlen_k, block_k, stacked):
@@ -84,6 +88,11 @@ def blocks(part: Part, where: TileIndex, pairs: int, heads: int, scratch: Scratc
             hidden = not_seen if hidden is None else hidden | not_seen
             if hidden.all():
                 continue
+        distance = None if part.slopes is None else _distances(part, where, cut)
+        if steep is not None:
+            hidden = _off_diagonal(steep, distance, hidden)
+            if hidden.all():
+                continue
         block = KeyBlock(
             cut.keys,
             cut.rows,
@@ -91,18 +100,30 @@ def blocks(part: Part, where: TileIndex, pairs: int, heads: int, scratch: Scratc
             part.v.block(where.batches, where.pairs, cut.keys, scratch, "v"),
             hidden=hidden,
             hidden_rows=cut.hidden_rows,
+            distance=distance,
         )
         if part.bias is not None:
             block.bias = widen(piece_of(part.bias, part.outer, where, cut.keys, shape), part.compute_dtype)
             closed = np.isneginf(block.bias)
             if closed.any():  # hidden, even if the score is nan
                 block.hidden = closed if hidden is None else hidden | closed
-        if part.slopes is not None:
-            block.distance = _distances(part, where, cut)
         if problem.dropout_p > 0.0:
             ids = part.batch_ids[where.batches]
             block.keep = dropout_factors(problem.dropout_p, part.seed, ids, where, cut, shape, part.compute_dtype)
         yield block
+
+
+def _steep(part: Part, where: TileIndex, shape: tuple[int, int]) -> Array | None:
+    """Which slopes are infinite, if any is.  These hide all keys but the diagonal's, to which 0 * inf were nan."""
+    if part.slopes is None:
+        return None
+    steep = np.isposinf(slopes_of(part.slopes, where, shape))
+    return steep if steep.any() else None
+
+
+def _off_diagonal(steep: Array, distance: Array | None, hidden: Array | None) -> Array:
+    beside = np.asarray(steep & (distance != 0.0))
+    return beside if hidden is None else hidden | beside
 
 
 def _distances(part: Part, where: TileIndex, cut: Cut) -> Array:

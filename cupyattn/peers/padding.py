@@ -102,7 +102,9 @@ def unpad_input(
     here = _index(visit, indices)
     rows = xp.take(xp.reshape(hidden_states, (shape[0] * shape[1], *shape[2:])), here, axis=0)
     longest = int(lengths.max(initial=0))
-    return rows, here, _home(visit, starts), longest, _home(visit, used.sum(axis=-1, dtype=np.int32))
+    counts = _home(visit, used.sum(axis=-1, dtype=np.int32))
+    made = visit.of_their_kind({"rows": rows, "indices": here, "starts": _home(visit, starts), "counts": counts})
+    return made["rows"], made["indices"], made["starts"], longest, made["counts"]
 
 
 @recorded(shapes.of_padded, ("padded",), finish=lambda _, found: found, is_one_job=False)
@@ -156,7 +158,7 @@ def pad_input(hidden_states: A, indices: Array, batch: int, seqlen: int) -> A:
     rows = xp.take(xp.concat([hidden_states, zeros], axis=0), _index(visit, source), axis=0)
     if rows.dtype != hidden_states.dtype:  # NumPy joins arrays of a foreign byte order in its own
         rows = xp.astype(rows, hidden_states.dtype)
-    padded: A = xp.reshape(rows, (batch, seqlen, *shape[1:]))
+    padded: A = visit.of_their_kind({"out": xp.reshape(rows, (batch, seqlen, *shape[1:]))})["out"]
     return padded
 
 

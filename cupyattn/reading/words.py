@@ -86,7 +86,8 @@ def wrong_call(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappin
     name = name or function.__name__
     if next(iter(asked.parameters), "") == "self":
         owner = type(args[0]).__name__ if args else "Cache"
-        name = owner if name == "__init__" else f"{owner}.{name}"
+        named = getattr(args[0], "_named", None) if args else None  # of a layer: by whom its method was called
+        name = owner if name == "__init__" else named(name) if named else f"{owner}.{name}"
         asked, args = asked.replace(parameters=list(asked.parameters.values())[1:]), args[1:]
     try:
         asked.bind(*args, **kwargs)

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import weakref
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import ml_dtypes
@@ -940,6 +941,52 @@ def test_a_tensor_with_a_torch_function_of_its_own_is_refused_in_every_place(cal
             assert_same_results(call(**arrays), call(**operands))
 
 
+@calls
+def test_one_tensor_of_a_subclass_makes_results_of_it_as_torchs_own_functions_do(call):
+    torch = needs("torch")
+    _, plain = kinds_of_tensors()
+    more, other = type("More", (plain,), {}), type("Other", (torch.Tensor,), {})
+    for name in operands_of(call):
+        tensors = as_tensors(operands_of(call))
+        tensors[name] = tensors[name].as_subclass(plain)
+        assert kinds_of(call(**tensors)) == {plain}
+    kinds = [plain, more, torch.Tensor, torch.nn.Parameter]
+    tensors = {
+        n: torch.nn.Parameter(x) if i == 3 and x.is_floating_point() else x.as_subclass(kinds[i % 3])
+        for i, (n, x) in enumerate(as_tensors(operands_of(call)).items())
+    }
+    with torch.no_grad():
+        assert kinds_of(call(**tensors)) == {more if len(tensors) > 1 else plain}
+    with torch._C.DisableTorchFunctionSubclass():
+        assert kinds_of(call(**tensors)) == {torch.Tensor}
+    if len(tensors) > 1:
+        first, second, *_ = tensors
+        tensors |= {first: tensors[first].as_subclass(other)}
+        tensors |= {second: tensors[second].as_subclass(plain)}
+        with pytest.raises(TypeError, match=rf"^{title_of(call)}: results would be of the type of one of these"):
+            call(**tensors)
+
+
+def kinds_of(results):
+    torch = needs("torch")
+    return {type(x) for x in results if isinstance(x, torch.Tensor)}
+
+
+def test_gradients_through_a_subclass_are_of_it():
+    _, plain = kinds_of_tensors()
+    torch = needs("torch")
+    tensors = as_tensors({name: everything("float32")[name] for name in ("q", "k", "v")})
+    q, k, v = (x.as_subclass(plain).requires_grad_() for x in tensors.values())
+    gradients = []
+    for sdpa in (cupyattn.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention):
+        out = sdpa(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True)
+        assert type(out) is plain
+        gradients.append(torch.autograd.grad(out.sum(), (q, k, v)))
+    for a, b in zip(*gradients, strict=True):
+        assert type(a) is type(b) is plain
+        assert_matches(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_explain_refuses_tensors_with_a_meaning_of_their_own():
     torch = needs("torch")
     from torch.nn.attention.bias import causal_upper_left
@@ -1646,13 +1693,18 @@ def test_cupy_arrays_without_a_gpu_say_what_is_missing(call):
         call(**arrays)
 
 
-def pretending_to_be_on_a_gpu(tensor):
+@cache
+def pretender():
     torch = needs("torch")
 
     class Pretender(torch.Tensor):
         device = property(lambda self: torch.device("cuda", 0))
 
-    return tensor.as_subclass(Pretender)
+    return Pretender
+
+
+def pretending_to_be_on_a_gpu(tensor):
+    return tensor.as_subclass(pretender())
 
 
 @calls

@@ -393,6 +393,13 @@ def test_a_compiled_call_knows_of_autocast_and_so_do_its_gradients():
         assert_same(compiled(cupyattn.attention_backward)(dout, q, k, v), expected)
 
 
+def test_a_graph_is_made_without_a_look_at_all_modules_that_are_imported():
+    torch.compiler.reset()
+    guards = torch._dynamo.explain(attention_alone)(*qkv(2, 6, 4, 8)).out_guards
+    assert guards
+    assert not [guard.name for guard in guards if "sys.modules" in guard.name]
+
+
 def test_a_compiled_call_of_onnx_leaves_the_past_as_it_is_under_autocast():
     tensors, graph = operands_of(onnx_attention), compiled(onnx_attention)
     with torch.autocast("cpu", dtype=torch.bfloat16):

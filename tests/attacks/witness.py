@@ -222,13 +222,19 @@ def scores_of(ask):
         off = finite(np.maximum(high - tanh, tanh - low))
         slope = Expected(1.0 - tanh**2, np.minimum(1.0, 2 * np.abs(tanh) * off + off**2) + 8 * a.eps)
         scores, slack = cap * tanh, cap * off + 8 * a.eps * cap * finite(np.abs(tanh)) + 2 * a.least * (cap + 1)
-    for edit in (None if ask.slopes is None else -ask.slopes[..., None, None] * ask.distance, ask.bias):
+    steep, slopes = False, None
+    if ask.slopes is not None:  # one of inf leaves the diagonal's key as it is, and no other
+        slopes = ask.slopes[..., None, None]
+        steep = np.isposinf(slopes) & (ask.distance != 0.0)
+        slopes = -np.where(np.isposinf(slopes), 0.0, slopes) * ask.distance
+    for edit in (slopes, ask.bias):
         if edit is not None:
             slack = slack + 2 * a.eps * (finite(np.abs(scores)) + finite(np.abs(edit)))
             scores = scores + edit
     lost |= np.isfinite(scores) & (np.abs(scores) > a.most)
     slack = np.where(lost, INF, slack)
     hidden = ~np.broadcast_to(ask.seen, scores.shape) | (np.isneginf(scores) & (slack < INF))
+    hidden |= steep
     if ask.bias is not None:
         hidden |= np.isneginf(ask.bias)  # even if the score is nan
     scores = np.where(np.isneginf(scores), np.finfo(float).min, scores)  # nobody can say, but it is seen

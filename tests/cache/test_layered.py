@@ -15,7 +15,15 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from interruptions import at_every_instruction
 from oracle import assert_same_bits
 
-from cupyattn import DynamicCache, LayeredCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache
+from cupyattn import (
+    DynamicCache,
+    LayeredCache,
+    OffloadedCache,
+    PagedCache,
+    PrefixCache,
+    SlidingWindowCache,
+    StaticCache,
+)
 
 LAYERS = 3
 
@@ -83,9 +91,11 @@ def test_layers_in_pages_take_packed_tokens_and_sequences_that_come_and_go(rng):
 def test_what_one_layer_refuses_happens_to_none(rng):
     cache = filled(LayeredCache(LAYERS, mixed), rng, *[1] * 90)
     before = contents(cache)
-    with pytest.raises(ValueError, match=r"SlidingWindowCache\.truncate: some of the tokens"):
+    with pytest.raises(
+        ValueError, match=r"^LayeredCache\.truncate, layer 1 \(SlidingWindowCache\): some of the tokens"
+    ):
         cache.truncate(3)
-    with pytest.raises(ValueError, match=r"reorder: sequences\[0\] has to be from 0 to 1"):
+    with pytest.raises(ValueError, match=r"^LayeredCache\.reorder, layer 0 \(DynamicCache\): sequences\[0\] has to be"):
         cache.reorder([2])
     assert contents(cache) == before
 
@@ -141,6 +151,7 @@ def test_tensors_stay_tensors(rng):
 
 
 ONE = np.ones((2, 1, 2, 4), np.float32)
+TWO = np.ones((2, 2, 2, 4), np.float32)
 
 
 def refusals():
@@ -151,7 +162,10 @@ def refusals():
     yield "two ways", ValueError, both, lambda: LayeredCache(2, capacity=3, window=4)
     alone = "LayeredCache: page_size goes with num_pages"
     yield "a page of nothing", ValueError, alone, lambda: LayeredCache(2, page_size=4)
-    yield "no capacity", ValueError, "StaticCache: capacity has to be from 1", lambda: LayeredCache(2, capacity=0)
+    yield "no capacity", ValueError, "LayeredCache: capacity has to be from 1", lambda: LayeredCache(2, capacity=0)
+    yield "no window", ValueError, "LayeredCache: window has to be from 1", lambda: LayeredCache(2, window=0)
+    many = "LayeredCache: no more than .* tokens can be told apart"
+    yield "many pages", ValueError, many, lambda: LayeredCache(2, num_pages=2**30, page_size=2**30)
     yield "no factory", TypeError, "make has to be callable", lambda: LayeredCache(2, DynamicCache())
     other = r"LayeredCache: make has to return a new cache .*\n +make\(0\) +3"
     yield "no caches", TypeError, other, lambda: LayeredCache(2, lambda layer: layer + 3)
@@ -171,7 +185,18 @@ def refusals():
     yield "seqlens", TypeError, packed, lambda: dynamic().update(ONE[0], ONE[0], 0, [1])
     fork = "LayeredCache.fork: sequences come and go where all layers are of PagedCache\n +layer 0 +DynamicCache"
     yield "a fork", TypeError, fork, lambda: dynamic().fork(0)
-    yield "no sequence", ValueError, "PagedCache.remove: sequence has to be", lambda: paged().remove(0)
+    gone = r"^LayeredCache\.remove, layer 0 \(PagedCache\): sequence has to be"
+    yield "no sequence", ValueError, gone, lambda: paged().remove(0)
+    yield "no room", ValueError, r"^LayeredCache\.update: ", lambda: LayeredCache(2, capacity=1).update(TWO, TWO, 1)
+    yield (
+        "no heads",
+        ValueError,
+        r"^LayeredCache\.update: k has to have 4 axes",
+        lambda: dynamic().update(TWO[0], TWO[0], 0),
+    )
+    yield "nothing yet", ValueError, r"^LayeredCache\.attend: nothing has been", lambda: dynamic().attend(ONE, 1)
+    ids = r"^PrefixCache\.fork, layer 0 \(PagedCache\): sequence has to be"
+    yield "of a subclass", ValueError, ids, lambda: PrefixCache(2, 4).fork(0)
 
 
 @pytest.mark.parametrize(("error", "message", "call"), [r[1:] for r in refusals()], ids=[r[0] for r in refusals()])
@@ -245,7 +270,8 @@ class Layers(RuleBasedStateMachine):
             for cache in twins:
                 cache.truncate(length)
         except ValueError as refused:
-            with pytest.raises(ValueError, match=re.escape(str(refused))):
+            rule = str(refused).partition(": ")[2]
+            with pytest.raises(ValueError, match=rf"^LayeredCache\.truncate, layer \d \(.*\): {re.escape(rule)}"):
                 self.cache.truncate(length)
         else:
             self.cache.truncate(length)

@@ -227,7 +227,7 @@ def test_an_update_for_which_too_little_can_go_forgets_nothing():
     serve(cache, 9 * [1], stays=True)
     serve(cache, 9 * [2])
     before = contents(cache)
-    with pytest.raises(ValueError, match=r"PagedCache\.append: 10 more pages are needed and 3 are free"):
+    with pytest.raises(ValueError, match=r"^PrefixCache\.update: 10 more pages are needed and 3 are free"):
         compute(cache, 0, list(range(30)))
     assert contents(cache) == before
 
@@ -325,7 +325,7 @@ def test_tensors_stay_tensors(rng):
 
 
 def refusals():
-    yield "no pages", ValueError, "PagedCache: num_pages has to be from 1", lambda c: PrefixCache(1, 0)
+    yield "no pages", ValueError, "PrefixCache: num_pages has to be from 1", lambda c: PrefixCache(1, 0)
     yield "no layers", ValueError, "PrefixCache: num_layers has to be from 1", lambda c: PrefixCache(0, 4)
     more = "PrefixCache: capacity has to be from 0 to 4"
     yield "more than there is", ValueError, more, lambda c: PrefixCache(1, 4, capacity=5)

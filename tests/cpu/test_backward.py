@@ -10,6 +10,7 @@ from cupyattn.cpu import flash
 
 KEYS, ROWS = 300, 200
 LAST = KEYS - 1
+LOWEST = float(np.finfo(np.float32).min)
 
 
 @pytest.fixture
@@ -146,3 +147,48 @@ def test_the_backward_pass_has_its_own_results_where_the_callers_may_be_overwrit
     found = torch.autograd.grad(out.mul_(2.0).sum(), (q, k, v))
     for one, other in zip(found, expected, strict=True):
         assert_same_bits(one, 2 * other)
+
+
+@pytest.mark.parametrize(("compute", "bias"), [("float64", LOWEST), ("float64", -1e12), ("float32", LOWEST)], ids=str)
+@pytest.mark.parametrize("known", [False, True])
+def test_rows_whose_keys_all_have_a_very_low_bias_share_their_gradients_among_these(rng, compute, bias, known):
+    """Their log-sum-exp is the bias itself: how many keys there are is lost in it."""
+    dout, q, k, v, mask = operands(rng)
+    biases = np.where(np.arange(ROWS)[:, None] % 3 == 0, bias, rng.standard_normal((ROWS, KEYS)))
+    mask[4, 7:] = False  # and some rows see few of them
+    sinks = np.array([bias, bias, 0.0, -np.inf])
+    options = {"layout": "bhsd", "mask": mask, "bias": biases, "compute_dtype": compute, "sinks": sinks}
+    forward = {}
+    if known:
+        forward = dict(zip(("out", "lse"), cupyattn.attention(q, k, v, **options, return_lse=True), strict=True))
+    found = cupyattn.attention_backward(dout, q, k, v, **forward, **options)
+    expected = gradients_by_hand(dout, q, k, v, mask, biases, sinks, compute)
+    tolerance = {"rtol": 1e-10, "atol": 1e-11} if compute == "float64" else {"rtol": 1e-4, "atol": 1e-4}
+    for name in ("dq", "dk", "dv", "dbias", "dsinks"):
+        assert_matches(getattr(found, name), expected[name], **tolerance)
+
+
+def gradients_by_hand(dout, q, k, v, mask, bias, sinks, compute):
+    """Of each row's softmax as it is, in which numbers that are added to a low bias are lost as in `compute`."""
+    group = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(x, group, axis=1) for x in (k, v))
+    scale = q.shape[-1] ** -0.5
+    scores = (scale * q @ k.swapaxes(-1, -2)).astype(compute) + bias.astype(compute)
+    scores = np.where(mask, scores.astype(np.float64), -np.inf)
+    sinks = np.broadcast_to(sinks.astype(compute).astype(np.float64)[:, None, None], (*scores.shape[:-1], 1))
+    every = np.concatenate([scores, sinks], axis=-1)
+    highest = every.max(axis=-1, keepdims=True)
+    weights = np.exp(every - np.where(np.isneginf(highest), 0.0, highest))
+    total = weights.sum(axis=-1, keepdims=True)
+    weights = np.where(total > 0.0, weights / np.where(total > 0.0, total, 1.0), 0.0)
+    dweights = np.concatenate([dout @ v.swapaxes(-1, -2), np.zeros(sinks.shape)], axis=-1)
+    dscores = weights * (dweights - (weights * dweights).sum(axis=-1, keepdims=True))
+    weights, dkeys, dsinks = weights[..., :-1], dscores[..., :-1], dscores[..., -1]
+    of_groups = lambda x: x.reshape(1, -1, group, *x.shape[2:]).sum(axis=2)  # noqa: E731
+    return {
+        "dq": scale * dkeys @ k,
+        "dk": of_groups(scale * dkeys.swapaxes(-1, -2) @ q),
+        "dv": of_groups(weights.swapaxes(-1, -2) @ dout),
+        "dbias": dkeys.sum(axis=(0, 1)),
+        "dsinks": dsinks.sum(axis=(0, -1)),
+    }

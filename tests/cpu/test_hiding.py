@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cupyattn.cpu.hiding import AT_ONCE, _is_scattered, hide
+from cupyattn.cpu.hiding import AT_ONCE, _is_scattered, exponentials, hide
 from cupyattn.cpu.scratch import Scratch
 
 SHAPE = (2, 3, 70, 50)
@@ -47,5 +47,39 @@ def test_many_hidden_scores_take_no_memory_for_each(rng):
     scratch, scores, hidden = Scratch(), rng.standard_normal((1, 2, 300, 700)), rng.random((1, 2, 300, 700)) < 0.5
     expected = np.where(hidden, -np.inf, scores)
     hide(scores, hidden, scratch)
+    np.testing.assert_array_equal(scores, expected)
+    assert scratch.nbytes <= 8 * AT_ONCE
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("lie", LIE)
+def test_exponentials_are_numpys_to_the_last_bit(rng, lie, dtype):
+    scores = 400.0 * rng.standard_normal(SHAPE).astype(dtype)
+    scores[..., ::7] = np.nan
+    scores[..., 1::7] = np.inf
+    scores[..., 2::7] = -745.0
+    scores[..., 3::7] = -np.inf  # of a key that is seen
+    scratch, hidden = Scratch(), LIE[lie](rng)
+    with np.errstate(all="ignore"):
+        hide(scores, hidden, scratch)
+        expected = np.exp(scores)
+        exponentials(scores, hidden, scratch)
+    np.testing.assert_array_equal(scores.view(f"u{scores.itemsize}"), expected.view(f"u{scores.itemsize}"))
+
+
+def test_exp_is_not_asked_for_scattered_infinities(rng, monkeypatch):
+    scores, hidden, seen = rng.standard_normal(SHAPE), LIE["scattered"](rng), []
+    scores[hidden] = -np.inf
+    real = np.exp
+    monkeypatch.setattr(np, "exp", lambda x, out: (seen.append(np.isfinite(x).all()), real(x, out=out)))
+    exponentials(scores, hidden, Scratch())
+    assert seen == [True]
+
+
+def test_many_exponentials_take_no_memory_for_each(rng):
+    scratch, scores, hidden = Scratch(), rng.standard_normal((1, 2, 300, 700)), rng.random((1, 1, 300, 700)) < 0.5
+    expected = np.exp(np.where(hidden, -np.inf, scores))
+    scores[np.broadcast_to(hidden, scores.shape)] = -np.inf
+    exponentials(scores, hidden, scratch)
     np.testing.assert_array_equal(scores, expected)
     assert scratch.nbytes <= 8 * AT_ONCE

@@ -798,6 +798,26 @@ def test_results_go_into_the_callers_tensors_by_the_kernel_where_it_can(torch, d
     np.testing.assert_allclose(lse.numpy(), cupyattn.attention(q, k, k, return_lse=True)[1].numpy())
 
 
+@pytest.mark.parametrize("from_cache", [False, True])
+def test_results_are_of_the_type_that_torchs_own_functions_return(torch, driver, monkeypatch, from_cache):
+    from cupyattn.arrays.torch import Torch
+
+    kind, copies = type("Kind", (torch.Tensor,), {}), []
+    monkeypatch.setattr(Torch, "write", lambda self, *given: copies.append(given))
+    q, k = torch.randn(2, 5, 4, 64).half(), torch.randn(2, 600, 2, 64).half()
+    call = cupyattn.flash_attn_with_kvcache if from_cache else cupyattn.attention
+    options = {"return_softmax_lse" if from_cache else "return_lse": True}
+    for strange in (q.as_subclass(kind), q, q.as_subclass(kind)):  # each as it came, whatever was remembered
+        found = call(strange, k, k, **options)
+        assert [type(x) for x in found] == [type(strange)] * 2
+        np.testing.assert_allclose(found[0].numpy(), expected(q, k, k), atol=2e-3)
+    out = torch.zeros(2, 5, 4, 64).half()
+    found = call(q.as_subclass(kind), k, k, out=out, **options)
+    assert found[0] is out
+    assert type(found[1]) is kind
+    assert copies == []
+
+
 def test_results_of_a_cache_go_into_the_callers_tensors(torch, driver):
     cache, x = torch.randn(2, 40, 2, 64).half(), torch.randn(2, 1, 2, 64).half()
     out = torch.empty(2, 1, 2, 64).half()

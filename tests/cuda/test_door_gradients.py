@@ -5,8 +5,10 @@ import weakref
 
 import numpy as np
 import pytest
+from emulated import encode
 
 import cupyattn
+from cupyattn.cuda.launching import maps
 
 SEED = 11
 
@@ -151,6 +153,22 @@ def test_gradients_of_nothing_are_zero(torch, driver):
     q, k, v = operands(torch, seqlens=(0, 50))
     found, _ = differentiated(torch, lambda: cupyattn.attention(q, k, v), (q, k, v))
     assert [x.abs().sum().item() for x in found] == [0.0, 0.0, 0.0]
+
+
+def test_for_keys_without_memory_the_driver_is_given_the_address_of_q(torch, driver, monkeypatch):
+    """Their boxes are never asked for, and it makes no tensor map of address 0."""
+    told = []
+    monkeypatch.setattr(maps, "encode", lambda wanted, address: told.append(address) or encode(wanted, address))
+    q, dout = (torch.randn(2, 40, 2, 64).half() for _ in range(2))
+    k, v = (torch.empty(2, 0, 2, 64).half() for _ in range(2))
+    assert k.data_ptr() == 0
+    out, lse = torch.zeros_like(q), torch.full((2, 2, 40), -torch.inf)
+    found = cupyattn.attention_backward(dout, q, k, v, out=out, lse=lse)
+    assert "hopper_backward.cu" in [what.source for what, _ in driver.launches]
+    assert 0 not in told
+    assert told.count(q.data_ptr()) > 1
+    assert not found.dq.any()
+    assert found.dk.shape == k.shape
 
 
 def test_gradients_come_in_their_own_dtypes(torch, driver):

@@ -511,6 +511,29 @@ def test_alibi_counts_from_the_diagonal_of_the_alignment(rng):
         assert_is_attention(found, q, k, v, bias=bias)
 
 
+@pytest.mark.parametrize("lengths", [(3, 5), (90, 70)], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_an_infinite_alibi_slope_leaves_the_key_on_the_diagonal_if_it_is_seen(rng, lengths, causal):
+    q, k, v = draw(rng, *lengths, num_heads=4, num_heads_kv=2)
+    slopes = np.array([[np.inf, 0.5, 0.0, np.inf], [2.0, np.inf, 1.0, 0.0]])
+    mask = rng.random(lengths) < 0.7
+    i, j = np.ogrid[: lengths[0], : lengths[1]]
+    distance = np.abs(i + lengths[1] - lengths[0] - j)
+    endless = np.isinf(slopes)[..., None, None]
+    visible = mask & np.where(endless, distance == 0, True) & (j <= i + lengths[1] - lengths[0] if causal else True)
+    bias = np.where(endless, 0.0, -np.nan_to_num(slopes, posinf=0.0)[..., None, None] * distance)
+    options = {"causal": causal, "mask": mask, "alibi_slopes": slopes, "alignment": "bottom-right"}
+    found = cupyattn.attention(q, k, v, return_lse=True, **options)
+    assert_is_attention(found, q, k, v, visible=visible, bias=bias)
+    dout = rng.standard_normal(q.shape)
+    gradients = cupyattn.attention_backward(dout, q, k, v, **options)
+    bias, visible = (np.broadcast_to(x, (2, 4, *lengths)) for x in (bias, visible))
+    expected = cupyattn.attention_backward(dout, q, k, v, mask=visible, bias=bias)
+    for name in ("dq", "dk", "dv"):
+        assert_matches(getattr(gradients, name), getattr(expected, name), rtol=1e-11, atol=1e-12)
+    assert_matches(gradients.dalibi_slopes, -np.sum(expected.dbias * distance, axis=(-2, -1)), rtol=1e-10, atol=1e-11)
+
+
 @pytest.mark.parametrize("lengths", [(4, 4), (80, 70)], ids=str)
 def test_a_sink_joins_the_denominator_only_and_lse_includes_it(rng, lengths):
     q, k, v = draw(rng, *lengths)

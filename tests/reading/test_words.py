@@ -70,11 +70,11 @@ def test_who_refuses_is_named_and_what_came(name):
             CALLS[name](*args, **words)
 
 
-def test_a_word_that_a_layer_does_not_have_is_refused_by_its_cache():
+def test_a_word_that_a_layer_does_not_have_is_refused_by_who_was_called():
     cache = cupyattn.LayeredCache(1)
     cache.update(X, X, 0)
     for call in (cache.attend, explaining(cache.attend)):
-        with pytest.raises(TypeError, match=r"^DynamicCache\.attend: has no argument strange; it has q, causal"):
+        with pytest.raises(TypeError, match=r"^LayeredCache\.attend: has no argument strange; it has q, causal"):
             call(X, 0, strange=3)
 
 
