@@ -6,7 +6,7 @@ import math
 import numbers
 import operator
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cupyattn.reading.refusals import LARGEST_SIZE, refusal, span
@@ -85,6 +85,11 @@ def integer(function: str, name: str, value: Any, *, low: int, high: int = LARGE
     if not low <= result <= high:
         raise ValueError(refusal(function, f"{name} has to be {span(low, high)}", (name, reprlib.repr(result))))
     return result
+
+
+def integers(function: str, name: str, values: Sequence[Any], *, high: int = LARGEST_SIZE) -> tuple[int, ...]:
+    """Integers that are not negative, of a list or tuple: a shape, or lengths."""
+    return tuple([integer(function, f"{name}[{i}]", value, low=0, high=high) for i, value in enumerate(values)])
 
 
 def is_one_number(value: Any) -> bool:

@@ -1810,6 +1810,8 @@ def test_explain_refuses_descriptions_as_it_would_arrays(describe):
         cupyattn.explain(q, q, q, dtype="float16")
     with pytest.raises(TypeError, match="explain: mask has to be boolean"):
         cupyattn.explain(q, q, q, mask=mask)
+    with pytest.raises(TypeError, match=r"explain: q\[0\] has to be an integer.*\n    q\[0\]  [^\n]{,300}  list$"):
+        cupyattn.explain(np.ones((9, 9, 9, 9)).tolist(), (1, 9, 2, 8), (1, 9, 2, 8))
     with pytest.raises(TypeError, match="explain: q has to be one of float16"):
         cupyattn.explain(*[describe(shape, "int32")] * 3)
 

@@ -683,6 +683,14 @@ def test_a_refusal_shows_what_came_in_columns():
     ]
 
 
+def test_a_refusal_shows_each_value_in_a_line_of_bounded_length():
+    text = refusal("f", "no", ("q", np.arange(1000).reshape(10, 100)), ("seqlens", list(range(9999)), "int"))
+    assert len(text.splitlines()) == 3
+    assert all(len(line) < 330 for line in text.splitlines())
+    assert "q        [[ 0 1 2 3" in text
+    assert text.endswith("9997, 9998]  int")
+
+
 def test_a_refusal_of_nothing_shown_is_one_line():
     assert refusal("pad_input", "no") == "pad_input: no"
 
