@@ -94,7 +94,7 @@ def integers(function: str, name: str, values: Sequence[Any], *, high: int = LAR
 
 def is_one_number(value: Any) -> bool:
     """What is for `integer` where an array of many may come as well."""
-    return isinstance(value, int) or getattr(value, "shape", None) == ()
+    return isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
 
 
 def flag(function: str, name: str, value: Any) -> bool:
