@@ -1628,7 +1628,7 @@ def test_nested_tensors_are_told_of_packed_sequences():
     parts = [torch.randn(3, 4, 8), torch.randn(5, 4, 8)]
     jagged = torch.nested.nested_tensor(parts, layout=torch.jagged)
     for nested in (jagged, torch.nested.nested_tensor(parts)):
-        with pytest.raises(TypeError, match="q is a nested tensor; flash_attn_varlen_func takes .* offsets"):
+        with pytest.raises(TypeError, match=r"q is a nested tensor; flash_attn_varlen_func takes .* offsets"):
             cupyattn.attention(nested, nested, nested)
     rows, starts = jagged.values(), jagged.offsets().int()
     out = cupyattn.flash_attn_varlen_func(rows, rows, rows, starts, starts, 5, 5)

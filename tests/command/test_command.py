@@ -108,7 +108,9 @@ def test_a_full_disk_behind_what_is_printed_is_status_1_and_a_sentence(arguments
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a shell of POSIX")
-@pytest.mark.parametrize("arguments", [["info"], ["explain", "--seqlen-q", "4"], ["--help"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "arguments", [["info"], ["explain", "--seqlen-q", "4"], ["--help"]], ids=lambda words: words[0]
+)
 def test_a_closed_standard_output_is_no_error(arguments):
     call = ["sh", "-c", '"$0" "$@" >&-', sys.executable, "-m", "cupyattn", *arguments]
     done = subprocess.run(call, stderr=subprocess.PIPE, cwd=ROOT, text=True)

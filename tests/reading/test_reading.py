@@ -602,7 +602,8 @@ def test_words_of_torch_jax_flash_attn_and_ours_are_answered_with_what_to_say_in
         if named:
             assert {x for x in named.groups() if x} <= set(own)
         elif not (word in of_operands and {"qkv", "kv", "k_cache"} & set(own)):
-            assert "no function here" not in line and "perhaps" not in line, line
+            assert "no function here" not in line
+            assert "perhaps" not in line
 
 
 def test_jaxs_words_are_all_known():
