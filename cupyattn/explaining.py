@@ -204,6 +204,6 @@ def _specs_of_shapes(
             raise TypeError(refusal(function, f"dtype has to be that of the arrays, {own}", ("dtype", name_of_dtype)))
     specs = {}
     for name, (shape, kind) in shapes.items():
-        sizes = tuple(reading.integer(function, name, size, low=0, high=2**63 - 1) for size in shape)
+        sizes = reading.integers(function, name, shape, high=2**63 - 1)
         specs[name] = Spec(name, sizes, kind or unsaid_dtype(name, name_of_dtype))
     return specs

@@ -21,7 +21,8 @@ class Dask(Library):
         return True
 
     def refuses(self, array: Any) -> str | None:
-        return "has chunks of unknown size" if any(size != size for size in array.shape) else None
+        unknown = any(size != size for size in array.shape)
+        return "has chunks of unknown size; call its compute_chunk_sizes() first" if unknown else None
 
     def check_writable(self, function: str, name: str, array: Any) -> None:
         rule = f"{name} cannot be overwritten: {self.title} is immutable"

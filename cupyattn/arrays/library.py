@@ -112,6 +112,10 @@ class Library:
         ):
             if not hasattr(array, name):
                 return f"has no {name}, {what}; pass what numpy.asarray makes of it"
+        try:
+            self.place(array)
+        except Exception as error:  # ndonnx's: ONNX knows no devices
+            return f"cannot say where it is ({error}); pass a NumPy array of its values"
         return None
 
     def surroundings(self, array: Any) -> Hashable | None:

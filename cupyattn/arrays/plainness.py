@@ -14,6 +14,11 @@ from typing import Any
 FAKE = ("FakeTensor", "FunctionalTensor")
 TRACEABLE = "torch.compile goes around the call; functions of q, k and v, and flash_attn_with_kvcache, are recorded"
 
+NESTED = (
+    "is a nested tensor; flash_attn_varlen_func takes sequences of different lengths: values() of one with "
+    "layout=torch.jagged, and as cu_seqlens its offsets().int()"
+)
+
 
 def tracer() -> str | None:
     """Who writes down what is done, instead of having it done."""
@@ -120,6 +125,8 @@ def way_of_its_own(kind: Any) -> str:
     plain, name = (torch.Tensor, torch.nn.Parameter), kind.__name__
     if name in FAKE:
         return f"is a {name}, which has no values: that of a graph which is being traced, perhaps. {TRACEABLE}"
+    if name == "NestedTensor":
+        return NESTED
     if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         return f"is a {name}, which has no memory of its own; pass a plain tensor"
     own = (getattr(x.__torch_function__, "__func__", x.__torch_function__) for x in (kind, *plain))

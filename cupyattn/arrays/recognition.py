@@ -32,11 +32,37 @@ def library_of(function: str, name: str, array: Any) -> Library:
     """
     library = library_of_type(type(array))  # type: ignore[arg-type]
     if library is None:
-        rule, shown = f"{name} has to be an array", reprlib.repr(array)
-        if isinstance(array, (list, tuple)):
-            rule, shown = f"{rule}; numpy.asarray makes one of a {type(array).__name__}", f"of length {len(array)}"
-        raise TypeError(refusal(function, rule, (name, shown, type(array).__name__)))
+        raise TypeError(refusal(function, f"{name} has to be an array{_way_in(array)}", (name, *came(array))))
     return library
+
+
+def came(array: Any) -> tuple[str, str]:
+    """What an error shows of an argument that is not what it should be: its shape if it has one, and its type."""
+    kind = type(array)
+    root = kind.__module__.partition(".")[0]
+    title = kind.__name__ if root == "builtins" else f"{root}.{kind.__name__}"
+    if isinstance(array, (list, tuple)):
+        return f"of length {len(array)}", title
+    if not isinstance(array, (np.generic, type)):
+        try:
+            return str(tuple(array.shape)), title
+        except Exception:  # there is none, or, of a nested tensor, none that could be said
+            pass
+    return " ".join(reprlib.repr(array).split()), title
+
+
+def _way_in(array: Any) -> str:
+    """How an array could be made of what is none, for the end of a sentence."""
+    kind = type(array)
+    if isinstance(array, (list, tuple, memoryview)):
+        return f"; numpy.asarray makes one of a {kind.__name__}"
+    if isinstance(array, (np.generic, type)):
+        return ""
+    if hasattr(kind, "__array__") or hasattr(kind, "__array_interface__"):
+        return f"; numpy.asarray makes one of a {kind.__name__}"
+    if hasattr(kind, "__dlpack__"):
+        return f"; numpy.from_dlpack makes one of a {kind.__name__}"
+    return "; its toarray() is one" if hasattr(kind, "toarray") else ""
 
 
 @cache

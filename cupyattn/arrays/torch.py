@@ -53,8 +53,10 @@ class Torch(Library):
         said = plainness.way_of_its_own(type(array))  # type: ignore[arg-type]
         if said:
             return said
-        if array.layout is not sys.modules["torch"].strided or array.is_nested:
-            return f"is not a strided tensor ({'nested' if array.is_nested else array.layout})"
+        if array.is_nested:
+            return plainness.NESTED
+        if array.layout is not sys.modules["torch"].strided:
+            return f"is not a strided tensor ({array.layout}); pass its to_dense()"
         try:
             held = array.untyped_storage().nbytes()
         except (NotImplementedError, RuntimeError):  # under a transform, where memory is that of what is inside

@@ -9,7 +9,7 @@ from typing import Any
 
 from cupyattn.arrays.library import Arrays, Backward, Forward, Job, Library, Nowhere, Valueless
 from cupyattn.arrays.numpy import NUMPY
-from cupyattn.arrays.recognition import OTHER, library_of
+from cupyattn.arrays.recognition import OTHER, came, library_of
 from cupyattn.cpu import num_cores
 from cupyattn.described import Call
 from cupyattn.problem import Device, Problem, Spec
@@ -183,7 +183,7 @@ def _check(function: str, library: Library, name: str, array: Any) -> None:
     objection = library.refuses(array)
     if objection:
         kind = Valueless if library.has_no_values(array) else TypeError
-        raise kind(refusal(function, f"{name} {objection}", (name, type(array).__name__)))
+        raise kind(refusal(function, f"{name} {objection}", (name, *came(array))))
 
 
 def _specs(library: Library, present: Present, arrays: Arrays) -> tuple[tuple[str, Spec], ...]:
@@ -200,7 +200,7 @@ def _gathered(function: str, present: Present, found: list[Library]) -> Present:
         if library is NUMPY and word.rstrip("0123456789") in COMPANIONS
     }
     if len(set(found) - {NUMPY}) > 1 or len(strangers) < found.count(NUMPY):
-        shown = [(name, f"{type(x).__module__.partition('.')[0]}.{type(x).__name__}") for name, x in present.values()]
+        shown = [(name, came(x)[1]) for name, x in present.values()]
         raise TypeError(refusal(function, "all arrays have to be of one library", *shown))
     visit = enter(function, {word: entry for word, entry in present.items() if word not in strangers})
     if visit.kind == "cuda":

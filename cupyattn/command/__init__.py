@@ -14,6 +14,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import TextIO
 
 __all__ = ["main"]
 
@@ -45,18 +47,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return parser.run(arguments)
         finally:
-            sys.stdout.flush()  # a closed pipe is found out here, not when the interpreter ends
+            if sys.stdout is not None:  # where it is closed, as by ``>&-``, there is none
+                sys.stdout.flush()  # a closed pipe is found out here, not when the interpreter ends
     except KeyboardInterrupt:
         print("\nStopped.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        _say_no_more()
+        _say_no_more(sys.stdout, sys.stderr)
         return UNREAD
+    except OSError as error:  # a full disk behind what is printed, for one
+        with suppress(OSError):
+            print(f"cupyattn: {error}", file=sys.stderr, flush=True)
+        _say_no_more(sys.stdout)
+        return 1
 
 
-def _say_no_more() -> None:
+def _say_no_more(*streams: TextIO | None) -> None:
     """What is still to be flushed goes nowhere, instead of into the pipe once more."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, streams):
         os.dup2(nowhere, stream.fileno())
     os.close(nowhere)

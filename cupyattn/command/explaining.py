@@ -59,7 +59,7 @@ def run(parser: argparse.ArgumentParser, given: argparse.Namespace) -> int:
     try:
         plans = [_plan(given, device) for device in given.device]
     except (TypeError, ValueError) as error:
-        parser.error(str(error))
+        parser.error(str(error).removeprefix("explain: "))  # the parser names itself
     print(json.dumps([_as_json(plan) for plan in plans], indent=1) if given.json else _as_text(plans))
     return int(any(plan.kernel == "none" for plan in plans))
 

@@ -71,8 +71,8 @@ def ask(
     that no kernel of a GPU counts ALiBi's distances from.
     """
     if not is_comm(comm):
-        rule = "comm has to be one of cupyattn.distributed's: by run_ranks, MpiComm, TorchComm or NcclComm"
-        rule += "; gradients inside of jax.shard_map are jax.grad's"
+        rule = "comm has to be one of cupyattn.distributed's: by run_ranks, MpiComm, TorchComm or NcclComm; "
+        rule += "gradients inside of jax.shard_map are jax.grad's" if known else "inside of jax.shard_map a JaxComm"
         raise TypeError(refusal(function, rule, ("comm", repr(comm), type(comm).__name__)))
     mine: dict[str, Any] = {}
 

@@ -83,8 +83,8 @@ def sharded_decode(
         `ring_attention`, on a GPU.
     k, v : array, shapes (batch, own tokens, num_heads_kv, head_dim), ...
         Of this rank's tokens; there may be none.
-    comm : Comm
-        Who takes part: by `run_ranks`, `MpiComm`, `TorchComm` or `NcclComm`.
+    comm : Comm or JaxComm
+        Who takes part: by `run_ranks`, `MpiComm`, `TorchComm` or `NcclComm`; inside of `jax.shard_map` a `JaxComm`.
     sharding : Sharding or {"contiguous", "zigzag", "striped"}
         Which keys are whose.  The keys of "contiguous" ranks may be as many as they are.
     causal, alignment, window_size, ...

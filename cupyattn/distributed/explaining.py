@@ -143,7 +143,7 @@ def _shape(function: str, name: str, shape: Any) -> Shape:
     if not isinstance(shape, (tuple, list)):
         rule = f"{name} has to be a shape, of the whole"
         raise TypeError(refusal(function, rule, (name, repr(shape), type(shape).__name__)))
-    return tuple(reading.integer(function, name, length, low=0) for length in shape)
+    return reading.integers(function, name, shape)
 
 
 Counts: TypeAlias = tuple[list[int], list[list[int]]]

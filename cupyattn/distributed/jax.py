@@ -202,6 +202,17 @@ def _places(tokens: Sharding) -> list[int]:
     return [place for rank in range(tokens.size) for place in tokens.positions(rank)]
 
 
+def _size_of_axis(function: str, comm: JaxComm) -> int:
+    import jax
+
+    lax: Any = jax.lax
+    try:
+        return int(lax.axis_size(comm.axis_name))
+    except NameError:
+        rule = "comm has to name an axis of the mesh of the jax.shard_map around the call"
+        raise ValueError(refusal(function, rule, ("comm", comm))) from None
+
+
 class _Call:
     """A call, as it is traced."""
 
@@ -214,15 +225,12 @@ class _Call:
         scalars: Mapping[str, Any],
         replicated_rows: bool = False,
     ) -> None:
-        import jax
-
-        lax: Any = jax.lax
         self.function, self.comm, self.scalars = function, comm, scalars
         options = attention_options(
             function, dropout_p=0.0, return_lse=True,
             **{name: value for name, value in scalars.items() if name != "implementation"},
         )  # fmt: skip
-        self.size = int(lax.axis_size(comm.axis_name))
+        self.size = _size_of_axis(function, comm)
         self.row_axis, self.head_axis = (1, 2) if options.axes == "bshd" else (2, 1)
         meant = sharding_meant(function, sharding, options, self.size)
         self.packed = isinstance(meant, Sharding) and len(arrays["q"].shape) == 3

@@ -83,8 +83,8 @@ def ring_attention(
         As for `attention`, of this rank's tokens: what `shard_sequence` makes of the whole.  Of packed sequences
         (tokens, num_heads, head_dim), with a `Sharding` that has their lengths.  On the CPU; or CuPy's and
         torch's on a GPU, each rank on its own.
-    comm : Comm
-        Who takes part: by `run_ranks`, `MpiComm`, `TorchComm` or `NcclComm`.
+    comm : Comm or JaxComm
+        Who takes part: by `run_ranks`, `MpiComm`, `TorchComm` or `NcclComm`; inside of `jax.shard_map` a `JaxComm`.
     sharding : Sharding or {"zigzag", "contiguous", "striped"}, optional
         Which tokens are whose.  A name means that of all tokens that there are, of q and of k by itself; "contiguous"
         ones may then be as many on each rank as they are.  Default "zigzag" if `causal`, else "contiguous".

@@ -76,8 +76,8 @@ class Sharding:
             raise TypeError(refusal(function, "seqlens have to be a tuple", ("seqlens", repr(self.seqlens))))
         if not isinstance(self.lengths, tuple | None):
             raise TypeError(refusal(function, "lengths have to be a tuple, or None", ("lengths", repr(self.lengths))))
-        for length in (*self.seqlens, *(self.lengths or ())):
-            reading.integer(function, "seqlens and lengths", length, low=0)
+        reading.integers(function, "seqlens", self.seqlens)
+        reading.integers(function, "lengths", self.lengths or ())
         if self.lengths is None:
             return
         if self.kind != "contiguous" or len(self.seqlens) != 1:

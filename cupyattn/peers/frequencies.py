@@ -133,7 +133,7 @@ def read_rule(function: str, dim: Any, theta: Any, scaling: Any, max_position_em
     missing = [key for key in _NEEDED[name] if key not in said and key not in given]
     missing += ["factor"] if name == "longrope" and not said.keys() & {"factor", "attention_factor"} else []
     if missing:
-        rule = f"{name!r} needs {' and '.join(missing)}{_where(missing)}"
+        rule = f"{name!r} needs {', '.join(_how_to_say(name, key) for key in missing)}"
         raise ValueError(refusal(function, rule, ("scaling", reprlib.repr(dict(given)))))
     theta = _theta(function, theta, given)
     dim = _rotating(function, name, dim, said)
@@ -167,10 +167,12 @@ def _given(function: str, scaling: Any) -> tuple[Mapping[str, Any], str]:
     return given, name
 
 
-def _where(missing: list[str]) -> str:
-    if "max_position_embeddings" in missing:
-        return ", an argument"
-    return ", or max_position_embeddings" if {"factor", _TRAINED} & set(missing) else ""
+def _how_to_say(name: str, key: str) -> str:
+    """What a rule is not told, and how else it could be."""
+    if key == "max_position_embeddings":
+        return f"{key} (an argument)"
+    derived = key == _TRAINED or (key == "factor" and name in ("yarn", "longrope"))
+    return f"{key} (or max_position_embeddings)" if derived else key
 
 
 def _theta(function: str, theta: Any, given: Mapping[str, Any]) -> float:

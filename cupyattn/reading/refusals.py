@@ -8,6 +8,8 @@ from cupyattn.problem import Array, Shape, Spec
 
 LARGEST_SIZE = 2**31 - 1
 """Of any axis: index arrays are int32, and random numbers are counted in 32-bit words."""
+LONGEST_VALUE = 300
+"""Characters of an argument that an error shows."""
 LARGEST_RESULT = 2**47
 """Bytes; the memory a process can address."""
 AXES = {
@@ -34,12 +36,21 @@ DESCALES = ("q_descale", "k_descale", "v_descale")
 
 def refusal(function: str, rule: str, *shown: tuple[str, object] | tuple[str, object, str]) -> str:
     """The text of an error: function and rule, then what came, one argument a line, aligned."""
-    names = max((len(row[0]) for row in shown), default=0)
-    values = max((len(str(row[1])) for row in shown), default=0)
+    rows = [(name, _in_a_line(value), *note) for name, value, *note in shown]
+    names = max((len(row[0]) for row in rows), default=0)
+    values = max((len(row[1]) for row in rows), default=0)
     lines = [f"{function}: {rule}"]
-    for name, value, *note in shown:
-        lines.append(f"    {name:<{names}}  {value!s:<{values}}  {note[0] if note else ''}".rstrip())
+    for name, value, *note in rows:
+        lines.append(f"    {name:<{names}}  {value:<{values}}  {note[0] if note else ''}".rstrip())
     return "\n".join(lines)
+
+
+def _in_a_line(value: object) -> str:
+    """A value's text, of which the middle is left out where it is long: an array, where a number was to come."""
+    text = str(value)
+    if "\n" in text:
+        text = " ".join(text.split())
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 50]} ... {text[-40:]}"
 
 
 def expect(function: str, spec: Spec, shape: Shape, dtype: str) -> None:

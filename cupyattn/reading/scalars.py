@@ -6,7 +6,7 @@ import math
 import numbers
 import operator
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from cupyattn.reading.refusals import LARGEST_SIZE, refusal, span
@@ -87,9 +87,14 @@ def integer(function: str, name: str, value: Any, *, low: int, high: int = LARGE
     return result
 
 
+def integers(function: str, name: str, values: Sequence[Any], *, high: int = LARGEST_SIZE) -> tuple[int, ...]:
+    """Integers that are not negative, of a list or tuple: a shape, or lengths."""
+    return tuple([integer(function, f"{name}[{i}]", value, low=0, high=high) for i, value in enumerate(values)])
+
+
 def is_one_number(value: Any) -> bool:
     """What is for `integer` where an array of many may come as well."""
-    return isinstance(value, int) or getattr(value, "shape", None) == ()
+    return isinstance(value, numbers.Real) or getattr(value, "shape", None) == ()
 
 
 def flag(function: str, name: str, value: Any) -> bool:

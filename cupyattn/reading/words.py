@@ -131,7 +131,18 @@ def unknown_words(function: str, strangers: Sequence[str], words: Sequence[str])
         elif there:
             text, word = there[0]
             shown.append((stranger, text if word == stranger else f"{text}, as {word}"))
+        elif near := _near(stranger, words):
+            shown.append((stranger, f"perhaps {' or '.join(near)}"))
         else:
-            shown.append((stranger, "nobody has one of this name"))
+            shown.append((stranger, "no function here has one of this name"))
     rule = f"has no argument {', '.join(strangers)}; it has {', '.join(words) or 'none'}"
     return refusal(function, rule, *shown)
+
+
+def _near(stranger: str, words: Sequence[str]) -> list[str]:
+    """Words that a misspelt or shortened one may have been meant for, the likeliest first; three at most."""
+    from difflib import get_close_matches
+
+    parts = {part for part in stranger.split("_") if len(part) > 2}
+    sharing = [word for word in words if stranger in word.split("_") or word in parts]
+    return list(dict.fromkeys((*get_close_matches(stranger, words, cutoff=0.75), *sharing)))[:3]

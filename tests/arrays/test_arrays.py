@@ -3,6 +3,7 @@
 import gc
 import inspect
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -1478,7 +1479,7 @@ def test_dask_arrays_of_unknown_size_are_refused():
     array = needs("dask.array")
     q = array.ones((2, 5, 2, 8), chunks=2)
     unknown = q[q[:, 0, 0, 0] > 0]
-    with pytest.raises(TypeError, match="k has chunks of unknown size"):
+    with pytest.raises(TypeError, match=r"k has chunks of unknown size; call its compute_chunk_sizes\(\) first"):
         cupyattn.attention(q, unknown, unknown)
 
 
@@ -1613,6 +1614,74 @@ def test_a_nested_list_is_refused_in_a_line_that_says_what_to_do():
     assert len(str(caught.value)) < 150
 
 
+class Frame:
+    """A table of pandas, for one: NumPy can make an array of it."""
+
+    shape, __array__ = (4, 8), None
+
+    def __repr__(self):
+        return "   0  1\n0  1  2"
+
+
+class Capsule:
+    """What has DLPack and nothing else."""
+
+    __dlpack__ = __dlpack_device__ = None
+
+
+class Compressed:
+    """A matrix of scipy.sparse, for one."""
+
+    shape, toarray = (4, 8), None
+
+
+@pytest.mark.parametrize(
+    ("stranger", "way", "shown"),
+    [
+        (Frame(), "; numpy.asarray makes one of a Frame", "(4, 8)"),
+        (Capsule(), "; numpy.from_dlpack makes one of a Capsule", "<"),
+        (Compressed(), "; its toarray() is one", "(4, 8)"),
+        (memoryview(np.ones(3)), "; numpy.asarray makes one of a memoryview", "(3,)"),
+        (np.float32(1), "", "np.float32(1.0)"),
+        (Frame, "", "<class"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_what_is_no_array_is_told_how_to_become_one(stranger, way, shown):
+    q = np.ones((1, 8, 8, 8), np.float32)
+    rule = re.escape(f"attention: k has to be an array{way}\n    k  {shown}")
+    with pytest.raises(TypeError, match=rf"^{rule}[^\n]*$"):
+        cupyattn.attention(q, stranger, q)
+
+
+def test_arrays_whose_device_cannot_be_said_are_refused_by_name():
+    """ndonnx's, for one."""
+
+    class Placeless:
+        shape, dtype, ndim, device = (1, 2, 2, 4), np.dtype("float32"), 4, None
+        __dlpack__ = __array_namespace__ = lambda self, **arguments: None
+
+        def __dlpack_device__(self):
+            raise ValueError("no control over the used device")
+
+    rule = r"q cannot say where it is \(no control over the used device\); pass a NumPy array of its values"
+    with pytest.raises(TypeError, match=rf"attention: {rule}\n    q  \(1, 2, 2, 4\)  \w+\.Placeless$"):
+        cupyattn.attention(Placeless(), Placeless(), Placeless())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_nested_tensors_are_told_of_packed_sequences():
+    torch = needs("torch")
+    parts = [torch.randn(3, 4, 8), torch.randn(5, 4, 8)]
+    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    for nested in (jagged, torch.nested.nested_tensor(parts)):
+        with pytest.raises(TypeError, match=r"q is a nested tensor; flash_attn_varlen_func takes .* offsets"):
+            cupyattn.attention(nested, nested, nested)
+    rows, starts = jagged.values(), jagged.offsets().int()
+    out = cupyattn.flash_attn_varlen_func(rows, rows, rows, starts, starts, 5, 5)
+    assert torch.equal(out[:3], cupyattn.attention(*(rows[None, :3],) * 3)[0])
+
+
 def test_arrays_without_a_device_are_refused_by_name():
     """MLX's, for one."""
 
@@ -1645,7 +1714,7 @@ def test_special_arrays_are_refused_by_name():
     with pytest.raises(TypeError, match="x is a matrix"):
         cupyattn.apply_rotary_emb(np.ones((2, 2)).view(np.matrix), np.ones((2, 1)), np.ones((2, 1)))
     t = torch.ones(1, 2, 2, 4)
-    with pytest.raises(TypeError, match=r"v is not a strided tensor \(torch\.sparse_coo\)"):
+    with pytest.raises(TypeError, match=r"v is not a strided tensor \(torch\.sparse_coo\); pass its to_dense\(\)"):
         cupyattn.attention(t, t, t.to_sparse())
     for wrong in (q.astype(np.int32), q.astype(np.complex64), q > 0, q.astype(np.longdouble)):
         with pytest.raises(TypeError, match="q has to be one of float16, bfloat16, float32, float64"):
@@ -1793,6 +1862,8 @@ def test_explain_refuses_descriptions_as_it_would_arrays(describe):
         cupyattn.explain(q, q, q, dtype="float16")
     with pytest.raises(TypeError, match="explain: mask has to be boolean"):
         cupyattn.explain(q, q, q, mask=mask)
+    with pytest.raises(TypeError, match=r"explain: q\[0\] has to be an integer.*\n    q\[0\]  [^\n]{,300}  list$"):
+        cupyattn.explain(np.ones((9, 9, 9, 9)).tolist(), (1, 9, 2, 8), (1, 9, 2, 8))
     with pytest.raises(TypeError, match="explain: q has to be one of float16"):
         cupyattn.explain(*[describe(shape, "int32")] * 3)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,29 @@ def test_a_closed_pipe_is_status_141_and_no_word(arguments, unbuffered):
         process = subprocess.Popen(call, stdout=closed, stderr=subprocess.PIPE, cwd=ROOT, text=True, env=environment)
         _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (141, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("arguments", [["info"], ["explain", "--seqlen-q", "4"]], ids=lambda words: words[0])
+def test_a_full_disk_behind_what_is_printed_is_status_1_and_a_sentence(arguments, unbuffered):
+    with open("/dev/full", "w") as full:
+        call = [sys.executable, "-W", "error", "-m", "cupyattn", *arguments]
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(call, stdout=full, stderr=subprocess.PIPE, cwd=ROOT, text=True, env=environment)
+    assert done.returncode == 1
+    assert re.fullmatch(r"cupyattn: .*No space left on device\n", done.stderr)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a shell of POSIX")
+@pytest.mark.parametrize(
+    "arguments", [["info"], ["explain", "--seqlen-q", "4"], ["--help"]], ids=lambda words: words[0]
+)
+def test_a_closed_standard_output_is_no_error(arguments):
+    call = ["sh", "-c", '"$0" "$@" >&-', sys.executable, "-m", "cupyattn", *arguments]
+    done = subprocess.run(call, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
 
 
 def test_importing_the_package_does_not_import_the_command_line():

@@ -83,7 +83,9 @@ def test_what_explain_refuses_is_status_two_in_its_own_words(capsys):
     with pytest.raises(SystemExit) as caught:
         main([*SIZES, "--batch", str(2**70)])
     assert caught.value.code == 2
-    assert "explain: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "explain: " in said
+    assert said.count("explain: ") == 1  # the command's name, not the function's after it
 
 
 @pytest.mark.parametrize("window", ["-1,0", "-1,-1", "3,-1"])

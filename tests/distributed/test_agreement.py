@@ -106,8 +106,12 @@ def test_gradients_of_another_shape_are_refused_on_all_ranks(name):
 
 
 def test_what_is_no_comm_is_refused():
-    with pytest.raises(TypeError, match="comm has to be one of"):
+    with pytest.raises(
+        TypeError, match=r"comm has to be one of .* inside of jax.shard_map a JaxComm\n    comm  3  int"
+    ):
         ring_attention(X, X, X, comm=3)
+    with pytest.raises(TypeError, match=r"comm has to be one of .*; gradients inside of jax.shard_map are"):
+        ring_attention_backward(X, X, X, X, comm=3)
 
 
 def test_a_rank_that_raises_is_heard_of_at_once():

@@ -107,6 +107,7 @@ def test_packed_sequences_are_explained():
         ({"sharding": Sharding("zigzag", 4, (10,))}, ValueError, "as many tokens as there are"),
         ({"sharding": Sharding("zigzag", 3, (8192,))}, ValueError, "as many ranks as there are, 4"),
         ({"q": 3}, TypeError, "q has to be a shape"),
+        ({"q": np.ones((2, 9, 4, 8))}, TypeError, r"(?s)q has to be a shape, of the whole\n    q  [^\n]*  ndarray$"),
         ({"backward": 1}, TypeError, "backward has to be True or False"),
     ],
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import cupyattn
-from cupyattn.distributed import JaxComm, ring_attention, run_ranks
+from cupyattn.distributed import JaxComm, ring_attention, run_ranks, sharded_decode, ulysses_attention
 
 SCRIPT = Path(__file__).with_name("devices.py")
 LONG = (
@@ -40,6 +40,15 @@ def test_devices_of_a_mesh_agree_with_one(case):
 def test_an_axis_that_is_no_name_is_refused():
     with pytest.raises(TypeError, match="axis_name has to be a string"):
         JaxComm(0)
+
+
+def test_an_axis_that_there_is_not_is_refused_in_our_words():
+    jax = pytest.importorskip("jax", reason="needs jax")
+    x = jax.numpy.ones((1, 2, 2, 8))
+    for call in (ring_attention, ulysses_attention, sharded_decode):
+        rule = rf"^{call.__name__}: comm has to name an axis of the mesh .*\n    comm  JaxComm\('rows'\)$"
+        with pytest.raises(ValueError, match=rule):
+            call(x, x, x, comm=JaxComm("rows"))
 
 
 def test_traced_arrays_are_refused_by_ranks_of_this_process():

@@ -50,7 +50,8 @@ def test_a_contiguous_sequence_may_have_lengths_of_its_own():
     [
         (("spiral", 2, (8,)), "kind has to be one of"),
         (("zigzag", 0, (8,)), "size has to be"),
-        (("zigzag", 2, (-1,)), "seqlens and lengths has to be"),
+        (("zigzag", 2, (4, -1)), r"seqlens\[1\] has to be"),
+        (("contiguous", 2, (4,), (5, -1)), r"lengths\[1\] has to be"),
         (("zigzag", 2, (8,), (4, 4)), "lengths are for the contiguous"),
         (("contiguous", 2, (8,), (4, 5)), "add up"),
     ],

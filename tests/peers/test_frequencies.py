@@ -1,5 +1,7 @@
 """The rules of rotary embedding against those that transformers computes, in float64 as well as in its own float32."""
 
+import re
+
 import pytest
 from homes import needs
 from oracle import assert_matches
@@ -114,6 +116,23 @@ def test_the_trained_length_may_be_that_of_the_model():
     silent = {key: value for key, value in LLAMA3.items() if key != "original_max_position_embeddings"}
     found = read_rule("rotary_tables", 32, THETA, silent, 512).of_length(9)[0]
     assert_matches(found, read_rule("rotary_tables", 32, THETA, LLAMA3, None).of_length(9)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks"),
+    [
+        ("linear", "factor"),
+        ("dynamic", "factor, max_position_embeddings (an argument)"),
+        ("yarn", "factor (or max_position_embeddings), original_max_position_embeddings (or max_position_embeddings)"),
+        (
+            "llama3",
+            "factor, original_max_position_embeddings (or max_position_embeddings), low_freq_factor, high_freq_factor",
+        ),
+    ],
+)
+def test_what_a_rule_is_not_told_is_named_with_what_else_would_say_it(name, lacks):
+    with pytest.raises(ValueError, match=rf"^rotary_tables: '{name}' needs {re.escape(lacks)}\n"):
+        read_rule("rotary_tables", 8, None, {"rope_type": name}, None)
 
 
 def test_old_configurations_say_type():

@@ -982,7 +982,7 @@ BAD = [
      {"cache_seqlens": np.array(5.0)}),
     ("cache_seqlens as a list", good, TypeError, ["cache_seqlens has to be an array", "list"],
      {"cache_seqlens": [5, 9]}),
-    ("cache_seqlens as a float", good, TypeError, ["cache_seqlens has to be an array", "float"],
+    ("cache_seqlens as a float", good, TypeError, ["cache_seqlens has to be an integer", "float"],
      {"cache_seqlens": 5.0}),
     ("cache_seqlens as a bool", good, TypeError, ["cache_seqlens has to be an integer", "bool"],
      {"cache_seqlens": True}),

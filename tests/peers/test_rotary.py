@@ -435,6 +435,7 @@ SEQUENCES = "cu_seqlens has to start with 0, must not decrease, and has to end w
     ("error", "message", "wrong"),
     [
         (ValueError, FROM_0, {"seqlen_offsets": 12}),
+        (TypeError, "seqlen_offsets has to be an integer", {"seqlen_offsets": 1.5}),
         (ValueError, FROM_0, {"seqlen_offsets": np.array([0, -1])}),
         (ValueError, "seqlen_offsets has to be from 0", {"seqlen_offsets": -1}),
         (TypeError, "seqlen_offsets has to be an integer", {"seqlen_offsets": True}),

@@ -602,7 +602,8 @@ def test_words_of_torch_jax_flash_attn_and_ours_are_answered_with_what_to_say_in
         if named:
             assert {x for x in named.groups() if x} <= set(own)
         elif not (word in of_operands and {"qkv", "kv", "k_cache"} & set(own)):
-            assert "nobody" not in line, line
+            assert "no function here" not in line
+            assert "perhaps" not in line
 
 
 def test_jaxs_words_are_all_known():
@@ -623,7 +624,13 @@ def test_jaxs_words_are_all_known():
         ("flash_attn_func", "attn_mask", "attention takes it, as mask"),
         ("flash_attn_func", "cu_seqlens_q", "flash_attn_varlen_func takes sequences of different lengths"),
         ("flash_attn_varlen_qkvpacked_func", "cu_seqlens_k", "here it is cu_seqlens"),
-        ("attention", "colour", "nobody has one of this name"),
+        ("attention", "colour", "no function here has one of this name"),
+        ("attention", "retrun_lse", "perhaps return_lse$"),
+        ("attention", "casual", "perhaps causal$"),
+        ("attention", "dropout", "perhaps dropout_p or dropout_seed$"),
+        ("attention", "seed", "perhaps dropout_seed$"),
+        ("attention", "causal_mask", "perhaps causal or mask$"),
+        ("kv_cache_bytes", "token", "perhaps tokens$"),
         ("attention", "cache_seqlens", "here it is seqlens_k"),
         ("flash_attn_func", "qv", "flash-attn 3 has it, and nothing here"),
         ("flash_attn_varlen_func", "attention_chunk", "flash-attn 3 has it, and nothing here"),
@@ -639,7 +646,7 @@ def test_jaxs_words_are_all_known():
     ],
 )
 def test_a_strangers_word_is_explained(name, word, words):
-    with pytest.raises(TypeError, match=rf"{word} +.*{words}"):
+    with pytest.raises(TypeError, match=rf"(?m){word} +.*{words}"):
         getattr(cupyattn, name)(**{word: None})
 
 
@@ -675,6 +682,14 @@ def test_a_refusal_shows_what_came_in_columns():
         "    keys  (2, 512, 4, 64)   num_heads_k = 4",
         "    v     as k",
     ]
+
+
+def test_a_refusal_shows_each_value_in_a_line_of_bounded_length():
+    text = refusal("f", "no", ("q", np.arange(1000).reshape(10, 100)), ("seqlens", list(range(9999)), "int"))
+    assert len(text.splitlines()) == 3
+    assert all(len(line) < 330 for line in text.splitlines())
+    assert "q        [[ 0 1 2 3" in text
+    assert text.endswith("9997, 9998]  int")
 
 
 def test_a_refusal_of_nothing_shown_is_one_line():
