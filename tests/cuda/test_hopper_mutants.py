@@ -65,8 +65,10 @@ MUTANTS = [
            "empty(use), emptiers", "clusters"),
     Mutant("each block tells itself alone", "tile90.cuh", "ptx::mbarrier_arrive_at(empty(use), index);",
            "ptx::mbarrier_arrive(empty(use));", "clusters"),
-    Mutant("a block begins before the other", "hopper.cu", "        ptx::cluster_barrier();", "        ptx::barrier();",
+    Mutant("a block begins before the other", "hopper.cu", "ptx::begin_cluster();", "ptx::barrier();",
            "clusters"),
+    Mutant("spare rows cleared while they are read", "hopper.cu", "Traits::kCluster == 1 || Traits::kPacked",
+           "Traits::kCluster == 1", "packed_clusters"),
     Mutant("a block exits before the other", "fetch90.cuh", "if constexpr (Traits::kCluster > 1)\n        for",
            "if constexpr (false)\n        for", "clusters"),
     Mutant("the end waits for half of the slots", "fetch90.cuh",
@@ -308,6 +310,11 @@ def clusters(sources):
         dense(sources, schedule, (256, 70), (2, 2, 1), (64, 64), "float8_e4m3fn", persistent=True, cluster=2)
 
 
+def packed_clusters(sources):
+    for schedule in (0, 1, 2):
+        dense(sources, schedule, (84, 70), (6, 2, 2), heads_per_unit=3, cluster=2)
+
+
 def pages(sources):
     rng = np.random.default_rng(SEED)
     arrays = ragged_operands(rng, "float16", (17, 40), (40, 134), (4, 2, 2), behind=(0, 7))
@@ -418,8 +425,8 @@ def splits_of_float8(sources):
 
 GROUPS = {
     group.__name__: group
-    for group in (tiles, wide, switches, clusters, pages, strays, packed, ragged, float8, splits, ragged_splits,
-                  splits_of_lengths, splits_in_pages, splits_of_float8)
+    for group in (tiles, wide, switches, clusters, packed_clusters, pages, strays, packed, ragged, float8, splits,
+                  ragged_splits, splits_of_lengths, splits_in_pages, splits_of_float8)
 }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ WRITTEN = {
     "bar.red.or.pred %p1, 0, !%p2;": "v_p1 = bar_red_or(t, 0, (u32)0u, !v_p2);",
     "bar.warp.sync -1;": "bar_warp_sync(t, 0, (u32)4294967295u);",
     "barrier.cluster.arrive.release.aligned;": "barrier_cluster_arrive_release(t, 0);",
+    "barrier.cluster.arrive.relaxed.aligned;": "barrier_cluster_arrive_relaxed(t, 0);",
     "barrier.cluster.wait.acquire.aligned;": "barrier_cluster_wait_acquire(t, 0);",
     "setmaxnreg.dec.sync.aligned.u32 40;": "setmaxnreg_dec(t, 0, 40);",
     "setmaxnreg.inc.sync.aligned.u32 232;": "setmaxnreg_inc(t, 0, 232);",

@@ -141,6 +141,7 @@ void bar_sync(Thread&, int site, u32 barrier, s64 threads);  // threads < 0: all
 void bar_arrive(Thread&, int site, u32 barrier, s64 threads);
 bool bar_red_or(Thread&, int site, u32 barrier, bool predicate);
 void barrier_cluster_arrive_release(Thread&, int site);
+void barrier_cluster_arrive_relaxed(Thread&, int site);
 void barrier_cluster_wait_acquire(Thread&, int site);
 void setmaxnreg_inc(Thread&, int site, u32 registers);
 void setmaxnreg_dec(Thread&, int site, u32 registers);
