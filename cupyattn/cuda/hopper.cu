@@ -328,7 +328,7 @@ DEVICE void run_block(const HopperParams& given) {
         ptx::fewer_registers<Traits::kProducerRegisters>();
         if (ptx::warp() > 0)
             inspect<Traits>(given, memory);
-        else if (Traits::kPaged || ptx::lane() == 0)
+        else if (Traits::kPaged || Traits::kSearches || ptx::lane() == 0)
             fetch<Traits>(given, memory);
     } else {
         ptx::more_registers<Traits::kConsumerRegisters>();

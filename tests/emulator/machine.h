@@ -64,11 +64,12 @@ enum class Verb : std::uint8_t {
     kWgmmaWait,
     kMbarrierWait,
     kBeginCluster,
+    kFirstLane,
 };
 constexpr const char* kVerbNames[] = {
     "barrier", "warp_barrier", "shuffle_xor", "shuffle", "any", "all", "load_matrices", "load_matrices_transposed",
     "multiply_add", "store_matrices", "named_barrier", "named_barrier_arrive", "warpgroup", "more_registers",
-    "fewer_registers", "wgmma_fence", "wgmma", "wgmma_commit", "wgmma_wait", "mbarrier_wait", "begin_cluster",
+    "fewer_registers", "wgmma_fence", "wgmma", "wgmma_commit", "wgmma_wait", "mbarrier_wait", "begin_cluster", "first_lane",
 };
 
 // A copy from global to shared memory that may still be under way.

@@ -101,6 +101,8 @@ WRITTEN = {
     "st.shared.v2.b32 [%r1], {%r2, %r3};": "shared_memory(t, v_r1, 8, true);",
     "ld.v4.u32 {%r1, %r2, %r3, %r4}, [%rd1];": "generic_memory(t, v_rd1, 16, false);",
     "ld.param.u32 %r1, [out+4];": "parameter_memory(t, (u64)(((u64)launch.parameters + 8) + (u64)4ll), 4);",
+    "clz.b32 %r1, %r2;": "v_r1 = clz_b32(v_r2);",
+    "brev.b32 %r1, %r2;": "v_r1 = brev_b32(v_r2);",
     "prmt.b32 %r1, %r2, %r3, %r4;": "v_r1 = prmt_b32(v_r2, v_r3, v_r4);",
     "lop3.b32 %r1, %r2, %r3, %r4, 0x96;": "v_r1 = lop3_b32(v_r2, v_r3, v_r4, 150);",
     "bfi.b32 %r1, %r2, %r3, 3, 29;": "v_r1 = bfi_b32(v_r2, v_r3, (u32)3u, (u32)29u);",
