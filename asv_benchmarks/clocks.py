@@ -4,9 +4,9 @@
 
 Of the loop over blocks that all rows see wholly, as ptxas leaves it, clocks of a multiprocessor for one block of keys:
 those of the tensor cores, N / 2 for a product of 64 x N x 16 numbers of 16 bits and half of that for 8 bits; of
-exponentials, reciprocals and the like, 8 for a warp's; of the issue of instructions, 1 for a warp's; of shared memory, 1
-for 128 bytes, of operands that products read there, keys and values that come, and float8 values that are turned. Two or
-three warpgroups share all of them. What is largest binds, and the tensor cores' share of it is their utilisation, at
+exponentials, reciprocals and the like, 8 for a warp's; of the issue of instructions, 1 for a warp's; of shared memory,
+1 for 128 bytes, of operands that products read there, keys and values that come, and float8 values that are turned. Two
+or three warpgroups share all of them. What is largest binds, and the tensor cores' share of it is their utilisation, at
 best: latencies, barriers and what is around the loop are not counted.
 
 Instructions are those of the usual way through the loop: what a branch within it leaps over is not counted, which is
@@ -83,7 +83,7 @@ class Clocks(NamedTuple):
 
 
 def operand_bytes(product):
-    """That a product of 64 x N x K numbers reads in shared memory: of 32 bytes along its sum, right rows and maybe left."""
+    """What a product reads in shared memory: of 32 bytes along its sum, right rows, and left ones if they lie there."""
     rows, where = re.search(r"GMMA\.64x(\d+)x\S+ R\d+, (gdesc|R)", product).groups()
     return 32 * (int(rows) + (64 if where == "gdesc" else 0))
 
@@ -117,8 +117,9 @@ def of_forward(dtype, head_dim, reach, edits, other=None):
     cubin = compiler.compile_cubin(source.join(what.source), what.expression, "sm_90a")
     least = 3 if dtype == FLOAT8 and head_dim > 128 else 2  # its sums come in two parts
     loop = loop_of(cubin, lambda body: len(waits(body)) == least and any("GMMA" in text for text in body))
-    comes = tile.block_k * head_dim * ITEMSIZE[dtype]  # keys, and as much of values, which are read and written to be turned
-    return clocks_of(loop, tile.block_q // 64, (4 if dtype == FLOAT8 else 2) * comes)
+    comes = tile.block_k * head_dim * ITEMSIZE[dtype]
+    times = 4 if dtype == FLOAT8 else 2  # keys come and values; those of float8 are read and written to be turned
+    return clocks_of(loop, tile.block_q // 64, times * comes)
 
 
 def around(clocks_of_block):

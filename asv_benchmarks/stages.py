@@ -5,8 +5,8 @@
 Two warpgroups, who share the tensor cores, and the one thread that fetches, each as `hopper.cu` has it, run against a
 clock: scores of a block are asked for, then the product of the block before; its softmax runs beside that product; a
 slot is handed back when both have read it, and filled when the thread that fetches comes to it.  Tensor cores take
-products as they are asked for; boxes come one after the other.  What is assumed, and may be otherwise on a GPU: how long
-it takes until a box's first byte is there, how fast the others come, and what handing a slot over costs.
+products as they are asked for; boxes come one after the other.  What is assumed, and may be otherwise on a GPU: how
+long it takes until a box's first byte is there, how fast the others come, and what handing a slot over costs.
 
 A row for each tile and number of stages: clocks for each key, in which tensor cores alone need 32, for a near and fast
 second-level cache, one that all multiprocessors ask at once, and a slow one.
