@@ -4,9 +4,10 @@
 
 Of the loop over blocks that all rows see wholly, as ptxas leaves it, clocks of a multiprocessor for one block of keys:
 those of the tensor cores, N / 2 for a product of 64 x N x 16 numbers of 16 bits and half of that for 8 bits; of
-exponentials, reciprocals and the like, 8 for a warp's; of the issue of instructions, 1 for a warp's. Two or three
-warpgroups share all of them. What is largest binds, and the tensor cores' share of it is their utilisation, at best:
-latencies, barriers and what is around the loop are not counted.
+exponentials, reciprocals and the like, 8 for a warp's; of the issue of instructions, 1 for a warp's; of shared memory,
+1 for 128 bytes, of operands that products read there, keys and values that come, and float8 values that are turned. Two
+or three warpgroups share all of them. What is largest binds, and the tensor cores' share of it is their utilisation, at
+best: latencies, barriers and what is around the loop are not counted.
 
 Instructions are those of the usual way through the loop: what a branch within it leaps over is not counted, which is
 the look at what was found in values of the block before, if that was at an edge, and the multiplication of sums where
@@ -33,8 +34,8 @@ from rounds import places_of_blocks
 from cupyattn import explain
 from cupyattn.cuda.making import catalogue, compiler, source
 from cupyattn.plan import ALL_KEYS, RIGHT_EDGE, base_tile
+from cupyattn.problem import FLOAT8, ITEMSIZE
 
-FLOAT8 = "float8_e4m3fn"
 LOW_CAP = catalogue.SOFTCAP | catalogue.LOW_CAP
 SLOPES = catalogue.ALIBI | catalogue.CAUSAL_ALIBI
 FORWARD = {
@@ -45,6 +46,8 @@ FORWARD = {
     "128, causal, softcap": ("bfloat16", 128, RIGHT_EDGE, LOW_CAP),
     "128, causal, slopes": ("bfloat16", 128, RIGHT_EDGE, SLOPES),
     "256, causal": ("bfloat16", 256, RIGHT_EDGE, 0),
+    # Not planned: one stage is all there is room for, or one of values, for which see stages.py.
+    "256, causal, 96 keys": ("bfloat16", 256, RIGHT_EDGE, 0, {"block_k": 96, "num_stages": 1}),
     "64, float8": (FLOAT8, 64, ALL_KEYS, 0),
     "128, float8": (FLOAT8, 128, ALL_KEYS, 0),
     "256, float8": (FLOAT8, 256, ALL_KEYS, 0),
@@ -68,23 +71,33 @@ class Clocks(NamedTuple):
     tensor: int
     special: int
     issue: int
+    shared: int
 
     @property
     def binds(self):
-        return max(("tensor", "special", "issue"), key=lambda name: getattr(self, name))
+        return max(("tensor", "special", "issue", "shared"), key=lambda name: getattr(self, name))
 
     @property
     def utilisation(self):
         return self.tensor / getattr(self, self.binds)
 
 
-def clocks_of(loop, warpgroups):
+def operand_bytes(product):
+    """What a product reads in shared memory: of 32 bytes along its sum, right rows, and left ones if they lie there."""
+    rows, where = re.search(r"GMMA\.64x(\d+)x\S+ R\d+, (gdesc|R)", product).groups()
+    return 32 * (int(rows) + (64 if where == "gdesc" else 0))
+
+
+def clocks_of(loop, warpgroups, bytes_of_block):
     body = loop.usual()
     products = [re.search(r"[HQ]GMMA\.64x(\d+)x(\d+)", text) for text in body]
     tensor = sum(int(found[1]) // (2 if found[2] == "16" else 4) * int(found[2]) // 16 for found in products if found)
+    read = sum(operand_bytes(text) for text, found in zip(body, products, strict=True) if found)
+    shared = -(-(warpgroups * read + bytes_of_block) // 128)
     special = 8 * sum("MUFU" in text for text in body)
     alone = next(count for count, text in enumerate(reversed(body)) if "WARPGROUP.DEPBAR" in text)
-    return Clocks(len(body), len(loop.body), alone, warpgroups * tensor, warpgroups * special, warpgroups * len(body))
+    of_all = (warpgroups * count for count in (tensor, special, len(body)))
+    return Clocks(len(body), len(loop.body), alone, *of_all, shared)
 
 
 def loop_of(cubin, is_walk):
@@ -98,13 +111,15 @@ def waits(body):
     return [text.split("gsb0, ")[1] for text in body if "WARPGROUP.DEPBAR" in text]
 
 
-def of_forward(dtype, head_dim, reach, edits):
-    tile = base_tile(head_dim, head_dim, reach, dtype)
+def of_forward(dtype, head_dim, reach, edits, other=None):
+    tile = base_tile(head_dim, head_dim, reach, dtype)._replace(**other or {})
     what = catalogue.hopper(dtype, head_dim, head_dim, tile, True, edits)
     cubin = compiler.compile_cubin(source.join(what.source), what.expression, "sm_90a")
     least = 3 if dtype == FLOAT8 and head_dim > 128 else 2  # its sums come in two parts
     loop = loop_of(cubin, lambda body: len(waits(body)) == least and any("GMMA" in text for text in body))
-    return clocks_of(loop, tile.block_q // 64)
+    comes = tile.block_k * head_dim * ITEMSIZE[dtype]
+    times = 4 if dtype == FLOAT8 else 2  # keys come and values; those of float8 are read and written to be turned
+    return clocks_of(loop, tile.block_q // 64, times * comes)
 
 
 def around(clocks_of_block):
@@ -130,12 +145,12 @@ def main():
     given = parser.parse_args()
     table = {name: of_forward(*case) for name, case in FORWARD.items()}
     counts = f"{'instructions':>14}{'all':>6}{'alone':>7}"
-    print(f"{'head_dim':<24}{counts}{'tensor':>8}{'special':>9}{'issue':>7}  binds    utilisation")
+    print(f"{'head_dim':<24}{counts}{'tensor':>8}{'special':>9}{'issue':>7}{'shared':>8}  binds    utilisation")
     for name, row in table.items():
-        clocks = f"{row.tensor:>8}{row.special:>9}{row.issue:>7}  {row.binds:<9}"
+        clocks = f"{row.tensor:>8}{row.special:>9}{row.issue:>7}{row.shared:>8}  {row.binds:<9}"
         print(f"{name:<24}{row.instructions:>14}{row.all:>6}{row.alone:>7}{clocks}{row.utilisation:.2f}")
     causal = table["128, causal"]
-    shares = around(max(causal.tensor, causal.special, causal.issue))
+    shares = around(max(causal.tensor, causal.special, causal.issue, causal.shared))
     print("\nof the time in the loop   a block to a tile, perfectly shared out")
     for seqlen, (share, by_itself) in shares.items():
         print(f"{seqlen:>6} causal, 128  {share:>7.3f}{by_itself:>10.3f}")

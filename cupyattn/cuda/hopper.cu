@@ -326,16 +326,15 @@ DEVICE void run_block(const HopperParams& given) {
     }
     if constexpr (Traits::kSplit) keep_split_size<Traits>(given);
     if constexpr (Traits::kPacked) clear_spare_rows(given, memory);
-    if constexpr (Traits::kCluster == 1)
-        ptx::barrier();
-    else
-        ptx::cluster_barrier();
+    // Of what thread 0 stored besides mbarriers it tells whoever waits for the keys that it has brought.
+    if constexpr (Traits::kCluster == 1 || Traits::kPacked) ptx::barrier();
+    if constexpr (Traits::kCluster > 1) ptx::begin_cluster();
     const int warpgroup = ptx::warpgroup();
     if (warpgroup == 0) {
         ptx::fewer_registers<Traits::kProducerRegisters>();
         if (ptx::warp() > 0)
             inspect<Traits>(given, memory);
-        else if (Traits::kPaged || ptx::lane() == 0)
+        else if (Traits::kPaged || Traits::kSearches || ptx::lane() == 0)
             fetch<Traits>(given, memory);
     } else {
         ptx::more_registers<Traits::kConsumerRegisters>();

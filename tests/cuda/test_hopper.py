@@ -180,8 +180,10 @@ def test_clusters_do_not_change_a_bit(rng, schedule):
     assert_same_bits(alone.lse, together.lse)
 
 
-def test_clusters_of_packed_heads_meet_the_bar(rng):
-    held(operands(rng, "float16", "bshd", 2, (8, 2, 2), (50, 77)), options_of(), 1, heads_per_unit=4, cluster=2)
+@pytest.mark.parametrize(("heads", "seqlen_q", "packed"), [((8, 2, 2), 50, 4), ((6, 2, 2), 84, 3), ((5, 1, 1), 49, 5)])
+def test_clusters_of_packed_heads_meet_the_bar(rng, heads, seqlen_q, packed):
+    arrays = operands(rng, "float16", "bshd", 2, heads, (seqlen_q, 77))
+    held(arrays, options_of(), 1, heads_per_unit=packed, cluster=2)
 
 
 @pytest.mark.parametrize("num_keys", [0, 5])

@@ -65,8 +65,10 @@ MUTANTS = [
            "empty(use), emptiers", "clusters"),
     Mutant("each block tells itself alone", "tile90.cuh", "ptx::mbarrier_arrive_at(empty(use), index);",
            "ptx::mbarrier_arrive(empty(use));", "clusters"),
-    Mutant("a block begins before the other", "hopper.cu", "        ptx::cluster_barrier();", "        ptx::barrier();",
+    Mutant("a block begins before the other", "hopper.cu", "ptx::begin_cluster();", "ptx::barrier();",
            "clusters"),
+    Mutant("spare rows cleared while they are read", "hopper.cu", "Traits::kCluster == 1 || Traits::kPacked",
+           "Traits::kCluster == 1", "packed_clusters"),
     Mutant("a block exits before the other", "fetch90.cuh", "if constexpr (Traits::kCluster > 1)\n        for",
            "if constexpr (false)\n        for", "clusters"),
     Mutant("the end waits for half of the slots", "fetch90.cuh",
@@ -86,7 +88,7 @@ MUTANTS = [
     Mutant("every lane brings the queries", "fetch90.cuh", "!Traits::kPaged || ptx::lane() == 0", "true", "pages"),
     Mutant("a lane brings its neighbour's box", "fetch90.cuh", "place = row + first;",
            "place = row + (first ^ given.rows_per_box);", "pages"),
-    Mutant("one lane fetches", "hopper.cu", "else if (Traits::kPaged || ptx::lane() == 0)",
+    Mutant("one lane fetches", "hopper.cu", "else if (Traits::kPaged || Traits::kSearches || ptx::lane() == 0)",
            "else if (ptx::lane() == 0)", "pages"),
     Mutant("strays of another page", "store90.cuh",
            "if constexpr (!Traits::kPaged) return values + key * params.v.row;",
@@ -101,12 +103,15 @@ MUTANTS = [
            "given.units_per_section", "tiles"),
     Mutant("tiles of all sequences in the first one's sections", "hopper.cuh",
            "        index -= its.first * given.units_per_sequence;\n", "", "ragged"),
+    Mutant("one lane searches", "hopper.cu", "Traits::kPaged || Traits::kSearches || ", "Traits::kPaged || ", "ragged"),
+    Mutant("all lanes that search fetch", "fetch90.cuh",
+           "tile.blocks.empty() || !(Traits::kPaged || ptx::lane() == 0)", "tile.blocks.empty()", "ragged"),
     Mutant("results of the first sequence", "hopper.cu", "row_tile<Traits>(index, given, tile.sequence.index)",
            "row_tile<Traits>(index, given, 0)", "ragged"),
     Mutant("no sequence wipes", "tiling.cuh", "params.batch + (params.at.cu_seqlens_q ? 1 : 0)", "params.batch",
            "ragged"),
-    Mutant("tiles of the first unit alone", "hopper.cuh", "tiling.sequence_with(index / given.units_per_sequence)",
-           "tiling.sequence_with(index)", "ragged"),
+    Mutant("tiles of the first unit alone", "hopper.cuh", "tiling.sequence_by_warp(index / given.units_per_sequence)",
+           "tiling.sequence_by_warp(index)", "ragged"),
     Mutant("one consumer empties all", "hopper.cuh", "key_ring().init(1, Traits::kConsumers);",
            "key_ring().init(1, 1);", "tiles"),
     Mutant("registers that the block does not have", "hopper.cuh", "kConsumers == 3 ? 32 : 40;",
@@ -307,6 +312,11 @@ def clusters(sources):
         dense(sources, schedule, (256, 70), (2, 2, 1), (64, 64), "float8_e4m3fn", persistent=True, cluster=2)
 
 
+def packed_clusters(sources):
+    for schedule in (0, 1, 2):
+        dense(sources, schedule, (84, 70), (6, 2, 2), heads_per_unit=3, cluster=2)
+
+
 def pages(sources):
     rng = np.random.default_rng(SEED)
     arrays = ragged_operands(rng, "float16", (17, 40), (40, 134), (4, 2, 2), behind=(0, 7))
@@ -417,8 +427,8 @@ def splits_of_float8(sources):
 
 GROUPS = {
     group.__name__: group
-    for group in (tiles, wide, switches, clusters, pages, strays, packed, ragged, float8, splits, ragged_splits,
-                  splits_of_lengths, splits_in_pages, splits_of_float8)
+    for group in (tiles, wide, switches, clusters, packed_clusters, pages, strays, packed, ragged, float8, splits,
+                  ragged_splits, splits_of_lengths, splits_in_pages, splits_of_float8)
 }  # fmt: skip
 
 

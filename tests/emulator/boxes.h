@@ -20,6 +20,7 @@ struct Mbarrier {
     int initializer;
     Moment initialized;
     bool is_fenced;
+    bool is_announced;  // fenced before the cluster began, so that all its threads know of it
     bool is_awaited;  // since boxes have come
     int agent;        // its boxes
     Gathering gathering;
@@ -87,6 +88,13 @@ EMULATED void fence_initializations() {
     for (Mbarrier& barrier : beside_threads.mbarriers) barrier.is_fenced |= barrier.initializer == now->index;
 }
 
+// Who waits here knows of initialisations that were fenced, and of nothing else.
+EMULATED void begin_cluster(Site site) {
+    all_of_cluster(Verb::kBeginCluster, site, [] {
+        for (Mbarrier& barrier : beside_threads.mbarriers) barrier.is_announced |= barrier.is_fenced;
+    });
+}
+
 EMULATED Mbarrier& mbarrier_at(std::uint32_t address, const char* verb, Site site, int rank = now->block->rank) {
     if (rank < 0 || rank >= machine.num_blocks) fail(site, "%s: the cluster has no block of rank %d", verb, rank);
     if (!machine.blocks[rank].threads_left) fail(site, "%s: the cluster's block %d has exited", verb, rank);
@@ -95,7 +103,7 @@ EMULATED Mbarrier& mbarrier_at(std::uint32_t address, const char* verb, Site sit
         if (!barrier.is_fenced)
             fail(site, "%s: thread %d initialised the mbarrier at 0x%x, with no fence_mbarrier_init since", verb,
                  barrier.initializer, address);
-        if (!is_before_now(barrier.initialized))
+        if (!barrier.is_announced && !is_before_now(barrier.initialized))
             fail(site, "%s: thread %d initialised the mbarrier at 0x%x, with no barrier since", verb,
                  barrier.initializer, address);
         return barrier;

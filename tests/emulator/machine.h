@@ -63,12 +63,13 @@ enum class Verb : std::uint8_t {
     kWgmmaCommit,
     kWgmmaWait,
     kMbarrierWait,
-    kClusterBarrier,
+    kBeginCluster,
+    kFirstLane,
 };
 constexpr const char* kVerbNames[] = {
     "barrier", "warp_barrier", "shuffle_xor", "shuffle", "any", "all", "load_matrices", "load_matrices_transposed",
     "multiply_add", "store_matrices", "named_barrier", "named_barrier_arrive", "warpgroup", "more_registers",
-    "fewer_registers", "wgmma_fence", "wgmma", "wgmma_commit", "wgmma_wait", "mbarrier_wait", "cluster_barrier",
+    "fewer_registers", "wgmma_fence", "wgmma", "wgmma_commit", "wgmma_wait", "mbarrier_wait", "begin_cluster", "first_lane",
 };
 
 // A copy from global to shared memory that may still be under way.
@@ -359,11 +360,14 @@ EMULATED void block_barrier(Site site) {
     suspend();  // the last to come is not always the first to go
 }
 
-EMULATED void cluster_barrier(Site site) {
-    if (!arrive(Verb::kClusterBarrier, site)) return suspend();
+// All threads of the cluster come to the same place and wait for each other; `perform` runs once, when all have come.
+// Nobody learns from it what others did.
+template <typename Perform>
+inline void all_of_cluster(Verb verb, Site site, Perform perform) {
+    if (!arrive(verb, site)) return suspend();
     if (++machine.warps_at_cluster_barrier < all_warps()) return suspend();
     machine.warps_at_cluster_barrier = 0;
-    meet(0, all_threads());
+    perform();
     for (int index = 0; index < all_warps(); ++index) release_warp(machine.warps[index]);
     suspend();
 }

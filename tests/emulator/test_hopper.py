@@ -754,7 +754,9 @@ SHARED_ROWS = body("""
         ptx::mbarrier_init(mbarrier(1), 2);
         ptx::fence_mbarrier_init();
     }
-    if (n == 1) ptx::barrier(); else ptx::cluster_barrier();
+    if (n == 9) ptx::store_shared(base + 2048 + 4 * thread, 0u);
+    if (n == 1) ptx::barrier(); else ptx::begin_cluster();
+    if (n == 9) ptx::load_shared(base + 2048 + 4 * (thread ^ 64));
     for (int turn = 0; turn < 3; ++turn) {
         if (thread == 0) {
             if (turn && n != 2) ptx::mbarrier_wait(mbarrier(1), turn - 1 & 1);
@@ -779,6 +781,7 @@ WRONG_CLUSTERS = [
     (6, r"may still be about to arrive at the mbarrier at 0x10408|the cluster's block \d has exited"),
     (7, r"load_box_for: the cluster has 2 blocks, and the box is for 0x7"),
     (8, r"mbarrier_arrive_at: the cluster has no block of rank 2"),
+    (9, r"load_shared: race on shared address 0x"),
 ]
 
 

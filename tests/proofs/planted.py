@@ -312,13 +312,13 @@ SOURCES = [
             "cluster"),
     Planted("no barrier of the cluster", "ptx90.cuh",
             "asm "
-            'volatile("barrier.cluster.arrive.release.aligned;\\nbarrier.cluster.wait.acquire.'
+            'volatile("barrier.cluster.arrive.relaxed.aligned;\\nbarrier.cluster.wait.acquire.'
             'aligned;" ::: "memory");',
             "",
             "cluster"),
     Planted("cluster barrier without waiting", "ptx90.cuh",
-            "barrier.cluster.arrive.release.aligned;\\nbarrier.cluster.wait.acquire.aligned;",
-            "barrier.cluster.arrive.release.aligned;",
+            "barrier.cluster.arrive.relaxed.aligned;\\nbarrier.cluster.wait.acquire.aligned;",
+            "barrier.cluster.arrive.relaxed.aligned;",
             "cluster"),
     Planted("store not waited for", "ptx90.cuh",
             'asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");',

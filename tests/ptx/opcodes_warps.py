@@ -112,6 +112,7 @@ FORMS |= calls(
         "bar.warp.sync": "bar_warp_sync(thread, site, u32)",
         # 9.7.13.3
         "barrier.cluster.arrive.release.aligned": "barrier_cluster_arrive_release(thread, site)",
+        "barrier.cluster.arrive.relaxed.aligned": "barrier_cluster_arrive_relaxed(thread, site)",
         "barrier.cluster.wait.acquire.aligned": "barrier_cluster_wait_acquire(thread, site)",
         # 9.7.19.5
         "setmaxnreg.inc.sync.aligned.u32": "setmaxnreg_inc(thread, site, constant)",

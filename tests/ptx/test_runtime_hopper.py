@@ -369,6 +369,20 @@ MULTICAST = body(
     barrier_cluster_arrive_release(thread, 3);
     barrier_cluster_wait_acquire(thread, 4);"""
 )
+ANNOUNCED = body(
+    f"""const u32 mbarrier = kSharedBase + {MBARRIER};
+    if (thread.number == 0) {{
+        mbarrier_init(thread, mbarrier, 2);
+        if (argument(0) != 1) fence_mbarrier_init(thread);
+        store(thread, 0, 7);
+    }}
+    if (argument(0) == 2) barrier_cluster_arrive_release(thread, 1);
+    if (argument(0) != 2) barrier_cluster_arrive_relaxed(thread, 1);
+    barrier_cluster_wait_acquire(thread, 2);
+    if (thread.number < 2) mbarrier_arrive(thread, mapa_shared_cluster(thread, mbarrier, thread.number), true);
+    if (thread.number == 1 && argument(0)) load(thread, 0);
+    {WAIT}"""
+)
 REMOTE_ARRIVAL = body(
     f"""{begin()}
     if (argument(0)) {{ barrier_cluster_arrive_release(thread, 1); barrier_cluster_wait_acquire(thread, 2); }}
@@ -408,6 +422,18 @@ def test_blocks_reach_for_each_others_mbarriers_while_they_are_there(schedule):
         launch(MAPA, 2, **options)
     with pytest.raises(ProbeError, match="address 0x3000400 is in no block"):
         launch(ARRIVAL_AT, 3 << 24 | BASE, **options)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_relaxed_arrival_tells_of_mbarriers_behind_their_fence_and_of_nothing_else(schedule):
+    options = {"grid": (2, 1, 1), "cluster": 2, "schedule": schedule}
+    nothing, unfenced, released, read = range(4)
+    launch(ANNOUNCED, nothing, **options)
+    launch(ANNOUNCED, released, **options)
+    with pytest.raises(ProbeError, match=r"race: the initialisation of mbarrier|no fence.mbarrier_init since"):
+        launch(ANNOUNCED, unfenced, **options)
+    with pytest.raises(ProbeError, match=r"race on shared memory 1024: a write of thread 0"):
+        launch(ANNOUNCED, read, **options)
 
 
 LATE_REACH = body(

@@ -329,6 +329,7 @@ INSERT_LONG = {
     place: expression(f"bfi_b64(a, b, {place & 255}, {place >> 8})", "u64", "u64")
     for place in (0x2020, 0x0820, 0x4000, 0x2130, 0xFF01, 0x0040, 0x0005)
 }
+LEADING, REVERSED = expression("clz_b32(a)"), expression("brev_b32(a)")
 EXTRACT = expression("bfe_u32(a, c & 255, c >> 8)")
 TABLES = {table: expression(f"lop3_b32(a, b, c, {table})") for table in (0, 0x80, 0xE8, 0x96, 0xCA, 0x01, 0xFF)}
 SHIFTS = {
@@ -381,6 +382,13 @@ def test_bfi_of_64_bits_inserts_what_fits(place, rng):
         *map(np.ndarray.tolist, (a, b, evaluate(INSERT_LONG[place], a, b, result=np.uint64))), strict=True
     ):
         assert found == ((right & ~mask) | (left << (place & 255) & mask)) % 2**64
+
+
+def test_clz_and_brev_see_every_bit(rng):
+    a = np.concatenate([[0, 1, 2**31, 2**32 - 1], rng.integers(0, 2**32, 200) >> rng.integers(0, 32, 200)])
+    a = a.astype(np.uint32)
+    assert evaluate(LEADING, a, a, a).tolist() == [32 - x.bit_length() for x in a.tolist()]
+    assert evaluate(REVERSED, a, a, a).tolist() == [int(f"{x:032b}"[::-1], 2) for x in a.tolist()]
 
 
 def test_bfe_extracts_zeros_beyond_the_word(rng):

@@ -50,7 +50,7 @@ UNKNOWN = {
     "membar.gl;": "instruction membar.gl",
     "barrier.sync 0;": "instruction barrier.sync",
     "bar.red.and.pred %p1, 0, %p2;": "instruction bar.red.and.pred",
-    "barrier.cluster.arrive.relaxed.aligned;": "instruction barrier.cluster.arrive.relaxed.aligned",
+    "barrier.cluster.arrive.relaxed;": "instruction barrier.cluster.arrive.relaxed",
     "shfl.bfly.b32 %r1, %r2, 1, 31;": "instruction shfl.bfly.b32",
     "vote.sync.uni.pred %p1, %p2, -1;": "instruction vote.sync.uni.pred",
     "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%r1, %r2}, [%r3];": "instruction ldmatrix",

@@ -22,7 +22,8 @@ DEVICE void load_pages(const Tile& tile, const TensorMap& map, uint32 barrier, i
                       place % given.params.page_size, head, page, ptx::kKeepInL2);
 }
 
-// Has every tile loaded as soon as there is room for it; by one thread, or for pages by a warp.
+// Has every tile loaded as soon as there is room for it; by one thread, or for pages by a warp.  All lanes of that thread's
+// warp come along where tiles are searched for.
 template <typename Traits>
 DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory) {
     const Params& params = given.params;
@@ -34,7 +35,7 @@ DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory)
 #pragma unroll 1
     for (uint32 round = 0, index; (index = tile_of_round<Traits>(round)) < uint32(given.num_tiles); ++round) {
         const RowTile tile = row_tile<Traits>(index, given);
-        if (tile.blocks.empty()) continue;
+        if (tile.blocks.empty() || !(Traits::kPaged || ptx::lane() == 0)) continue;
         const int batch = params.at.cu_seqlens_q ? 0 : tile.sequence.index;
         const int key_batch = params.num_places != kNoCache ? tile.sequence.place : batch;
         const int key_head = tile.head / params.queries_per_k, value_head = tile.head / params.queries_per_v;

@@ -44,6 +44,8 @@ struct HopperTraits {
     static constexpr bool kStoresBoxes = kStoresBoxes_;  // by TMA, which clips; else row by row
     static constexpr int kEdits = kEdits_;
     static constexpr bool kSplit = kSplit_;  // a tile's keys are shared out among several blocks, see merge.cu
+    // Sequences may have their own numbers of tiles; whose a tile is is then searched for, by whole warps.
+    static constexpr bool kSearches = !kStoresBoxes && !kSplit && kCluster == 1;
 
     static constexpr int kConsumers = kBlockQ / 64;  // warpgroups
     static constexpr int kThreads = 128 * (1 + kConsumers);
@@ -147,10 +149,10 @@ DEVICE RowTile row_tile(int index, const HopperParams& given, int known = -1) {
         index -= split * num_tiles;
     }
     Stretch its{0, 0, given.tiles_per_unit};
-    if (!Traits::kSplit && !Traits::kStoresBoxes && !given.tiles_per_unit) {
+    if (Traits::kSearches && !given.tiles_per_unit) {
         const Tiling tiling{params.at.cu_seqlens_q, static_cast<int>(params.total_q), sequences_of_rows(params),
                             given.tiles_per_head, 0, given.tokens_per_tile};
-        its = tiling.stretch_of(known < 0 ? tiling.sequence_with(index / given.units_per_sequence) : known);
+        its = tiling.stretch_of(known < 0 ? tiling.sequence_by_warp(index / given.units_per_sequence) : known);
         index -= its.first * given.units_per_sequence;
     }
     int units = given.units_in_order;

@@ -37,7 +37,8 @@ DEVICE int capped(int64 blocks) {
     return blocks < kMost ? static_cast<int>(blocks) : kMost;
 }
 
-// The blocks of keys of a split, by all threads, who find the same number.  `units` of rows in each sequence share keys;
+// The blocks of keys of a split, by all threads, who find the same number: a block of 384 has a sequence for each of its
+// threads, up to 384 of them, so that 256 take as long as one.  `units` of rows in each sequence share keys;
 // `tiles_of(seqlen_q)` tells how many tiles the rows of one are.
 template <typename Traits, typename TilesOf>
 DEVICE int live_size(const Params& params, int units, const TilesOf& tiles_of, int fewest_keys = kFewestKeys) {

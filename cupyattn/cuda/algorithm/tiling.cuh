@@ -37,6 +37,10 @@ struct Tiling {
         const int first = first_of(sequence);
         return {sequence, first, first_of(sequence + 1) - first};
     }
+    // Whether its tiles begin there or before: first_of(sequence) <= tile.
+    DEVICE_METHOD bool begins_by(int sequence, int tile) const {
+        return start_of(sequence) < static_cast<int64>(tile - sequence + 1) * size;
+    }
     // The sequence that has this tile.  Whatever the numbers in `starts` are, its tiles begin there or before, and those
     // of the next one behind.
     DEVICE_METHOD int sequence_with(int tile) const {
@@ -45,10 +49,25 @@ struct Tiling {
 #pragma unroll 1
         while (high - low > 1) {
             const int middle = low + (high - low) / 2;
-            if (start_of(middle) < static_cast<int64>(tile - middle + 1) * size)  // first_of(middle) <= tile
+            if (begins_by(middle, tile))
                 low = middle;
             else
                 high = middle;
+        }
+        return low;
+    }
+    // The same by a whole warp, which looks at 32 places at once: of up to 1089 sequences in two rounds, where a search by
+    // halves waits for memory ten times, one load after the other.
+    DEVICE_METHOD int sequence_by_warp(int tile) const {
+        if (each) return tile / each;
+        int low = 0, high = sequences;
+#pragma unroll 1
+        while (high - low > 1) {
+            constexpr int kSpans = 33;
+            const int step = ceil_div(high - low, kSpans), place = low + (ptx::lane() + 1) * step;
+            const int before = ptx::first_lane(place >= high || !begins_by(place, tile));  // places that its tiles begin by
+            high = smaller(low + (before + 1) * step, high);
+            low += before * step;
         }
         return low;
     }

@@ -42,6 +42,8 @@ DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(~0u, va
 DEVICE uint32 shuffle(uint32 value, int lane) { return __shfl_sync(~0u, value, lane); }
 DEVICE bool any(bool condition) { return __any_sync(~0u, condition); }
 DEVICE bool all(bool condition) { return __all_sync(~0u, condition); }
+// The first lane for which the condition holds; 32 if there is none.
+DEVICE int first_lane(bool condition) { return __clz(__brev(__ballot_sync(~0u, condition))); }
 
 // ---- Numbers ----------------------------------------------------------------------------------------
 

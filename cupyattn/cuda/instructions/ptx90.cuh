@@ -78,10 +78,11 @@ DEVICE void mbarrier_arrive_at(uint32 barrier, int rank) {
         "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(barrier), "r"(rank)
         : "memory");
 }
-// Of all threads of a cluster. Only then have all its blocks begun; and none may exit while another still reaches for
-// its shared memory.
-DEVICE void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+// Of all threads of a cluster, once, behind fence_mbarrier_init: then all its blocks have begun, and everybody may use
+// their mbarriers.  It orders nothing else, neither between blocks nor within one: to release all stores to the cluster
+// would be a fence of the whole GPU.  No block may exit while another still reaches for its shared memory.
+DEVICE void begin_cluster() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // Barriers of some warps, by number from 1 to 15 (0 is ptx::barrier): `threads` in all arrive, some of them without

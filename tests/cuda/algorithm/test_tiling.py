@@ -28,6 +28,13 @@ __global__ void place(int count, const Asked* asked, const int2* blocks, int* fo
     const int all[] = {{at.sequence, at.owner, at.tile, at.tiles}};
     for (int field = 0; field < 4; ++field) found[4 * i + field] = all[field];
 }}
+template <int>
+__global__ void search(int count, const Asked* asked, const int* tiles, int* found) {{
+    {BEGIN}
+    const Asked& its = asked[i / 32];
+    const Tiling tiling = tiling_of(its.starts, its.total, its.sequences, its.longest, its.size);
+    found[i] = tiling.sequence_by_warp(tiles[i / 32]);
+}}
 template <bool kForthAndBack>
 __global__ void rounds(int count, const uint32* asked, uint32* found) {{
     {BEGIN}
@@ -39,6 +46,7 @@ FIELDS = ("sequences", "total", "longest", "size")
 ASKED = np.dtype([("starts", "u8"), *((name, "i4") for name in FIELDS)])
 LARGEST = 2**31 - 1
 BLOCKS, MOST = 15_000, 70
+HALVES = "int sequence_with(int tile) const {\n        if (each) return tile / each;\n        "
 target = pytest.mark.parametrize("target", TARGETS)
 
 
@@ -108,13 +116,13 @@ def test_every_block_has_a_tile_of_a_sequence_whatever_the_starts_are(rng, targe
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("static_cast<int64>(tile - middle + 1) * size)", "(tile - middle + 1) * size)"),
+        ("static_cast<int64>(tile - sequence + 1) * size;", "(tile - sequence + 1) * size;"),
         ("smaller(larger(ptx::load_global(starts + sequence), 0), total)", "ptx::load_global(starts + sequence)"),
         ("sequence == 0 ? 0 : start_of", "start_of"),
-        ("start_of(middle) <", "start_of(middle) <="),
+        ("return start_of(sequence) <", "return start_of(sequence) <="),
         ("* each <= by_starts", "* each < by_starts"),
         ("static_cast<int64>(sequences) * each", "sequences * each"),
-        ("int low = 0, high = sequences;", "int low = 0, high = sequences - 1;"),
+        (f"{HALVES}int low = 0, high = sequences;", f"{HALVES}int low = 0, high = sequences - 1;"),
         ("rest / its.count, rest % its.count", "rest % owners, rest / owners"),
     ],
     ids=[
@@ -131,6 +139,69 @@ def test_every_block_has_a_tile_of_a_sequence_whatever_the_starts_are(rng, targe
 def test_a_fault_in_places_is_found(rng, old, new):
     with pytest.raises((AssertionError, ExecutorError)):
         hold_places(rng, built(PROBE, "alone::place<0>", "sm_80", planted(TILING, old, new)))
+
+
+def hold_searches(rng, kernel, made, starts):
+    """A warp for each case, all of whose lanes find the same sequence: one whose tiles have that one among them."""
+    firsts = [first_tiles(*each) for each in zip(made, starts, strict=True)]
+    last = np.minimum([x[-1] for x in firsts], LARGEST) - 1
+    tiles = np.where(rng.random(len(made)) < 0.1, last, (last * rng.random(len(made)))).astype(np.int32)
+    found = run(kernel, [made, tiles], np.zeros((32 * len(made)), np.int32), [starts]).reshape(-1, 32)
+    for its, tile, lanes in zip(firsts, tiles.tolist(), found.tolist(), strict=True):
+        sequence = lanes[0]
+        assert lanes == 32 * [sequence]
+        assert 0 <= sequence < len(its) - 1, (its, tile)
+        assert its[sequence] <= tile < its[sequence + 1], (its, tile)
+
+
+def many_sequences(rng, cases=400, most=2600):
+    """As `tilings`, of so many that a warp needs three rounds; lengths are right, and mostly short."""
+    made = np.zeros(cases, ASKED)
+    made["sequences"] = rng.choice([1, 2, 33, 34, 35, 256, 1089, 1090, most], cases)
+    made["size"] = rng.choice([42, 64, 128], cases)
+    lengths = rng.integers(0, 90, (cases, most)) * (rng.random((cases, most)) < 0.7)
+    starts = np.pad(np.cumsum(lengths, axis=1), ((0, 0), (1, 0))).astype(np.int32)
+    made["total"] = starts[np.arange(cases), made["sequences"]]
+    made["longest"], made["starts"] = 4000, rows_of(starts)
+    return made, starts
+
+
+@target
+@pytest.mark.parametrize("cases", [tilings, many_sequences])
+def test_a_warp_finds_whose_a_tile_is_whatever_the_starts_are(rng, cases, target):
+    made, starts = cases(rng)
+    hold_searches(rng, built(PROBE, "alone::search<0>", target), made[:4000], starts[:4000])
+
+
+def test_a_warp_finds_what_a_search_by_halves_finds(rng):
+    made, starts = many_sequences(rng)
+    ends = np.array([first_tiles(*each)[-1] for each in zip(made, starts, strict=True)])
+    tiles = (ends * rng.random(len(made))).astype(np.int32)
+    blocks = np.stack([tiles, np.ones_like(tiles)], axis=1)
+    by_halves = run(built(PROBE, "alone::place<0>", "sm_90a"), [made, blocks], np.zeros((len(made), 4), "i4"), [starts])
+    by_warps = run(built(PROBE, "alone::search<0>", "sm_90a"), [made, tiles], np.zeros(32 * len(made), "i4"), [starts])
+    np.testing.assert_array_equal(by_warps[::32], by_halves[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("low + (ptx::lane() + 1) * step", "low + ptx::lane() * step"),
+        ("low + (before + 1) * step, high)", "low + before * step, high)"),
+        ("low += before * step;", "low += (before + 1) * step;"),
+        ("place >= high || ", ""),
+    ],
+    ids=["the first place", "an end too low", "a beginning too high", "places behind all"],
+)
+def test_a_fault_in_searches_is_found(rng, old, new):
+    kernel = built(PROBE, "alone::search<0>", "sm_90a", planted(TILING, old, new))
+    for cases in (many_sequences, tilings):
+        made, starts = cases(rng)
+        try:
+            hold_searches(rng, kernel, made[:3000], starts[:3000])
+        except (AssertionError, ExecutorError):
+            return
+    pytest.fail("not found")
 
 
 @target

@@ -136,6 +136,16 @@ DEVICE int count_votes(Verb verb, bool condition, Site site) {
 }
 DEVICE bool any(bool condition, Site site = Site::here()) { return count_votes(Verb::kAny, condition, site) > 0; }
 DEVICE bool all(bool condition, Site site = Site::here()) { return count_votes(Verb::kAll, condition, site) == 32; }
+DEVICE int first_lane(bool condition, Site site = Site::here()) {
+    emulator::Operands& mine = emulator::now->warp->lanes[lane()];
+    mine.value = condition;
+    emulator::together(Verb::kFirstLane, site, [](Warp& warp) {
+        uint32 first = 0;
+        while (first < 32 && !warp.lanes[first].value) ++first;
+        for (int lane = 0; lane < 32; ++lane) warp.lanes[lane].value = first;
+    });
+    return mine.value;
+}
 
 // ---- Shared memory ----------------------------------------------------------------------------------
 

@@ -52,7 +52,7 @@ DEVICE void mbarrier_wait(uint32 barrier, int parity, Site site = Site::here()) 
 DEVICE void mbarrier_arrive_at(uint32 barrier, int rank, Site site = Site::here()) {
     emulator::arrive_at_mbarrier(barrier, 0, "mbarrier_arrive_at", site, rank);
 }
-DEVICE void cluster_barrier(Site site = Site::here()) { emulator::cluster_barrier(site); }
+DEVICE void begin_cluster(Site site = Site::here()) { emulator::begin_cluster(site); }
 DEVICE void named_barrier(int id, int threads, Site site = Site::here()) {
     emulator::named_barrier(id, threads, true, site);
 }

@@ -74,6 +74,13 @@ bool bar_red_or(Thread& thread, int site, u32 barrier, bool predicate) {
 
 // ---- barrier.cluster (9.7.13.3): of all threads that have not exited ------------------------------------------------
 
+// By the generation that it arrives at; if one of its initialisations is not fenced, of none of them.
+static void announce_mbarriers(Thread& thread) {
+    if (thread.barriers_to_fence) return;
+    for (auto& [address, mbarrier] : block_of(thread).mbarriers)
+        if (mbarrier.initialised.agent == thread.index && !mbarrier.announced)
+            mbarrier.announced = thread.cluster_generation;
+}
 static void complete_cluster_barrier() {
     ClusterBarrier& barrier = machine.cluster_barrier;
     if (barrier.arrived == 0 || barrier.arrived < machine.running) return;
@@ -82,22 +89,30 @@ static void complete_cluster_barrier() {
     barrier.last_clock = barrier.clock;
     wake_all(barrier.waiters);
 }
-void barrier_cluster_arrive_release(Thread& thread, int site) {
+static void arrive_at_cluster_barrier(Thread& thread, int site, bool releases) {
     together<void>(thread, site, "barrier.cluster.arrive", nullptr, [](Warp&) {});
     ClusterBarrier& barrier = machine.cluster_barrier;
     if (thread.cluster_generation) fail(thread, "barrier.cluster.arrive twice, without a wait between");
     if (barrier.arrived == 0) barrier.clock = fresh_clock();
-    tell(thread, barrier.clock);
     thread.cluster_generation = barrier.generation + 1;
+    if (releases)
+        tell(thread, barrier.clock);
+    else
+        announce_mbarriers(thread);
     ++barrier.arrived;
     complete_cluster_barrier();
 }
+void barrier_cluster_arrive_release(Thread& thread, int site) { arrive_at_cluster_barrier(thread, site, true); }
+// Whoever waits learns nothing of what this thread did: only the mbarriers that it initialised in front of its
+// fence.mbarrier_init.release.cluster, which orders these and no other access (9.7.13.4).
+void barrier_cluster_arrive_relaxed(Thread& thread, int site) { arrive_at_cluster_barrier(thread, site, false); }
 void barrier_cluster_wait_acquire(Thread& thread, int site) {
     together<void>(thread, site, "barrier.cluster.wait", nullptr, [](Warp&) {});
     ClusterBarrier& barrier = machine.cluster_barrier;
     const u64 awaited = thread.cluster_generation;
     if (!awaited) fail(thread, "barrier.cluster.wait without barrier.cluster.arrive");
     wait_until([&] { return barrier.generation >= awaited; }, barrier.waiters, thread, "barrier.cluster.wait");
+    thread.cluster_waits = awaited;
     thread.cluster_generation = 0;
     be_told(thread, barrier.last_clock);
 }

@@ -91,6 +91,8 @@ u32 cvt_rn_f32_u16(u16 a);
 u32 prmt_b32(u32 a, u32 b, u32 selector);
 u32 bfi_b32(u32 a, u32 b, u32 position, u32 length);
 u64 bfi_b64(u64 a, u64 b, u32 position, u32 length);
+u32 clz_b32(u32 a);
+u32 brev_b32(u32 a);
 u32 bfe_u32(u32 a, u32 position, u32 length);
 u32 lop3_b32(u32 a, u32 b, u32 c, u32 table);
 u32 shl_b32(u32 a, u32 count);
@@ -141,6 +143,7 @@ void bar_sync(Thread&, int site, u32 barrier, s64 threads);  // threads < 0: all
 void bar_arrive(Thread&, int site, u32 barrier, s64 threads);
 bool bar_red_or(Thread&, int site, u32 barrier, bool predicate);
 void barrier_cluster_arrive_release(Thread&, int site);
+void barrier_cluster_arrive_relaxed(Thread&, int site);
 void barrier_cluster_wait_acquire(Thread&, int site);
 void setmaxnreg_inc(Thread&, int site, u32 registers);
 void setmaxnreg_dec(Thread&, int site, u32 registers);

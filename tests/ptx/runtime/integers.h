@@ -35,6 +35,19 @@ u64 bfi_b64(u64 a, u64 b, u32 position, u32 length) {
     return (b & ~mask) | (a << position & mask);
 }
 
+// clz (9.7.1.16): zeros above the highest bit that is set; 32 where none is.
+u32 clz_b32(u32 a) {
+    u32 count = 0;
+    while (count < 32 && (a >> (31 - count) & 1) == 0) ++count;
+    return count;
+}
+// brev (9.7.1.18)
+u32 brev_b32(u32 a) {
+    u32 reversed = 0;
+    for (u32 bit = 0; bit < 32; ++bit) reversed |= (a >> bit & 1) << (31 - bit);
+    return reversed;
+}
+
 // bfe (9.7.1.19)
 u32 bfe_u32(u32 a, u32 position, u32 length) {
     position &= 255;

@@ -79,6 +79,8 @@ struct Barrier {
 
 struct Mbarrier {
     Moment initialised;
+    // Who has waited for this generation of the cluster's barrier knows of that, too; 0: for none. See barriers.h.
+    u64 announced;
     u32 arrivals;  // of a phase
     u32 pending;
     s64 bytes;  // that copies have still to bring

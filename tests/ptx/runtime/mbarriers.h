@@ -25,8 +25,10 @@ static Mbarrier& mbarrier_at(Thread& thread, u32 rank, u32 address) {
     if (found == block.mbarriers.end())
         fail(thread, "no mbarrier was initialised at shared %u of block %u of the cluster", address, rank);
     Mbarrier& mbarrier = found->second;
-    const bool knows = !machine.checks_races || machine.outside_of_threads || is_before(mbarrier.initialised, thread);
-    if (!knows) fail(thread, "race: the initialisation of mbarrier %u is not ordered before this", address);
+    const bool announced = mbarrier.announced && mbarrier.announced <= thread.cluster_waits;
+    const bool is_checked = machine.checks_races && !machine.outside_of_threads;
+    if (is_checked && !announced && !is_before(mbarrier.initialised, thread))
+        fail(thread, "race: the initialisation of mbarrier %u is not ordered before this", address);
     if (block.running == 0) fail(thread, "block %u of the cluster, whose mbarrier this is, has exited", rank);
     return mbarrier;
 }
@@ -65,11 +67,12 @@ void mbarrier_init(Thread& thread, u32 address, u32 arrivals) {
     order_write(thread, block, address, kMbarrierBytes);
     Mbarrier& mbarrier = block.mbarriers[address];
     mbarrier.initialised = now(thread);
+    mbarrier.announced = 0;
     mbarrier.arrivals = mbarrier.pending = arrivals;
     mbarrier.bytes = 0;
     mbarrier.phase = 0;
     mbarrier.clock = mbarrier.last_clock = fresh_clock();
-    tell(thread, mbarrier.clock);
+    tick(thread);
     for (u32 word = address / 4; word < (address + kMbarrierBytes) / 4; ++word) block.flags[word] |= kMbarrier;
     thread.barriers_to_fence = true;
 }

@@ -80,6 +80,7 @@ struct Thread : ThreadBase {
     u32 proxy_fences;         // how many fence.proxy.async were there
     bool barriers_to_fence;   // mbarriers initialised, and no fence.mbarrier_init since
     u64 cluster_generation;   // of the barrier that it has arrived at; 0: at none
+    u64 cluster_waits;        // the last generation of it that it has waited for
 };
 
 // What the translated text has to define.
