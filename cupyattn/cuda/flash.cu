@@ -60,9 +60,9 @@ struct FlashBlock {
     }
 
     // The two rows of this lane in fragment `m`.
-    DEVICE_METHOD RowPair rows(int m) const {
+    DEVICE_METHOD Rows<true> rows(int m) const {
         const int token = first_row + warp_row(m) + Accumulator<16>::row(0), end = sequence.band.seqlen_q;
-        return {{token, token + 8}, {head, head}, {token < end, token + 8 < end}};
+        return {{{token, token + 8}, {head, head}, {token < end, token + 8 < end}}};
     }
     template <typename To, typename From>
     DEVICE_METHOD static To* start_of(From* data, const Strides& strides, int place, int its_head, int64 row) {
