@@ -79,7 +79,7 @@ def ulysses_attention(
     Parameters
     ----------
     q, k, v, comm, sharding, mask, bias, ...
-        As for `ring_attention`; `alibi_slopes` on a GPU, too.  All layouts are the same work.
+        As for `ring_attention`.  All layouts are the same work.
 
     Returns
     -------
