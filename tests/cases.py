@@ -118,7 +118,7 @@ DISTANCES = {
     "behind one aligned elsewhere": apart(300, 3, alignment="bottom-right", causal=True, heads=(6, 3, 1)),
     "heads first, a softcap": apart(25, 2, layout="bhsd", softcap=3.0),
 }
-"""Signs that change inside of a tile, and those that do not; those of which slopes are added to products, and others."""
+"""Signs that change inside of a tile, and those that do not; slopes that are added to products, and others."""
 
 EDITS = {
     "scale": plain(softmax_scale=0.7),
