@@ -192,8 +192,8 @@ struct FlashBlock {
                 out[m].clear();
             } else {
                 float shrink[2];
-                fold<Traits::kEdits>(softmax[m], scores[m], rows(m), block * kBlockK, sequence, params, params.softmax_scale,
-                                     scale_log2, shrink);
+                fold<Traits::kEdits>(softmax[m], scores[m], rows(m), block * kBlockK, sequence, params, scale_log2,
+                                     shrink);
                 out[m].scale_rows(shrink);
                 if constexpr (bool(Traits::kEdits & kDropout))
                     drop(scores[m], rows(m), block * kBlockK, sequence.index, params);

@@ -41,10 +41,10 @@ DEVICE int64 row_of(const ScoreStrides& array, int batch, int head, int token) {
     return batch * array.batch + head * array.head + token * array.row;
 }
 
-// The tokens between a lane's rows and its keys, which ALiBi's slopes multiply.  Twin: problem.Distances.  In float32:
+// The tokens between a lane's row and its keys, which ALiBi's slopes multiply.  Twin: problem.Distances.  In float32:
 // exact up to 2^24, and an instruction for each key.
 struct Apart {
-    float first;  // of the first row and column, less than 0 where the key comes first
+    float first;  // to the first column, less than 0 where that comes first
     float step;   // from each column to the next
 
     DEVICE_METHOD float at(int column) const {
@@ -184,11 +184,12 @@ DEVICE float scale_log2_of(float softmax_scale, const Params& params) {
     return Left<kEdits>::kNothing ? 1.f : softmax_scale * kLog2e;
 }
 
-// Has the softmax fold a lane's scores, as `edit` left them, and returns what it does.  So a softcap costs four instructions, and slopes under a
-// causal mask one.
-template <int kEdits, bool kLazy = false, typename Exponential = FastExponential, int kShift = 0, typename TwoRows, int kCols>
+// Has the softmax fold a lane's scores, as `edit` left them, and returns what it does.  So a softcap costs four
+// instructions, and slopes where no key that is seen comes behind its row cost one.
+template <int kEdits, bool kLazy = false, typename Exponential = FastExponential, int kShift = 0, typename TwoRows,
+          int kCols>
 DEVICE bool fold(OnlineSoftmax& softmax, Accumulator<kCols>& scores, const TwoRows& rows, int first_key,
-                 const Sequence& sequence, const Params& params, float softmax_scale, float scale_log2, float (&shrink)[2]) {
+                 const Sequence& sequence, const Params& params, float scale_log2, float (&shrink)[2]) {
     if constexpr (Left<kEdits>::kOffset) {
         const int first = first_key + Accumulator<kCols>::first_column();
         float offset[2] = {0.5f, 0.5f};
