@@ -153,10 +153,13 @@ class Mask:
 
 
 class Distances(NamedTuple):
-    """Rows and keys that are some of a sequence's tokens, evenly spaced: ``|first + step * (row - key)|`` apart."""
+    """Rows and keys that are some of a sequence's tokens, evenly spaced: ``|first + step * (row - key)|`` apart.
+
+    However the mask is aligned.
+    """
 
     first: int
-    """Tokens from key 0 to the diagonal of row 0."""
+    """Tokens from key 0 to row 0."""
     step: int
     """Tokens from each row to the next, and from each key."""
 
@@ -171,7 +174,7 @@ class ScoreEdits:
     alibi_slopes: Shape | None = None
     """Shape (heads,) or (batch, heads): ``-slope * |diagonal - key|`` is added."""
     distances: Distances | None = None
-    """What is in the place of ``|diagonal - key|`` there, on the CPU alone; None: nothing is."""
+    """What is in the place of ``|diagonal - key|`` there; None: nothing is."""
     bias: Shape | None = None
     """Shape of the added array, broadcasting to (..., heads, seqlen_q, seqlen_k)."""
     sinks: bool = False
@@ -257,6 +260,11 @@ class Problem:
     @cached_property
     def _hash(self) -> int:
         return hash((self.sizes, self.layout, self.dtype, self.mask, self.edits, self.dropout_p, self.compute_dtype))
+
+    @property
+    def offset(self) -> int:
+        """The key on the diagonal of row 0, where lengths are not data."""
+        return self.mask.offset(self.sizes.seqlen_q, self.sizes.seqlen_k)
 
     @cached_property
     def flops(self) -> int:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from emulated import STORED, operands, options_of
 
+from cupyattn.problem import Distances
+
 HEADS = (4, 2, 2)
 SEED = 0x1234_5678_9ABC_DEF0
 
@@ -89,6 +91,34 @@ def everything(rng, dtype):
         alibi_slopes=slopes(2, 4), sinks=np.array([-1.0, 0.0, 1.0, 2.0], "f4"),
     )  # fmt: skip
 
+
+def apart(first, step, seqlens=(37, 130), alignment="top-left", heads=HEADS, layout="bshd", **options):
+    """Slopes by distances that are not from the mask's diagonal: of rows and keys that are some of a sequence's."""
+
+    def make(rng, dtype):
+        asked = {"alignment": alignment, **options}
+        arrays, found, seed = call(rng, dtype, heads, seqlens, layout=layout, options=asked)
+        return {**arrays, "alibi_slopes": slopes(heads[0])}, found._replace(distances=Distances(first, step)), seed
+
+    return make
+
+
+DISTANCES = {
+    "rows behind all keys": apart(200, 1),
+    "rows before all keys": apart(-90, 1),
+    "rows among the keys": apart(40, 1),
+    "every third token": apart(131, 3),
+    "every fourth token, the first before the keys": apart(-21, 4, seqlens=(70, 67)),
+    "behind the mask's diagonal": apart(5, 1, causal=True),
+    "on the mask's diagonal, every second token": apart(0, 2, causal=True),
+    "before the mask's diagonal": apart(-1, 2, causal=True),
+    "under a window": apart(7, 2, window_size=(30, 11)),
+    "under a window behind the rows": apart(33, 3, window_size=(30, 11)),
+    "of a mask aligned elsewhere": apart(11, 2, alignment="bottom-right", causal=True),
+    "behind one aligned elsewhere": apart(300, 3, alignment="bottom-right", causal=True, heads=(6, 3, 1)),
+    "heads first, a softcap": apart(25, 2, layout="bhsd", softcap=3.0),
+}
+"""Signs that change inside of a tile, and those that do not; slopes that are added to products, and others."""
 
 EDITS = {
     "scale": plain(softmax_scale=0.7),

@@ -289,7 +289,8 @@ def _part(arrays, problem, dropout_seed, index, place, operands):
     v = np.repeat(v, sizes.num_heads // sizes.num_heads_v, axis=0)
     seqlen_q, seqlen_k = q.shape[-2], k.shape[-2]
     scores = (sizes.num_heads, seqlen_q, seqlen_k)
-    distance = np.arange(seqlen_k) - np.arange(seqlen_q)[:, None] - problem.mask.offset(seqlen_q, seqlen_k)
+    ahead = np.arange(seqlen_k) - np.arange(seqlen_q)[:, None]
+    distance = ahead - problem.mask.offset(seqlen_q, seqlen_k)
     visible = np.ones(scores, bool)
     if problem.mask.left is not None:
         visible &= distance >= -problem.mask.left
@@ -308,7 +309,7 @@ def _part(arrays, problem, dropout_seed, index, place, operands):
         visible &= ~np.isneginf(bias)
     if "alibi_slopes" in arrays:
         slopes = np.broadcast_to(arrays["alibi_slopes"], (sizes.batch, sizes.num_heads))[index].astype(np.float64)
-        bias = bias - slopes[:, None, None] * np.abs(distance)
+        bias = bias - slopes[:, None, None] * tokens_apart(problem, seqlen_q, seqlen_k)
     keep = True
     if problem.dropout_p:
         head, row = np.arange(sizes.num_heads)[:, None], np.arange(seqlen_q)
@@ -324,6 +325,12 @@ def _part(arrays, problem, dropout_seed, index, place, operands):
         "dropout_p": problem.dropout_p,
     }
     return Part(place, {"q": q, "k": k, "v": v}, asked)
+
+
+def tokens_apart(problem, seqlen_q, seqlen_k):
+    """Of rows and keys, as ALiBi's slopes multiply it."""
+    first, step = problem.edits.distances or (problem.mask.offset(seqlen_q, seqlen_k), 1)
+    return np.abs(first + step * (np.arange(seqlen_q)[:, None] - np.arange(seqlen_k)))
 
 
 def _whole(arrays, problem, dropout_seed, compute):

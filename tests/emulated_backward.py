@@ -25,6 +25,7 @@ from emulated import (
     heads_first,
     parts_of,
     problem_of,
+    tokens_apart,
 )
 from oracle import assert_matches
 
@@ -245,8 +246,7 @@ def _of_part(part, out, dout, lse, dlse, problem, rounding):
         found["k"] = scale * product(of_products.swapaxes(-1, -2), q, seen.swapaxes(-1, -2))
         found["q"] = scale * product(of_products, k, seen)
         seqlen_q, seqlen_k = scores.shape[-2:]
-        distance = np.arange(seqlen_q)[:, None] + problem.mask.offset(seqlen_q, seqlen_k) - np.arange(seqlen_k)
-        found["alibi_slopes"] = -(changes * np.abs(distance)).sum(axis=(-2, -1))
+        found["alibi_slopes"] = -(changes * tokens_apart(problem, seqlen_q, seqlen_k)).sum(axis=(-2, -1))
         if asked["sinks"] is not None:
             sinks = asked["sinks"]
             certain = np.isposinf(sinks) & np.isposinf(lse)

@@ -60,9 +60,9 @@ struct FlashBlock {
     }
 
     // The two rows of this lane in fragment `m`.
-    DEVICE_METHOD RowPair rows(int m) const {
+    DEVICE_METHOD Rows<true> rows(int m) const {
         const int token = first_row + warp_row(m) + Accumulator<16>::row(0), end = sequence.band.seqlen_q;
-        return {{token, token + 8}, {head, head}, {token < end, token + 8 < end}};
+        return {{{token, token + 8}, {head, head}, {token < end, token + 8 < end}}};
     }
     template <typename To, typename From>
     DEVICE_METHOD static To* start_of(From* data, const Strides& strides, int place, int its_head, int64 row) {
@@ -192,8 +192,8 @@ struct FlashBlock {
                 out[m].clear();
             } else {
                 float shrink[2];
-                fold<Traits::kEdits>(softmax[m], scores[m], rows(m), block * kBlockK, sequence, params, params.softmax_scale,
-                                     scale_log2, shrink);
+                fold<Traits::kEdits>(softmax[m], scores[m], rows(m), block * kBlockK, sequence, params, scale_log2,
+                                     shrink);
                 out[m].scale_rows(shrink);
                 if constexpr (bool(Traits::kEdits & kDropout))
                     drop(scores[m], rows(m), block * kBlockK, sequence.index, params);

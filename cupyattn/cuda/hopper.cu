@@ -271,7 +271,7 @@ struct HopperRows : HopperResult<Traits> {
         if constexpr (kEdge || Traits::kEdits)
             edit<Traits::kEdits, kEdge>(scores, rows(), block * kBlockK, tile.sequence, params, scale());
         stays = fold<Traits::kEdits, Switches::kLazy, Exponential<Switches::kPolynomials>, kShift>(
-            softmax, scores, rows(), block * kBlockK, tile.sequence, params, scale(),
+            softmax, scores, rows(), block * kBlockK, tile.sequence, params,
             scale_log2_of<Traits::kEdits>(scale(), params), shrink);
     }
     // Sums in two levels shrink as a block's are added to them, in one instruction.

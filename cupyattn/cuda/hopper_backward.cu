@@ -171,12 +171,19 @@ struct HopperGradients {
         }
     }
 
+    // As in gradients.cuh.
+    DEVICE_METHOD Apart apart_of(int first_column) const {
+        if constexpr (kTurned) return apart_at<kEdits>(first_column, row(0), tile.sequence, params).turned();
+        return apart_at<kEdits>(row(0), first_column, tile.sequence, params);
+    }
+
     // Products q k^T become weights, times what the softcap lets through of a change; 0 where a pair is not seen.
     template <bool kBand>
     DEVICE_METHOD void weigh(Accumulator<kMoves>& scores, int block) {
         const float scale_log2 = scale_log2_of_edited<kEdits>(params);
         const float alibi_slope = alibi_slope_of<kEdits>(head, tile.sequence, params);
         const int first_column = block * kMoves + Accumulator<kMoves>::first_column();
+        const Apart apart = apart_of(first_column);
         int start[2] = {0, 0};
         uint32 count[2] = {kMoves, kMoves};
         if constexpr (kBand) {
@@ -202,8 +209,8 @@ struct HopperGradients {
                 if constexpr (bool(kEdits)) {
                     const int token = kTurned ? first_column + column : row(half);
                     const int key = kTurned ? row(half) : first_column + column;
-                    x = edited<kEdits>(x, token, head, key, alibi_slope, tile.sequence, params, params.softmax_scale, hidden,
-                                       through[i]);
+                    x = edited<kEdits>(x, token, head, key, alibi_slope, apart.at(column - 8 * half), tile.sequence, params,
+                                       params.softmax_scale, hidden, through[i]);
                 }
                 x = ptx::exp2(ptx::fma(x, scale_log2, -lse));
                 if (hidden) x = 0.f;
@@ -217,7 +224,7 @@ struct HopperGradients {
     }
     // Products dout v^T become what a change of a product q k^T comes to, the scale aside.
     DEVICE_METHOD void change(const Accumulator<kMoves>& scores, Accumulator<kMoves>& dscores, int block) {
-        const int first_column = block * kMoves + Accumulator<kMoves>::first_column();
+        const Apart apart = apart_of(block * kMoves + Accumulator<kMoves>::first_column());
 #pragma unroll
         for (int eight = 0; eight < kMoves / 8; ++eight) {
             uint32 facts[4];
@@ -229,8 +236,7 @@ struct HopperGradients {
                 x = scores.value[eight][i] * (x - delta);
                 if constexpr (kSumsSlope) {
                     const int column = Accumulator<kMoves>::column(eight, i);
-                    const int distance = row(i / 2) + tile.sequence.band.offset - first_column - column;
-                    slope_part -= x * static_cast<float>(distance < 0 ? -distance : distance);
+                    slope_part -= x * apart.at(column - 8 * (i / 2));
                 }
             }
         }

@@ -206,7 +206,7 @@ struct SplitBlock : SplitStates<Traits> {
                 out[m].clear();
             } else {
                 float shrink[2];
-                fold<Traits::kEdits>(softmax[m], scores[m], rows[m], key, sequence, params, scale(),
+                fold<Traits::kEdits>(softmax[m], scores[m], rows[m], key, sequence, params,
                                      scale_log2_of<Traits::kEdits>(scale(), params), shrink);
                 out[m].scale_rows(shrink);
                 if constexpr (bool(Traits::kEdits & kDropout)) drop(scores[m], rows[m], key, sequence.index, params);

@@ -61,14 +61,12 @@ def ask(
     known: Mapping[str, Any],
     *,
     replicated_rows: bool,
-    rectangles: bool = True,
     implementation: Any,
     **scalars: Any,
 ) -> Asked:
     """Look at a call on all ranks; where one of them cannot mean it, all raise.
 
-    `arrays` are operands, `known` those that gradients come with.  Work that is cut into `rectangles` has diagonals
-    that no kernel of a GPU counts ALiBi's distances from.
+    `arrays` are operands, `known` those that gradients come with.
     """
     if not is_comm(comm):
         rule = "comm has to be one of cupyattn.distributed's: by run_ranks, MpiComm, TorchComm or NcclComm; "
@@ -79,7 +77,7 @@ def ask(
     def state() -> Statement:
         options = attention_options(function, return_lse=True, dropout_p=0.0, **scalars)
         visit = enter(function, under_our_names(**arrays, **known))
-        _check_home(visit, rectangles)
+        _check_home(visit)
         name = sharding_meant(function, sharding, options, comm.size)
         mine.update(options=options, visit=visit, allowed=allowed_by(function, implementation), sharding=name)
         said = {_WORDS.get(word, word): repr(value) for word, value in options._asdict().items()}
@@ -104,15 +102,11 @@ def ask(
     )  # fmt: skip
 
 
-def _check_home(visit: Visit, rectangles: bool) -> None:
-    """Refuse arrays whose values are not to be had here and now, and what there is not on a GPU."""
+def _check_home(visit: Visit) -> None:
+    """Refuse arrays whose values are not to be had here and now, and those that cannot be sent."""
     if visit.kind == "cuda" and visit.library.title not in ON_GPUS:
         rule = f"takes arrays on a GPU from CuPy and torch, not {visit.library.title}; under jax.shard_map see JaxComm"
         raise ValueError(refusal(visit.function, rule, *((x.name, x.shape) for _, x in visit.specs)))
-    if visit.kind == "cuda" and rectangles and "alibi_slopes" in visit.arrays:
-        rule = "alibi_slopes do not go with rectangles on a GPU: kernels know a diagonal that begins or ends in a "
-        rule += "corner; ulysses_attention takes them"
-        raise ValueError(refusal(visit.function, rule, ("alibi_slopes", dict(visit.specs)["alibi_slopes"].shape)))
     if visit.library.is_deferred(visit.arrays):
         rule = "needs the arrays' values now, and they are traced; under jax.shard_map see JaxComm"
         raise ValueError(refusal(visit.function, rule, *((x.name, x.shape) for _, x in visit.specs)))

@@ -94,7 +94,7 @@ def ring_attention(
         Of this rank's rows, in its order, and all keys, in the sequence's: they broadcast to
         (batch, num_heads, own rows, all keys).  Not with packed sequences.
     alibi_slopes : array, shape (num_heads,), (batch, num_heads) or, packed, (sequences, num_heads), optional
-        The same on all ranks; not on a GPU.
+        The same on all ranks.
     sinks : array, shape (num_heads,), optional
         The same on all ranks.
     return_lse : bool

@@ -79,7 +79,7 @@ def ulysses_attention(
     Parameters
     ----------
     q, k, v, comm, sharding, mask, bias, ...
-        As for `ring_attention`; `alibi_slopes` on a GPU, too.  All layouts are the same work.
+        As for `ring_attention`.  All layouts are the same work.
 
     Returns
     -------
@@ -127,7 +127,7 @@ def ulysses_attention(
     }  # fmt: skip
     if isinstance(comm, JaxComm):
         return in_jax.ulysses(function, comm, sharding, arrays, return_lse, **scalars)
-    asked = ask(function, comm, sharding, arrays, {}, replicated_rows=False, rectangles=False, **scalars)
+    asked = ask(function, comm, sharding, arrays, {}, replicated_rows=False, **scalars)
     _check_rows(asked)
     found = run(asked, _forward, _backward, return_lse)
     return (found["out"], found["lse"]) if return_lse else found["out"]
@@ -179,7 +179,7 @@ def ulysses_attention_backward(
         "ulysses_attention_backward", comm, sharding,
         {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks},
         {"dout": dout, "out": out, "lse": lse, "dlse": dlse},
-        replicated_rows=False, rectangles=False, implementation=implementation,
+        replicated_rows=False, implementation=implementation,
         layout=layout, causal=causal, alignment=alignment, window_size=window_size, softmax_scale=softmax_scale,
         softcap=softcap, compute_dtype=compute_dtype,
     )  # fmt: skip

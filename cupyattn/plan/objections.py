@@ -37,10 +37,24 @@ def _objections_of_a_kernel(problem: Problem, device: Device) -> list[str]:
         size = getattr(problem.sizes, name)
         if size % 8 or not 0 < size <= 256:
             reasons.append(f"needs {name} to be a multiple of 8 from 8 to 256, not {size}")
-    if problem.edits.distances is not None:
-        reasons.append("counts ALiBi's distances from its own diagonal, and no others")
+    reasons += _objections_to_distances(problem)
     if problem.needs_dropout_mask:
         reasons.append("does not write out dropped weights (return_attn_probs with dropout)")
+    return reasons
+
+
+def _objections_to_distances(problem: Problem) -> list[str]:
+    """What kernels have against ALiBi's distances that are not from the diagonal of the mask."""
+    apart, sizes = problem.edits.distances, problem.sizes
+    if apart is None:
+        return []
+    reasons = []
+    if problem.layout.lengths_are_data and problem.mask.alignment == "bottom-right":
+        reasons.append("knows no distances of ALiBi's own where lengths are data and end at the diagonal")
+    # Four lengths and their tiles: what a kernel computes on the way has to fit, too.
+    furthest = abs(apart.first) + 4 * apart.step * (max(sizes.seqlen_q, sizes.seqlen_k) + 2**10)
+    if furthest >= 2**31:
+        reasons.append(f"counts ALiBi's distances in 32 bits: {apart} and {max(sizes.seqlen_q, sizes.seqlen_k)} tokens")
     return reasons
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, additive, call, slopes, strays, turns
+from cases import DISTANCES, EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, additive, call, slopes, strays, turns
 from emulated import definition, operands, options_of, problem_of, ragged_operands, ragged_options
 from emulated_backward import A100, Call, check, hold, run, with_dout
 from oracle import assert_same_bits
@@ -101,6 +101,12 @@ def test_keys_and_values_may_have_heads_of_their_own(rng, heads, dims):
 def test_edited_scores_meet_the_bar(rng, make, schedule):
     arrays, options, seed = make(rng, "float16")
     check(with_dout(rng, arrays, options, dlse=schedule == 1), options, schedule, dropout_seed=seed)
+
+
+@pytest.mark.parametrize(("make", "schedule"), turns(DISTANCES))
+def test_slopes_by_distances_of_their_own_meet_the_bar(rng, make, schedule):
+    arrays, options, _ = make(rng, "float16")
+    check(with_dout(rng, arrays, options, dlse=schedule == 1), options, schedule)
 
 
 @pytest.mark.parametrize(

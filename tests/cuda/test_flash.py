@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call, turns
+from cases import DISTANCES, EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call, turns
 from emulated import (
     Call,
     check,
@@ -19,6 +19,7 @@ from oracle import assert_same_bits
 
 from cupyattn import numpy_ref
 from cupyattn.plan import Tile
+from cupyattn.problem import Distances
 
 SIZES = [
     ("float16", 8, 8),
@@ -101,6 +102,24 @@ def test_who_sees_whom_meets_the_bar(rng, make, schedule):
 def test_edited_scores_meet_the_bar(rng, make, schedule):
     arrays, options, seed = make(rng, "float16")
     check(arrays, options, "flash", schedule, dropout_seed=seed)
+
+
+@pytest.mark.parametrize(("make", "schedule"), turns(DISTANCES))
+def test_slopes_by_distances_of_their_own_meet_the_bar(rng, make, schedule):
+    arrays, options, _ = make(rng, "bfloat16")
+    check(arrays, options, "flash", schedule)
+
+
+@pytest.mark.parametrize("name", ["every third token", "on the mask's diagonal, every second token"])
+def test_slopes_by_distances_of_their_own_meet_the_bar_of_float32(rng, name):
+    arrays, options, _ = DISTANCES[name](rng, "float32")
+    check(arrays, options, "flash", 1)
+
+
+def test_distances_of_sequences_end_to_end_are_those_of_each(rng):
+    arrays = ragged_operands(rng, "float16", (9, 0, 40), (70, 5, 40), (4, 2, 2), behind=(3, 0))
+    arrays["alibi_slopes"] = rng.standard_normal((3, 4)).astype("f4")
+    check(arrays, ragged_options(arrays, alignment="top-left", distances=Distances(25, 2)), "flash", 2)
 
 
 @pytest.mark.parametrize("edit", ["softcap 50", "everything", "scale below 0, sinks, softcap, window"])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, turns
+from cases import DISTANCES, EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, turns
 from emulated import (
     Call,
     check,
@@ -246,6 +246,19 @@ KNOWN = ("scale", "scale 0", "scale of nearly 0", "scale -0", "scale below 0", "
 def test_edited_scores_meet_the_bar(rng, make, schedule):
     arrays, options, _ = make(rng, "float16")
     held(arrays, options, schedule)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize(("make", "schedule"), turns(DISTANCES))
+def test_slopes_by_distances_of_their_own_meet_the_bar(rng, make, schedule, dtype):
+    arrays, options, _ = make(rng, dtype)
+    held(arrays, options, schedule)
+
+
+@pytest.mark.parametrize("name", ["every third token", "behind the mask's diagonal"])
+def test_rows_of_a_group_of_heads_have_distances_of_their_own(rng, name):
+    arrays, options, _ = DISTANCES[name](rng, "float16")
+    assert held(arrays, options, 1, heads_per_unit=2).plan.tile.heads_per_unit == 2
 
 
 READ = ("bhsd", "transposed", "every second row", "q, k and v in one array")

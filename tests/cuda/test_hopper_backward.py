@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cases import slopes
+from cases import DISTANCES, slopes, turns
 from emulated import marks_of, operands, options_of, ragged_operands, ragged_options
 from emulated_backward import Call, hold, with_dout
 
@@ -89,6 +89,13 @@ def test_edits_of_scores_meet_the_bar(rng, edit, size, schedule):
     options = BOTTOM | options | (CAPPED if edit == "softcap" else {})
     call = check(*made(rng, dtype, (4, 2, 2), seqlens, dims, more=more, **options), schedule)
     assert not call.scratch["flags"].any()
+
+
+@pytest.mark.parametrize(("make", "schedule"), turns(DISTANCES))
+def test_slopes_by_distances_of_their_own_meet_the_bar(rng, make, schedule):
+    arrays, options, _ = make(rng, "bfloat16")
+    if not options.softcap:  # slopes under one have the other kernel
+        check(with_dout(rng, arrays, options, dlse=schedule == 1), options, schedule)
 
 
 def test_slopes_of_sequences_end_to_end_meet_the_bar(rng):

@@ -68,11 +68,12 @@ def usual_walk(cubin, tmp_path):
     [
         (BFLOAT16, RIGHT_EDGE, 0, 470),
         (BFLOAT16, RIGHT_EDGE, catalogue.SOFTCAP | catalogue.LOW_CAP, 800),
-        (BFLOAT16, RIGHT_EDGE, catalogue.ALIBI | catalogue.CAUSAL_ALIBI, 600),
-        (BFLOAT16, RIGHT_EDGE, catalogue.ALIBI, 820),
+        (BFLOAT16, RIGHT_EDGE, catalogue.ALIBI | catalogue.CAUSAL_ALIBI, 560),
+        (BFLOAT16, RIGHT_EDGE, catalogue.ALIBI, 680),
         (FLOAT8, ALL_KEYS, 0, 480),
+        (FLOAT8, RIGHT_EDGE, catalogue.ALIBI, 790),
     ],
-    ids=["nothing", "softcap", "slopes under a causal mask", "slopes", "float8"],
+    ids=["nothing", "softcap", "slopes under a causal mask", "slopes", "float8", "float8, slopes"],
 )
 def test_a_block_of_128_keys_takes_few_instructions(dtype, reach, edited, most, tmp_path):
     cubin = compiled(dtype, 128, 128, reach, edited=edited)

@@ -6,7 +6,7 @@ few calls of one specialisation under schedules of their own; the sources as the
 
 import numpy as np
 import pytest
-from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call
+from cases import DISTANCES, EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call
 from emulated import (
     Call,
     assert_close_lse,
@@ -125,20 +125,27 @@ MUTANTS = [
            "kRestOfTanh) return kLog2e * params.softcap;", "flash, low cap"),
     Mutant("a low cap among others of half its size", "scores.cuh", "ptx::fma(rest, 2.f * params.softcap,",
            "ptx::fma(rest, params.softcap,", "flash, edits"),
-    Mutant("causal slopes not by the scale", "scores.cuh", "? ptx::divide(alibi_slope, softmax_scale) :",
-           "? alibi_slope :", "flash, causal slopes"),
+    Mutant("causal slopes not by the scale", "scores.cuh", "= alibi_slope * params.inverse_scale", "= alibi_slope",
+           "flash, causal slopes"),
+    Mutant("causal slopes' offsets not by the scale", "scores.cuh", "sequence, params) * params.inverse_scale;",
+           "sequence, params);", "flash, causal slopes"),
+    Mutant("causal slopes of every token", "scores.cuh", "inverse_scale * params.float_step;", "inverse_scale;",
+           "flash, distances"),
+    Mutant("of causal slopes the second row eight tokens behind", "scores.cuh", "slope * params.float_step, offset[0])",
+           "slope, offset[0])", "flash, distances"),
     Mutant("causal slopes of every second column", "scores.cuh", "static_cast<float>(column), x)",
            "static_cast<float>(column / 2 * 2), x)", "flash, causal slopes"),
     Mutant("causal slopes of the first lane", "scores.cuh",
-           "first_key + Accumulator<kCols>::first_column() - sequence", "first_key - sequence", "flash, causal slopes"),
+           "const int first = first_key + Accumulator<kCols>::first_column();\n        float",
+           "const int first = first_key;\n        float", "flash, causal slopes"),
     Mutant("causal slopes of the first block", "scores.cuh",
-           "= first_key + Accumulator<kCols>::first_column() - sequence",
-           "= Accumulator<kCols>::first_column() - sequence",
+           "const int first = first_key + Accumulator<kCols>::first_column();\n        float",
+           "const int first = Accumulator<kCols>::first_column();\n        float",
            "flash, causal slopes"),
-    Mutant("causal slopes of the first row", "scores.cuh", "(first - rows.token[half])", "(first - rows.token[0])",
+    Mutant("causal slopes of the first row", "scores.cuh", "apart_at<kEdits>(rows.token[half], first,",
+           "apart_at<kEdits>(rows.token[0], first,", "split, causal slopes"),
+    Mutant("causal slopes of the first row for both", "scores.cuh", "ptx::fma(-8.f, slope", "ptx::fma(0.f, slope",
            "flash, causal slopes"),
-    Mutant("causal slopes from the first key", "scores.cuh", "::first_column() - sequence.band.offset;",
-           "::first_column();", "flash, causal slopes"),
     Mutant("causal slopes of the first head", "scores.cuh", "alibi_slope_of<kEdits>(rows.head[half], sequence",
            "alibi_slope_of<kEdits>(0, sequence", "split, causal slopes"),
     Mutant("an offset missing in the maximum", "softmax.cuh", "highest[half] + offset[half])", "highest[half])",
@@ -151,8 +158,16 @@ MUTANTS = [
     Mutant("tanh of large numbers for all", "scores.cuh", "if (square < 0.55f * 0.55f)", "if (square < 0.f)",
            "flash, float32 edits"),
     Mutant("alibi the other way", "scores.cuh", "x -= alibi_slope", "x += alibi_slope", "flash, edits"),
-    Mutant("alibi from the first key", "scores.cuh", "token + sequence.band.offset - key", "token - key",
-           "split, edits"),
+    Mutant("alibi from the first key", "scores.cuh", "(token + sequence.band.offset)", "token", "split, edits"),
+    Mutant("alibi of every token", "scores.cuh", "behind = params.distance_step * key", "behind = key",
+           "flash, distances"),
+    Mutant("alibi from the mask's diagonal", "scores.cuh", " + params.distance_shift;", ";", "flash, distances"),
+    Mutant("alibi's steps of one token", "scores.cuh", "static_cast<float>(behind), params.float_step}",
+           "static_cast<float>(behind), 1.f}", "flash, distances"),
+    Mutant("alibi with a sign", "scores.cuh",
+           "return ptx::absolute(ptx::fma(step, static_cast<float>(column), first));",
+           "return -ptx::fma(step, static_cast<float>(column), first);", "flash, distances"),
+    Mutant("alibi of rows that are not neighbours", "scores.cuh", "? 8 * half : 0;", "? 0 : 0;", "flash, distances"),
     Mutant("alibi of the first batch", "scores.cuh", " + sequence.index * params.alibi_slopes_batch", "",
            "flash, edits"),
     Mutant("bias of other keys", "scores.cuh", "key * params.bias.key", "key", "flash, edits"),
@@ -466,6 +481,11 @@ def flash_of_causal_slopes(sources):
     held("flash", slopes_towards_the_start, "float16", 0, sources, **SMALL)
 
 
+def flash_of_distances(sources):
+    for name in ("every third token", "behind one aligned elsewhere"):
+        held("flash", DISTANCES[name], "float16", 1, sources, **SMALL)
+
+
 def split_of_causal_slopes(sources):
     held("splitkv", EDITS["slopes by head"], "float16", 2, sources, num_splits=2, **SPLIT)
 
@@ -600,6 +620,7 @@ GROUPS = {
     "flash, float32 edits": flash_of_float32_edits,
     "flash, low cap": flash_of_a_low_cap,
     "flash, causal slopes": flash_of_causal_slopes,
+    "flash, distances": flash_of_distances,
     "split, causal slopes": split_of_causal_slopes,
     "split": split,
     "split, together": split_together,

@@ -3,7 +3,7 @@ float8."""
 
 import numpy as np
 import pytest
-from cases import EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call, turns
+from cases import DISTANCES, EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call, turns
 from emulated import (
     Call,
     check,
@@ -94,6 +94,13 @@ def test_who_sees_whom_meets_the_bar(rng, make, schedule):
 def test_edited_scores_meet_the_bar(rng, make, schedule):
     arrays, options, seed = make(rng, "float16")
     check(arrays, options, "splitkv", schedule, dropout_seed=seed, tile=SMALL, num_splits=3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float8_e4m3fn"])
+@pytest.mark.parametrize(("make", "schedule"), turns(DISTANCES))
+def test_slopes_by_distances_of_their_own_meet_the_bar(rng, make, schedule, dtype):
+    arrays, options, _ = make(rng, dtype)
+    check(arrays, options, "splitkv", schedule, tile=SMALL, num_splits=3)
 
 
 @pytest.mark.parametrize("edit", ["softcap 50", "everything"])

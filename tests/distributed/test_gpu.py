@@ -142,15 +142,30 @@ def test_heads_for_tokens_are_what_the_kernel_rounds(gpu, driver, rng):
     assert not [x for x in driver.launches if x[0].source == "merge.cu"]
 
 
-@pytest.mark.parametrize("kind", ["zigzag", pytest.param("striped", marks=pytest.mark.long)])
-def test_heads_for_tokens_have_alibi(gpu, driver, rng, kind):
-    options = {"causal": True, "alibi_slopes": gpu.tensor([0.1, 0.2, 0.3, 0.4])}
+SLOPED = {
+    "zigzag": ("zigzag", {"causal": True}),
+    "striped": ("striped", {"causal": True}),
+    "striped, all keys": ("striped", {}),
+    "contiguous, all keys": ("contiguous", {}),
+    "contiguous, a window": ("contiguous", {"window_size": (20, 9)}),
+    "zigzag, more behind": ("zigzag", {"window_size": (None, 5), "softcap": 3.0}),
+}
+sloped = [pytest.param(x, y, id=f"{x}, {z}", marks=() if x == "striped" and z == "ring" else pytest.mark.long)
+          for x in SLOPED for y, z in ((RING, "ring"), (ULYSSES, "ulysses"))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "functions"), sloped)
+def test_distances_are_those_of_the_whole(gpu, driver, rng, name, functions):
+    """ALiBi's, wherever the tokens of two ranks lie."""
+    kind, options = SLOPED[name]
+    options = options | {"alibi_slopes": gpu.tensor([0.1, 0.2, 0.4, -0.01])}
     arrays = drawn(gpu, rng, "float16")
-    out, lse, found, layout = on_ranks(arrays, kind, 2, options, *ULYSSES)
+    out, lse, found, layout = on_ranks(arrays, kind, 3, options, *functions)
     exact, exact_lse, gradients = in_float64(arrays, options)
     assert_near(out, exact, UNIT["float16"])
     assert_near(lse, exact_lse, UNIT["float16"])
-    assert_near(unshard([x.dk for x in found], layout), gradients.dk, UNIT["float16"], 16)
+    for word in ("dq", "dk", "dv"):
+        assert_near(unshard([getattr(x, word) for x in found], layout), getattr(gradients, word), UNIT["float16"], 16)
     assert_near(sum(x.dalibi_slopes for x in found), gradients.dalibi_slopes, UNIT["float16"], 16)
 
 
@@ -179,11 +194,13 @@ def test_what_edits_scores(gpu, driver, rng, functions):
     assert_near(sum(x.dsinks.float() for x in found), gradients.dsinks, UNIT["float16"], 16)
 
 
+@pytest.mark.parametrize("slopes", [False, True], ids=["plain", "ALiBi"])
 @pytest.mark.parametrize("kind", [pytest.param("contiguous", marks=pytest.mark.long), "striped"])
-def test_a_decode_is_attention_of_the_whole(gpu, driver, rng, kind):
+def test_a_decode_is_attention_of_the_whole(gpu, driver, rng, kind, slopes):
     arrays = drawn(gpu, rng, "float16", 3)
     q, k, v, dout = arrays
     layout, options = Sharding(kind, 2, (SEQLEN,)), {"causal": True, "alignment": "bottom-right"}
+    options |= {"alibi_slopes": gpu.tensor([0.1, 0.2, 0.4, -0.01])} if slopes else {}
 
     def rank(comm):
         mine, own = [shard(x, layout, comm.rank) for x in (k, v)], {**options, "comm": comm, "sharding": layout}
@@ -198,6 +215,8 @@ def test_a_decode_is_attention_of_the_whole(gpu, driver, rng, kind):
     assert_near(found[1].dq, gradients.dq, UNIT["float16"], 16)
     assert_near(unshard([x.dk for x in found], layout), gradients.dk, UNIT["float16"], 16)
     assert_near(unshard([x.dv for x in found], layout), gradients.dv, UNIT["float16"], 16)
+    if slopes:  # all ranks have the whole
+        assert_near(found[0].dalibi_slopes, gradients.dalibi_slopes, UNIT["float16"], 16)
 
 
 @pytest.mark.parametrize("attend", [ring_attention, pytest.param(ulysses_attention, marks=pytest.mark.long)])
@@ -217,19 +236,22 @@ def test_autograd_goes_where_the_keys_went(gpu, driver, rng, attend):
         assert_near(unshard(shards, layout), wanted, UNIT["float16"], 16)
 
 
+@pytest.mark.parametrize("slopes", [None, [[0.1, 0.2, 0.3, 0.4], [0.5, 0.25, 0.0, 0.1]]], ids=["plain", "ALiBi"])
 @pytest.mark.parametrize("attend", [ring_attention, pytest.param(ulysses_attention, marks=pytest.mark.long)])
-def test_packed_sequences(gpu, driver, rng, attend):
+def test_packed_sequences(gpu, driver, rng, attend, slopes):
     layout = Sharding("zigzag", 2, (40, 30))
     q, k, v, _ = (x[0] for x in drawn(gpu, rng, "float16"))
+    edits = {} if slopes is None else {"alibi_slopes": gpu.tensor(slopes)}
 
     def rank(comm):
         mine = [shard(x, layout, comm.rank, axis=0) for x in (q, k, v)]
-        return attend(*mine, comm=comm, sharding=layout, causal=True, return_lse=True)
+        return attend(*mine, comm=comm, sharding=layout, causal=True, return_lse=True, **edits)
 
     outs, lses = zip(*run_ranks(rank, 2, timeout=TIMEOUT), strict=True)
     out, lse = unshard(outs, layout, axis=0), unshard(lses, layout, axis=1)
-    for rows in (slice(0, 40), slice(40, 70)):
-        exact, exact_lse = cupyattn.attention(*(wide(x[None, rows]) for x in (q, k, v)), causal=True, return_lse=True)
+    for place, rows in enumerate((slice(0, 40), slice(40, 70))):
+        own = {"causal": True} | ({} if slopes is None else {"alibi_slopes": np.array(slopes[place])})
+        exact, exact_lse = cupyattn.attention(*(wide(x[None, rows]) for x in (q, k, v)), return_lse=True, **own)
         assert_near(out[None, rows], exact, UNIT["float16"])
         assert_near(lse[None, :, rows], exact_lse, UNIT["float16"])
 
@@ -245,12 +267,6 @@ def test_what_no_kernel_takes_is_refused_before_anything_is_sent(gpu, driver):
 
     run_ranks(rank, 2, timeout=TIMEOUT)
     assert len(said) == 4  # a length and a text, by which ranks agree
-
-
-def test_alibi_is_refused_where_diagonals_are_no_kernel_s(gpu, driver):
-    x = gpu.zeros(1, 8, 2, 32).half()
-    with pytest.raises(ValueError, match=r"alibi_slopes do not go with rectangles on a GPU.*ulysses_attention takes"):
-        run_ranks(lambda comm: ring_attention(x, x, x, comm=comm, alibi_slopes=np.ones(2)), 2, timeout=TIMEOUT)
 
 
 def test_ranks_on_a_gpu_and_on_the_host_do_not_agree(gpu, driver):

@@ -25,6 +25,7 @@ from typing import NamedTuple
 import emulated
 import numpy as np
 import ptx
+from cases import DISTANCES
 from emulated import operands, options_of, problem_of
 from emulator import CUDA, path_of
 from proofs import fences
@@ -92,7 +93,15 @@ def _call(
     return call
 
 
+def _apart(sources, schedule, seed):
+    """Slopes by distances whose sign changes inside of a tile."""
+    arrays, asked, _ = DISTANCES["every third token"](np.random.default_rng(SEED), "float16")
+    emulated.check(arrays, asked, "flash", schedule, seed, sources=sources)
+
+
+_apart.target = "sm_80"
 GROUPS = {
+    "flash, distances": _apart,
     "flash": _call("flash", seqlens=(70, 150), heads=(2, 1, 2), options=BOTTOM),
     "flash, bfloat16": _call("flash", "bfloat16", (70, 150)),
     "flash, many rows": _call("flash", seqlens=(131, 65), options=BOTTOM),
@@ -170,6 +179,9 @@ SOURCES = [
             '"r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)',
             '"r"(a[0]), "r"(a[2]), "r"(a[1]), "r"(a[3]), "l"(b)',
             "hopper"),
+    Planted("absolute values with their sign", "ptx.cuh",
+            "return fabsf(x);", "return x;",
+            "flash, distances"),
     Planted("halves of pack swapped, f16", "ptx.cuh",
             'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));',
             'asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(low), "f"(high));',

@@ -66,6 +66,7 @@ def numbers(rng, count, low=INT32[0], high=INT32[1]):
 def _params_dtype():
     wide = ("lse_batch", "lse_head", "block_table_row", "alibi_slopes_batch", "total_q", "total_k")
     kinds = {"dropout_threshold": "u4", "dropout_factor": "f4", "softmax_scale": "f4", "softcap": "f4"}
+    kinds |= {"float_step": "f4", "inverse_scale": "f4"}
     kinds |= dict.fromkeys(wide, "i8") | dict.fromkeys(("q", "k", "v", "out"), (np.int64, 3))
     kinds |= dict.fromkeys(("mask", "bias"), (np.int64, 4))
     kind = np.dtype(

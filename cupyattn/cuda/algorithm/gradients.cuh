@@ -247,6 +247,12 @@ struct BackwardBlock {
         }
     }
 
+    // From the first of a lane's rows, and of its columns; of the second row eight columns behind.
+    DEVICE_METHOD Apart apart_of(int m, int first_column) const {
+        if constexpr (kTurned) return apart_at<kEdits>(first_column, row(m, 0), sequence, params).turned();
+        return apart_at<kEdits>(row(m, 0), first_column, sequence, params);
+    }
+
     // Products q k^T become weights, as dropout leaves them, and products dout v^T what a change of the product q k^T
     // comes to, the scale aside.  A pair that is not seen has 0 of both, whatever is there.
     template <bool kBand>
@@ -254,6 +260,7 @@ struct BackwardBlock {
         const float scale_log2 = scale_log2_of_edited<kEdits>(params);
         const float alibi_slope = alibi_slope_of<kEdits>(head, sequence, params);
         const int first_column = begin + Accumulator<kMoves>::first_column();
+        const Apart apart = apart_of(m, first_column);
         int start[2];
         uint32 count[2];  // of the columns that each row is seen by, or sees
 #pragma unroll
@@ -283,9 +290,10 @@ struct BackwardBlock {
                     const float delta = kTurned ? ptx::from_bits(facts[2 + i % 2]) : row_delta[m][half];
                     bool hidden = (kBand || kEdits) && static_cast<uint32>(column - start[half]) >= count[half];
                     float x = scores.value[block][i], slope = 1.f;
+                    const float distance = apart.at(column - 8 * half);
                     if constexpr (bool(kEdits & ~kDropout))
-                        x = edited<kEdits>(x, token, head, key, alibi_slope, sequence, params, params.softmax_scale,
-                                           hidden, slope);
+                        x = edited<kEdits>(x, token, head, key, alibi_slope, distance, sequence, params,
+                                           params.softmax_scale, hidden, slope);
                     if constexpr (kChoosy) hidden = hidden || x == -ptx::infinity();
                     const float weight = hidden ? 0.f : ptx::exp2(ptx::fma(x, scale_log2, -lse));
                     const float factor = kEdits & kDropout ? kept[eight][i] : 1.f;
@@ -294,11 +302,8 @@ struct BackwardBlock {
                         float change = weight * ptx::fma(factor, dscores.value[block][i], -delta);
                         if (kChoosy && hidden) change = 0.f;
                         if constexpr (kWanted == kOfBias) changes[m].value[block][i] += change;
-                        if constexpr (kWanted == kOfQueries && bool(kEdits & kAlibi)) {
-                            const int distance = token + sequence.band.offset - key;
-                            if (!(kCare && counting))
-                                slope_part -= change * static_cast<float>(distance < 0 ? -distance : distance);
-                        }
+                        if constexpr (kWanted == kOfQueries && bool(kEdits & kAlibi))
+                            if (!(kCare && counting)) slope_part -= change * distance;
                         const float through = kCountsA && counting ? 1.f : change * slope;
                         dscores.value[block][i] = kEdits & kSoftcap && !(kChoosy && hidden) ? through : change;
                     }

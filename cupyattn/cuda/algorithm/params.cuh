@@ -64,6 +64,8 @@ struct Params {
     float dropout_factor;  // 1 / (1 - p)
     float softmax_scale;
     float softcap;
+    int distance_step, distance_shift;  // of ALiBi: |step * (a row's diagonal - key) + shift| tokens; 1 and 0 as a rule
+    float float_step, inverse_scale;    // that step, and 1 / softmax_scale where slopes are divided by it
 };
 
 // Of a kernel that may be for float8.
@@ -119,7 +121,7 @@ enum Edit {
     kMaskArray = 16,
     kDropout = 32,
     kLowCap = 64,         // of softcaps: so low that 1 - 2 / (exp(2 x) + 1) is tanh(x) well enough
-    kCausalAlibi = 128,   // of slopes: no key behind the diagonal is seen, and nothing else of scores is edited
+    kCausalAlibi = 128,   // of slopes: no distance of a key that is seen is below 0, and nothing else of scores is edited
 };
 
 }  // namespace cupyattn

@@ -10,6 +10,12 @@ struct RowPair {
     int token[2];  // the query's place in its sequence
     int head[2];
     bool exists[2];
+    static constexpr bool kEightApart = false;
+};
+// The same; kEightApart: of one head, the second eight tokens behind the first.
+template <bool kEightApart_>
+struct Rows : RowPair {
+    static constexpr bool kEightApart = kEightApart_;
 };
 
 // tanh to a relative error of 2^-22, since a softcap multiplies it: near zero, where exp2 would leave 1 - (1 - x), the
@@ -35,10 +41,29 @@ DEVICE int64 row_of(const ScoreStrides& array, int batch, int head, int token) {
     return batch * array.batch + head * array.head + token * array.row;
 }
 
+// The tokens between a lane's row and its keys, which ALiBi's slopes multiply.  Twin: problem.Distances.  In float32:
+// exact up to 2^24, and an instruction for each key.
+struct Apart {
+    float first;  // to the first column, less than 0 where that comes first
+    float step;   // from each column to the next
+
+    DEVICE_METHOD float at(int column) const {
+        return ptx::absolute(ptx::fma(step, static_cast<float>(column), first));
+    }
+    DEVICE_METHOD Apart turned() const { return {-first, step}; }  // of columns that are queries
+};
+template <int kEdits>
+DEVICE Apart apart_at(int token, int key, const Sequence& sequence, const Params& params) {
+    if constexpr (!bool(kEdits & kAlibi)) return {0.f, 0.f};
+    const int diagonal = params.distance_step * (token + sequence.band.offset) + params.distance_shift;
+    const int behind = params.distance_step * key - diagonal;
+    return {static_cast<float>(behind), params.float_step};
+}
+
 // A score q k^T, edited, as an exponent of two; `hidden` becomes true where bias or mask hide its key, and `slope` is by
 // how much of a change of the score the softcap lets through.
 template <int kEdits>
-DEVICE float edited(float x, int token, int head, int key, float alibi_slope, const Sequence& sequence,
+DEVICE float edited(float x, int token, int head, int key, float alibi_slope, float distance, const Sequence& sequence,
                     const Params& params, float softmax_scale, bool& hidden, float& slope) {
     if constexpr (bool(kEdits & kLowCap)) {
         const float rest = rest_of_tanh(x, softmax_scale, params);
@@ -51,10 +76,7 @@ DEVICE float edited(float x, int token, int head, int key, float alibi_slope, co
     } else {
         x *= softmax_scale;
     }
-    if constexpr (bool(kEdits & kAlibi)) {
-        const int distance = token + sequence.band.offset - key;
-        x -= alibi_slope * static_cast<float>(distance < 0 ? -distance : distance);
-    }
+    if constexpr (bool(kEdits & kAlibi)) x -= alibi_slope * distance;
     if constexpr (bool(kEdits & kBias))
         if (!hidden) {
             const float bias = number_at(params.at.bias, params.bias_dtype,
@@ -102,8 +124,8 @@ struct Left {
 
 // Edits the scores of keys [first_key, first_key + kCols) in place; minus infinity where a key is not seen.
 // kBand: some row may see less than all these keys.  `softmax_scale` is that of params, or another in its place.
-template <int kEdits, bool kBand, int kCols>
-DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key, const Sequence& sequence,
+template <int kEdits, bool kBand, typename TwoRows, int kCols>
+DEVICE void edit(Accumulator<kCols>& scores, const TwoRows& rows, int first_key, const Sequence& sequence,
                  const Params& params, float softmax_scale) {
     const int first = first_key + Accumulator<kCols>::first_column();
 #pragma unroll
@@ -115,7 +137,10 @@ DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key,
         // Columns are constants, so that they are compared with what is left of the span at the first of them.
         const int start = visible.start - first, stop = visible.stop - first;
         const float alibi_slope = alibi_slope_of<kEdits>(head, sequence, params);
-        const float slope_of_products = Left<kEdits>::kCausalSlopes ? ptx::divide(alibi_slope, softmax_scale) : 0.f;
+        // A key eight further is as far from the second row, so that both rows have their distances in common.
+        const Apart apart = apart_at<kEdits>(rows.token[TwoRows::kEightApart ? 0 : half], first, sequence, params);
+        const int shared = TwoRows::kEightApart ? 8 * half : 0;
+        const float slope_of_products = alibi_slope * params.inverse_scale * params.float_step;
 #pragma unroll
         for (int block = 0; block < kCols / 8; ++block)
 #pragma unroll
@@ -130,14 +155,15 @@ DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key,
                 else if constexpr (Left<kEdits>::kRestOfTanh)
                     x = rest_of_tanh(x, softmax_scale, params);
                 else if constexpr (Left<kEdits>::kNothing)
-                    x = edited<kEdits>(x, token, head, key, alibi_slope, sequence, params, softmax_scale, hidden, slope);
+                    x = edited<kEdits>(x, token, head, key, alibi_slope, apart.at(column - shared), sequence, params,
+                                       softmax_scale, hidden, slope);
                 if (hidden) x = -ptx::infinity();
             }
     }
 }
 
-template <int kEdits, bool kBand, int kCols>
-DEVICE void edit(Accumulator<kCols>& scores, const RowPair& rows, int first_key, const Sequence& sequence,
+template <int kEdits, bool kBand, typename TwoRows, int kCols>
+DEVICE void edit(Accumulator<kCols>& scores, const TwoRows& rows, int first_key, const Sequence& sequence,
                  const Params& params) {
     edit<kEdits, kBand>(scores, rows, first_key, sequence, params, params.softmax_scale);
 }
@@ -158,18 +184,22 @@ DEVICE float scale_log2_of(float softmax_scale, const Params& params) {
     return Left<kEdits>::kNothing ? 1.f : softmax_scale * kLog2e;
 }
 
-// Has the softmax fold a lane's scores, as `edit` left them, and returns what it does.  So a softcap costs four instructions, and slopes under a
-// causal mask one.
-template <int kEdits, bool kLazy = false, typename Exponential = FastExponential, int kShift = 0, int kCols>
-DEVICE bool fold(OnlineSoftmax& softmax, Accumulator<kCols>& scores, const RowPair& rows, int first_key,
-                 const Sequence& sequence, const Params& params, float softmax_scale, float scale_log2, float (&shrink)[2]) {
+// Has the softmax fold a lane's scores, as `edit` left them, and returns what it does.  So a softcap costs four
+// instructions, and slopes where no key that is seen comes behind its row cost one.
+template <int kEdits, bool kLazy = false, typename Exponential = FastExponential, int kShift = 0, typename TwoRows,
+          int kCols>
+DEVICE bool fold(OnlineSoftmax& softmax, Accumulator<kCols>& scores, const TwoRows& rows, int first_key,
+                 const Sequence& sequence, const Params& params, float scale_log2, float (&shrink)[2]) {
     if constexpr (Left<kEdits>::kOffset) {
-        const int first = first_key + Accumulator<kCols>::first_column() - sequence.band.offset;
+        const int first = first_key + Accumulator<kCols>::first_column();
         float offset[2] = {0.5f, 0.5f};
 #pragma unroll
         for (int half = 0; half < 2 && Left<kEdits>::kCausalSlopes; ++half) {
-            const float slope = ptx::divide(alibi_slope_of<kEdits>(rows.head[half], sequence, params), softmax_scale);
-            offset[half] = slope * static_cast<float>(first - rows.token[half]);
+            const float slope = alibi_slope_of<kEdits>(rows.head[half], sequence, params) * params.inverse_scale;
+            if (TwoRows::kEightApart && half)
+                offset[1] = ptx::fma(-8.f, slope * params.float_step, offset[0]);
+            else
+                offset[half] = slope * apart_at<kEdits>(rows.token[half], first, sequence, params).first;
         }
         return softmax.template fold<kLazy, Exponential, kShift, true>(scores, scale_log2, shrink, offset);
     } else {

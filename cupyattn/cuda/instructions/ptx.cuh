@@ -67,6 +67,7 @@ DEVICE float log2(float x) {
 DEVICE float divide(float a, float b) { return __fdividef(a, b); }
 DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float max(float a, float b) { return fmaxf(a, b); }
+DEVICE float absolute(float x) { return fabsf(x); }
 DEVICE uint32 multiply_high(uint32 a, uint32 b) { return __umulhi(a, b); }
 
 // cvt.rn: two numbers into one register, `low` in the lower half.

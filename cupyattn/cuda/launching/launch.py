@@ -233,6 +233,7 @@ def tail_of(plan: Plan, problem: Problem, arrays: FactsOfArrays) -> params.Tail:
     lse = strides.get("lse", (0, 0, 0))
     slopes = strides.get("alibi_slopes", (0,))
     p = problem.dropout_p
+    step, shift = _distances(problem)
     return params.Tail(
         q=operand_strides("q", problem, strides["q"], False),
         k=operand_strides("k", problem, strides["k"], in_places),
@@ -271,7 +272,19 @@ def tail_of(plan: Plan, problem: Problem, arrays: FactsOfArrays) -> params.Tail:
         softmax_scale=max(-LARGEST_FLOAT32, min(edits.softmax_scale, LARGEST_FLOAT32)),
         # Beyond these it makes no difference, and a kernel's division would flush it to zero.
         softcap=min(max(edits.softcap, 2.0**-100), 2.0**100) if edits.softcap else 0.0,
+        distance_step=step,
+        distance_shift=shift,
+        float_step=step,
+        inverse_scale=1.0 / edits.softmax_scale if edits.softmax_scale >= catalogue.LEAST_DIVISOR else 0.0,
     )
+
+
+def _distances(problem: Problem) -> tuple[int, int]:
+    """The step and the shift of ALiBi's distances, ``|step * (a row's diagonal - key) + shift|`` in a kernel."""
+    apart = problem.edits.distances
+    if apart is None:
+        return 1, 0
+    return apart.step, apart.first - apart.step * problem.offset
 
 
 _DESCALES = struct.Struct("<3Q")

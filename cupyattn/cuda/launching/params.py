@@ -39,7 +39,7 @@ POINTERS = (
     "dropout_seed",
 )
 _POINTERS = struct.Struct(f"<{len(POINTERS)}Q")
-_TAIL = struct.Struct("<12q8q6q20iIfff")
+_TAIL = struct.Struct("<12q8q6q20iIfff2i2f")
 OPEN = LONGEST
 """A side of a window that hides nothing: kernels count no further."""
 NO_CACHE = -1
@@ -103,6 +103,10 @@ class Tail(NamedTuple):
     dropout_factor: float
     softmax_scale: float
     softcap: float
+    distance_step: int
+    distance_shift: int
+    float_step: float
+    inverse_scale: float
 
     def pack(self) -> bytes:
         return _TAIL.pack(*_flat(self))

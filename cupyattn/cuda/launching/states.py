@@ -56,6 +56,7 @@ def recipe_of(rows: Rows, dtype: str, out: params.Strides, lse_batch: int, lse_h
         queries_per_v=1, queries_per_pair=1, left=params.OPEN, right=params.OPEN, bottom_right=0, page_size=0,
         num_pages=0, num_places=params.NO_CACHE, seqlen_new=0, bias_dtype=0, split_size=0, num_splits=PLACES,
         num_slots=0, dropout_threshold=0, dropout_factor=1.0, softmax_scale=1.0, softcap=0.0,
+        distance_step=1, distance_shift=0, float_step=1.0, inverse_scale=1.0,
     )  # fmt: skip
     blocks, together = merging_blocks(rows.batch * rows.num_heads * rows.merged, PLACES)
     specialisation = catalogue.merge(dtype, rows.columns, together)

@@ -57,11 +57,24 @@ def edits_of(problem: Problem) -> int:
     ):
         bits |= bit if wanted else 0
     # Slopes are divided by the scale then, and what float8 is a multiple of is data.
-    if bits & ~DROPOUT == ALIBI and mask.right is not None and mask.right <= 0 and edits.softmax_scale >= 2.0**-20:
+    if bits & ~DROPOUT == ALIBI and _sees_only_behind(problem) and edits.softmax_scale >= LEAST_DIVISOR:
         bits |= CAUSAL_ALIBI if problem.dtype != FLOAT8 else 0
     return bits
 
 
+def _sees_only_behind(problem: Problem) -> bool:
+    """Whether no key that is seen comes behind its row, as ALiBi counts them."""
+    right, apart = problem.mask.right, problem.edits.distances
+    if apart is None:
+        return right is not None and right <= 0
+    furthest = problem.sizes.seqlen_k - 1  # from key to row, of what is seen
+    if right is not None:
+        furthest = min(furthest, right + problem.offset)
+    return apart.first >= apart.step * furthest
+
+
+LEAST_DIVISOR = 2.0**-20
+"""Scales that slopes can be divided by."""
 HIGHEST_LOW_CAP = {"float16": 128.0, "bfloat16": 128.0, FLOAT8: 128.0, "float32": 0.0}
 """Softcaps up to which an error of cap * 2^-22 in a score is little beside the rounding of its weight."""
 

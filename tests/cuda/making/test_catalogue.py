@@ -1,5 +1,7 @@
 """Which edits of scores a kernel is compiled for."""
 
+from dataclasses import replace
+
 import pytest
 
 from cupyattn.cuda.making.catalogue import (
@@ -12,7 +14,7 @@ from cupyattn.cuda.making.catalogue import (
     SOFTCAP,
     edits_of,
 )
-from cupyattn.problem import FLOAT8, Layout, Mask, Problem, ScoreEdits, Sizes
+from cupyattn.problem import FLOAT8, Distances, Layout, Mask, Problem, ScoreEdits, Sizes
 
 CAUSAL = Mask(right=0)
 
@@ -59,3 +61,34 @@ def test_a_low_cap_of_few_bits_does_without_the_polynomial(softcap, dtype, found
 )
 def test_slopes_under_a_causal_mask_are_added_to_products(given, more):
     assert edits(alibi_slopes=(8,), **given) == ALIBI | more
+
+
+TOP_LEFT, SHIFTED = Mask(right=0, alignment="top-left"), Mask(right=4, alignment="top-left")
+
+
+@pytest.mark.parametrize(
+    ("mask", "distances", "more"),
+    [
+        (TOP_LEFT, Distances(0, 3), CAUSAL_ALIBI),
+        (TOP_LEFT, Distances(-1, 3), 0),
+        (SHIFTED, Distances(12, 3), CAUSAL_ALIBI),
+        (SHIFTED, Distances(11, 3), 0),
+        (Mask(right=1000, alignment="top-left"), Distances(3 * 127, 3), CAUSAL_ALIBI),
+        (Mask(alignment="top-left"), Distances(3 * 127, 3), CAUSAL_ALIBI),
+        (Mask(alignment="top-left"), Distances(3 * 127 - 1, 3), 0),
+        (Mask(right=-5, alignment="top-left"), Distances(-15, 3), CAUSAL_ALIBI),
+        (Mask(right=-5, alignment="top-left"), Distances(-16, 3), 0),
+    ],
+)
+def test_slopes_are_added_to_products_where_no_distance_is_below_zero(mask, distances, more):
+    """Of keys that are seen, up to key 127; |first + step * (row - key)|."""
+    assert edits(mask=mask, alibi_slopes=(8,), distances=distances) == ALIBI | more
+
+
+def test_distances_are_not_counted_from_where_a_mask_is_aligned():
+    """200 keys for 128 rows: under the mask the first row sees up to key 72."""
+    sizes = Sizes((2,), 8, 2, 2, 128, 200, 64, 64)
+    problem = Problem(sizes, Layout("bshd"), "float16", CAUSAL, ScoreEdits(0.1, alibi_slopes=(8,)))
+    for first, more in ((72, CAUSAL_ALIBI), (71, 0)):
+        apart = replace(problem.edits, distances=Distances(first, 1))
+        assert edits_of(replace(problem, edits=apart)) == ALIBI | more

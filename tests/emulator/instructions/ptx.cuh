@@ -70,6 +70,7 @@ DEVICE float divide(float a, float b) {
 }
 DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 DEVICE float max(float a, float b) { return a > b || b != b ? a : b; }
+DEVICE float absolute(float x) { return std::fabs(x); }
 DEVICE uint32 multiply_high(uint32 a, uint32 b) {
     return static_cast<uint32>(static_cast<uint64>(a) * static_cast<uint64>(b) >> 32);
 }
