@@ -224,7 +224,7 @@ struct HopperGradients {
     }
     // Products dout v^T become what a change of a product q k^T comes to, the scale aside.
     DEVICE_METHOD void change(const Accumulator<kMoves>& scores, Accumulator<kMoves>& dscores, int block) {
-        const Apart apart = apart_of(block * kMoves + Accumulator<kMoves>::first_column());
+        const Apart apart = apart_of(block * kMoves + Accumulator<kMoves>::first_column()).mirrored();
 #pragma unroll
         for (int eight = 0; eight < kMoves / 8; ++eight) {
             uint32 facts[4];

@@ -51,6 +51,8 @@ struct Apart {
         return ptx::absolute(ptx::fma(step, static_cast<float>(column), first));
     }
     DEVICE_METHOD Apart turned() const { return {-first, step}; }  // of columns that are queries
+    // The same distances by other numbers: the compiler would keep those that it has had before, and spill them.
+    DEVICE_METHOD Apart mirrored() const { return {-first, -step}; }
 };
 template <int kEdits>
 DEVICE Apart apart_at(int token, int key, const Sequence& sequence, const Params& params) {

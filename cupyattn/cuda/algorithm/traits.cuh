@@ -24,7 +24,7 @@ struct FlashTraits {
     static constexpr int kWidest = larger(kHeadDim, kHeadDimV), kOfLoads = kWidest > 128 ? 8 : 32;
     // Blocks of a multiprocessor that there are registers for at least, 0: as many as ptxas likes.  Left to itself, it
     // spills some of these for one more.
-    static constexpr int kLeastBlocks = kWidest <= 128 && (kWidest > 96 || Same<Element, float>::value) ? 1 : 0;
+    static constexpr int kLeastBlocks = sizeof(Element) == 2 && kWidest > 96 && kWidest <= 128 ? 1 : 0;
 
     using QueryTile = SharedTile<Element, kBlockQ, kHeadDim>;
     using KeyTile = SharedTile<Element, kBlockK, kHeadDim>;
