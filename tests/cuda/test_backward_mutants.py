@@ -95,8 +95,8 @@ MUTANTS = [
     # ---- Tiles of sequences end to end
     Mutant("the last tile is lost", "gradients_tiling.cuh", "total / size + params.batch, 0, size}",
            "total / size + params.batch - 1, 0, size}", "dq"),
-    Mutant("a sequence that begins with the next tile", "tiling.cuh", "start_of(middle) < static",
-           "start_of(middle) <= static", "dk and dv, sequences"),
+    Mutant("a sequence that begins with the next tile", "tiling.cuh", "start_of(sequence) < static",
+           "start_of(sequence) <= static", "dk and dv, sequences"),
     Mutant("an empty sequence takes its neighbour's tile", "tiling.cuh", "(tile - sequence + 1) * size;",
            "(tile - sequence + 2) * size;", "dk and dv, sequences"),
     Mutant("a tile counted twice", "tiling.cuh", "first_of(sequence + 1) - first}",
