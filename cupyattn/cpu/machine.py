@@ -25,15 +25,18 @@ def num_cores() -> int:
 def is_crowded() -> bool:
     """More than twice as many threads as the machine has cores, of all processes, want to run right now.
 
-    False where the system does not say.
+    False where the system does not say, and where this process has cores of its own, which may be idle meanwhile.
     """
+    cores = os.cpu_count() or 1
+    if num_cores() < cores:
+        return False
     try:
         file = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)  # anew: who closes all files may not tell us
         try:
             running, _ = os.read(file, 80).split()[3].split(b"/")
         finally:
             os.close(file)
-        return int(running) > 2 * (os.cpu_count() or 1)
+        return int(running) > 2 * cores
     except (OSError, AttributeError, IndexError, ValueError):
         return False
 

@@ -8,6 +8,7 @@ from cupyattn.cpu.machine import is_crowded
 
 
 def says(monkeypatch, text):
+    monkeypatch.setattr("cupyattn.cpu.machine.num_cores", os.cpu_count)
     monkeypatch.setattr(os, "read", lambda file, most: text)
 
 
@@ -15,6 +16,13 @@ def says(monkeypatch, text):
 def test_is_crowded_counts_threads_that_run_now(monkeypatch, more, crowded):
     says(monkeypatch, b"0.00 0.00 0.00 %d/87 4066\n" % (2 * os.cpu_count() + more))
     assert is_crowded() == crowded
+
+
+def test_is_not_crowded_for_who_has_some_cores_alone(monkeypatch):
+    says(monkeypatch, b"0.00 0.00 0.00 %d/87 4066\n" % (9 * os.cpu_count()))
+    assert is_crowded()
+    monkeypatch.setattr("cupyattn.cpu.machine.num_cores", lambda: os.cpu_count() - 1)
+    assert not is_crowded()
 
 
 @pytest.mark.parametrize("text", [b"", b"0.1 0.2 0.3", b"0.1 0.2 0.3 many/87 1", b"0.1 0.2 0.3 9 1"])
