@@ -49,7 +49,7 @@ def step_cost(plan: DistributedPlan, *, tflops: float, gigabytes_per_second: flo
     Parameters
     ----------
     plan : DistributedPlan
-        Of `explain`, by "ring".
+        Of `explain`, by "ring", for the `device` that the speeds are of: GPUs send fewer bytes of gradients.
     tflops : float
         What a rank's kernel is assumed to do, in 10^12 operations a second.
     gigabytes_per_second : float
@@ -76,7 +76,7 @@ def step_cost(plan: DistributedPlan, *, tflops: float, gigabytes_per_second: flo
     --------
     >>> from cupyattn.distributed import explain, step_cost
     >>> shape = (1, 65536, 32, 128), (1, 65536, 8, 128), (1, 65536, 8, 128)
-    >>> plan = explain(*shape, size=8, causal=True, dtype="bfloat16")
+    >>> plan = explain(*shape, size=8, causal=True, dtype="bfloat16", device="H100")
     >>> round(step_cost(plan, tflops=600, gigabytes_per_second=20).efficiency, 1)
     0.6
     """

@@ -106,7 +106,8 @@ def sharded_decode(
 
     Notes
     -----
-    One exchange: of each rank's out and lse in float64, merged by every rank in the order of ranks, rounded once.
+    One exchange: of each rank's out and lse in float64, on a GPU in float32, merged by every rank in the order of
+    ranks, rounded once.
 
     torch's autograd gives gradients; where all ranks have the same gradient of the output, those of q and of all
     else that is the same on all ranks are whole on all.

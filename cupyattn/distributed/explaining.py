@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from cupyattn import reading
+from cupyattn.allowed import allowed_by
+from cupyattn.corridor import plan_for, plan_for_gradients
 from cupyattn.distributed.asked import layout_of, sharding_meant
 from cupyattn.distributed.rectangles import Band, rectangles_of
 from cupyattn.distributed.route import Route, count, route_of
 from cupyattn.distributed.sharding import Kind, Sharding
-from cupyattn.problem import FLOATS, ITEMSIZE, Alignment, Problem, Shape, Spec
+from cupyattn.problem import FLOATS, ITEMSIZE, Alignment, Device, Problem, Shape, Spec
 from cupyattn.reading import attention_options, read, refusal
+from cupyattn.rehearsing import check_device, device_meant
 
 By: TypeAlias = Literal["ring", "ulysses", "decode"]
-STATE = 8
-"""Bytes of a number of a state that has not been rounded, which is float64."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class DistributedPlan:
     bytes_sent: tuple[tuple[int, ...], ...]
     """Of each rank, at each step: those of a ring, or the exchanges one after the other.  What ranks agree by before
     they begin, some hundred bytes to each other one, is not counted."""
+    device: str = "cpu"
+    """What each rank's arrays are on."""
 
     @property
     def balance(self) -> float:
@@ -40,7 +43,9 @@ class DistributedPlan:
     def __str__(self) -> str:
         kind, size, lengths = self.sharding.kind, self.sharding.size, self.sharding.seqlens
         keys = f"{lengths[0]} keys" if len(lengths) == 1 else f"{len(lengths)} sequences, {sum(lengths)} keys"
-        lines = [f"{self.by} on {size} ranks, {kind}, {keys}", "rank   flops      bytes sent, step by step"]
+        lines = [f"{self.by} on {size} ranks, {kind}, {keys}"]
+        lines += [] if self.device == "cpu" else [f"device: {self.device}"]
+        lines.append("rank   flops      bytes sent, step by step")
         for rank, (flops, steps) in enumerate(zip(self.flops, self.bytes_sent, strict=True)):
             shown = [*map(str, steps[:8]), "..."] if len(steps) > 8 else map(str, steps)
             lines.append(f"{rank:<6} {flops:<10.3g} {sum(steps)} = {' + '.join(shown)}")
@@ -56,6 +61,7 @@ def explain(
     by: By = "ring",
     sharding: Sharding | Kind | None = None,
     dtype: str = "float32",
+    device: str | None = None,
     layout: Literal["bshd", "bhsd"] = "bshd",
     causal: bool = False,
     alignment: Alignment | None = None,
@@ -77,6 +83,8 @@ def explain(
         Whose tokens are where.  Default: that of the function.
     dtype : str
         Of the arrays.
+    device : str, optional
+        "cpu", or a GPU by its name, as for `cupyattn.explain`: what each rank's arrays are on.  Default: the CPU.
     layout, causal, alignment, window_size, compute_dtype
         As for `attention`.
     backward : bool
@@ -91,10 +99,17 @@ def explain(
     ------
     TypeError, ValueError
         As the functions would.
+    NotImplementedError
+        No kernel of `device` takes the problem; the message lists each kernel's objections.
 
     Notes
     -----
     Masks and biases, which stay where they are but for `ulysses_attention`, are not counted.
+
+    On GPUs states and gradients travel in float32, and what `ulysses_attention` exchanges besides in the dtype of the
+    arrays; on the CPU states do in float64, and gradients in the dtype of the arithmetic.  A sum over ranks, which the
+    gradients of `sharded_decode` end with, is counted as one message to each other rank; that of `NcclComm` is NCCL's
+    own, which may send less.
 
     Examples
     --------
@@ -108,6 +123,9 @@ def explain(
     balance: the busiest rank has 1.000 of the mean
     >>> explain(*shape, size=8, causal=True, sharding="contiguous").balance > 1.8
     True
+    >>> call = {"size": 2, "causal": True, "dtype": "bfloat16", "backward": True}
+    >>> [sum(explain(*shape, **call, device=device).bytes_sent[0]) for device in ("cpu", "H100")]
+    [75497472, 41943040]
     """
     function = "explain"
     reading.choice(function, "by", by, ("ring", "ulysses", "decode"))
@@ -122,6 +140,7 @@ def explain(
     if kind not in FLOATS:
         rule = f"dtype has to be one of {', '.join(FLOATS)}"
         raise (ValueError if isinstance(dtype, str) else TypeError)(refusal(function, rule, ("dtype", repr(dtype))))
+    check_device(function, device)
     shapes = {word: _shape(function, word, shape) for word, shape in (("q", q), ("k", k), ("v", v))}
     packed = isinstance(meant, Sharding) and len(shapes["q"]) == 3
     lead: Shape = (1,) if packed else ()
@@ -134,9 +153,12 @@ def explain(
         rule = "sharding has to be of as many tokens as there are"
         raise ValueError(refusal(function, rule, ("sharding", keys), *shapes.items()))
     band = Band(options.window[0], 0 if options.causal else options.window[1], problem.mask.alignment == "bottom-right")
-    call = _Call(problem, rows, keys, band, size, reading.flag(function, "backward", backward))
+    there, backward = device_meant(device, None), reading.flag(function, "backward", backward)
+    if there.kind == "cuda":
+        (plan_for_gradients if backward else plan_for)(function, problem, there, allowed_by(function, None))
+    call = _Call(problem, rows, keys, band, size, backward, widths_of(problem, there))
     flops, sent = {"ring": call.ring, "ulysses": call.ulysses, "decode": call.decode}[by]()
-    return DistributedPlan(by, keys, tuple(flops), tuple(map(tuple, sent)))
+    return DistributedPlan(by, keys, tuple(flops), tuple(map(tuple, sent)), there.name)
 
 
 def _shape(function: str, name: str, shape: Any) -> Shape:
@@ -144,6 +166,31 @@ def _shape(function: str, name: str, shape: Any) -> Shape:
         rule = f"{name} has to be a shape, of the whole"
         raise TypeError(refusal(function, rule, (name, repr(shape), type(shape).__name__)))
     return reading.integers(function, name, shape)
+
+
+class Widths(NamedTuple):
+    """Bytes of a number that travels."""
+
+    operand: int
+    """Of q, k and v, as the caller has them."""
+    known: int
+    """Of the same where their gradients are wanted, and of out and dout, on the way to who attends these heads."""
+    total: int
+    """Of gradients, and of lse on the way to them."""
+    state: int
+    """Of what is merged, and of lse on the way back from who attends these heads."""
+    out: int
+    """Of out on the way back from there."""
+
+
+def widths_of(problem: Problem, device: Device) -> Widths:
+    """What `Work`, or on a GPU `GpuWork`, makes of a problem's numbers before they are sent."""
+    item = ITEMSIZE[problem.dtype]
+    if device.kind == "cuda":
+        float32 = ITEMSIZE["float32"]
+        return Widths(operand=item, known=item, total=float32, state=float32, out=ITEMSIZE[problem.out_dtype])
+    wide, float64 = ITEMSIZE[problem.compute_dtype or "float64"], ITEMSIZE["float64"]
+    return Widths(operand=item, known=wide, total=wide, state=float64, out=float64)
 
 
 Counts: TypeAlias = tuple[list[int], list[list[int]]]
@@ -159,11 +206,10 @@ class _Call:
     band: Band
     size: int
     backward: bool
+    widths: Widths
 
     def __post_init__(self) -> None:
         sizes = self.problem.sizes
-        self.item = ITEMSIZE[self.problem.dtype]
-        self.wide = ITEMSIZE[self.problem.compute_dtype or "float64"]
         self.of_a_key = sizes.batch * (sizes.num_heads_k * sizes.head_dim + sizes.num_heads_v * sizes.head_dim_v)
         self.of_a_pair = 2 * sizes.batch * (sizes.head_dim + sizes.head_dim_v)
         if self.backward:
@@ -177,45 +223,50 @@ class _Call:
         return flops, sent
 
     def _of_ring(self, route: Route, rank: int, step: int) -> int:
-        found = self.of_a_key * self.item * route.keys_sent(rank, step)
+        found = self.of_a_key * self.widths.operand * route.keys_sent(rank, step)
         if self.backward and step:
-            found += self.of_a_key * self.wide * count(route.seen_keys(rank, route.owner(rank, step)))
+            found += self.of_a_key * self.widths.total * count(route.seen_keys(rank, route.owner(rank, step)))
         return found
 
     def ulysses(self) -> Counts:
         route = route_of(self.rows, self.keys, self.band)
         pairs = sum(map(route.pairs, range(self.size)))
-        sizes, size = self.problem.sizes, self.size
-        heads = [range(rank * sizes.num_heads // size, (rank + 1) * sizes.num_heads // size) for rank in range(size)]
+        flops = [self.of_a_pair * len(self._heads(rank)) * pairs for rank in range(self.size)]
+        return flops, [[self._of_heads(rank), self._of_tokens(rank)] for rank in range(self.size)]
 
-        def used(rank: int, num_heads_kv: int) -> int:
-            group = sizes.num_heads // max(1, num_heads_kv)
-            return len({head // group for head in heads[rank]})
+    def _heads(self, rank: int) -> range:
+        """Query heads that a rank attends."""
+        count, size = self.problem.sizes.num_heads, self.size
+        return range(rank * count // size, (rank + 1) * count // size)
 
-        flops = [self.of_a_pair * len(mine) * pairs for mine in heads]
-        sent = []
-        for rank in range(size):
-            others = [other for other in range(size) if other != rank]
-            own, own_keys = self.rows.length(rank), self.keys.length(rank)
-            others_rows, others_keys = sum(self.rows.seqlens) - own, sum(self.keys.seqlens) - own_keys
-            query_heads = sum(len(heads[other]) for other in others)
-            of_k, of_v = (sum(used(x, n) for x in others) for n in (sizes.num_heads_k, sizes.num_heads_v))
-            item = self.wide if self.backward else self.item
-            going = sizes.batch * item * (
-                own * query_heads * sizes.head_dim + own_keys * (of_k * sizes.head_dim + of_v * sizes.head_dim_v)
-            )  # fmt: skip
-            if not self.backward:
-                back = sizes.batch * others_rows * len(heads[rank]) * (sizes.head_dim_v + 1) * STATE
-                sent.append([going, back])
-                continue
-            going += sizes.batch * item * own * query_heads * (2 * sizes.head_dim_v + 1)
-            mine_k, mine_v = (used(rank, n) for n in (sizes.num_heads_k, sizes.num_heads_v))
-            back = sizes.batch * item * (
-                others_rows * len(heads[rank]) * sizes.head_dim
-                + others_keys * (mine_k * sizes.head_dim + mine_v * sizes.head_dim_v)
-            )  # fmt: skip
-            sent.append([going, back])
-        return flops, sent
+    def _used(self, rank: int, num_heads_kv: int) -> int:
+        """How many key heads these use."""
+        group = self.problem.sizes.num_heads // max(1, num_heads_kv)
+        return len({head // group for head in self._heads(rank)})
+
+    def _of_heads(self, rank: int) -> int:
+        """Of a rank's own tokens: to others, their heads."""
+        sizes, widths = self.problem.sizes, self.widths
+        others = [other for other in range(self.size) if other != rank]
+        own, own_keys = self.rows.length(rank), self.keys.length(rank)
+        query_heads = sum(len(self._heads(other)) for other in others)
+        of_k, of_v = (sum(self._used(x, n) for x in others) for n in (sizes.num_heads_k, sizes.num_heads_v))
+        numbers = own * query_heads * sizes.head_dim + own_keys * (of_k * sizes.head_dim + of_v * sizes.head_dim_v)
+        if not self.backward:
+            return sizes.batch * widths.operand * numbers
+        of_out, of_lse = own * query_heads * 2 * sizes.head_dim_v, own * query_heads  # out and dout
+        return sizes.batch * (widths.known * (numbers + of_out) + widths.total * of_lse)
+
+    def _of_tokens(self, rank: int) -> int:
+        """Of a rank's own heads: to others, what was found for their tokens."""
+        sizes, widths = self.problem.sizes, self.widths
+        rows, keys = (sum(x.seqlens) - x.length(rank) for x in (self.rows, self.keys))
+        query_heads = len(self._heads(rank))
+        if not self.backward:
+            return sizes.batch * rows * query_heads * (sizes.head_dim_v * widths.out + widths.state)
+        of_k, of_v = (self._used(rank, n) for n in (sizes.num_heads_k, sizes.num_heads_v))
+        of_keys = keys * (of_k * sizes.head_dim + of_v * sizes.head_dim_v)
+        return sizes.batch * widths.total * (rows * query_heads * sizes.head_dim + of_keys)
 
     def decode(self) -> Counts:
         sizes = self.problem.sizes
@@ -226,6 +277,7 @@ class _Call:
             for pieces in self.keys.pieces
         ]
         rows = sizes.batch * sizes.num_heads * sizes.seqlen_q
-        message = rows * sizes.head_dim * self.wide if self.backward else rows * (sizes.head_dim_v + 1) * STATE
+        forward, backward = (sizes.head_dim_v + 1) * self.widths.state, sizes.head_dim * self.widths.total
+        message = rows * (backward if self.backward else forward)
         flops = [self.of_a_pair * sizes.num_heads * count for count in pairs]
         return flops, [[(self.size - 1) * message] for _ in range(self.size)]

@@ -28,6 +28,13 @@ def test_one_rank_sends_nothing_and_loses_nothing():
     assert (cost.transfer, cost.efficiency) == ((0.0,), 1.0)
 
 
+def test_links_of_gpus_carry_what_gpus_send():
+    shape = (1, 8, 1, 16)
+    plan = explain(shape, shape, shape, size=2, dtype="float16", backward=True, device="H100")
+    cost = step_cost(plan, tflops=1, gigabytes_per_second=1e-9, latency=0)
+    assert cost.transfer == (4 * 2 * 16 * 2, 4 * 2 * 16 * 4)  # 4 keys and values in float16, their gradients in float32
+
+
 def test_of_no_work_nothing_is_lost():
     assert step_cost(DistributedPlan("ring", LAYOUT, (0, 0), ((0, 0), (0, 0))), **SPEEDS).efficiency == 1.0
 

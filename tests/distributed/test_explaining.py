@@ -1,9 +1,13 @@
 """The plan: what it says is sent is sent, and what it says of balance is so."""
 
+from types import SimpleNamespace
+
+import emulator
 import numpy as np
 import pytest
 from ranks import TIMEOUT, draw
 
+import cupyattn
 from cupyattn.distributed import (
     Sharding,
     explain,
@@ -69,6 +73,101 @@ def test_what_is_sent_is_what_the_plan_says(by, options, backward, rng):
     assert bytes_sent(size, call) == [sum(steps) for steps in plan.bytes_sent]
 
 
+ON_GPUS = {
+    "float16": ("float16", 3, "striped", {"causal": True}),
+    "bfloat16": ("bfloat16", 2, "zigzag", {}),
+    "float32": ("float32", 2, "contiguous", {"causal": True, "window_size": (9, None)}),
+    "a rank without heads": ("float16", 5, "zigzag", {"causal": True}),
+}
+"""Dtype, ranks, whose tokens are where, and options.  Of 2 key heads: several ranks use one, or a rank none."""
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Kernels that write nothing, and need no compiler: what is sent has the same shapes and dtypes."""
+    monkeypatch.setattr(emulator, "require_compiler", lambda: None)
+    monkeypatch.setattr(emulator, "build", lambda source, expression: SimpleNamespace(launch=lambda *of_a_launch: None))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("by", CALLS)
+@pytest.mark.parametrize("name", ON_GPUS)
+def test_what_gpus_send_is_what_the_plan_says(gpu, idle, rng, name, by, backward):
+    dtype, size, kind, options = ON_GPUS[name]
+    shapes = (1, 20, 4, 32), (1, 20, 2, 32), (1, 20, 2, 24), (1, 20, 4, 24)
+    q, k, v, dout = (gpu.from_numpy(rng.standard_normal(x)).to(getattr(gpu, dtype)) for x in shapes)
+    layout, (forward, pull) = Sharding(kind, size, (20,)), CALLS[by]
+
+    def call(comm):
+        rows = [q, dout] if by == "decode" else [shard(x, layout, comm.rank) for x in (q, dout)]
+        mine = [rows[0], *(shard(x, layout, comm.rank) for x in (k, v))]
+        own = {"comm": comm, "sharding": kind, **options}
+        if backward:
+            state = {"out": gpu.zeros_like(rows[1]), "lse": gpu.zeros(1, 4, rows[0].shape[1])}
+            pull(rows[1], *mine, **state, **own)
+        else:
+            forward(*mine, **own)
+
+    whole = {"size": size, "by": by, "sharding": kind, "dtype": dtype, "device": "H100", "backward": backward}
+    plan = explain(*shapes[:3], **whole, **options)
+    assert bytes_sent(size, call) == [sum(steps) for steps in plan.bytes_sent]
+
+
+@pytest.mark.parametrize("by", ["ring", "ulysses"])
+def test_gpus_send_of_packed_sequences_what_the_plan_says(gpu, idle, rng, by):
+    shapes = (30, 4, 32), (30, 2, 32), (30, 2, 32)
+    arrays = [gpu.from_numpy(rng.standard_normal(x)).half() for x in shapes]
+    layout = Sharding("zigzag", 3, (19, 11))
+
+    def call(comm):
+        mine = (shard(x, layout, comm.rank, axis=0) for x in arrays)
+        CALLS[by][0](*mine, comm=comm, sharding=layout, causal=True)
+
+    plan = explain(*shapes, size=3, by=by, sharding=layout, causal=True, dtype="float16", device="A100")
+    assert bytes_sent(3, call) == [sum(steps) for steps in plan.bytes_sent]
+
+
+def test_gpus_send_states_in_float32():
+    plan = explain((2, 1, 8, 64), (2, 99, 2, 64), (2, 99, 2, 32), size=3, by="decode", dtype="float16", device="A100")
+    assert plan.bytes_sent == ((2 * 2 * 8 * (32 + 1) * 4,),) * 3  # to two others: batch, heads, out beside lse
+
+
+def test_gpus_send_heads_back_as_kernels_round_them():
+    shape = (1, 16, 2, 64)
+    plan = explain(shape, shape, shape, size=2, by="ulysses", dtype="bfloat16", device="H100")
+    assert [steps[1] for steps in plan.bytes_sent] == [8 * (64 * 2 + 4)] * 2  # the other's 8 rows of one head
+
+
+def test_none_is_the_cpu():
+    plan = explain(*SHAPES, size=4)
+    assert (plan, plan.device) == (explain(*SHAPES, size=4, device="cpu"), "cpu")
+
+
+def test_it_prints_the_gpu():
+    said = str(explain(*SHAPES, size=4, causal=True, device="H100")).splitlines()
+    assert said[1] == "device: H100"
+    assert [line for line in said if line != said[1]] == str(explain(*SHAPES, size=4, causal=True)).splitlines()
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dtype": "float64"}, "has no float64 arithmetic"),
+        ({"compute_dtype": "float64"}, "accumulates in float32, not in float64"),
+        ({"device": "T4"}, "needs compute capability 8.0"),
+    ],
+)
+def test_what_no_kernel_takes_is_refused(changes, said, backward):
+    with pytest.raises(NotImplementedError, match=f"(?s)explain: no implementation.*{said}"):
+        explain(*SHAPES, **{"size": 4, "device": "H100", "backward": backward, **changes})
+
+
+def test_kernels_that_a_caller_allows_are_those_of_the_plan():
+    with cupyattn.implementations("numpy"), pytest.raises(NotImplementedError, match="only numpy may"):
+        explain(*SHAPES, size=4, device="H100")
+
+
 def test_causal_zigzag_is_balanced_at_8_ranks():
     assert explain(*SHAPES, size=8, causal=True).balance <= 1.05
 
@@ -108,6 +207,8 @@ def test_packed_sequences_are_explained():
         ({"sharding": Sharding("zigzag", 3, (8192,))}, ValueError, "as many ranks as there are, 4"),
         ({"q": 3}, TypeError, "q has to be a shape"),
         ({"q": np.ones((2, 9, 4, 8))}, TypeError, r"(?s)q has to be a shape, of the whole\n    q  [^\n]*  ndarray$"),
+        ({"device": "H900"}, ValueError, "device has to be 'cpu' or one of A100"),
+        ({"device": 0}, ValueError, "device has to be 'cpu' or one of A100"),
         ({"backward": 1}, TypeError, "backward has to be True or False"),
     ],
 )

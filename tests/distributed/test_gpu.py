@@ -15,7 +15,6 @@ from cupyattn.distributed import (
     sharded_decode_backward,
     ulysses_attention,
     ulysses_attention_backward,
-    verbs,
 )
 from cupyattn.distributed import shard_sequence as shard
 from cupyattn.distributed import unshard_sequence as unshard
@@ -23,13 +22,6 @@ from cupyattn.distributed import unshard_sequence as unshard
 SEQLEN, HEADS, DIM = 70, (4, 2), 32
 UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-11}
 """Of float32 operands kernels make TF32 at best."""
-
-
-@pytest.fixture
-def gpu(torch, monkeypatch):
-    """torch, whose tensors are on a GPU; a stream there has nothing to be waited for."""
-    monkeypatch.setattr(verbs, "synchronize", lambda array: None)
-    return torch
 
 
 def drawn(torch, rng, dtype, seqlen_q=SEQLEN, seqlen_k=SEQLEN, heads=HEADS):

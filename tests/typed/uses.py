@@ -10,7 +10,9 @@ import numpy as np
 import cupyattn
 from cupyattn import Gradients, Plan, attention, attention_backward, merge_states, scaled_dot_product_attention
 from cupyattn.distributed import (
+    DistributedPlan,
     ThreadComm,
+    explain,
     ring_attention,
     ring_attention_backward,
     sharded_decode,
@@ -90,6 +92,7 @@ def of_other_wings(x: Tensor, y: Floats, comm: ThreadComm, flag: bool) -> None:
     assert_type(ulysses_attention(x, x, x, comm=comm), Tensor)
     assert_type(sharded_decode(x, x, x, comm=comm, return_lse=flag), Tensor | tuple[Tensor, Tensor])
     assert_type(ring_attention_backward(x, x, x, x, comm=comm), Gradients[Tensor])
+    assert_type(explain((1, 9, 4, 8), (1, 9, 4, 8), (1, 9, 4, 8), size=2, device="H100"), DistributedPlan)
     assert_type(cupyattn.SlidingWindowCache(9).window, int)
 
 
@@ -119,6 +122,7 @@ def what_is_no_array(x: Tensor) -> None:
 
 
 def words_and_numbers(x: Tensor) -> None:
+    explain((1, 9, 4, 8), (1, 9, 4, 8), (1, 9, 4, 8), size=2, device=0)  # type: ignore[arg-type]
     attention(x, x, x, layout="thd")  # type: ignore[call-overload]
     attention(x, x, x, alignment="left")  # type: ignore[call-overload]
     attention(x, x, x, causal="yes")  # type: ignore[call-overload]
