@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from cupyattn.plan.cpu import cpu_tile, num_cpu_workers
 from cupyattn.plan.gpu import blocks_per_unit, gpu_tile, padded
-from cupyattn.plan.hopper import HopperTile, hopper_tile
+from cupyattn.plan.hopper import ALL_KEYS, HopperTile, hopper_tile
 from cupyattn.plan.objections import IMPLEMENTATIONS, is_allowed, only
 from cupyattn.plan.schedule import EVEN
 from cupyattn.plan.splits import (
@@ -25,9 +25,9 @@ from cupyattn.plan.splits import (
     split,
     split_pieces,
 )
-from cupyattn.plan.tiling import num_row_tiles, num_tiles
+from cupyattn.plan.tiling import MOST_ROUNDS, balanced_section, num_row_tiles, num_tiles
 from cupyattn.plan.values import CpuTile, Plan, Tile
-from cupyattn.problem import FLOAT8, Device, Problem
+from cupyattn.problem import FLOAT8, Device, Problem, Span
 
 
 @lru_cache(maxsize=4096)
@@ -145,7 +145,28 @@ def _by_hopper(problem: Problem, device: Device, fixed_split_size: int | None) -
         return _Decision(tile, blocks, f"{reason}; {why}", splits, split_size=size, num_slots=units, peers=peers)
     if tile.cluster > 1:
         reason += f", whose keys are loaded for {tile.cluster} of them at once"
+    if tile.persistent and tile.reach != ALL_KEYS and not problem.layout.ragged:
+        tile = tile._replace(units_per_section=_section(problem, tile, workers))
     return _Decision(tile, workers, reason)
+
+
+AROUND_A_TILE = 1
+"""What a tile takes besides its blocks of keys, in their like, as `asv_benchmarks/clocks.py` estimates it."""
+
+
+def _section(problem: Problem, tile: HopperTile, blocks: int) -> int:
+    """Units that take turns, of sequences of one length."""
+    sizes, mask = problem.sizes, problem.mask
+    units, tokens = sizes.batch * sizes.num_heads // tile.heads_per_unit, tile.tokens
+    starts = range(0, sizes.seqlen_q, tokens)
+    if units * len(starts) > MOST_ROUNDS * blocks:
+        return tile.units_per_section
+    work = []
+    for start in starts:
+        rows = Span(start, min(start + tokens, sizes.seqlen_q))
+        keys = mask.touched(rows, sizes.seqlen_q, sizes.seqlen_k)
+        work.append(-(-keys.stop // tile.block_k) - keys.start // tile.block_k + AROUND_A_TILE if len(keys) else 0)
+    return balanced_section(tuple(work), units, tile.units_per_section, blocks)
 
 
 def _split_tiles(

@@ -1,6 +1,9 @@
-"""How many tiles the sequences of a problem take, before their lengths are known."""
+"""How many tiles the sequences of a problem take, before their lengths are known, and in which order."""
 
 from __future__ import annotations
+
+from functools import lru_cache
+from itertools import accumulate
 
 from cupyattn.problem import Problem
 
@@ -32,6 +35,49 @@ def tile_of_round(round_: int, block: int, blocks: int, forth_and_back: bool) ->
     [[0, 5, 6, 11], [1, 4, 7, 10], [2, 3, 8, 9]]
     """
     return round_ * blocks + (blocks - 1 - block if forth_and_back and round_ % 2 else block)
+
+
+MOST_ROUNDS = 64
+"""Behind so many, each of them shared out forth and back, nobody has much more to do than others."""
+
+
+@lru_cache(maxsize=1024)
+def balanced_section(work: tuple[int, ...], units: int, most: int, blocks: int) -> int:
+    """How many units take turns, so that the busiest of the blocks has least to do, or little more.
+
+    `work` is that of a unit's tiles, the first rows first; all of a section's units have their longest tile before any
+    has the next one, as ``row_tile`` in ``hopper.cuh`` has it.  `most` units are as many as the second-level cache has
+    room for, about; half of them keep what there is in use as well.
+
+    128 heads of 2048 tokens, each tile of which has a block of keys more than the one before:
+
+    >>> balanced_section(tuple(range(2, 18)), 128, 32, 132)
+    33
+    """
+    if most < 2 or not blocks < len(work) * units <= MOST_ROUNDS * blocks:
+        return most
+    others = [x for x in range(most + most // 16, most // 2, -1) if x <= units and x != most]
+    busiest = {section: _busiest(work, units, section, blocks) for section in (most, *others)}
+    return next(section for section, its in busiest.items() if its <= 1.005 * min(busiest.values()))
+
+
+def _busiest(work: tuple[int, ...], units: int, section: int, blocks: int) -> int:
+    """What the busiest block has to do.  Neighbours take the same, so that only where that changes is kept."""
+    more, tile = [0] * (blocks + 1), 0
+    counts = [min(section, units - first) for first in range(0, units, section)]
+    for index, count in enumerate(counts):
+        rises = index % 2 == len(counts) % 2
+        for its in work if rises else reversed(work):
+            left = count
+            while left:
+                round_, first = divmod(tile, blocks)
+                stop = min(first + left, blocks)
+                tile, left = tile + stop - first, left - (stop - first)
+                if round_ % 2:
+                    first, stop = blocks - stop, blocks - first
+                more[first] += its
+                more[stop] -= its
+    return max(accumulate(more))
 
 
 def num_row_tiles(problem: Problem, tokens: int) -> int:
