@@ -14,7 +14,7 @@ from cupyattn.arrays import Sketches, untraced
 from cupyattn.cache.contiguous import DynamicCache, SlidingWindowCache, StaticCache
 from cupyattn.cache.offloaded import OffloadedCache
 from cupyattn.cache.paged import PagedCache, sizes_of_pages
-from cupyattn.cache.protocol import Cache, Kind
+from cupyattn.cache.protocol import Cache, Kind, facts_of
 from cupyattn.cache.schedules import Schedules
 from cupyattn.problem import Array, Device
 from cupyattn.reading import refusal
@@ -275,6 +275,13 @@ class LayeredCache:
                 rule = "sequences come and go where all layers are of PagedCache"
                 raise TypeError(refusal(self._named(method), rule, (f"layer {number}", type(layer).__name__)))
         return self._change(change)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        layers = self._state.layers
+        kinds = " and ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
+        kind = self._kind
+        facts = ["empty"] if kind is None else [*facts_of(self.lengths, kind), f"{self.nbytes} bytes"]
+        return f"<{type(self).__name__}: {', '.join([f'{len(layers)} layers of {kinds}', *facts])}>"
 
     def _named(self, method: str) -> str:
         """What errors call a method."""

@@ -71,6 +71,9 @@ class PagedCache(Cache):
         self._state: State = State(Pages.new(num_pages, page_size))
         self._schedules = Schedules()
 
+    def _facts(self) -> list[str]:
+        return [*super()._facts(), f"{self.num_free_pages} of {self._num_pages} pages free"]
+
     def _apart(self) -> State:
         pages, kind = self._state.pages.apart(), self._state.kind
         if kind is None:

@@ -85,6 +85,14 @@ class Cache:
         """Tokens so far, those that have left a window included; of the longest sequence, where lengths differ."""
         raise NotImplementedError
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {', '.join(self._facts())}>"
+
+    def _facts(self) -> list[str]:
+        """What it says of itself."""
+        kind = self._kind
+        return ["empty"] if kind is None else [*facts_of(self.lengths, kind), f"{self.nbytes} bytes"]
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each sequence."""
@@ -260,6 +268,17 @@ class Cache:
         anchor = visit.library.empty((0,), k)
         features = specs["k"].shape[-2:], specs["v"].shape[-2:]
         return Kind(visit.library, anchor, specs["k"].dtype, *features, visit.kind), k, v
+
+
+def facts_of(lengths: Sequence[int], kind: Kind) -> list[str]:
+    """Sequences, tokens, heads and dtype in words."""
+    least, most = min(lengths, default=0), max(lengths, default=0)
+    sequences = f"{len(lengths)} sequence{'s' * (len(lengths) != 1)}"
+    tokens = f"{least} to {most} tokens" if least < most else f"{most} token{'s' * (most != 1)}"
+    heads, values = kind.features_k, kind.features_v
+    of_values = "" if heads == values else f" (of values {values[0]} of {values[1]})"
+    features = f"{heads[0]} head{'s' * (heads[0] != 1)} of {heads[1]}{of_values}"
+    return [f"{sequences} of {tokens}", features, f"{kind.library.title} of {kind.dtype}"]
 
 
 def _check_tokens(function: str, specs: dict[str, Spec], axes: str, otherwise: str) -> None:
