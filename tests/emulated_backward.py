@@ -80,6 +80,9 @@ class Call:
         self.problem = problem = replace(problem_of(operands, options), needs_lse=True)
         self.plan = choose_backward(problem, device)
         if passes is not None:
+            sizes = problem.sizes
+            together = sum(bits == OF_KEYS | OF_VALUES for bits, _ in passes)
+            assert not together or sizes.num_heads_k == sizes.num_heads_v, "no plan sums these together"
             instead = self.plan.instead and replace(self.plan.instead, tile=_of_these(passes, self.plan.instead.tile))
             heads = tuple(heads_per_block(problem, device, *each) for each in passes)
             self.plan = replace(self.plan, tile=BackwardTiles(passes, heads), instead=instead)

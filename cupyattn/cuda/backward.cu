@@ -25,38 +25,44 @@ struct BackwardPass : BackwardBlock<Traits, kCare> {
     using Block = BackwardBlock<Traits, kCare>;
     using Block::Block;
 
-    // Heads [heads.start, heads.stop) of the tile from row `first` on, which share keys if those stay; whether anything
-    // that came out is not finite.
+    // Heads [heads.start, heads.stop), whose sums are one, of the tile from row `first` on; whether anything that came out
+    // is not finite.
     DEVICE_METHOD bool run(const Span& heads, int first) {
         const BackwardParams& params = this->params;
         this->first = first;
-        bool suspicious = false;
 #pragma unroll 1
         for (int head = heads.start; head < heads.stop; ++head) {
             this->head = head;
-            const bool new_keys = head % params.queries_per_k == 0 || head % params.queries_per_v == 0;
-            if (!Traits::kTurned || head == heads.start || new_keys) this->load_staying();
+            look_again();
+            // Beside keys whose sum it is, values may be others' from here on; or the other way round.
+            const bool others = head % params.queries_per_k == 0 || head % params.queries_per_v == 0;
+            if (head == heads.start || others) this->load_staying();
             if constexpr (Block::kCountsA || Block::kCountsB) {
                 this->counting = true;
                 this->walk({0, kOpen});
                 this->counting = false;
             }
             this->walk({0, kOpen});
-            if constexpr (Traits::kSumsA)
-                if (!Traits::kTurned || (head + 1) % params.grad.queries_per_dk == 0) {
-                    suspicious |= this->is_suspicious(this->sums_a);
-                    store_a();
-                    this->clear_a();
-                }
-            if constexpr (Traits::kSumsB)
-                if ((head + 1) % params.grad.queries_per_dv == 0) {
-                    // What is not finite of dout is in every change of its row, and in dk.
-                    if constexpr (!Traits::kSumsA) suspicious |= this->is_suspicious(this->sums_b);
-                    store_b();
-                    this->clear_b();
-                }
+        }
+        look_again();
+        bool suspicious = false;
+        if constexpr (Traits::kSumsA) {
+            suspicious |= this->is_suspicious(this->sums_a);
+            store_a();
+        }
+        if constexpr (Traits::kSumsB) {
+            // What is not finite of dout is in every change of its row, and in dk.
+            if constexpr (!Traits::kSumsA) suspicious |= this->is_suspicious(this->sums_b);
+            store_b();
         }
         return suspicious;
+    }
+
+    // At the sequence, so that little of it is kept through a walk, which leaves no registers.
+    DEVICE_METHOD void look_again() {
+        int index = this->sequence.index;
+        ptx::disguise(index);
+        this->sequence = sequence_at(index, this->params);
     }
 
     // dq, or dk.

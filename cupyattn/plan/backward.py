@@ -137,14 +137,24 @@ def objections_of_backward(problem: Problem, device: Device) -> tuple[str, ...]:
 def backward_tiles(problem: Problem, device: Device) -> BackwardTiles:
     """The passes and their tiles."""
     head_dim, dtype, room = padded(problem.sizes), problem.dtype, device.shared_memory
-    wanted = (*passes_of(head_dim), *((OF_BIAS,) if problem.edits.bias is not None else ()))
+    of_bias = (OF_BIAS,) if problem.edits.bias is not None else ()
+    wanted = (*passes_of(head_dim, _are_shared_alike(problem.sizes)), *of_bias)
     passes = tuple((what, backward_tile(head_dim, dtype, room, what)) for what in wanted)
     return BackwardTiles(passes, tuple(heads_per_block(problem, device, *each) for each in passes))
 
 
-def passes_of(head_dim: int) -> tuple[int, ...]:
-    """What is summed together, as far as registers reach; head_dim is the larger of both."""
-    return (OF_QUERIES, OF_KEYS | OF_VALUES) if head_dim <= 128 else (OF_QUERIES, OF_KEYS, OF_VALUES)
+def passes_of(head_dim: int, shared_alike: bool = True) -> tuple[int, ...]:
+    """What is summed together: where the same heads share both, and as far as registers reach.
+
+    head_dim is the larger of both.
+    """
+    together = shared_alike and head_dim <= 128
+    return (OF_QUERIES, OF_KEYS | OF_VALUES) if together else (OF_QUERIES, OF_KEYS, OF_VALUES)
+
+
+def _are_shared_alike(sizes: Sizes) -> bool:
+    """Keys and values have as many heads."""
+    return sizes.num_heads_k == sizes.num_heads_v
 
 
 def _sharing(sizes: Sizes, heads: int) -> int:
@@ -171,7 +181,8 @@ def heads_per_block(problem: Problem, device: Device, wanted: int, tile: Backwar
 def hopper_backward_tiles(problem: Problem, device: Device) -> BackwardTiles:
     """Those of the Hopper kernel: 128 rows stay, for two warpgroups."""
     wide, wide_v = padded_dims(problem.sizes, problem.dtype)
-    passes, capped = passes_of(max(wide, wide_v)), problem.edits.softcap != 0.0
+    passes = passes_of(max(wide, wide_v), _are_shared_alike(problem.sizes))
+    capped = problem.edits.softcap != 0.0
     tiles = tuple((wanted, hopper_backward_tile(wide, wide_v, wanted, capped)) for wanted in passes)
     return BackwardTiles(tiles, tuple(heads_per_block(problem, device, *each) for each in tiles))
 

@@ -79,7 +79,7 @@ MUTANTS = [
     Mutant("group of k by remainder", "gradients.cuh", "params.k, head / params.queries_per_k",
            "params.k, head % params.queries_per_k", "dk and dv"),
     Mutant("v's head is k's", "gradients.cuh", "params.v, head / params.queries_per_v",
-           "params.v, head / params.queries_per_k", "dk and dv"),
+           "params.v, head / params.queries_per_k", "dk, then dv"),
     Mutant("v's rows as far apart as k's", "gradients.cuh", "params.at.v, params.v,", "params.at.v, params.k,", "dq"),
     Mutant("dout's rows as far apart as q's", "gradients.cuh", "params.grad.dout, params.grad.of_dout,",
            "params.grad.dout, params.q,", "dk and dv"),
@@ -216,29 +216,20 @@ MUTANTS = [
     Mutant("strays under a softcap not looked for", "backward.cu", "Block::kCountsA || Block::kCountsB",
            "Block::kCountsB", "dq, edits"),
     # ---- Heads and places
-    Mutant("keys of the first head", "backward.cu", " || new_keys) this->load_staying();", ") this->load_staying();",
-           "dk and dv"),
-    Mutant("new keys where v's head changes", "backward.cu", "head % params.queries_per_k == 0 || ", "", "dk and dv"),
-    Mutant("new keys where k's head changes", "backward.cu", " || head % params.queries_per_v == 0;", ";", "dk and dv"),
-    Mutant("dk of the last query head", "backward.cu",
-           "sums_a);\n                    store_a();\n                    this->clear_a();",
-           "sums_a);\n                    store_a();", "dk and dv"),
-    Mutant("dv of all heads before", "backward.cu", "store_b();\n                    this->clear_b();", "store_b();",
-           "dk and dv"),
-    Mutant("dk of each query head", "backward.cu", "(head + 1) % params.grad.queries_per_dk == 0", "true",
-           "dk alone"),
-    Mutant("dv where k's head ends", "backward.cu", "(head + 1) % params.grad.queries_per_dv == 0",
-           "(head + 1) % params.grad.queries_per_dk == 0", "dk and dv"),
+    Mutant("keys of the first head", "backward.cu", " || others) this->load_staying();", ") this->load_staying();",
+           "dk, then dv"),
+    Mutant("others where v's head changes", "backward.cu", "head % params.queries_per_k == 0 || ", "", "dk, then dv"),
+    Mutant("others where k's head changes", "backward.cu", " || head % params.queries_per_v == 0;", ";", "dk, then dv"),
+    Mutant("the first head of those that share", "backward.cu", "head < heads.stop; ++head",
+           "head == heads.start; ++head", "dk and dv"),
+    Mutant("another sequence, looked at again", "backward.cu", "int index = this->sequence.index;", "int index = 0;",
+           "dk and dv, sequences"),
     Mutant("dk's head by remainder", "backward.cu", "this->head / grad.queries_per_dk;",
            "this->head % grad.queries_per_dk;", "dk alone"),
     Mutant("dv's head is dk's", "backward.cu", "this->head / grad.queries_per_dv;",
-           "this->head / grad.queries_per_dk;", "dk and dv"),
+           "this->head / grad.queries_per_dk;", "dk, then dv"),
     Mutant("a share of dk in the whole's place", "backward.cu", "this->head / grad.queries_per_dk;",
            "this->head / params.queries_per_k;", "shares"),
-    Mutant("a share of dk ends with the whole", "backward.cu", "(head + 1) % params.grad.queries_per_dk == 0",
-           "(head + 1) % params.queries_per_k == 0", "shares"),
-    Mutant("a share of dv ends with the whole", "backward.cu", "(head + 1) % params.grad.queries_per_dv == 0",
-           "(head + 1) % params.queries_per_v == 0", "shares"),
     Mutant("dk without the scale", "backward.cu", "grad.of_dk.row, params.head_dim, params.softmax_scale",
            "grad.of_dk.row, params.head_dim, 1.f", "dk alone"),
     Mutant("dq without the scale", "backward.cu", "grad.of_dq.row, params.head_dim, params.softmax_scale",
@@ -425,8 +416,8 @@ def of_edited_queries(sources):
 
 def of_keys_and_values(sources):
     passes = ((OF_KEYS | OF_VALUES, SMALL),)
-    dense(sources, passes, 1, heads=(12, 2, 3), options=CAUSAL)
-    dense(sources, passes, 2, heads=(12, 3, 2), seqlens=(50, 40))
+    dense(sources, passes, 1, heads=(12, 3, 3), options=CAUSAL)
+    dense(sources, passes, 2, heads=(12, 2, 2), seqlens=(50, 40))
     dense(sources, passes, 0, seqlens=(50, 77), options={"window_size": (20, 3), "alignment": "top-left"})
 
 
@@ -439,7 +430,7 @@ def of_strays(sources):
     nobody = several(put("q", np.s_[:, 18:30], np.nan), put("dout", np.s_[:, 25:30], np.inf))
     dense(sources, passes, 1, seqlens=(70, 40), options=CAUSAL, change=nobody)
     dense(sources, passes, 0, seqlens=(70, 40), options=CAUSAL, change=put("dout", np.s_[:, 25:30], np.inf))
-    dense(sources, passes, 0, heads=(4, 2, 4), change=put("dout", np.s_[0, 3, 0, 5], -np.inf))
+    dense(sources, passes, 0, heads=(4, 2, 2), change=put("dout", np.s_[0, 3, 0, 5], -np.inf))
     dense(sources, passes, 0, change=hidden_by_a_score)
     unseen = put("dout", np.s_[:, 25:30], np.inf)
     dense(sources, ((OF_VALUES, SMALL),), 0, seqlens=(70, 40), options=CAUSAL, change=unseen)
@@ -463,11 +454,18 @@ def of_keys_and_values_in_tall_tiles(sources):
 def of_shares(sources):
     """On a GPU that is filled by three blocks of each sequence: 4 of the 12 heads that share keys or values."""
     device = replace(A100, num_units=6)
-    dense(sources, ((OF_KEYS | OF_VALUES, SMALL),), 1, (12, 2, 1), (40, 30), options=CAUSAL, device=device)
+    dense(sources, ((OF_KEYS | OF_VALUES, SMALL),), 1, (12, 1, 1), (40, 30), options=CAUSAL, device=device)
 
 
 def of_keys(sources):
     dense(sources, ((OF_KEYS, SMALL),), 1, heads=(6, 2, 3), options=CAUSAL)
+
+
+def of_keys_then_values(sources):
+    """Of which not as many heads share either."""
+    passes = ((OF_KEYS, SMALL), (OF_VALUES, SMALL))
+    dense(sources, passes, 1, heads=(12, 2, 3), options=CAUSAL)
+    dense(sources, passes, 2, heads=(12, 3, 2), seqlens=(50, 40))
 
 
 def of_edited_keys_and_values(sources):
@@ -499,6 +497,7 @@ GROUPS = {
     "dk and dv, tall": of_keys_and_values_in_tall_tiles,
     "dk and dv, edits": of_edited_keys_and_values,
     "dk alone": of_keys,
+    "dk, then dv": of_keys_then_values,
     "shares": of_shares,
     "dbias": of_a_bias,
 }

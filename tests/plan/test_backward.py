@@ -167,7 +167,7 @@ def test_keys_and_values_are_summed_together_as_far_as_registers_reach():
         (1, (32, 8, 8), 1024, 1),
         (1, (32, 8, 8), 128, 1),
         (8, (32, 32, 32), 64, 1),
-        (1, (12, 2, 3), 1024, 1),
+        (1, (12, 3, 3), 1024, 1),
         (64, (32, 1, 1), 4096, 32),
     ],
 )
@@ -178,6 +178,12 @@ def test_few_tiles_of_keys_have_several_blocks_each(batch, heads, keys, found):
     shared = math.lcm(heads[0] // heads[1], heads[0] // heads[2])
     told = [note for note in choose_backward(problem, A100).notes if "in parts" in note or " parts, so that" in note]
     assert len(told) == (0 if found == shared else 2)
+
+
+@pytest.mark.parametrize("name", ["A100", "H100"])
+def test_keys_and_values_that_heads_share_otherwise_are_summed_apart(name):
+    passes = choose_backward(asked(heads=(12, 2, 3)), NAMED_DEVICES[name]).tile.passes
+    assert [wanted for wanted, _ in passes] == [OF_QUERIES, OF_KEYS, OF_VALUES]
 
 
 @pytest.mark.parametrize("name", ["A100", "H100"])

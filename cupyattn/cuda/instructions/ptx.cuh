@@ -51,6 +51,8 @@ DEVICE float infinity() { return __int_as_float(0x7f800000); }
 DEVICE float nan() { return __int_as_float(0x7fffffff); }
 DEVICE uint32 bits(float value) { return __float_as_uint(value); }
 DEVICE float from_bits(uint32 value) { return __uint_as_float(value); }
+// The same number, of which the compiler does not know that it has it already.
+DEVICE void disguise(int& x) { asm volatile("" : "+r"(x)); }
 
 // ex2.approx.ftz: relative error 2^-22.
 DEVICE float exp2(float x) {

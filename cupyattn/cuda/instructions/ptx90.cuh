@@ -221,8 +221,6 @@ DEVICE void hold(uint32 (&a)[kCount][4]) {
     for (int i = 0; i < kCount; ++i)
         asm volatile("" : "+r"(a[i][0]), "+r"(a[i][1]), "+r"(a[i][2]), "+r"(a[i][3])::"memory");
 }
-// The same number, of which the compiler does not know that it has it already.
-DEVICE void disguise(int& x) { asm volatile("" : "+r"(x)); }
 // Whatever `value` depends on comes before a wait that follows: ptxas would move the wait up, and then nothing runs
 // beside the products. A store that never happens, for `value` is not negative.
 DEVICE void pin(float value, uint32 address) {

@@ -50,6 +50,7 @@ DEVICE uint32 bits(float value) {
     std::memcpy(&result, &value, 4);
     return result;
 }
+DEVICE void disguise(int&) {}
 DEVICE float from_bits(uint32 value) {
     float result;
     std::memcpy(&result, &value, 4);

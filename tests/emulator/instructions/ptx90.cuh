@@ -192,7 +192,6 @@ template <int kBlocks>
 DEVICE void hold(float (&)[kBlocks][4]) {}
 template <int kCount>
 DEVICE void hold(uint32 (&)[kCount][4]) {}
-DEVICE void disguise(int&) {}
 DEVICE void pin(float value, uint32, Site site = Site::here()) {
     if (value < 0) emulator::fail(site, "pin: the value is negative, and would be stored");
 }
