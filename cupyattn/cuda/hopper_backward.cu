@@ -58,7 +58,6 @@ struct HopperGradients {
 
     DEVICE_METHOD void run() {
         int staying_use = 0;
-        bool suspicious = false;
 #pragma unroll 1
         for (head = tile.heads.start; head < tile.heads.stop; ++head) {
             if (head == tile.heads.start || has_new_keys(head, params)) memory.staying_ring().wait_full(staying_use);
@@ -66,11 +65,11 @@ struct HopperGradients {
             walk();
             if (head + 1 < tile.heads.stop && has_new_keys(head + 1, params))
                 memory.staying_ring().leave(staying_use++, ptx::thread() % 128);
-            if constexpr (Traits::kSumsA)
-                if (!kTurned || (head + 1) % params.grad.queries_per_dk == 0) suspicious |= store_a();
-            if constexpr (Traits::kSumsB)
-                if ((head + 1) % params.grad.queries_per_dv == 0) suspicious |= store_b();
         }
+        head = tile.heads.start;  // all of them are summed
+        bool suspicious = false;
+        if constexpr (Traits::kSumsA) suspicious |= store_a();
+        if constexpr (Traits::kSumsB) suspicious |= store_b();
         if (ptx::any(suspicious) && ptx::lane() == 0) {
             const int owners = params.num_heads / (tile.heads.stop - tile.heads.start);
             const int64 flag = flag_of<kTurned, kPacked>(params, owners, tile.sequence.index, tile.owner, tile.first);
@@ -255,7 +254,6 @@ struct HopperGradients {
             store(sums_a, grad.dq, grad.dq_dtype, grad.of_dq, tile.sequence.first_row, head, params.head_dim,
                   params.softmax_scale);
         if constexpr (kSumsSlope) store_slope_part(slope_part, head, row(0) - ptx::lane() / 4, tile.sequence, params);
-        sums_a.clear();
         return suspicious;
     }
     DEVICE_METHOD bool store_b() {
@@ -263,7 +261,6 @@ struct HopperGradients {
         const bool suspicious = sums_b.times_zero() != 0.f;
         store(sums_b, grad.dv, grad.dv_dtype, grad.of_dv, tile.sequence.first_key, head / grad.queries_per_dv,
               params.head_dim_v, 1.f);
-        sums_b.clear();
         return suspicious;
     }
     template <int kCols>

@@ -106,9 +106,8 @@ MUTANTS = [
            "queries"),
     Mutant("dq without the scale", COMPUTE, "head, params.head_dim,\n                  params.softmax_scale);",
            "head, params.head_dim, 1.f);", "queries"),
-    Mutant("dk goes on with the next head", COMPUTE, "sums_a.clear();\n        return", "return", "keys"),
-    Mutant("dk of one query head", COMPUTE, "if (!kTurned || (head + 1) % params.grad.queries_per_dk == 0) suspicious",
-           "suspicious", "keys"),
+    Mutant("dk of the heads' number", COMPUTE, "head = tile.heads.start;  // all", "// all", "keys"),
+    Mutant("dk of one query head", COMPUTE, "            walk();\n", "            sums_a.clear(), walk();\n", "keys"),
     Mutant("rows that are none are stored", COMPUTE, "if (!exists(half)) continue;", "", "queries"),
     # ---- Edits
     Mutant("a softcap without a slope", COMPUTE, "*= through[i];", "*= 1.f;", "capped"),
@@ -155,8 +154,7 @@ MUTANTS = [
            "params.at.cu_seqlens_q", "skewed"),
     Mutant("all of the longest's tiles", TILES, "if constexpr (kPacked) return place_of", "if (false) return place_of",
            "skewed"),
-    Mutant("dq may be anything", COMPUTE, "queries_per_dk == 0) suspicious |= store_a();",
-           "queries_per_dk == 0) store_a();", "strays"),
+    Mutant("dq may be anything", COMPUTE, "kSumsA) suspicious |= store_a();", "kSumsA) store_a();", "strays"),
     Mutant("the first tile's flag is looked at", "backward.cu", "place.sequence, place.owner, first);",
            "place.sequence, place.owner, 0);", "strays"),
     Mutant("the first sequence's flags are looked at", "backward.cu", "owners, place.sequence, place.owner",
@@ -203,7 +201,9 @@ def queries(sources):
 
 
 def keys(sources):
-    held(sources, TOGETHER, dense((4, 2, 1), (100, 150)), options_of(**CAUSAL), (1, 2))
+    held(sources, TOGETHER, dense((4, 2, 2), (100, 150)), options_of(**CAUSAL), (1, 2))
+    held(sources, OF_KEYS, dense((4, 1, 2), (100, 150)), options_of(**CAUSAL), (1,))
+    held(sources, OF_VALUES, dense((4, 2, 1), (100, 150)), options_of(**CAUSAL), (1,))
 
 
 def values(sources):
@@ -252,13 +252,13 @@ def strays(sources):
 
 
 def capped(sources):
-    arrays, options = dense((2, 2, 1), (150, 100)), options_of(softcap=0.7, **CAUSAL)
+    arrays, options = dense((2, 1, 1), (150, 100)), options_of(softcap=0.7, **CAUSAL)
     for wanted in (OF_QUERIES, TOGETHER):
         held(sources, wanted, arrays, options, (1,))
 
 
 def sloped(sources):
-    arrays = dense((2, 2, 1), (150, 100)) | {"alibi_slopes": np.array([0.25, -0.0625], np.float32)}
+    arrays = dense((2, 1, 1), (150, 100)) | {"alibi_slopes": np.array([0.25, -0.0625], np.float32)}
     for wanted in (OF_QUERIES, TOGETHER):
         held(sources, wanted, arrays, options_of(**CAUSAL), (1,))
 
