@@ -167,10 +167,10 @@ def heads_per_block(problem: Problem, device: Device, wanted: int, tile: Backwar
 
     Shares are summed in float32 in memory, in one order, too.
     """
-    sizes, shared = problem.sizes, 1
-    for bit, heads in ((OF_KEYS, sizes.num_heads_k), (OF_VALUES, sizes.num_heads_v)):
-        if wanted & bit:
-            shared = math.lcm(shared, _sharing(sizes, heads))
+    if not wanted & (OF_KEYS | OF_VALUES):
+        return 1
+    sizes = problem.sizes
+    shared = _sharing(sizes, sizes.num_heads_k if wanted & OF_KEYS else sizes.num_heads_v)
     blocks = sizes.batch * sizes.num_heads // shared * math.ceil(sizes.seqlen_k / tile.stays)
     units = max(1, device.num_units)
     several = [x for x in range(1, shared + 1) if shared % x == 0 and (x == 1 or blocks * x <= 4 * units)]
