@@ -13,7 +13,7 @@ class _Tracer:
     """Raises before an instruction of some files: the one that has so many before it."""
 
     def __init__(self, files, countdown, error):
-        self._files, self._left, self._error = files, countdown, error
+        self._files, self._left, self.error = files, countdown, error
         self.has_raised = False
 
     def __call__(self, frame, event, argument):
@@ -28,19 +28,27 @@ class _Tracer:
             self._left -= 1
             if self._left < 0:
                 self.has_raised = True
-                raise self._error
+                raise self.error
         return self._at_an_instruction
 
 
 @contextlib.contextmanager
 def _traced(tracer):
-    before = sys.gettrace()
+    before, report = sys.gettrace(), sys.unraisablehook
+
+    def report_others(told):
+        """What a finaliser raises goes nowhere, and Python 3.12 closes generators by instructions."""
+        if not (tracer.has_raised and isinstance(told.exc_value, tracer.error)):
+            report(told)
+
+    sys.unraisablehook = report_others
     sys._getframe().f_trace_opcodes = True  # Python 3.12 traces none unless some frame had asked before settrace
     sys.settrace(tracer)
     try:
         yield
     finally:
         sys.settrace(before)
+        sys.unraisablehook = report
 
 
 def instructions(call, *files):

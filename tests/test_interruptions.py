@@ -21,6 +21,15 @@ def keeps(x):
         return [x]
     except KeyboardInterrupt:
         return None
+
+
+class Dropped:
+    def __del__(self):
+        return [self]
+
+
+def drops():
+    return Dropped() is None
 """
 FUNCTIONS = {}
 exec(compile(SOURCE, FILE, "exec"), FUNCTIONS)
@@ -50,6 +59,11 @@ def test_before_each_of_them_there_is_an_interruption_that_comes_out():
 
 def test_one_that_the_call_keeps_to_itself_does_not():
     assert {came_out for _, came_out in at_every_instruction(lambda: FUNCTIONS["keeps"](1), FILE)} == {True, False}
+
+
+def test_one_in_a_finaliser_goes_nowhere_and_is_not_reported():
+    found = [came_out for _, came_out in at_every_instruction(FUNCTIONS["drops"], FILE)]
+    assert found.count(False) == length_of(FUNCTIONS["Dropped"].__del__)
 
 
 def test_the_first_call_that_a_process_traces_has_all_of_them():
