@@ -185,7 +185,7 @@ def test_what_cannot_be_measured_is_said_before_anything_is(flags, sentence, mon
     ],
 )
 def test_what_this_gpu_or_no_gpu_cannot_do_is_said(flags, gpu, sentence, monkeypatch, capsys):
-    monkeypatch.setattr(timing, "find_spec", lambda name: name)
+    monkeypatch.setattr(timing, "_objection_to", lambda package: None)
     monkeypatch.setattr(contenders, "torch_sees_a_gpu", lambda: gpu)
     with pytest.raises(SystemExit):
         main([*QUICK[:-2], *flags])
