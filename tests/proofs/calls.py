@@ -273,7 +273,7 @@ def _of_backward(kernel):
 
         return call
 
-    heads = (2 * GROUP, GROUP, 1)
+    heads = (2 * GROUP, GROUP, GROUP if x.get("wanted") == plan.OF_KEYS | plan.OF_VALUES else 1)
     return {
         "dense": call_of(_dense_arrays(dtype, heads, (rows, keys), dims)),
         "causal, heads first": call_of(_dense_arrays(dtype, (GROUP, 1, 1), (rows, keys), dims, CAUSAL, "bhsd", 2)),
