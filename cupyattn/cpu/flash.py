@@ -237,7 +237,8 @@ def flash(tile: Tile, head_dim_v: int) -> State:
     for block in tile.blocks():
         scores = tile.scores(block)
         unseen = np.isneginf(scores) if tile.suspicious else None
-        shrink = softmax.fold(scores, block.rows, partial(tile.exponentiate, block))
+        exponentiate = None if block.hidden is None else partial(tile.exponentiate, block)
+        shrink = softmax.fold(scores, block.rows, exponentiate)
         if block.keep is not None:
             tile.per_head(scores)[...] *= block.keep
         if not started and unseen is None and scores.shape[:-1] == rows:
