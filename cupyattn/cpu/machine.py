@@ -23,7 +23,7 @@ def num_cores() -> int:
 
 
 def is_crowded() -> bool:
-    """More than twice as many threads as the machine has cores, of all processes, want to run right now.
+    """Twice as many threads of other processes as the machine has cores, or more, want to run right now.
 
     False where the system does not say, and where this process has cores of its own, which may be idle meanwhile.
     """
@@ -36,9 +36,18 @@ def is_crowded() -> bool:
             running, _ = os.read(file, 80).split()[3].split(b"/")
         finally:
             os.close(file)
-        return int(running) > 2 * cores
+        return int(running) > 2 * cores and int(running) - _num_running() >= 2 * cores
     except (OSError, AttributeError, IndexError, ValueError):
         return False
+
+
+def _num_running() -> int:
+    """Threads of this process that want to run: torch's wait for work in a loop, and crowd nobody out."""
+    count = 0
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(OSError), open(f"/proc/self/task/{thread}/stat", "rb") as file:
+            count += file.read().rpartition(b")")[2].split()[0] == b"R"
+    return count
 
 
 @cache

@@ -1,14 +1,16 @@
 """What this machine has for us."""
 
 import os
+import threading
 
 import pytest
 
-from cupyattn.cpu.machine import is_crowded
+from cupyattn.cpu.machine import _num_running, is_crowded
 
 
 def says(monkeypatch, text):
     monkeypatch.setattr("cupyattn.cpu.machine.num_cores", os.cpu_count)
+    monkeypatch.setattr("cupyattn.cpu.machine._num_running", lambda: 1)
     monkeypatch.setattr(os, "read", lambda file, most: text)
 
 
@@ -16,6 +18,33 @@ def says(monkeypatch, text):
 def test_is_crowded_counts_threads_that_run_now(monkeypatch, more, crowded):
     says(monkeypatch, b"0.00 0.00 0.00 %d/87 4066\n" % (2 * os.cpu_count() + more))
     assert is_crowded() == crowded
+
+
+def test_threads_of_its_own_crowd_nobody_out(monkeypatch):
+    says(monkeypatch, b"0.00 0.00 0.00 %d/87 4066\n" % (2 * os.cpu_count() + 1))
+    assert is_crowded()
+    monkeypatch.setattr("cupyattn.cpu.machine._num_running", lambda: 2)
+    assert not is_crowded()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="no /proc/self/task here")
+def test_threads_that_run_are_counted():
+    stop = threading.Event()
+
+    def spin():
+        while not stop.is_set():
+            pass
+
+    threads = [threading.Thread(target=spin) for _ in range(3)]
+    before = _num_running()
+    for thread in threads:
+        thread.start()
+    try:
+        assert max(_num_running() for _ in range(20)) > before
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 def test_is_not_crowded_for_who_has_some_cores_alone(monkeypatch):
