@@ -107,8 +107,8 @@ class Import(Benchmark):
 class Busy(Benchmark):
     """The median call of 256 tokens while four other processes want each core, over that of a quiet machine.
 
-    A process that rests between calls may run at once when it wakes, until the others' turn; one that never rests gets
-    its share of two cores among nine or ten, whatever it does: 4.5 times a quiet machine's time, at best.
+    A process that rests between calls may run at once when it wakes, until the others' turn, which comes about when
+    such a call ends; one that never rests gets its share of the cores, whatever it does.
     """
 
     params = (["every 20 ms", "back to back"], ["float32", "float64"])

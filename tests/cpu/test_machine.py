@@ -1,6 +1,7 @@
 """What this machine has for us."""
 
 import os
+import sys
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ from cupyattn.cpu.machine import _num_running, is_crowded
 def says(monkeypatch, text):
     monkeypatch.setattr("cupyattn.cpu.machine.num_cores", os.cpu_count)
     monkeypatch.setattr("cupyattn.cpu.machine._num_running", lambda: 1)
+    monkeypatch.setitem(sys.modules, "torch", None)
     monkeypatch.setattr(os, "read", lambda file, most: text)
 
 
