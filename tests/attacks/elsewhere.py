@@ -263,24 +263,10 @@ def case(seed: int) -> str | None:
     """One random case: what was wrong, with shapes and options, or None."""
     kinds = [kind for kind, library in KINDS.items() if find_spec(library)]
     d = Draw(seed)
-    d.shown = None
-    kind = d.one(*kinds)
-    try:
-        with np.errstate(all="ignore"):  # our own arithmetic, and other libraries'
-            kind(d)
-    except Wrong as wrong:
-        function, arguments = d.shown or ("", {})
-        given = ", ".join(f"{name}={fuzz.shown(value)}" for name, value in arguments.items())
-        return f"{kind.__name__}: {wrong}; errstate {d.errstate}; {function}({given})"
-    return None
+    return fuzz.told(d, d.one(*kinds))
 
 
 def attack(seed: int, cases: int) -> Outcome:
     """The cases of so many seeds from one on."""
-    lost = []
-    for number in range(seed, seed + cases):
-        wrong = case(number)
-        if wrong is not None:
-            lost.append(f"seed {number}: {wrong}")
     missing = sorted({library for library in KINDS.values() if not find_spec(library)})
-    return Outcome(cases, lost, f"not here: {', '.join(missing)}" if missing else "")
+    return Outcome(cases, fuzz.lost_of(case, seed, cases), f"not here: {', '.join(missing)}" if missing else "")

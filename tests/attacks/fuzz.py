@@ -1022,8 +1022,12 @@ def shown(value):
 def case(seed: int) -> str | None:
     """One random case: what was wrong, with shapes and options, or None."""
     d = Draw(seed)
+    return told(d, KINDS[int(d.rng.choice(len(KINDS), p=SHARES))][1])
+
+
+def told(d, kind) -> str | None:
+    """What was wrong with a case of a kind, with shapes and options, or None."""
     d.shown = None
-    kind = KINDS[int(d.rng.choice(len(KINDS), p=SHARES))][1]
     try:
         with np.errstate(all="ignore"):  # our own arithmetic; the call has the case's errstate
             kind(d)
@@ -1036,9 +1040,10 @@ def case(seed: int) -> str | None:
 
 def attack(seed: int, cases: int) -> Outcome:
     """The cases of so many seeds from one on."""
-    lost = []
-    for number in range(seed, seed + cases):
-        wrong = case(number)
-        if wrong is not None:
-            lost.append(f"seed {number}: {wrong}")
-    return Outcome(cases, lost, "" if torch is not None else "torch is not here: no autograd")
+    return Outcome(cases, lost_of(case, seed, cases), "" if torch is not None else "torch is not here: no autograd")
+
+
+def lost_of(case, seed: int, cases: int) -> list[str]:
+    """What was wrong with each of so many cases, where something was."""
+    found = ((number, case(number)) for number in range(seed, seed + cases))
+    return [f"seed {number}: {wrong}" for number, wrong in found if wrong is not None]
