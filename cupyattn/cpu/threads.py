@@ -31,13 +31,19 @@ Mark: TypeAlias = "weakref.ref[_Hold]"
 class _State:
     """Who holds the BLAS, and what it is to have again afterwards; never changed, only followed by another one."""
 
-    __slots__ = ("after", "holders", "originals")
+    __slots__ = ("after", "holders", "leaving", "originals")
 
-    def __init__(self, holders: tuple[Mark, ...], originals: tuple[int, ...] | None) -> None:
+    def __init__(self, holders: tuple[Mark, ...], leaving: tuple[Mark, ...], originals: tuple[int, ...] | None) -> None:
         self.holders = holders
+        self.leaving = leaving
+        """Who holds it no more, but may yet be about to set what an earlier state asked for."""
         self.originals = originals
         """Threads of each library, which it has not got back yet; None: it has."""
         self.after: dict[str, _State] = {}
+
+    def left_by(self, holder: Mark) -> _State:
+        leaving = _without(holder, self.leaving)
+        return _State(self.holders, leaving, self.originals if self.holders or leaving else None)
 
 
 class _Blas:
@@ -46,11 +52,12 @@ class _Blas:
     Of callers that overlap, the first one finds out the original number of threads and the last one restores it,
     whichever threads they are.  There is no lock, which an interruption could leave locked and a signal's handler
     could wait for in vain: a state follows another by one `dict.setdefault`, which happens or does not, and whoever
-    has changed the state gives the BLAS the threads that the latest one asks for.
+    has changed the state gives the BLAS the threads that the latest one asks for.  What it is to have again is
+    forgotten, and believed of the libraries, when nobody is at that any more, who may be late with an earlier number.
     """
 
     def __init__(self) -> None:
-        self._state = _State((), None)
+        self._state = _State((), (), None)
 
     @cached_property
     def _libraries(self) -> list[Any]:
@@ -66,22 +73,25 @@ class _Blas:
         return _Hold(self)
 
     def take(self, holder: Mark) -> None:
-        self._follow(lambda state: _State((*state.holders, holder), self._originals(state)))
-        self.settle()
+        self._follow(lambda state: _State((*state.holders, holder), state.leaving, self._originals(state)))
+        self._settle()
 
     def let_go(self, holder: Mark) -> None:
-        if any(each is holder for each in self._latest().holders):  # references that are dead are equal to nothing
-            self._follow(lambda state: _State(tuple(x for x in state.holders if x is not holder), state.originals))
-        self.settle()
+        """Also for the second time, where the first one was interrupted."""
+        if _is_in(holder, self._latest().holders):
+            self._follow(
+                lambda state: _State(_without(holder, state.holders), (*state.leaving, holder), state.originals)
+            )
+        if _is_in(holder, self._latest().leaving):
+            self._settle()
+            self._follow(partial(_State.left_by, holder=holder))
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Give the BLAS as many threads as the latest state says."""
         state = None
         while state is not (state := self._latest()):
             for library, original in zip(self._libraries, state.originals or (), strict=False):
                 _set_num_threads(library, 1 if state.holders else original)
-        if not state.holders and state.originals is not None:
-            state.after.setdefault("next", _State((), None))
 
     def _originals(self, state: _State) -> tuple[int, ...]:
         """What the libraries say counts only where nobody has told them otherwise."""
@@ -118,6 +128,15 @@ class _Hold:
         self._mark = None
 
 
+def _is_in(holder: Mark, some: tuple[Mark, ...]) -> bool:
+    """By identity: references that are dead are equal to nothing."""
+    return any(each is holder for each in some)
+
+
+def _without(holder: Mark, some: tuple[Mark, ...]) -> tuple[Mark, ...]:
+    return tuple(each for each in some if each is not holder)
+
+
 def _set_num_threads(library: Any, count: int) -> None:
     """Set it whichever thread calls; threadpoolctl 3.8 itself would listen to one thread only."""
     getattr(library, "_real_set_num_threads", library.set_num_threads)(count)
@@ -129,7 +148,8 @@ _shelf = Shelf()
 
 def _forget_other_threads() -> None:
     """In a forked child nobody holds the BLAS any more."""
-    for holder in _blas._latest().holders:
+    state = _blas._latest()
+    for holder in (*state.holders, *state.leaving):
         _blas.let_go(holder)
 
 

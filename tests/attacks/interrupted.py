@@ -200,7 +200,7 @@ def torn_threads(num_workers, first=0, step=1):
 
     for number, _ in at_every_instruction(call, *EVERYTHING, first=first, step=step):
         count += 1
-        now = max(threads._blas._originals(threads._State((), None)), default=before)
+        now = max(threads._blas._originals(threads._State((), (), None)), default=before)
         if now != before or threads._blas._latest().holders:
             found.append(f"before instruction {number}: the BLAS has {now} threads and had {before}")
     return count, found

@@ -2,6 +2,7 @@
 
 import _thread
 import os
+import random
 import subprocess
 import sys
 import threading
@@ -230,6 +231,73 @@ def test_two_threads_that_call_attention_at_once_get_their_answers(three_blas_th
     assert blas_threads() == three_blas_threads
 
 
+class FakeBlas:
+    """What threadpoolctl has for a library, and whoever sets it waits for its turn first, whatever it means to set."""
+
+    def __init__(self, turn):
+        self.num_threads = 3
+        self.turn = turn
+
+    def set_num_threads(self, count):
+        self.turn()
+        self.num_threads = count
+
+
+def in_every_order(steps_of, count):
+    """What `steps_of(turn)` gives, by threads that go on one at a time, from `turn` to `turn`, in `count` orders."""
+    for seed in range(count):
+        order, waiting, back = random.Random(seed), [], threading.Semaphore(0)
+        mine = threading.local()
+
+        def turn(waiting=waiting, back=back, mine=mine):
+            if gate := getattr(mine, "gate", None):
+                waiting.append(gate)
+                back.release()
+                assert gate.acquire(timeout=WAIT)
+
+        callers, check = steps_of(turn)
+
+        def run(caller, back=back, mine=mine, turn=turn):
+            mine.gate = threading.Semaphore(0)
+            turn()
+            caller()
+            back.release()
+
+        started = [threading.Thread(target=run, args=(caller,), daemon=True) for caller in callers]
+        for thread in started:
+            thread.start()
+        for _ in started:
+            assert back.acquire(timeout=WAIT)
+        while waiting:
+            waiting.pop(order.randrange(len(waiting))).release()
+            assert back.acquire(timeout=WAIT)
+        check(seed)
+
+
+def test_callers_that_overlap_in_any_order_restore_the_blas(monkeypatch):
+    """One that is late to set what was asked for before others came and went, or went, is the last to set anything."""
+    seen = set()
+
+    def steps_of(turn):
+        blas, library = threads._Blas(), FakeBlas(turn)
+        vars(blas)["_libraries"] = [library]
+        latest = blas._latest
+        blas._latest = lambda: turn() or latest()
+
+        def call():
+            for _ in range(2):
+                with blas.on_one_thread():
+                    seen.add((library.num_threads, blas.num_threads()))
+
+        def check(seed):
+            assert (library.num_threads, blas._latest().originals) == (3, None), seed
+
+        return [call] * 3, check
+
+    in_every_order(steps_of, 400)
+    assert {original for _, original in seen} == {3}
+
+
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_an_interruption_anywhere_leaves_the_blas_as_it_was(num_workers, three_blas_threads):
     def call():
@@ -239,7 +307,8 @@ def test_an_interruption_anywhere_leaves_the_blas_as_it_was(num_workers, three_b
     for number, _ in at_every_instruction(call, threads.__file__):
         count += 1
         assert blas_threads() == three_blas_threads, f"after {number} instructions"
-        assert not threads._blas._latest().holders, f"after {number} instructions"
+        state = threads._blas._latest()
+        assert (state.holders, state.leaving, state.originals) == ((), (), None), f"after {number} instructions"
     wait_until(lambda: _thread._count() == before)
     assert count > 50 * num_workers
     call()
