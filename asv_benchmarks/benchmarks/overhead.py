@@ -26,7 +26,7 @@ def rooms(dtype):
     """{room: a call of it alone}, for the way of one small problem; whole, bare and naive beside them."""
     q, k, v = draw(SEQLEN, dtype)
     named = {"q": ("q", q), "k": ("k", k), "v": ("v", v)}
-    options = Options(axes="bhsd", alignment=None)
+    options = Options(axes="bhsd", alignment=None, takes_float8=True)  # as attention has them
     visit = enter("attention", named)
     problem = read("attention", visit.specs, options)
     plan = choose(problem, visit.device())

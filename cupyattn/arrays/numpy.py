@@ -57,7 +57,7 @@ class NumPy(Library):
         found = super().run(job, arrays)
         for name, result in found.items():
             like = model_of(name, arrays).dtype
-            if name != "lse" and name_of(like) == name_of(result.dtype):
+            if name != "lse" and not like.isnative and name_of(like) == name_of(result.dtype):
                 found[name] = result.astype(like, copy=False)
         return found
 

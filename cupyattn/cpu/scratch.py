@@ -23,6 +23,7 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[str, Array] = {}
         self.views: dict[tuple[str, tuple[int, ...], Any], Array] = {}
+        self.nbytes = 0
 
     def array(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         """Uninitialised memory, valid until the same name is asked for again."""
@@ -34,12 +35,9 @@ class Scratch:
             if buffer is None or buffer.nbytes < size:
                 buffer = self._buffers[name] = np.empty(-(-size // 64) * 64, np.uint8)
                 self.views = {key: view for key, view in self.views.items() if key[0] != name}
+                self.nbytes = sum(each.nbytes for each in self._buffers.values())
             view = self.views[key] = buffer[:size].view(dtype).reshape(shape)
         return view
-
-    @property
-    def nbytes(self) -> int:
-        return sum(buffer.nbytes for buffer in self._buffers.values())
 
 
 class Shelf:

@@ -29,10 +29,11 @@ Costly = tuple[Part, Sequence[TileIndex], Work]
 
 
 def run_in_order(tasks: list[Costly], num_workers: int) -> None:
-    are_small = num_workers == 1 and all(part.has_small_products(tiles[0]) for part, tiles, _ in tasks)
     if len(tasks) == 1:  # a small call, of which every microsecond is seen
-        run_all([partial(_alone, tasks[0][2])], 1, are_small=are_small)
+        ((part, tiles, task),) = tasks
+        run_all([partial(_alone, task)], 1, are_small=num_workers == 1 and part.has_small_products(tiles[0]))
         return
+    are_small = num_workers == 1 and all(part.has_small_products(tiles[0]) for part, tiles, _ in tasks)
     if num_workers > 1 and _cost(tasks) <= BRIEF and is_crowded():
         num_workers = 1
     in_turn, first, runs = InTurn(), 0, []
