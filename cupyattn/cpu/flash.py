@@ -254,7 +254,7 @@ def flash(tile: Tile, head_dim_v: int) -> State:
         if unseen is None:
             part += tile.times_values(scores, block.v)
         else:
-            part += weighted_sum(scores, block.v, unseen)
+            part += weighted_sum(scores, block.v, unseen, tile.times_values)
     if not started:
         out.fill(0.0)
     state = softmax.finish(out)

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from cupyattn.numpy_ref import Array, State
 
+Product = Callable[[Array, Array], Array]
 
-def weighted_sum(weights: Array, values: Array, unseen: Array | None) -> Array:
+
+def weighted_sum(weights: Array, values: Array, unseen: Array | None, product: Product = np.matmul) -> Array:
     """``weights @ values`` over the pairs that are seen; `unseen` is None if every value is finite.
 
     Where a key is not seen its weight is 0, but 0 * nan is nan: values nobody may look at are left
-    out instead of multiplied.
+    out instead of multiplied.  `product` is what makes the product where all is finite, and does so here: no bit
+    depends on what nobody may look at.
     """
     if unseen is None:
         return np.asarray(weights @ values)
     finite = np.isfinite(values)
-    total = weights @ np.where(finite, values, 0.0)
+    total = product(weights, _without_strays(values, finite))
     bad_keys = ~finite.all(axis=-1)
     for key in np.flatnonzero(bad_keys.reshape(-1, bad_keys.shape[-1]).any(axis=0)):
         stray = np.where(finite[..., key, :], 0.0, values[..., key, :])
-        product = weights[..., key, None] * stray[..., None, :]
+        term = weights[..., key, None] * stray[..., None, :]
         skip = unseen[..., key, None] | finite[..., None, key, :]
-        total = total + np.where(skip, 0.0, product)
+        total = total + np.where(skip, 0.0, term)
     return np.asarray(total)
+
+
+def _without_strays(values: Array, finite: Array) -> Array:
+    """With 0 in their place; a single column with the steps it has there, by which the BLAS sums in another order."""
+    step = abs(values.strides[-2]) // values.itemsize if values.shape[-1] == 1 else 1
+    room = np.zeros((*values.shape[:-1], max(1, step) * values.shape[-1]), values.dtype)[..., : values.shape[-1]]
+    np.copyto(room, values, where=finite)
+    return room
 
 
 def taken_apart(sinks: Array) -> tuple[Array, Array]:

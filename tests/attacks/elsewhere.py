@@ -39,11 +39,11 @@ def native(x):
     return np.array(x, x.dtype if x.dtype == BFLOAT16 else x.dtype.newbyteorder("="))
 
 
-def compare(found, call):
+def compare(found, call, allowed=lambda expected: expected):
     found = found if isinstance(found, tuple) else (found,)
     for actual, result in zip(found, call.results(), strict=True):
         dtype = result.dtype if result.dtype == BFLOAT16 else result.dtype.newbyteorder("=")
-        check(result.name, actual, result.expected, dtype)
+        check(result.name, actual, allowed(result.expected), dtype)
     return found
 
 
@@ -77,6 +77,11 @@ def jax_with_float64():
     return jax
 
 
+def flushed(expected):
+    """XLA has NumPy, in callbacks, take numbers below the smallest normal one for 0 at every step."""
+    return expected._replace(tolerance=expected.tolerance + 2.0**20 * float(np.finfo(np.float32).tiny))
+
+
 def check_jax(d):
     """Eager calls and compiled ones, and the gradients of either."""
     jax = jax_with_float64()
@@ -91,15 +96,15 @@ def check_jax(d):
     function = jax.jit(function) if d.chance(0.15) else function
     operands = [arrays[name] for name in wanting]
     if call.gradients is None or d.chance(0.4):
-        compare(function(*operands), call)
+        compare(function(*operands), call, flushed)
         return
     found, pull = jax.vjp(function, *operands)
-    compare(found, call)
+    compare(found, call, flushed)
     douts = [jax.numpy.asarray(native(d.floats(*x.shape, dtype=np.dtype("float32")))).astype(x.dtype) for x in found]
     expected = call.gradients(*map(as_float64, douts))
     for name, actual in zip(wanting, pull(tuple(douts)), strict=True):
         if name in expected:
-            check(f"gradient of {name}", actual, expected[name], np.dtype(arrays[name].dtype), lenient=True)
+            check(f"gradient of {name}", actual, flushed(expected[name]), np.dtype(arrays[name].dtype), lenient=True)
 
 
 def check_dask(d):

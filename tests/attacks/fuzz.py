@@ -241,12 +241,12 @@ def attention(d, backward=False):
 
 
 def laid_like(given, values):
-    """`values` with the steps of `given` from number to number: the BLAS may round by them."""
+    """`values` with the steps and the alignment of `given`: the BLAS may round by them."""
     if not given.size:
         return values
     low, high = np.lib.array_utils.byte_bounds(given)
-    memory = np.zeros(high - low, np.uint8)
-    start = given.__array_interface__["data"][0] - low
+    memory = np.zeros(high - low + 64, np.uint8)
+    start = given.__array_interface__["data"][0] - low + (low - memory.__array_interface__["data"][0]) % 64
     laid = np.ndarray(given.shape, given.dtype, memory, start, given.strides)
     laid[...] = values
     return laid

@@ -211,7 +211,8 @@ def scores_of(ask):
     slack = slack + a.least * (known_k.sum(axis=-1)[..., None, :] + products + dim)
     special = ~np.isfinite(q).all(axis=-1)[..., None] | ~np.isfinite(k).all(axis=-1)[..., None, :]
     # q * scale first or last: where one of them leaves the range, and where 0 * inf is nan and 1e-400 * inf is not
-    vanishes = ((scaled < a.least * 2.0**60) & (known_q != 0.0)).any(axis=-1)[..., None]
+    by_scale = np.where(np.isinf(q), scale, scaled)  # what is inf here may have been a number that left the range
+    vanishes = ((by_scale < a.least * 2.0**60) & (q != 0.0)).any(axis=-1)[..., None]
     leaves = (scaled.max(axis=-1, initial=0.0) > a.most)[..., None]
     lost = (products > a.most) | (scale * products > a.most) | leaves | (special & vanishes)
     slack = np.where(special, 0.0, slack)
