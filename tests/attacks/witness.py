@@ -282,7 +282,8 @@ def _answer(ask):
     out_error = masked_sum(no_nan(error * factor), size_of_v, seen)
     vanishing = np.where(seen, a.least * (1.0 + factor), 0.0)
     out_error = out_error + masked_sum(vanishing, size_of_v, seen) + a.least * count
-    overflows = masked_sum(no_nan(raw * factor), size_of_v, seen) > a.most
+    largest = np.ones_like(raw) if ask.in_parts else no_nan(raw)  # a part's highest score may be any of its own
+    overflows = masked_sum(largest * factor, size_of_v, seen) > a.most
     # inf times a weight that may be zero or not
     slight = bottom[..., :-1] < a.least * 2.0**80
     doubtful = seen & slight if ask.in_parts else seen & slight & (top[..., :-1] > 0.0)
