@@ -25,25 +25,16 @@ struct BackwardPass : BackwardBlock<Traits, kCare> {
     using Block = BackwardBlock<Traits, kCare>;
     using Block::Block;
 
-    // Heads [heads.start, heads.stop), whose sums are one, of the tile from row `first` on; whether anything that came out
-    // is not finite.
-    DEVICE_METHOD bool run(const Span& heads, int first) {
-        const BackwardParams& params = this->params;
-        this->first = first;
-#pragma unroll 1
-        for (int head = heads.start; head < heads.stop; ++head) {
-            this->head = head;
-            look_again();
-            // Beside keys whose sum it is, values may be others' from here on; or the other way round.
-            const bool others = head % params.queries_per_k == 0 || head % params.queries_per_v == 0;
-            if (head == heads.start || others) this->load_staying();
-            if constexpr (Block::kCountsA || Block::kCountsB) {
-                this->counting = true;
-                this->walk({0, kOpen});
-                this->counting = false;
-            }
-            this->walk({0, kOpen});
+    // The tile from row `first_row` on, of the heads from `first_head` on whose sums are one; whether anything that came
+    // out is not finite.
+    DEVICE_METHOD bool run(int first_head, int first_row) {
+        this->first = first_row;
+        if constexpr (Block::kCountsA || Block::kCountsB) {  // of all heads first, while there are no sums to be kept
+            this->counting = true;
+            walk_heads(first_head);
+            this->counting = false;
         }
+        walk_heads(first_head);
         look_again();
         bool suspicious = false;
         if constexpr (Traits::kSumsA) {
@@ -58,10 +49,32 @@ struct BackwardPass : BackwardBlock<Traits, kCare> {
         return suspicious;
     }
 
+    // Their first one is a multiple of their number, so that nothing has to be kept to know which they are.
+    DEVICE_METHOD void walk_heads(int first_head) {
+        const BackwardParams& params = this->params;
+        const int shared = heads_of_block(params);
+        this->head = first_head;
+#pragma unroll 1
+        do {
+            const int head = this->head;
+            look_again();
+            // Beside keys whose sum it is, values may be others' from here on; or the other way round.
+            if (head % shared == 0 || head % params.queries_per_k == 0 || head % params.queries_per_v == 0)
+                this->load_staying();
+            this->walk({0, kOpen});
+            ptx::disguise(++this->head);  // in the place of the one before it
+        } while (this->head % shared);
+        --this->head;
+    }
+
+    DEVICE_METHOD static int heads_of_block(const BackwardParams& params) {
+        return Traits::kTurned ? params.grad.heads_per_block : 1;
+    }
+
     // At the sequence, so that little of it is kept through a walk, which leaves no registers.
     DEVICE_METHOD void look_again() {
         int index = this->sequence.index;
-        ptx::disguise(index);
+        ptx::disguise(index), ptx::disguise(this->first);
         this->sequence = sequence_at(index, this->params);
     }
 
@@ -99,15 +112,16 @@ struct BackwardPass : BackwardBlock<Traits, kCare> {
 
 // Once more; apart, since it is rarely run.
 template <typename Traits>
-DEVICE_APART void backward_with_care(const BackwardParams& params, int sequence, int head, int num_heads, int first) {
+DEVICE_APART void backward_with_care(const BackwardParams& params, int sequence, int head, int first) {
     BackwardPass<Traits, true> block(params, sequence_at(sequence, params));
-    block.run({head, head + num_heads}, first);
+    block.run(head, first);
 }
 
 template <typename Traits, bool kPacked>
 DEVICE void backward_of_block(const BackwardParams& params) {
     constexpr bool kTurned = Traits::kTurned;
-    const int shared = kTurned ? params.grad.heads_per_block : 1, owners = params.num_heads / shared;
+    using Pass = BackwardPass<Traits, false>;
+    const int shared = Pass::heads_of_block(params), owners = params.num_heads / shared;
     const Place place = staying_place<kTurned, kPacked>(params, owners, Traits::kStays);
     const Sequence sequence = sequence_at(place.sequence, params);
     // Under a causal mask the last queries see the most keys, and the first keys are seen by the most queries.
@@ -118,9 +132,9 @@ DEVICE void backward_of_block(const BackwardParams& params) {
         const int64 flag = flag_of<kTurned, kPacked>(params, owners, place.sequence, place.owner, first);
         if (!ptx::load_global(params.grad.flags + flag)) return;
     }
-    const Span heads{place.owner * shared, (place.owner + 1) * shared};
-    BackwardPass<Traits, false> block(params, sequence);
-    if (block.run(heads, first)) backward_with_care<Traits>(params, place.sequence, heads.start, shared, first);
+    Pass block(params, sequence);
+    if (block.run(place.owner * shared, first))  // told by what the block knows, which nothing else is kept for
+        backward_with_care<Traits>(params, block.sequence.index, block.head - (shared - 1), block.first);
 }
 
 template <typename Traits>

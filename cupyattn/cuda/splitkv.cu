@@ -60,11 +60,8 @@ struct SplitBlock : SplitStates<Traits> {
     float descaled;  // the softmax scale of float8 operands
 
     DEVICE_METHOD SplitBlock(const typename Traits::Given& given, int tile, int group, const Sequence& sequence_)
-        : States(given),
-          sequence(sequence_),
-          first_head(group * given.queries_per_pair),
-          first_row(tile * Traits::kBlockQ) {
-        num_rows = smaller(Traits::kBlockQ, sequence.band.seqlen_q * params.queries_per_pair - first_row);
+        : States(given) {
+        look_at(tile, group, sequence_);
         queries.base = ptx::shared_memory();
         states = queries.base + QueryTile::kBytes;
         ring = states + ptx::warp() * Traits::kNumStages * Traits::kStageBytes;
@@ -79,6 +76,13 @@ struct SplitBlock : SplitStates<Traits> {
                 rows[m].head[half] = head_of(row);
                 rows[m].exists[half] = row < num_rows;
             }
+    }
+
+    DEVICE_METHOD void look_at(int tile, int group, const Sequence& its) {
+        sequence = its;
+        first_head = group * params.queries_per_pair;
+        first_row = tile * Traits::kBlockQ;
+        num_rows = smaller(Traits::kBlockQ, sequence.band.seqlen_q * params.queries_per_pair - first_row);
     }
 
     DEVICE_METHOD int token_of(int row) const { return (first_row + row) / params.queries_per_pair; }
@@ -99,7 +103,9 @@ struct SplitBlock : SplitStates<Traits> {
 
     DEVICE_METHOD void load_queries() {
         const Element* anywhere = static_cast<const Element*>(params.at.q);
-        load_rows_from<kThreads, Traits::kAligned, Traits::kOfLoads>(queries, ptx::thread(), num_rows, params.head_dim, anywhere,
+        int thread = ptx::thread();
+        ptx::disguise(thread);  // or its places in the tile would be kept from one item to the next
+        load_rows_from<kThreads, Traits::kAligned, Traits::kOfLoads>(queries, thread, num_rows, params.head_dim, anywhere,
                                                    [&](int row) { return row_of<const Element>(anywhere, params.q, row); });
         ptx::commit_copies();
         ptx::wait_copies<0>();
@@ -116,11 +122,11 @@ struct SplitBlock : SplitStates<Traits> {
                 else
                     load_fragment<Kept, QueryTile>(query[step][m], left_operand(queries, 16 * m), step);
     }
-    DEVICE_METHOD void take_queries(QueryFragments& to, int step) const {
+    DEVICE_METHOD void take_queries(QueryFragments& to, const QueryTile& tile, int step) const {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
             if constexpr (!kQueriesInRegisters) {
-                load_fragment<Kept, QueryTile>(to[m], left_operand(queries, 16 * m), step);
+                load_fragment<Kept, QueryTile>(to[m], left_operand(tile, 16 * m), step);
             } else {
 #pragma unroll
                 for (int i = 0; i < 4; ++i) to[m][0][i] = query[step][m][0][i];
@@ -195,12 +201,17 @@ struct SplitBlock : SplitStates<Traits> {
     template <bool kBand>
     DEVICE_METHOD void absorb(int key, int stage) {
         Accumulator<16> scores[kRowTiles];
-        const auto take_left = [&](QueryFragments& left, int step) { take_queries(left, step); };
+        QueryTile tile = queries;
+        // Or an address for each step would be kept from block to block, and below where each row's band is.
+        if constexpr (Traits::kReady) ptx::disguise(tile.base);
+        const auto take_left = [&](QueryFragments& left, int step) { take_queries(left, tile, step); };
         multiply_by_rows<Operand, Traits::kHeadDim>(scores, key_tile(stage), take_left);
         Fragment<Kept, 16> weights[kRowTiles];
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
-            edit<Traits::kEdits, kBand>(scores[m], rows[m], key, sequence, params, scale());
+            RowPair its = rows[m];
+            if constexpr (Traits::kReady) ptx::disguise(its.token[0]), ptx::disguise(its.token[1]);
+            edit<Traits::kEdits, kBand>(scores[m], its, key, sequence, params, scale());
             if (kCare && counting) {
                 mark_seen(scores[m]);
                 out[m].clear();
@@ -307,6 +318,9 @@ DEVICE void attend_to(const typename Traits::Given& params, const SplitItem& ite
     else
         block.leave_state();
     ptx::barrier();
+    const SplitItem* again = &item;
+    ptx::disguise(again);  // so that little of it is kept through the walk
+    block.look_at(again->tile, again->group, again->sequence);
     const bool is_whole = Walk::is_whole();
     const int64 place = Walk::place();
     for (int row = ptx::warp(); row < block.num_rows; row += Traits::kNumWarps) {

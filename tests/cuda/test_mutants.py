@@ -95,8 +95,8 @@ MUTANTS = [
     # ---- Which tile is whose
     Mutant("a tile for each that the array has", "tiling.cuh", "start_of(sequence) / size + sequence;",
            "start_of(sequence) / size;", "flash"),
-    Mutant("a sequence that begins with the next tile", "tiling.cuh", "start_of(middle) < static",
-           "start_of(middle) <= static", "flash"),
+    Mutant("a sequence that begins with the next tile", "tiling.cuh", "start_of(sequence) < static",
+           "start_of(sequence) <= static", "flash"),
     Mutant("one tile more at the end", "tiling.cuh", "== sequences) return tiles;",
            "== sequences) return tiles + 1;", "flash"),
     Mutant("one tile more for each head", "tiling.cuh", "first_of(sequence + 1) - first}",

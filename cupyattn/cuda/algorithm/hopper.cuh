@@ -114,10 +114,12 @@ struct HopperParams {
     int tokens_per_tile;    // whole ones
     int heads_per_unit;     // a unit is what a tile's rows are of: a head of a sequence, or a group of them if packed
     int rows_per_box;       // of pages: a multiple of 8
-    int units_per_section;  // units whose keys are used side by side, so that they stay in the second-level cache
-    int units_in_order;     // of a sequence if its units have their own number of tiles, or else all
-    int units_per_sequence;
-    int rising;  // of every second section, 0 or 1, the first rows come first; -1: of none
+    int whole_sections;     // of a sequence if its units have their own number of tiles, or else of all
+    int rising;             // of every second section, 0 or 1, the first rows come first; -1: of none
+    Divisor tiles_of_section;  // if tiles_per_unit
+    Divisor units_of_section;  // units whose keys are used side by side, so that they stay in the second-level cache
+    Divisor units_of_last;     // of the section behind the whole ones
+    Divisor units_per_sequence;
 };
 
 // The rows of a tile and the blocks of keys they see.  Producer and consumers go by this, and by nothing else.
@@ -152,30 +154,31 @@ DEVICE RowTile row_tile(int index, const HopperParams& given, int known = -1) {
     if (Traits::kSearches && !given.tiles_per_unit) {
         const Tiling tiling{params.at.cu_seqlens_q, static_cast<int>(params.total_q), sequences_of_rows(params),
                             given.tiles_per_head, 0, given.tokens_per_tile};
-        its = tiling.stretch_of(known < 0 ? tiling.sequence_by_warp(index / given.units_per_sequence) : known);
-        index -= its.first * given.units_per_sequence;
+        its = tiling.stretch_of(known < 0 ? tiling.sequence_by_warp(given.units_per_sequence.quotient(index)) : known);
+        index -= its.first * given.units_per_sequence.value;
     }
-    int units = given.units_in_order;
-    if constexpr (Traits::kStoresBoxes && !Traits::kSplit)
-        units = given.num_tiles / given.tiles_per_unit;  // the same, for which ptxas keeps fewer numbers through the walk
-    const int per_section = its.count * given.units_per_section;
-    const int section = index / per_section, first = section * given.units_per_section;
-    const int size = smaller(given.units_per_section, units - first), rest = index - section * per_section;
+    const int per_section = its.count * given.units_of_section.value;
+    const bool even = !Traits::kSearches || given.tiles_per_unit;
+    const int section = even ? given.tiles_of_section.quotient(index) : index / per_section;
+    const Divisor size = section < given.whole_sections ? given.units_of_section : given.units_of_last;
+    const int rest = index - section * per_section, row = size.quotient(rest);
+    const int unit = section * given.units_of_section.value + rest - row * size.value;
     const bool rises = Traits::kReach != kAllKeys && section % 2 == given.rising;
-    const int unit = first + rest % size, place = rises ? rest / size : its.count - 1 - rest / size;
+    const int place = rises ? row : its.count - 1 - row, sequence = given.units_per_sequence.quotient(unit);
 
-    RowTile tile{sequence_at(its.sequence + unit / given.units_per_sequence, params),
-                 unit % given.units_per_sequence * given.heads_per_unit, place * given.tokens_per_tile, {0, 0}, {0, 0},
-                 its.count, split, 1};
+    RowTile tile{sequence_at(its.sequence + sequence, params),
+                 (unit - sequence * given.units_per_sequence.value) * given.heads_per_unit, place * given.tokens_per_tile,
+                 {0, 0}, {0, 0}, its.count, split, 1};
     const Band& band = tile.sequence.band;
     const int last = smaller(tile.first_token + given.tokens_per_tile, band.seqlen_q) - 1;
     if (last < tile.first_token) return tile;
     constexpr int kBlockK = Traits::kBlockK;
     const Span touched = band.touched(tile.first_token, last), whole = band.whole(tile.first_token, last);
-    if (touched.empty()) return tile;
-    tile.blocks = {touched.start / kBlockK, ceil_div(touched.stop, kBlockK)};
+    // Without a branch, so that they stay in uniform registers.
+    tile.blocks = touched.empty() ? Span{0, 0} : Span{touched.start / kBlockK, ceil_div(touched.stop, kBlockK)};
     tile.whole = {ceil_div(whole.start, kBlockK), whole.stop / kBlockK};
     if constexpr (Traits::kSplit) {
+        if (touched.empty()) return tile;
         const Split its = split_at(tile.blocks, split, ptx::load_shared(ptx::shared_memory() + Traits::kSplitSize), params);
         tile.blocks = its.part, tile.num_splits = its.count;
     }

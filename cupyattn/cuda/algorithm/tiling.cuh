@@ -10,6 +10,18 @@
 
 namespace cupyattn {
 
+// What others are divided by, by a multiplication: two instructions, and not the twenty and more for a number of which
+// nothing is known before.  Of numbers below 2^31.  Twin: launching.launch.divisor.
+struct Divisor {
+    int value;
+    uint32 multiplier;  // ceil(2^(32 + shift) / value)
+    int shift;
+
+    DEVICE_METHOD int quotient(int x) const {
+        return value == 1 ? x : static_cast<int>(ptx::multiply_high(static_cast<uint32>(x), multiplier) >> shift);
+    }
+};
+
 // A sequence's tiles among those of all: [first, first + count).  The last ones may lie behind its end.
 struct Stretch {
     int sequence, first, count;

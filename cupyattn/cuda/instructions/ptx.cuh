@@ -51,8 +51,13 @@ DEVICE float infinity() { return __int_as_float(0x7f800000); }
 DEVICE float nan() { return __int_as_float(0x7fffffff); }
 DEVICE uint32 bits(float value) { return __float_as_uint(value); }
 DEVICE float from_bits(uint32 value) { return __uint_as_float(value); }
-// The same number, of which the compiler does not know that it has it already.
+// The same number, of which the compiler does not know that it has it already; what a pointer leads to, likewise.
 DEVICE void disguise(int& x) { asm volatile("" : "+r"(x)); }
+DEVICE void disguise(uint32& x) { asm volatile("" : "+r"(x)); }
+template <typename T>
+DEVICE void disguise(const T*& x) {
+    asm volatile("" : "+l"(x) : : "memory");
+}
 
 // ex2.approx.ftz: relative error 2^-22.
 DEVICE float exp2(float x) {

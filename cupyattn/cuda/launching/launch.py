@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 
@@ -156,8 +157,10 @@ def _hopper(plan: Plan, tile: HopperTile, problem: Problem, arrays: FactsOfArray
     in_order = units * _sequences(problem) if per_unit else units
     section = min(tile.units_per_section, max(1, in_order))
     rising = -(-in_order // section) % 2 if tile.persistent and tile.reach != ALL_KEYS else -1
-    numbers = (count, per_unit, tiles, tile.tokens, tile.heads_per_unit, per_box, section, in_order, units, rising)
-    behind = _descaled(arrays) + _HOPPER.pack(*numbers)
+    whole, last = divmod(in_order, section)
+    divisors = [divisor(max(1, x)) for x in (per_unit * section, section, last, units)]
+    numbers = (count, per_unit, tiles, tile.tokens, tile.heads_per_unit, per_box, whole, rising)
+    behind = _descaled(arrays) + _HOPPER.pack(*numbers, *chain.from_iterable(divisors))
     workspace, merge = Workspace(), None
     if plan.num_splits > 1:
         rows = (tile.block_q, tile.tokens * tile.heads_per_unit, tile.heads_per_unit, longest)
@@ -279,6 +282,22 @@ def tail_of(plan: Plan, problem: Problem, arrays: FactsOfArrays) -> params.Tail:
     )
 
 
+def divisor(value: int) -> tuple[int, int, int]:
+    """A number from 1 to 2**31 - 1, and by what the quotient of others below 2**31 is had without a division.
+
+    ``x // value`` is ``x * multiplier >> 32 >> shift`` (but for 1): Granlund and Montgomery, Division by Invariant
+    Integers using Multiplication, 1994, theorem 4.2.
+
+    >>> value, multiplier, shift = divisor(7)
+    >>> [x * multiplier >> 32 >> shift for x in (6, 7, 2**31 - 2, 2**31 - 1)]
+    [0, 1, 306783378, 306783378]
+    """
+    if value == 1:
+        return 1, 0, 0
+    shift = (value - 1).bit_length() - 1
+    return value, -(-(1 << 32 + shift) // value), shift
+
+
 def _distances(problem: Problem) -> tuple[int, int]:
     """The step and the shift of ALiBi's distances, ``|step * (a row's diagonal - key) + shift|`` in a kernel."""
     apart = problem.edits.distances
@@ -290,7 +309,7 @@ def _distances(problem: Problem) -> tuple[int, int]:
 _DESCALES = struct.Struct("<3Q")
 _DESCALED = struct.Struct("<6i")
 """What ``DescaledParams`` has behind the record: addresses and numbers."""
-_HOPPER = struct.Struct("<10i")
+_HOPPER = struct.Struct("<8i" + 4 * "iIi")
 """And ``HopperParams`` behind those."""
 _MERGE = struct.Struct("<6if2i4x")
 """Or ``MergeParams``."""

@@ -148,8 +148,8 @@ DEVICE void fill(const Tile& tile, const Its& share, int num_cols, const RowOf& 
 #pragma unroll
         for (int place = first; place < smaller(first + kAtOnce, kPlaces); ++place) {
             const int pass = place / Its::kGroups, group = place % Its::kGroups;
+            if (group == 0) row = row_of(pass);  // of an idle one, too, for which it would be kept otherwise
             if (share.idle(pass)) break;
-            if (group == 0) row = row_of(pass);
             const int column = kPerChunk * (share.chunk + Its::kLanes * group);
             const int count = kPerChunk == 16 ? smaller(16, num_cols - column) : kPerChunk;
             const int found = row.exists && column < num_cols ? count : 0;

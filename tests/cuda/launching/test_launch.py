@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from emulated import operands, options_of, plan_of, problem_of
 
-from cupyattn.cuda.launching.launch import recipe_of
+from cupyattn.cuda.launching.launch import divisor, recipe_of
 from cupyattn.cuda.launching.views import view_of_numpy
 from cupyattn.problem import Distances
 
@@ -33,3 +33,13 @@ def test_distances_are_counted_from_the_diagonal_that_a_kernel_finds(rng):
 def test_a_launch_that_is_remembered_is_not_that_of_another_diagonal(rng):
     found = [told(rng, Distances(first, 1), alignment="top-left")[1] for first in (5, 6, 5)]
     assert found == [5, 6, 5]
+
+
+@pytest.mark.parametrize("value", [1, 2, 3, 5, 7, 33, 128, 1000, 65535, 65536, 65537, 2**30 - 1, 2**30, 2**31 - 1])
+def test_a_multiplication_divides_by_a_divisor(value):
+    value, multiplier, shift = divisor(value)
+    assert 0 <= multiplier < 2**32
+    near = [n * value + rest for n in (0, 1, 2, 1000, (2**31 - 1) // value) for rest in (-1, 0, 1)]
+    dividends = [x for x in (*near, 0, 1, 2**31 - 2, 2**31 - 1, *range(0, 2**31, 9_999_991)) if 0 <= x < 2**31]
+    quotients = [x if value == 1 else x * multiplier >> 32 >> shift for x in dividends]
+    assert quotients == [x // value for x in dividends]

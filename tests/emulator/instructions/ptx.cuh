@@ -50,7 +50,8 @@ DEVICE uint32 bits(float value) {
     std::memcpy(&result, &value, 4);
     return result;
 }
-DEVICE void disguise(int&) {}
+template <typename T>
+DEVICE void disguise(T&) {}
 DEVICE float from_bits(uint32 value) {
     float result;
     std::memcpy(&result, &value, 4);
