@@ -92,10 +92,11 @@ def band_cuts(mask: Mask, rows: Span, seqlen_q: int, seqlen_k: int, block_k: int
             touched.stop,
         ]
     else:
+        rest = whole.start + len(whole) // EDGE * EDGE  # with what is left over, which is no block of its own
         edges = [
             *range(touched.start, whole.start, EDGE),
-            *range(whole.start, whole.stop, block_k),
-            *range(whole.stop, touched.stop, EDGE),
+            *range(whole.start, rest, block_k),
+            *range(rest, touched.stop, EDGE),
             touched.stop,
         ]
     shift = mask.offset(seqlen_q, seqlen_k)

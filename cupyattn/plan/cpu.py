@@ -21,6 +21,9 @@ NARROW = 256
 """Keys of a window up to which short tiles gain more, by the scores that they leave out, than their steps cost."""
 TILES_PER_WORKER = 2
 """So that nobody waits long for the last one; more were more steps of Python, which one thread takes at a time."""
+SOON_OVER = 2**28
+"""Cost of a forward pass up to which heads are set side by side until each worker has one tile: its steps of Python are
+a larger part of it than waiting for the last one is."""
 WORTH_THREADS = 75_000_000
 """Cost from which a second thread gains more than it takes to begin."""
 COST_OF_A_NUMBER = 16
@@ -59,7 +62,7 @@ def cpu_tile(
     window narrower than a tall tile is cut into short ones: 128 rows behind 64 keys take a third of the scores of 512.
 
     Several workers get `TILES_PER_WORKER` tiles each, as far as there are rows to share out, and heads are stacked or
-    set side by side only where every worker still has one.
+    set side by side only where every worker still has as many, or one, if the call is soon over.
     """
     group = sizes.queries_per_pair
     num_pairs = max(1, sizes.num_heads // group)
@@ -81,6 +84,9 @@ def cpu_tile(
     pairs = batches = 1
     each_has_its_keys = sizes.num_heads_k == sizes.num_heads_v == num_pairs
     if heads == group and each_has_its_keys and block_k == seqlen_k:
+        scores, head_dims = batch * sizes.num_heads * seqlen_q * seqlen_k, sizes.head_dim + sizes.head_dim_v
+        if not gradients and cpu_cost(scores, 0, head_dims) <= SOON_OVER:
+            enough = num_workers
         room = min(room_for_scores // (rows * block_k), num_pairs * batch // enough)
         pairs = max(1, min(num_pairs, room))
         numbers = sizes.num_heads * block_q * sizes.head_dim + num_pairs * seqlen_k * (

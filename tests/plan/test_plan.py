@@ -576,6 +576,12 @@ def test_a_narrow_window_is_cut_into_short_tiles(band_width, block_q):
     assert cpu_tile(sizes, 1, 4096, 4096, 1, band_width).block_q == block_q
 
 
+@pytest.mark.parametrize(("seqlen", "gradients", "pairs"), [(256, False, 4), (256, True, 2), (400, False, 2)])
+def test_a_call_that_is_soon_over_has_a_tile_for_each_worker(seqlen, gradients, pairs):
+    sizes = Sizes((1,), 8, 8, 8, seqlen, seqlen, 64, 64)
+    assert cpu_tile(sizes, 1, seqlen, seqlen, 2, None, gradients).pairs == pairs
+
+
 def test_few_rows_and_a_window_of_all_keys_are_not_cut_into_shorter_tiles():
     few, causal = (Sizes((1,), 4, 4, 4, n, n, 64, 64) for n in (160, 256))
     assert cpu_tile(few, 1, 160, 160, 1, 16).block_q == 160
