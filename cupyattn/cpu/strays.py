@@ -32,9 +32,10 @@ def weighted_sum(weights: Array, values: Array, unseen: Array | None, product: P
 
 
 def _without_strays(values: Array, finite: Array) -> Array:
-    """With 0 in their place; a single column with the steps it has there, by which the BLAS sums in another order."""
-    step = abs(values.strides[-2]) // values.itemsize if values.shape[-1] == 1 else 1
-    room = np.zeros((*values.shape[:-1], max(1, step) * values.shape[-1]), values.dtype)[..., : values.shape[-1]]
+    """With 0 in their place, and a gap between rows where there is one: the BLAS sums few columns by that, too."""
+    dim = values.shape[-1]
+    has_gaps = values.strides[-2] != dim * values.itemsize
+    room = np.zeros((*values.shape[:-1], dim + has_gaps), values.dtype)[..., :dim]
     np.copyto(room, values, where=finite)
     return room
 

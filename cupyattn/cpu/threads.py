@@ -85,6 +85,15 @@ class _Blas:
         if _is_in(holder, self._latest().leaving):
             self._settle()
             self._follow(partial(_State.left_by, holder=holder))
+            self._latest()  # or the state before would keep the mark, which then is told of its object's end
+
+    def end(self, holder: Mark) -> None:
+        """Of a hold whose `__exit__` was interrupted; this may be, too, and nobody would try again."""
+        try:
+            self.let_go(holder)
+        except BaseException:
+            self.let_go(holder)
+            raise
 
     def _settle(self) -> None:
         """Give the BLAS as many threads as the latest state says."""
@@ -116,7 +125,7 @@ class _Hold:
 
     def __init__(self, blas: _Blas) -> None:
         self._blas = blas
-        self._mark: Mark | None = weakref.ref(self, blas.let_go)
+        self._mark: Mark | None = weakref.ref(self, blas.end)
 
     def __enter__(self) -> None:
         assert self._mark is not None

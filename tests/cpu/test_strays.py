@@ -1,5 +1,7 @@
 """What is nan or inf, kept apart from sums."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -7,7 +9,10 @@ import cupyattn
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "float64"])
-@pytest.mark.parametrize(("rows", "keys", "dim"), [(1, 9, 1), (1, 300, 16), (5, 300, 64), (7, 3000, 64), (40, 70, 1)])
+@pytest.mark.parametrize(
+    ("rows", "keys", "dim"),
+    [(1, 9, 1), (1, 300, 2), (1, 300, 3), (1, 300, 16), (5, 300, 64), (7, 3000, 64), (40, 70, 1)],
+)
 def test_no_bit_depends_on_what_hidden_values_hold(rows, keys, dim, compute_dtype, rng):
     """By which sums are made anew, whatever shape the BLAS got their operands in."""
     q, k, v = (rng.standard_normal((2, n, 3, dim)) for n in (rows, keys, keys))
@@ -20,7 +25,9 @@ def test_no_bit_depends_on_what_hidden_values_hold(rows, keys, dim, compute_dtyp
 
 
 @pytest.mark.parametrize("compute_dtype", ["float32", "float64"])
-@pytest.mark.parametrize(("rows", "keys", "dim"), [(1, 9, 1), (5, 300, 64), (40, 70, 1), (70, 300, 16)])
+@pytest.mark.parametrize(
+    ("rows", "keys", "dim"), [(1, 9, 1), (1, 300, 2), (1, 300, 3), (5, 300, 64), (40, 70, 1), (70, 300, 16)]
+)
 def test_no_bit_of_a_gradient_does(rows, keys, dim, compute_dtype, rng):
     q, dout = (rng.standard_normal((2, rows, 3, dim)) for _ in range(2))
     k, v = (rng.standard_normal((2, keys, 3, dim)) for _ in range(2))
@@ -31,3 +38,18 @@ def test_no_bit_of_a_gradient_does(rows, keys, dim, compute_dtype, rng):
     found = cupyattn.attention_backward(dout, q, k, v, **ask)
     for name in ("dq", "dk", "dv"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+
+
+def test_no_more_memory_than_the_values_take(rng):
+    """A single column of values that lie one sequence beside the other has large steps."""
+    v = np.ones((512, 16, 8, 1)).transpose(1, 2, 0, 3)
+    q, k = np.ones((16, 8, 1, 4)), np.ones((16, 8, 512, 4))
+    seen = np.arange(512) > 0
+    v[:, :, 0] = np.nan
+    cupyattn.attention(q, k, v, layout="bhsd", mask=seen)
+    tracemalloc.start()
+    try:
+        assert (cupyattn.attention(q, k, v, layout="bhsd", mask=seen) == 1.0).all()
+        assert tracemalloc.get_traced_memory()[1] < 8e6
+    finally:
+        tracemalloc.stop()

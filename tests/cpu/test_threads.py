@@ -243,6 +243,12 @@ class FakeBlas:
         self.num_threads = count
 
 
+def blas_of(library):
+    blas = threads._Blas()
+    vars(blas)["_libraries"] = [library]
+    return blas
+
+
 def in_every_order(steps_of, count):
     """What `steps_of(turn)` gives, by threads that go on one at a time, from `turn` to `turn`, in `count` orders."""
     for seed in range(count):
@@ -279,8 +285,8 @@ def test_callers_that_overlap_in_any_order_restore_the_blas(monkeypatch):
     seen = set()
 
     def steps_of(turn):
-        blas, library = threads._Blas(), FakeBlas(turn)
-        vars(blas)["_libraries"] = [library]
+        library = FakeBlas(turn)
+        blas = blas_of(library)
         latest = blas._latest
         blas._latest = lambda: turn() or latest()
 
@@ -296,6 +302,33 @@ def test_callers_that_overlap_in_any_order_restore_the_blas(monkeypatch):
 
     in_every_order(steps_of, 400)
     assert {original for _, original in seen} == {3}
+
+
+def test_a_hold_that_was_let_go_is_not_ended_again():
+    """What an object's end calls is no place for an interruption: Python prints it, and goes on."""
+    blas, ended = blas_of(FakeBlas(lambda: None)), []
+    blas.end = ended.append
+    for _ in range(3):
+        with blas.on_one_thread():
+            pass
+    assert ended == []
+
+
+def test_the_end_of_a_hold_is_tried_again_if_it_is_interrupted(monkeypatch):
+    blas, let_go, seen = blas_of(FakeBlas(lambda: None)), threads._Blas.let_go, []
+    monkeypatch.setattr("sys.unraisablehook", lambda told: seen.append(told.exc_type))
+
+    def interrupted_once(self, holder):
+        monkeypatch.setattr(threads._Blas, "let_go", let_go)
+        raise KeyboardInterrupt
+
+    hold = blas.on_one_thread()
+    hold.__enter__()
+    monkeypatch.setattr(threads._Blas, "let_go", interrupted_once)
+    del hold
+    state = blas._latest()
+    assert (state.holders, state.leaving, state.originals, seen) == ((), (), None, [KeyboardInterrupt])
+    assert blas.num_threads() == 3
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
