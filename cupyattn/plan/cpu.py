@@ -23,7 +23,8 @@ TILES_PER_WORKER = 2
 """So that nobody waits long for the last one; more were more steps of Python, which one thread takes at a time."""
 SOON_OVER = 2**28
 """Cost of a forward pass up to which heads are set side by side until each worker has one tile: its steps of Python are
-a larger part of it than waiting for the last one is."""
+a larger part of it than waiting for the last one is.  Not of a few rows, whose keys are read rather than multiplied, by
+whoever is there first."""
 WORTH_THREADS = 75_000_000
 """Cost from which a second thread gains more than it takes to begin."""
 COST_OF_A_NUMBER = 16
@@ -85,7 +86,7 @@ def cpu_tile(
     each_has_its_keys = sizes.num_heads_k == sizes.num_heads_v == num_pairs
     if heads == group and each_has_its_keys and block_k == seqlen_k:
         scores, head_dims = batch * sizes.num_heads * seqlen_q * seqlen_k, sizes.head_dim + sizes.head_dim_v
-        if not gradients and cpu_cost(scores, 0, head_dims) <= SOON_OVER:
+        if not gradients and rows >= FEWEST_ROWS and cpu_cost(scores, 0, head_dims) <= SOON_OVER:
             enough = num_workers
         room = min(room_for_scores // (rows * block_k), num_pairs * batch // enough)
         pairs = max(1, min(num_pairs, room))

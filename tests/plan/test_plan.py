@@ -582,6 +582,12 @@ def test_a_call_that_is_soon_over_has_a_tile_for_each_worker(seqlen, gradients, 
     assert cpu_tile(sizes, 1, seqlen, seqlen, 2, None, gradients).pairs == pairs
 
 
+def test_a_decode_has_more_tiles_than_workers():
+    """Its keys are read more than they are multiplied."""
+    sizes = Sizes((1,), 8, 8, 8, 1, 4096, 64, 64)
+    assert cpu_tile(sizes, 1, 1, 4096, 2).pairs == 2
+
+
 def test_few_rows_and_a_window_of_all_keys_are_not_cut_into_shorter_tiles():
     few, causal = (Sizes((1,), 4, 4, 4, n, n, 64, 64) for n in (160, 256))
     assert cpu_tile(few, 1, 160, 160, 1, 16).block_q == 160
