@@ -157,6 +157,7 @@ EDITS = {
     "sinks": with_sinks(),
     "sinks of rows that see nothing": with_sinks(window_size=(0, 0), alignment="bottom-right", seqlens=(90, 20)),
     "sinks of infinity": with_sinks((90, 20), (np.inf, 0.0, np.inf, -np.inf), causal=True, alignment="bottom-right"),
+    "sinks of nan": with_sinks((90, 20), (np.nan, 0.0, np.nan, 3.0), causal=True, alignment="bottom-right"),
     "everything": everything,
 }
 
@@ -390,6 +391,15 @@ STRAYS = {
     "a query of nan": strays(("q", 25, 1, np.nan), **CAUSAL),
     "a query of inf": strays(("q", 25, 1, np.inf), **CAUSAL),
 }
+
+SEVERAL = (("v", 3, 5, np.inf), ("v", 17, 5, -np.inf), ("v", 20, 9, np.nan), ("v", 30, 11, -np.inf))
+DROPPED = {
+    "inf": strays(("v", 20, 3, np.inf), dropout_p=0.5, **CAUSAL),
+    "several": strays(*SEVERAL, dropout_p=0.2, window_size=(None, 45), alignment="top-left"),
+    "all": strays(*SEVERAL, dropout_p=1.0, **CAUSAL),
+    "150 infs": strays(*(("v", key, 9, np.inf) for key in range(150)), seqlens=(40, 180), dropout_p=0.9),
+}
+"""Values that are not finite, and weights of 0 that dropout leaves: 0 * inf is nan."""
 
 
 def turns(table):

@@ -188,7 +188,7 @@ struct FlashBlock {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
             if (kCare && counting) {
-                mark_seen(scores[m]);
+                mark_seen<Traits::kEdits>(scores[m], rows(m), block * kBlockK, sequence.index, params);
                 out[m].clear();
             } else {
                 float shrink[2];

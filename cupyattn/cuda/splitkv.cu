@@ -213,7 +213,7 @@ struct SplitBlock : SplitStates<Traits> {
             if constexpr (Traits::kReady) ptx::disguise(its.token[0]), ptx::disguise(its.token[1]);
             edit<Traits::kEdits, kBand>(scores[m], its, key, sequence, params, scale());
             if (kCare && counting) {
-                mark_seen(scores[m]);
+                mark_seen<Traits::kEdits>(scores[m], rows[m], key, sequence.index, params);
                 out[m].clear();
             } else {
                 float shrink[2];

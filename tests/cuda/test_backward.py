@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cases import DISTANCES, EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, additive, call, slopes, strays, turns
+from cases import DISTANCES, DROPPED, EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, additive, call, slopes, strays, turns
 from emulated import definition, operands, options_of, problem_of, ragged_operands, ragged_options
 from emulated_backward import A100, Call, check, hold, run, with_dout
 from oracle import assert_same_bits
@@ -221,6 +221,13 @@ def test_what_is_not_finite_shows_where_it_is_seen(rng, dtype, make, schedule):
     check(with_dout(rng, arrays, options), options, schedule)
 
 
+@pytest.mark.parametrize(("make", "schedule"), turns(DROPPED))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_not_finite_is_nan_where_its_weight_is_dropped(rng, dtype, make, schedule):
+    arrays, options, seed = make(rng, dtype)
+    check(with_dout(rng, arrays, options), options, schedule, dropout_seed=seed)
+
+
 OF_DOUT = {
     "inf": [(20, 3, np.inf)],
     "-inf": [(39, 63, -np.inf)],
@@ -240,6 +247,15 @@ def test_a_gradient_that_is_not_finite_shows_where_its_row_sees(rng, dtype, foun
     for row, column, what in found:
         arrays["dout"][0, row, 1, column] = what
     check(arrays, options, schedule)
+
+
+@pytest.mark.parametrize("p", [0.5, 1.0])
+def test_a_gradient_that_is_not_finite_is_nan_where_its_weight_is_dropped(rng, p):
+    arrays, options, seed = call(rng, "float16", (2, 1, 1), (150, 77), batch=1, options={"dropout_p": p})
+    arrays = with_dout(rng, arrays, options)
+    for row, column, what in (*OF_DOUT["inf"], *OF_DOUT["-inf"], *OF_DOUT["nan"]):
+        arrays["dout"][0, row, 1, column] = what
+    check(arrays, options, 1, dropout_seed=seed)
 
 
 @pytest.mark.parametrize("name", ["q", "k"])

@@ -239,7 +239,8 @@ def test_who_sees_whom_meets_the_bar(rng, make, schedule):
 
 KNOWN = ("scale", "scale 0", "scale of nearly 0", "scale -0", "scale below 0", "scale below 0, rows that see nothing",
          "scale below 0, sinks, softcap, window", "softcap 2", "softcap of nearly 0", "slopes by batch and head",
-         "slopes, top-left", "sinks", "sinks of rows that see nothing", "sinks of infinity")  # fmt: skip
+         "slopes, top-left", "sinks", "sinks of rows that see nothing", "sinks of infinity",
+         "sinks of nan")  # fmt: skip
 
 
 @pytest.mark.parametrize(("make", "schedule"), turns({name: EDITS[name] for name in KNOWN}))

@@ -190,10 +190,11 @@ def test_what_is_hidden_does_not_change_a_bit(rng, name):
     assert_same_bits(found.lse, clean.lse)
 
 
+@pytest.mark.parametrize("first", [0.5, np.nan])
 @pytest.mark.parametrize("seen", [0, 5, 90])
-def test_rows_of_sinks_that_see_nothing_and_something_meet_the_bar(rng, seen):
+def test_rows_of_sinks_that_see_nothing_and_something_meet_the_bar(rng, seen, first):
     arrays = operands(rng, "bfloat16", "bshd", 1, HEADS, (90, seen))
-    arrays["sinks"] = np.array([0.5, np.inf, -np.inf, 3.0], "f4")
+    arrays["sinks"] = np.array([first, np.inf, -np.inf, 3.0], "f4")
     held(arrays, options_of(**CAUSAL), 1)
 
 

@@ -3,7 +3,7 @@ float8."""
 
 import numpy as np
 import pytest
-from cases import DISTANCES, EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call, turns
+from cases import DISTANCES, DROPPED, EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call, turns
 from emulated import (
     Call,
     check,
@@ -137,6 +137,13 @@ def test_what_is_hidden_does_not_change_a_bit_of_other_dtypes(rng, dtype):
 def test_what_is_not_finite_shows_where_it_is_seen(rng, dtype, make, schedule):
     arrays, options, _ = make(rng, dtype)
     check(arrays, options, "splitkv", schedule, tile=SMALL, num_splits=1 + schedule)
+
+
+@pytest.mark.parametrize(("make", "schedule"), turns(DROPPED))
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_what_is_not_finite_is_nan_where_its_weight_is_dropped(rng, dtype, make, schedule):
+    arrays, options, seed = make(rng, dtype)
+    check(arrays, options, "splitkv", schedule, dropout_seed=seed, tile=SMALL, num_splits=1 + schedule)
 
 
 def test_a_query_of_nan_spoils_its_own_row_alone(rng):

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "algorithm/scores.cuh"
+#include "tiles/strays.cuh"
 
 namespace cupyattn {
 
@@ -37,6 +38,21 @@ DEVICE void drop(Accumulator<kCols>& weights, const RowPair& rows, int first_key
                 weights.value[2 * sixteen + i / 2][2 * half + i % 2] *=
                     word[i] >= params.dropout_threshold ? params.dropout_factor : 0.f;
         }
+}
+
+// The weights that count strays, see strays.cuh: 1 where a key is seen, 0 where it is not.  Where a weight is dropped
+// every stray is nan, as 0 * infinity is.
+template <int kEdits, int kCols>
+DEVICE void mark_seen(Accumulator<kCols>& scores, const RowPair& rows, int first_key, int batch, const Params& params) {
+    Accumulator<kCols> marks;
+#pragma unroll
+    for (int i = 0; i < kCols / 2; ++i) marks.value[i / 4][i % 4] = 1.f;
+    if constexpr (bool(kEdits & kDropout)) drop(marks, rows, first_key, batch, params);
+#pragma unroll
+    for (int i = 0; i < kCols / 2; ++i) {
+        float& score = scores.value[i / 4][i % 4];
+        score = score == -ptx::infinity() ? 0.f : marks.value[i / 4][i % 4] == 0.f ? kCodes[2] : 1.f;
+    }
 }
 
 }  // namespace cupyattn

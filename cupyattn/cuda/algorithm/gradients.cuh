@@ -297,7 +297,8 @@ struct BackwardBlock {
                     if constexpr (kChoosy) hidden = hidden || x == -ptx::infinity();
                     const float weight = hidden ? 0.f : ptx::exp2(ptx::fma(x, scale_log2, -lse));
                     const float factor = kEdits & kDropout ? kept[eight][i] : 1.f;
-                    scores.value[block][i] = kCare && counting && !hidden ? 1.f : weight * factor;
+                    const float mark = kEdits & kDropout && factor == 0.f ? kCodes[2] : 1.f;  // see mark_seen
+                    scores.value[block][i] = kCare && counting && !hidden ? mark : weight * factor;
                     if constexpr (kNeedsChanges) {
                         float change = weight * ptx::fma(factor, dscores.value[block][i], -delta);
                         if (kChoosy && hidden) change = 0.f;

@@ -170,15 +170,6 @@ DEVICE void edit(Accumulator<kCols>& scores, const TwoRows& rows, int first_key,
     edit<kEdits, kBand>(scores, rows, first_key, sequence, params, params.softmax_scale);
 }
 
-// 1 where a key is seen, 0 where it is not: the weights that count strays, see strays.cuh.
-template <int kCols>
-DEVICE void mark_seen(Accumulator<kCols>& scores) {
-#pragma unroll
-    for (int block = 0; block < kCols / 8; ++block)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) scores.value[block][i] = scores.value[block][i] == -ptx::infinity() ? 0.f : 1.f;
-}
-
 // What the softmax multiplies such scores by, to make them exponents of two.
 template <int kEdits>
 DEVICE float scale_log2_of(float softmax_scale, const Params& params) {

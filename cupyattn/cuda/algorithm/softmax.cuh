@@ -93,7 +93,8 @@ struct Finish {
     float factor, lse;
 };
 
-// row_max and sink are exponents of two; a sink joins as a key whose value is zero.
+// row_max and sink are exponents of two; a sink joins as a key whose value is zero.  A row that sees no key has a factor
+// of zero whatever the sink is: who sees one has a sum, of which the largest weight is a part.
 DEVICE Finish finish_row(float row_max, float row_sum, float sink) {
     const float highest = ptx::max(row_max, sink);
     const float origin = highest == -ptx::infinity() ? 0.f : highest;
@@ -103,7 +104,7 @@ DEVICE Finish finish_row(float row_max, float row_sum, float sink) {
     if (total == 0.f) return {0.f, -ptx::infinity()};
     // The lowest number stands for all that are lower as exponents of two, see scores.cuh; a sum of nan is nan still.
     const float lse = highest == kLowest ? ptx::fma(total, 0.f, kLowest) : (origin + ptx::log2(total)) * kLn2;
-    return {shrink / total, lse};
+    return {row_sum == 0.f ? 0.f : shrink / total, lse};
 }
 
 // Rows that belong to no sequence, of some heads: out = 0, lse = -inf.  The whole block takes every `step`-th row.

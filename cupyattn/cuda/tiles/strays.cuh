@@ -21,7 +21,8 @@ struct Exponent<BFloat16> {
     static constexpr uint32 kBits = 0x7f80u;
 };
 
-// Codes of inf, -inf and nan: counts of up to 127 of each do not touch.
+// Codes of inf, -inf and nan: counts of up to 127 of each do not touch.  The last one is also the weight of a pair whose
+// strays are all to be nan.
 constexpr float kCodes[3] = {1.f, 128.f, 16384.f};
 
 // A pair of values with its strays made 0, or with codes for them and all else made 0.
@@ -78,8 +79,9 @@ struct Strays {
     DEVICE_METHOD void collect(const Accumulator<kCols>& counts) {
 #pragma unroll
         for (int i = 0; i < kCols / 2; ++i) {
-            const uint32 count = static_cast<uint32>(counts.value[i / 4][i % 4]);
-            const uint32 bits = count >> 14 ? 3u : (count & 127u ? 1u : 0u) | (count >> 7 ? 2u : 0u);
+            const bool nan = counts.value[i / 4][i % 4] >= kCodes[2];
+            const uint32 count = nan ? 0u : static_cast<uint32>(counts.value[i / 4][i % 4]);
+            const uint32 bits = nan ? 3u : (count & 127u ? 1u : 0u) | (count >> 7 ? 2u : 0u);
             word[i / 16] |= bits << 2 * (i % 16);
         }
     }

@@ -83,7 +83,8 @@ def expected_ends(rows):
         factor = np.where(row_sum > 0.0, 1.0 / (row_sum + np.exp2(sink - row_max)), 0.0)
         at_lowest = np.fmax(row_max, sink) == LOWEST
         lse = np.where(at_lowest & ~np.isneginf(lse), LOWEST, lse)
-        return *(np.where(lost, np.nan, x).astype(np.float32) for x in (factor, lse)), at_lowest & lost
+        factor, lse = np.where(lost & (row_sum != 0.0), np.nan, factor), np.where(lost, np.nan, lse)
+        return factor.astype(np.float32), lse.astype(np.float32), at_lowest & lost
 
 
 def hold_finish(kernel, rows):
@@ -111,8 +112,15 @@ def test_nan_beside_the_lowest_number_is_nan(rng):
         ("sink == ptx::infinity() ? 1.f : ", ""),
         ("highest == kLowest ? ptx::fma(total, 0.f, kLowest) : ", ""),
         ("highest == -ptx::infinity() ? 0.f : highest;", "highest;"),
+        ("row_sum == 0.f ? 0.f : ", ""),
     ],
-    ids=["nothing divided by nothing", "infinity less infinity", "the lowest is no mark", "-inf less -inf"],
+    ids=[
+        "nothing divided by nothing",
+        "infinity less infinity",
+        "the lowest is no mark",
+        "-inf less -inf",
+        "nothing beside nan",
+    ],
 )
 def test_a_fault_at_the_end_of_a_row_is_found(rng, old, new):
     rows = ends_of_rows(rng)
