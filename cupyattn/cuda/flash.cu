@@ -23,7 +23,13 @@
 
 namespace cupyattn {
 
-// One block's work.  With kCare the walk that keeps values apart which are not finite, see strays.cuh.
+// A block's work: rows of a head.
+struct FlashItem {
+    Sequence sequence;
+    int tile, head;
+};
+
+// One block's part in it.  With kCare the walk that keeps values apart which are not finite, see strays.cuh.
 template <typename Traits, bool kCare>
 struct FlashBlock {
     using Element = typename Traits::Element;
@@ -47,8 +53,8 @@ struct FlashBlock {
 
     static constexpr int kStageBytes = Traits::KeyTile::kBytes + Traits::ValueTile::kBytes;
 
-    DEVICE_METHOD FlashBlock(const Params& given, int tile, int head_, const Sequence& sequence_)
-        : params(given), sequence(sequence_), head(head_), first_row(tile * Traits::kBlockQ) {
+    DEVICE_METHOD FlashBlock(const Params& given, const FlashItem& item) : params(given) {
+        look_at(item);
         const uint32 memory = ptx::shared_memory();
         queries.base = memory;
         key_tile.base = memory + Traits::kQueryBytes;
@@ -57,6 +63,10 @@ struct FlashBlock {
         const int64 row = Traits::kPaged ? 0 : sequence.first_key;
         keys = start_of<const Element>(params.at.k, params.k, place, head / params.queries_per_k, row);
         values = start_of<const Element>(params.at.v, params.v, place, head / params.queries_per_v, row);
+    }
+
+    DEVICE_METHOD void look_at(const FlashItem& item) {
+        sequence = item.sequence, head = item.head, first_row = item.tile * Traits::kBlockQ;
     }
 
     // The two rows of this lane in fragment `m`.
@@ -354,9 +364,10 @@ struct FlashBlock {
 
 // Once more from the queries in shared memory on; apart, since it is rarely run.
 template <typename Traits>
-DEVICE_APART void flash_with_care(const Params& params, int tile, int head, const Sequence& sequence) {
-    FlashBlock<Traits, true> block(params, tile, head, sequence);
+DEVICE_APART void flash_with_care(const Params& params, const FlashItem& item) {
+    FlashBlock<Traits, true> block(params, item);
     block.attend_with_care();
+    block.look_at(*ptx::disguised(item));
     block.store();
 }
 
@@ -372,15 +383,18 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLeastBlocks) flash_
     if (sequence.index == params.batch)
         return wipe<typename Traits::Element>(params, sequence, {head, head + 1}, place.tile, place.tiles);
     if (tile * Traits::kBlockQ >= sequence.band.seqlen_q) return;
-    FlashBlock<Traits, false> block(params, tile, head, sequence);
+    const FlashItem item{sequence, tile, head};
+    FlashBlock<Traits, false> block(params, item);
     block.load_queries();
     ptx::commit_copies();
     block.attend();
     ptx::wait_copies<0>();  // where no key is seen the queries may still be on their way
-    if (block.is_suspicious())
-        flash_with_care<Traits>(params, tile, head, sequence);
-    else
+    if (block.is_suspicious()) {
+        flash_with_care<Traits>(params, item);
+    } else {
+        block.look_at(*ptx::disguised(item));  // so that little of it is kept through the walk
         block.store();
+    }
 }
 
 }  // namespace cupyattn

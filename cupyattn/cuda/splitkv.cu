@@ -318,8 +318,7 @@ DEVICE void attend_to(const typename Traits::Given& params, const SplitItem& ite
     else
         block.leave_state();
     ptx::barrier();
-    const SplitItem* again = &item;
-    ptx::disguise(again);  // so that little of it is kept through the walk
+    const SplitItem* again = ptx::disguised(item);  // so that little of it is kept through the walk
     block.look_at(again->tile, again->group, again->sequence);
     const bool is_whole = Walk::is_whole();
     const int64 place = Walk::place();

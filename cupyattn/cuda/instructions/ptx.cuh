@@ -58,6 +58,13 @@ template <typename T>
 DEVICE void disguise(const T*& x) {
     asm volatile("" : "+l"(x) : : "memory");
 }
+// Where it is, so that what is read of it there is not kept from before.
+template <typename T>
+DEVICE const T* disguised(const T& x) {
+    const T* place = &x;
+    disguise(place);
+    return place;
+}
 
 // ex2.approx.ftz: relative error 2^-22.
 DEVICE float exp2(float x) {
