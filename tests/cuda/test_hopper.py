@@ -19,6 +19,7 @@ from emulated import (
     run,
     without_pages,
 )
+from emulator import CUDA, path_of
 from oracle import assert_same_bits
 
 from cupyattn.cuda.launching.launch import map_objections, recipe_of, record_of
@@ -507,6 +508,22 @@ def test_nan_of_float8_shows_where_it_is_seen(rng, schedule):
     arrays = operands(rng, FLOAT8, "bshd", 1, (1, 1, 1), (40, 77))
     arrays["v"][0, [3, 20, 76], 0, [5, 63, 0]] = np.nan
     held(arrays, options_of(causal=True, alignment="top-left"), schedule)
+
+
+@pytest.mark.parametrize("found", [None, np.nan], ids=["finite", "nan"])
+def test_rows_that_do_not_exist_call_for_no_care(rng, found):
+    """Of groups of three, tiles have two rows to spare, where results were staged: bytes that as float8 may be nan."""
+    arrays = operands(rng, FLOAT8, "bshd", 12, (3, 1, 1), (42, 384), (128, 128))
+    if found is not None:
+        arrays["v"][3, 5, 0, 7] = found
+    mend = "if (suspicious) mend(staged, first, part * kCols);"
+    spoil = "ptx::warp_barrier(); if (suspicious && ptx::lane() == 0) ptx::store_shared(staged.address(first, 0), ~0u);"
+    path, tile = path_of("store90.cuh"), hopper_tile(problem_of(arrays, options_of()))
+    assert (CUDA / path).read_text().count(mend) == 1
+    sources = {path: (CUDA / path).read_text().replace(mend, spoil)}
+    edits = {"tile": tile._replace(heads_per_unit=3, cluster=1, persistent=True), "num_workers": 1, "sources": sources}
+    spoilt = np.isnan(run(arrays, options_of(), "hopper", **edits).out.astype(float)).any()
+    assert spoilt == (found is not None)
 
 
 def test_a_negative_descale_of_scores_gives_nan(rng):

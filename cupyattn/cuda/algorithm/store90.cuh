@@ -69,7 +69,11 @@ struct HopperResult {
             if (params.at.lse && ptx::lane() % 4 == 0 && exists(its_row)) store_lse(head, token, end.lse);
         }
         out.scale_rows(factor);
-        const bool suspicious = ptx::any(strays || out.times_zero() != 0.f);
+        // Not of rows that do not exist: where they are, queries of others lie, or what was staged there.
+        ptx::disguise(first);
+        const bool upper = exists(first) && out.template times_zero<0, 1>() != 0.f;
+        const bool lower = exists(first + 8) && out.template times_zero<2, 3>() != 0.f;
+        const bool suspicious = ptx::any(strays || upper || lower);
 #pragma unroll
         for (int index = 0; index < Traits::kOutParts; ++index) store_part(index, suspicious);
         memory.query_ring().leave(tile_use, ptx::lane());

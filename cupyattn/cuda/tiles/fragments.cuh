@@ -41,13 +41,14 @@ struct Accumulator {
                 x = ptx::fma(x, factor[i / 2], part.value[block][i]);
             }
     }
-    // 0, or nan if any of this lane's sums is nan or inf.
+    // 0, or nan if any of this lane's sums, or of those of one of its two rows, is nan or inf.
+    template <int kFirst = 0, int kLast = 3>
     DEVICE_METHOD float times_zero() const {
         float probe = 0.f;
 #pragma unroll
         for (int block = 0; block < kBlocks; ++block)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) probe = ptx::fma(value[block][i], 0.f, probe);
+            for (int i = kFirst; i <= kLast; ++i) probe = ptx::fma(value[block][i], 0.f, probe);
         return probe;
     }
 };
