@@ -31,7 +31,7 @@ sys.path[:0] = [str(CHECKOUT), str(SUITE)]
 import gpu_caches  # noqa: E402 - beside this file
 import gpu_gradients  # noqa: E402
 import gpu_hopper  # noqa: E402
-from gpu_tools import back_ends, back_ends_call, in_a_graph, microseconds, with_tile  # noqa: E402
+from gpu_tools import BACK_ENDS, back_ends, back_ends_call, ended, in_a_graph, microseconds, with_tile  # noqa: E402
 
 import cupyattn  # noqa: E402 - the checkout, installed or not
 from cupyattn.cuda.making import catalogue  # noqa: E402
@@ -147,12 +147,8 @@ def sanitizer(report, torch):
 
 def _run_pytest(report, section, command, **more):
     start = time.monotonic()
-    try:
-        run = subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, timeout=report.left(section))
-        text, status = run.stdout + run.stderr, run.returncode
-    except subprocess.TimeoutExpired as error:
-        text = (error.stdout or b"").decode() + (error.stderr or b"").decode()
-        status = "out of time"
+    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # JAX would take most of the memory
+    text, status = ended(command, report.left(section), cwd=CHECKOUT, env=environment)
     verdicts = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|skipped)|ERROR SUMMARY", line)]
     report.row(section, **more, status=status, seconds=time.monotonic() - start, result=" | ".join(verdicts[-2:]))
     if status != 0:
@@ -170,9 +166,7 @@ def prefill(report, torch):
         )
         theirs = [x.transpose(1, 2) for x in (q, k, v)]
         calls = {"cupyattn": lambda q=q, k=k, v=v, causal=causal: cupyattn.attention(q, k, v, causal=causal)}
-        calls |= back_ends(torch, *theirs, is_causal=causal)
-        if seqlen > 4096:
-            calls.pop("math", None)
+        calls |= back_ends(torch, *theirs, BACK_ENDS if seqlen <= 4096 else BACK_ENDS[:-1], is_causal=causal)
         times = microseconds(calls, torch)
         flops = cupyattn.explain(q, k, v, causal=causal).flops
         rates = {name: flops / x * 1e-6 for name, x in times.items()}
@@ -214,7 +208,7 @@ def decode(report, torch):
         turned = [[x.transpose(1, 2) for x in pair] for pair in sets]
         for name in back_ends(torch, q.transpose(1, 2), *turned[0], enable_gqa=True):
             calls[name] = lambda name=name, q=q, turned=turned: [
-                back_ends_call(torch, name, q.transpose(1, 2), k, v) for k, v in turned
+                back_ends_call(torch, name, q.transpose(1, 2), k, v, enable_gqa=True) for k, v in turned
             ]
         calls = {name: in_a_graph(call, torch) for name, call in calls.items()}
         times = {name: x / copies for name, x in microseconds(calls, torch).items()}

@@ -1,8 +1,22 @@
 """Times on a GPU, and torch's attention by each of its back ends, for gpu.py and its parts."""
 
+import os
+import signal
 import statistics
+import subprocess
 import time
 from dataclasses import replace
+
+
+def ended(command, seconds, **options):
+    """(what it printed, its status).  Out of time it ends with all that it started: some may be stuck on the GPU."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, start_new_session=True, **pipes, **options) as run:
+        try:
+            return run.communicate(timeout=seconds)[0], run.returncode
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            return run.communicate()[0], "out of time"
 
 
 def microseconds(calls, torch, repeats=5, budget=0.08):
@@ -40,18 +54,17 @@ def in_a_graph(call, torch):
     return graph.replay
 
 
-def back_ends(torch, q, k, v, **options):
+BACK_ENDS = ("flash", "cudnn", "efficient", "math")
+"""Of torch's attention. The last one has all scores in memory: of 32768 tokens they are 128 GB."""
+
+
+def back_ends(torch, q, k, v, names=BACK_ENDS, **options):
     """{name: torch's attention by that back end}, of those that take the problem; (batch, heads, seqlen, dim)."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.functional import scaled_dot_product_attention
-
     found = {}
-    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "MATH"):
-        backend = getattr(SDPBackend, name)
+    for name in names:
 
-        def call(backend=backend):
-            with sdpa_kernel(backend):
-                return scaled_dot_product_attention(q, k, v, **options)
+        def call(name=name):
+            return back_ends_call(torch, name, q, k, v, **options)
 
         try:
             call()
@@ -59,16 +72,16 @@ def back_ends(torch, q, k, v, **options):
         except (RuntimeError, torch.OutOfMemoryError):
             torch.cuda.empty_cache()
             continue
-        found[name.removesuffix("_ATTENTION").lower()] = call
+        found[name] = call
     return found
 
 
-def back_ends_call(torch, name, q, k, v):
+def back_ends_call(torch, name, q, k, v, **options):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     backend = SDPBackend.MATH if name == "math" else getattr(SDPBackend, f"{name.upper()}_ATTENTION")
     with sdpa_kernel(backend):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
 
 
 def with_tile(torch, q, k, v, tile, kernel, **options):

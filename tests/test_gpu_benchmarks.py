@@ -1,6 +1,8 @@
 """What `make gpu` times can be asked for: a section that raises there costs what a machine with a GPU is lent for."""
 
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,43 @@ def test_every_kernel_of_gradients_has_a_name_and_fits(suite):
     found = gpu_gradients.kernels()
     assert len({x.expression for x in found}) == len(found) > 20
     assert max(x.shared_memory for x in found) <= NAMED_DEVICES["H100"].shared_memory
+
+
+def test_who_is_out_of_time_ends_with_all_that_it_started(suite):
+    """Workers of pytest may be stuck in a kernel: what is timed after them would share the GPU with it."""
+    _, gpu_tools = suite
+    child = f"import subprocess; subprocess.run([{sys.executable!r}, '-c', 'import time; time.sleep(600)'])"
+    start = f"import subprocess; print(subprocess.Popen([{sys.executable!r}, '-c', {child!r}]).pid, flush=True)"
+    text, status = gpu_tools.ended([sys.executable, "-c", start + "; import time; time.sleep(600)"], 3.0)
+    assert status == "out of time"
+    pid, ends = int(text), time.monotonic() + 20
+    while _runs(pid) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not _runs(pid)
+
+
+def _runs(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return state.rpartition(")")[2].split()[0] != "Z"
+
+
+def test_what_ends_in_time_says_how(suite):
+    _, gpu_tools = suite
+    code = "import os, sys; print(os.getcwd(), os.environ['WHAT'], file=sys.stderr); raise SystemExit(5)"
+    text, status = gpu_tools.ended([sys.executable, "-c", code], 60, cwd="/", env={**os.environ, "WHAT": "so"})
+    assert (text, status) == ("/ so\n", 5)
+
+
+@pytest.mark.parametrize("names", [(), ("math",), ("flash", "math")])
+def test_back_ends_of_torch_are_those_asked_for_that_take_the_problem(suite, names, monkeypatch):
+    _, gpu_tools = suite
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    q = torch.randn(1, 2, 5, 8)
+    found = gpu_tools.back_ends(torch, q, q, q, names, is_causal=True)
+    assert set(found) <= set(names)
+    assert ("math" in found) == ("math" in names)
+    for call in found.values():
+        torch.testing.assert_close(call(), torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
