@@ -155,7 +155,7 @@ def explain(
     allowed = allowed_by(function, implementation)
     options = attention_options(
         function, layout, causal, alignment, window_size, softmax_scale, softcap, dropout_p, compute_dtype, return_lse,
-        takes_float8=True,
+        takes_float8=not backward,
     )  # fmt: skip
     given = under_our_names(
         q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sinks=sinks,

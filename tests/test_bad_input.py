@@ -737,6 +737,10 @@ FLOAT8 = [
         "explained_descale_of_other_sizes", EXPLAIN, ValueError, "v_descale", "(3, 2)",
         dtype="float8_e4m3fn", q=(2, 5, 4, 8), k=(2, 5, 2, 8), v=(2, 5, 2, 8), v_descale=(3, 2),
     ),
+    bad(
+        "explained_gradients_of_float8", EXPLAIN, TypeError, "q", "float8_e4m3fn", "has no gradients",
+        dtype="float8_e4m3fn", q=(2, 5, 4, 8), k=(2, 5, 2, 8), v=(2, 5, 2, 8), backward=True,
+    ),
 ]
 
 PLANS = [

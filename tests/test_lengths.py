@@ -92,6 +92,17 @@ def test_lengths_of_one_side_alone(given):
     assert_matches(lse, exact[1], atol=1e-13)
 
 
+def test_lengths_are_of_any_byte_order():
+    given = batch()
+    other = {name: x.astype(">i4") if name.startswith("seqlens") else x for name, x in given.items()}
+    assert_same_bits(cupyattn.attention(**other), cupyattn.attention(**given))
+    gradients = [cupyattn.attention_backward(np.ones_like(x["q"]), **x) for x in (given, other)]
+    for mine, theirs in zip(*gradients, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            assert_same_bits(mine, theirs)
+
+
 def test_full_lengths_change_nothing():
     arguments = batch(poison=False) | {
         "seqlens_q": lengths([SEQLEN_Q] * BATCH),

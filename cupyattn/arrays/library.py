@@ -305,9 +305,11 @@ def name_of(dtype: Any) -> str:
 
 
 def bits_of(array: Array) -> Array:
-    """What NumPy has no dtype of its own for, as its bits."""
+    """What NumPy has no dtype of its own for, as its bits; integers in the machine's byte order, for NumPy's clip."""
     if array.dtype.isbuiltin == 1:
         return array
+    if array.dtype.kind in "iu" and not array.dtype.isnative:
+        return array.astype(array.dtype.newbyteorder("="))
     bits = BITS.get(name_of(array.dtype))
     return array if bits is None else array.view(bits)
 

@@ -60,7 +60,7 @@ def glance(array: Any) -> tuple[Hashable, int] | None:
     torch = sys.modules["torch"]
     if not _is_on_gpu(array) or not is_tensor_itself(type(array)):
         return None
-    if array.layout is not torch.strided or array.is_nested or array.is_neg():
+    if array.layout is not torch.strided or array.is_nested or not is_literal(array):
         return None
     if array.requires_grad and torch.is_grad_enabled():
         return None
@@ -72,6 +72,11 @@ def glance(array: Any) -> tuple[Hashable, int] | None:
         return None
     fact = (array.shape, array.stride(), array.dtype, address & 15 == 0, array.device, array.is_inference())
     return fact, address
+
+
+def is_literal(array: Any) -> bool:
+    """Neither negated nor zero by a flag: its numbers are what lies in its memory; one that is zero has none."""
+    return not (array.is_neg() or array._is_zerotensor())
 
 
 def reach(array: Any) -> int:

@@ -115,10 +115,10 @@ class Torch(Library):
 
         plain = array.detach().resolve_neg()
         if plain.dtype == torch.bfloat16:
-            return np.asarray(plain.view(torch.int16).numpy()).view(np.uint16)
+            return np.asarray(plain.view(torch.int16).numpy(force=True)).view(np.uint16)
         if plain.dtype == torch.float8_e4m3fn:
-            return np.asarray(plain.view(torch.uint8).numpy())
-        return np.asarray(plain.numpy())
+            return np.asarray(plain.view(torch.uint8).numpy(force=True))
+        return np.asarray(plain.numpy(force=True))  # or what is zero by a flag is refused
 
     def values(self, array: Any) -> Array:
         """Also under torch.func's transforms, which would wrap what we make of the array."""
@@ -178,8 +178,8 @@ class Torch(Library):
         check_no_overlap(function, name, tuple(array.shape), array.stride(), 1)
 
     def check_in_place(self, function: str, name: str, array: Any) -> None:
-        if array.is_neg():
-            rule = f"{name} was to be overwritten, and is a negated view of other memory; pass what resolve_neg() gives"
+        if not plainness.is_literal(array):
+            rule = f"{name} was to be overwritten, and is negated or zero by a flag; pass resolve_neg() of it, or a clone()"
             raise ValueError(refusal(function, rule, (name, tuple(array.shape))))
 
     def note_overwritten(self, array: Any) -> None:

@@ -512,6 +512,16 @@ def test_a_lazily_negated_tensor_is_read_with_its_sign():
     assert_same_bits(found, expected)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_tensor_that_is_zero_without_memory_is_zeros(dtype):
+    torch = needs("torch")
+    q, k, v = (x.detach().requires_grad_() for x in as_tensors(operands_of(cupyattn.attention, dtype)).values())
+    zeros = torch._efficientzerotensor(q.shape, dtype=q.dtype)
+    assert_same_bits(cupyattn.attention(zeros, k, v), cupyattn.attention(torch.zeros_like(q), k, v))
+    cupyattn.attention(q, k, v).backward(zeros)
+    assert not any(x.grad.any() for x in (q, k, v))
+
+
 @calls
 def test_tensors_that_require_gradients_give_the_same_values(call):
     torch = needs("torch")

@@ -321,7 +321,7 @@ def test_a_cache_is_not_copied(torch, driver):
 
 def test_a_cache_that_is_a_negated_view_is_refused(torch, driver):
     negated = torch._neg_view(torch.zeros(3, 64, 2, 64).half())
-    with pytest.raises(ValueError, match="k_cache was to be overwritten, and is a negated view"):
+    with pytest.raises(ValueError, match="k_cache was to be overwritten, and is negated or zero by a flag"):
         cupyattn.flash_attn_with_kvcache(**cache_call(torch, k_cache=negated))
 
 
@@ -330,6 +330,14 @@ def test_gradients_through_a_cache_are_refused(torch, driver):
     arguments["q"].requires_grad_()
     with pytest.raises(NotImplementedError, match="has no gradients"):
         cupyattn.flash_attn_with_kvcache(**arguments)
+
+
+def test_a_tensor_that_is_zero_without_memory_is_zeros(torch, driver):
+    q, k = torch.randn(2, 70, 4, 64).half(), torch.randn(2, 90, 2, 64).half()
+    zeros = torch._efficientzerotensor(q.shape, dtype=q.dtype)
+    found = cupyattn.attention(zeros, k, k)
+    assert len(driver.launches) == 1
+    np.testing.assert_allclose(found.numpy(), expected(torch.zeros_like(q), k, k), atol=2e-3)
 
 
 # ---- Float8

@@ -167,7 +167,7 @@ class TorchMemory(CuPyMemory):
         return torch.empty(shape, dtype=getattr(torch, dtype), device=like.device)
 
     def is_plain(self, array: Any) -> bool:
-        return not array.is_neg()
+        return _is_literal(array)
 
     def contiguous(self, array: Any) -> Any:
         return array.contiguous()
@@ -204,9 +204,14 @@ class TorchMemory(CuPyMemory):
         return torch.is_grad_enabled() and any(array.requires_grad for array in arrays.values())
 
     def bring(self, arrays: Mapping[str, Any]) -> Mapping[str, Any]:
-        if any(array.is_neg() for array in arrays.values()):
-            return {name: array.resolve_neg() for name, array in arrays.items()}
-        return arrays
+        if all(map(_is_literal, arrays.values())):
+            return arrays
+        return {name: x.clone() if x._is_zerotensor() else x.resolve_neg() for name, x in arrays.items()}
+
+
+def _is_literal(array: Any) -> bool:
+    """A tensor that is neither negated nor zero by a flag, whose numbers are what lies in its memory."""
+    return not (array.is_neg() or array._is_zerotensor())
 
 
 class JaxMemory(CuPyMemory):
