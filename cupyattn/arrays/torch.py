@@ -179,7 +179,7 @@ class Torch(Library):
 
     def check_in_place(self, function: str, name: str, array: Any) -> None:
         if not plainness.is_literal(array):
-            rule = f"{name} was to be overwritten, and is negated or zero by a flag; pass resolve_neg() of it, or a clone()"
+            rule = f"{name} was to be overwritten, and is negated or zero by a flag; pass its resolve_neg() or clone()"
             raise ValueError(refusal(function, rule, (name, tuple(array.shape))))
 
     def note_overwritten(self, array: Any) -> None:
