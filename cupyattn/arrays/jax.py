@@ -163,13 +163,48 @@ class Jax(Library):
                 found = cast(Any, jax.lax.optimization_barrier)(called)
             return tuple(_all_varying(found, _axes_of(values)))
 
+        on_mesh = _whatever_is_sharded(on_devices, job, arrays)
+
         def derivative(primals: Any, tangents: Any) -> Any:
             rule = "has first derivatives only, by jax.grad, jax.vjp and jax.jacrev, and another was asked for"
             raise NotImplementedError(refusal(job.function, rule))
 
-        underivable: Any = jax.custom_jvp(on_devices)
+        underivable: Any = jax.custom_jvp(on_mesh)
         underivable.defjvp(derivative)
         return dict(zip(job.results, jax.jit(underivable)(*arrays.values()), strict=True))
+
+
+def _whatever_is_sharded(call: Any, job: Job, arrays: Arrays) -> Any:
+    """`call` of arrays whose types say how they lie on a mesh (`jax.sharding.AxisType.Explicit`); its results lie alike.
+
+    Each device computes all of them, as where XLA alone knows how arrays lie.
+    """
+    import jax
+
+    kinds = {name: getattr(jax.typeof(x), "sharding", None) for name, x in arrays.items()}
+    mesh = next((kind.mesh for kind in kinds.values() if kind and getattr(kind.mesh, "explicit_axes", ())), None)
+    if mesh is None or not hasattr(jax.sharding, "auto_axes"):
+        return call
+    specs = tuple(_spec_of(name, spec.shape, arrays, kinds) for name, spec in job.results.items())
+
+    def on_mesh(*values: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh):
+            return cast(Any, jax.sharding.auto_axes)(call, out_sharding=specs)(*values)
+
+    return on_mesh
+
+
+def _spec_of(name: str, shape: Shape, arrays: Arrays, kinds: dict[str, Any]) -> Any:
+    """Of a result, along the axes that it has in common with the array it resembles."""
+    from jax.sharding import PartitionSpec
+
+    like = name if name in arrays else next(iter(arrays))
+    own, spec = tuple(arrays[like].shape), tuple(kinds[like].spec)
+    if len(own) == len(shape):
+        along = [axis if mine == its else None for axis, mine, its in zip(spec, own, shape, strict=True)]
+    else:  # lse: of dense arrays it begins with the batch, too
+        along = [spec[0] if len(own) == 4 and axis == 0 else None for axis in range(len(shape))]
+    return cast(Any, PartitionSpec)(*along)
 
 
 def _axes_of(values: Iterable[Any]) -> tuple[Any, ...]:

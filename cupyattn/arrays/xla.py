@@ -18,6 +18,7 @@ import math
 import sys
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
 from typing import Any, cast
@@ -265,7 +266,9 @@ def _objection() -> str | None:
         for platform, handler in _handlers.items():
             capsule = cast(Any, jax.ffi).pycapsule(ctypes.cast(handler, c_void_p))
             jax.ffi.register_ffi_target(TARGET, capsule, platform=platform)
-        return None if _comes_back() else f"jax {jax.__version__} does not bring what was computed"
+        with ThreadPoolExecutor(1) as elsewhere:  # where no mesh is set, whose devices would all have to take part
+            comes_back = elsewhere.submit(_comes_back).result()
+        return None if comes_back else f"jax {jax.__version__} does not bring what was computed"
     except Exception as error:
         return f"jax {jax.__version__} does not call as expected: {str(error).splitlines()[0]}"
 

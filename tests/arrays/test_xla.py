@@ -132,6 +132,60 @@ def test_each_shard_of_a_map_over_devices_calls():
     run_apart(SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
 
 
+EXPLICIT = """
+    import sys
+    import jax, numpy as np, cupyattn
+    import jax.numpy as jnp
+    from jax.sharding import NamedSharding, PartitionSpec as Axes
+
+    def one(q):
+        return cupyattn.attention(q[None], q[None], q[None])[0]
+
+    def layer(w, x):
+        return cupyattn.attention(x @ w, x @ w, x, causal=True)
+
+    def loss(w, x):
+        return (layer(w, x) ** 2).sum()
+
+    calls = {
+        "out": layer,
+        "lse": lambda w, x: cupyattn.attention(x @ w, x, x, return_lse=True)[1],
+        "gradients": jax.grad(loss, (0, 1)),
+        "scan": lambda w, x: jax.lax.scan(lambda c, _: (layer(w, c), None), x, None, length=2)[0],
+        "vmap": lambda w, x: jax.vmap(one)(x),
+        "gradients under vmap": lambda w, x: jax.vmap(jax.grad(lambda x: (one(x) ** 2).sum()))(x),
+    }
+    w, x = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((8, 8), (4, 9, 2, 8))))
+    expected = {name: call(w, x) for name, call in calls.items()} if "first" in sys.argv else {}
+    mesh = jax.make_mesh((2,), ("data",))
+    assert mesh.axis_types[0] == jax.sharding.AxisType.Explicit
+    if "set" in sys.argv:
+        jax.set_mesh(mesh)
+    there = jax.device_put(w, NamedSharding(mesh, Axes())), jax.device_put(x, NamedSharding(mesh, Axes("data")))
+    found = {name: jax.jit(call)(*there) for name, call in calls.items()}
+    assert "custom_call @cupyattn" in jax.jit(layer).lower(*there).as_text()
+    for name, result in found.items():
+        for array in jax.tree.leaves(result):
+            along = tuple(jax.typeof(array).sharding.spec)
+            assert along == (("data", None, None, None)[: array.ndim] if array.ndim > 2 else (None, None)), name
+    heads = jax.device_put(x, NamedSharding(mesh, Axes(None, None, "data")))
+    assert tuple(jax.typeof(jax.jit(layer)(there[0], heads)).sharding.spec) == (None, None, "data", None)
+    found = jax.tree.map(np.asarray, found)
+    jax.set_mesh(None) if "set" in sys.argv else None
+    expected = expected or {name: call(w, x) for name, call in calls.items()}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected)
+"""
+
+
+@pytest.mark.parametrize("words", [(), ("set",), ("first", "set")], ids=" ".join)
+def test_results_lie_on_an_explicit_mesh_as_their_operands_do(words):
+    """Whatever was called before: the first call of a process finds out whether programs can call at all."""
+    jax = needs("jax")
+    if not hasattr(jax.sharding, "auto_axes"):
+        pytest.skip("meshes of this JAX have no explicit axes")
+    run_apart(EXPLICIT, *words, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+
+
 EXPORTED = """
     import sys
     from pathlib import Path
