@@ -94,14 +94,14 @@ struct Finish {
 };
 
 // row_max and sink are exponents of two; a sink joins as a key whose value is zero.  A row that sees no key has a factor
-// of zero whatever the sink is: who sees one has a sum, of which the largest weight is a part.
+// of zero, whatever the sink is: who sees one has a sum, of which the largest weight is a part.  Its lse is the sink, or
+// the logarithm of nothing.
 DEVICE Finish finish_row(float row_max, float row_sum, float sink) {
     const float highest = ptx::max(row_max, sink);
     const float origin = highest == -ptx::infinity() ? 0.f : highest;
     const float shrink = ptx::exp2(row_max - origin);
     const float of_sink = sink == ptx::infinity() ? 1.f : ptx::exp2(sink - origin);  // infinity - infinity is nan
     const float total = row_sum * shrink + of_sink;
-    if (total == 0.f) return {0.f, -ptx::infinity()};
     // The lowest number stands for all that are lower as exponents of two, see scores.cuh; a sum of nan is nan still.
     const float lse = highest == kLowest ? ptx::fma(total, 0.f, kLowest) : (origin + ptx::log2(total)) * kLn2;
     return {row_sum == 0.f ? 0.f : shrink / total, lse};
