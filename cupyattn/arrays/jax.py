@@ -40,7 +40,9 @@ class Jax(Library):
         return {"gpu": "cuda"}.get(device.platform, device.platform), frozenset(array.devices())
 
     def refuses(self, array: Any) -> str | None:
-        return None
+        if all(isinstance(size, int) for size in array.shape):
+            return None
+        return "has a shape with symbols, as of jax.export; sizes have to be known: export a program for each, or pad"
 
     def to_numpy(self, array: Any) -> Array:
         return bits_of(np.asarray(array))

@@ -211,6 +211,18 @@ def test_an_exported_program_runs_in_another_process(tmp_path):
     run_apart(EXPORTED, str(tmp_path))
 
 
+@pytest.mark.parametrize("symbols", ["b, 9, 4, 8", "2, rows, 4, 8"])
+def test_a_program_of_any_size_is_refused_in_words(symbols):
+    jax = needs("jax")
+    from jax import export
+
+    x = jax.ShapeDtypeStruct(export.symbolic_shape(symbols, constraints=["b<=9"] if "b" in symbols else []), "float32")
+    with pytest.raises(
+        TypeError, match=r"attention: q has a shape with symbols, as of jax.export; sizes have to be known"
+    ):
+        export.export(jax.jit(causal))(x, x, x)
+
+
 def test_a_program_outlives_what_traced_it():
     jax = needs("jax")
     arrays = operands_of_jax()
