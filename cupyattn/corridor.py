@@ -364,8 +364,12 @@ def answer_with_gradients(
 
     names = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
     wanted: dict[str, Spec] = {name: specs[name] for name in names if name in specs}
-    run = visit.run_at_home if visit.kind == "cuda" else visit.run
-    return visit.as_given(run(backward, None, wanted))
+    if visit.kind == "cuda":
+        return visit.as_given(visit.run_at_home(backward, None, wanted))
+    own = {name: spec for name, spec in specs.items() if name not in known}
+    given = tuple(name for name in known if name in specs)
+    call = Call(visit.function, problem, own, wanted, seed, None, allowed, given)
+    return visit.as_given(visit.run(backward, None, wanted, call=call))
 
 
 def gradients(plan: Plan, problem: Problem, operands: Arrays, known: Arrays, seed: int) -> Arrays:

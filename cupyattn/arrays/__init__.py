@@ -23,6 +23,7 @@ What only one library needs is imported when its first array comes, and what mak
     sketches      arrays of any device without values, by which calls are rehearsed
     shapes        of results
     xla           programs that JAX compiles call without its arrays
+    sharing       the devices of a mesh share out such calls
 """
 
 from typing import TYPE_CHECKING

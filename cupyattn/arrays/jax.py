@@ -9,9 +9,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from cupyattn.arrays import xla
+from cupyattn.arrays import sharing, xla
 from cupyattn.arrays.library import Arrays, Job, Library, bits_of
-from cupyattn.described import text_of
+from cupyattn.described import Call, text_of
 from cupyattn.problem import FLOATS, Array, Shape, Spec
 from cupyattn.reading import refusal
 
@@ -156,57 +156,27 @@ class Jax(Library):
             outcome = job.forward({name: self.to_numpy(x) for name, x in zip(job.names, values, strict=True)})
             return [self._with_dtype(outcome[name], spec.dtype) for name, spec in job.results.items()]
 
+        def program(call: Call) -> Any:
+            own = [struct(spec.shape, self._jax_dtype(spec.dtype)) for spec in call.results.values()]
+            return lambda *values: xla.ffi(own, values, text_of(call))
+
         def on_devices(*values: Any) -> Any:
             """Of arrays on many devices a bare callback leaves results that JAX can do nothing more with."""
             if job.call is not None and xla.objection_to_programs() is None:
-                found = xla.ffi(shapes, values, text_of(job.call))
+                on_several = len(jax.devices()) > 1 and not _axes_of(values) and not sharing.objects(job.call)
+                found = (sharing.shared(job.call, program) if on_several else program(job.call))(*values)
             else:
                 called = jax.pure_callback(on_host, shapes, *values, vmap_method="sequential")
                 found = cast(Any, jax.lax.optimization_barrier)(called)
             return tuple(_all_varying(found, _axes_of(values)))
 
-        on_mesh = _whatever_is_sharded(on_devices, job, arrays)
-
         def derivative(primals: Any, tangents: Any) -> Any:
             rule = "has first derivatives only, by jax.grad, jax.vjp and jax.jacrev, and another was asked for"
             raise NotImplementedError(refusal(job.function, rule))
 
-        underivable: Any = jax.custom_jvp(on_mesh)
+        underivable: Any = jax.custom_jvp(sharing.as_types_say(on_devices, job, arrays))
         underivable.defjvp(derivative)
         return dict(zip(job.results, jax.jit(underivable)(*arrays.values()), strict=True))
-
-
-def _whatever_is_sharded(call: Any, job: Job, arrays: Arrays) -> Any:
-    """`call` of arrays whose types say how they lie on a mesh (`jax.sharding.AxisType.Explicit`); its results lie alike.
-
-    Each device computes all of them, as where XLA alone knows how arrays lie.
-    """
-    import jax
-
-    kinds = {name: getattr(jax.typeof(x), "sharding", None) for name, x in arrays.items()}
-    mesh = next((kind.mesh for kind in kinds.values() if kind and getattr(kind.mesh, "explicit_axes", ())), None)
-    if mesh is None or not hasattr(jax.sharding, "auto_axes"):
-        return call
-    specs = tuple(_spec_of(name, spec.shape, arrays, kinds) for name, spec in job.results.items())
-
-    def on_mesh(*values: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh):
-            return cast(Any, jax.sharding.auto_axes)(call, out_sharding=specs)(*values)
-
-    return on_mesh
-
-
-def _spec_of(name: str, shape: Shape, arrays: Arrays, kinds: dict[str, Any]) -> Any:
-    """Of a result, along the axes that it has in common with the array it resembles."""
-    from jax.sharding import PartitionSpec
-
-    like = name if name in arrays else next(iter(arrays))
-    own, spec = tuple(arrays[like].shape), tuple(kinds[like].spec)
-    if len(own) == len(shape):
-        along = [axis if mine == its else None for axis, mine, its in zip(spec, own, shape, strict=True)]
-    else:  # lse: of dense arrays it begins with the batch, too
-        along = [spec[0] if len(own) == 4 and axis == 0 else None for axis in range(len(shape))]
-    return cast(Any, PartitionSpec)(*along)
 
 
 def _axes_of(values: Iterable[Any]) -> tuple[Any, ...]:
