@@ -47,8 +47,9 @@ def objects(call: Call | None) -> bool:
 def shared(call: Call, made: Callable[[Call], Callable[..., Sequence[Any]]]) -> Callable[..., Any]:
     """``made(call)``, a function of arrays, whose work the devices of a mesh share if they lie so."""
     import jax
-    from jax.experimental.custom_partitioning import custom_partitioning
+    from jax.experimental import custom_partitioning
 
+    untyped: Any = jax
     whole = made(call)
     arrays = {**call.operands, **_known(call)}
     given = [_axes(name, spec.shape, call.problem) for name, spec in arrays.items()]
@@ -59,7 +60,7 @@ def shared(call: Call, made: Callable[[Call], Callable[..., Sequence[Any]]]) -> 
 
         def part(*values: Any) -> Any:
             return tuple(
-                jax.lax.psum(x, missing) if (missing := _missing(axes, parts)) else x
+                untyped.lax.psum(x, missing) if (missing := _missing(axes, parts)) else x
                 for axes, x in zip(found, made(_part_of(call, given, found, parts))(*values), strict=True)
             )
 
@@ -69,17 +70,17 @@ def shared(call: Call, made: Callable[[Call], Callable[..., Sequence[Any]]]) -> 
         parts = _parts(call.problem, mesh, [*zip(given, operands, strict=True)])
         return _shardings(mesh, results, found, parts)
 
-    partitioned: Any = custom_partitioning(lambda *values: tuple(whole(*values)))
+    partitioned = cast(Any, custom_partitioning).custom_partitioning(lambda *values: tuple(whole(*values)))
     partitioned.def_partition(
         partition, infer_sharding_from_operands=alike, **_rule(call.problem, arrays, call.results, given, found)
     )
-    call_of_all = cast(Any, jax.custom_batching).custom_vmap(lambda *values: partitioned(*values))
 
-    @call_of_all.def_vmap
     def one_after_the_other(size: int, is_batched: Sequence[bool], *values: Any) -> Any:
-        mapped = jax.vmap(lambda *own: tuple(whole(*own)), [0 if batched else None for batched in is_batched])
+        mapped = untyped.vmap(lambda *own: tuple(whole(*own)), [0 if batched else None for batched in is_batched])
         return mapped(*values), (True,) * len(found)
 
+    call_of_all = untyped.custom_batching.custom_vmap(lambda *values: partitioned(*values))
+    call_of_all.def_vmap(one_after_the_other)
     return cast(Callable[..., Any], call_of_all)
 
 
@@ -234,10 +235,11 @@ def _spec_of(name: str, shape: Shape, job: Job, arrays: Arrays, kinds: Mapping[s
 
     like = name if name in arrays else next(iter(arrays))
     own, spec = tuple(arrays[like].shape), tuple(kinds[like].spec)
-    along = [None] * len(shape)
+    along: list[Any] = [None] * len(shape)
     if len(own) == len(shape):
         along = [axis if mine == its else None for axis, mine, its in zip(spec, own, shape, strict=True)]
     elif job.call is not None and not objects(job.call):
         of_words = {word: spec[place] for place, word in _axes(like, own, job.call.problem).items()}
-        along = [of_words.get(word) for word in map(_axes(name, shape, job.call.problem).get, range(len(shape)))]
+        for place, word in _axes(name, shape, job.call.problem).items():
+            along[place] = of_words.get(word)
     return cast(Any, PartitionSpec)(*along)
