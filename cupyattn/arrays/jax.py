@@ -163,8 +163,8 @@ class Jax(Library):
         def on_devices(*values: Any) -> Any:
             """Of arrays on many devices a bare callback leaves results that JAX can do nothing more with."""
             if job.call is not None and xla.objection_to_programs() is None:
-                on_several = len(jax.devices()) > 1 and not _axes_of(values) and not sharing.objects(job.call)
-                found = (sharing.shared(job.call, program) if on_several else program(job.call))(*values)
+                by_parts = sharing.has_a_mesh() and not _axes_of(values) and not sharing.objects(job.call)
+                found = (sharing.shared(job.call, program) if by_parts else program(job.call))(*values)
             else:
                 called = jax.pure_callback(on_host, shapes, *values, vmap_method="sequential")
                 found = cast(Any, jax.lax.optimization_barrier)(called)

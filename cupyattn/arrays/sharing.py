@@ -32,6 +32,13 @@ class Parts(NamedTuple):
     along: Mapping[str, Any]
 
 
+def has_a_mesh() -> bool:
+    """Several devices, and a JAX that understands what is said here: 0.7 and later."""
+    import jax
+
+    return len(jax.devices()) > 1 and hasattr(jax.sharding, "auto_axes")
+
+
 def objects(call: Call | None) -> bool:
     """Sequences that are no axis, random bits that depend on where a sequence is, and what only GPUs have."""
     if call is None:

@@ -138,10 +138,13 @@ def _handler(platform: str) -> Any:
         frame = pointer.contents
         if frame.extension and frame.extension.contents.base.kind == _METADATA:
             metadata = frame.extension.contents.metadata.contents
-            metadata.version.major, metadata.version.minor = (MAJOR, MINOR) if _is_known(frame) else (-1, 0)
+            is_known = not frame.api or _is_known(frame)  # before jax 0.7 there is nothing yet to be looked at
+            metadata.version.major, metadata.version.minor = (MAJOR, MINOR) if is_known else (-1, 0)
             return None
         try:
             if frame.stage == _EXECUTE:
+                if not _is_known(frame):
+                    raise RuntimeError("XLA calls in a way that is not known here")
                 _answer(platform, frame)
         except BaseException as error:  # into C nothing can be raised
             return _error_of(frame, error)
