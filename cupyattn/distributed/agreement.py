@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from cupyattn.distributed.comm import Comm, RankFailed
 from cupyattn.problem import Spec
 from cupyattn.reading import refusal
 
+P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -96,6 +99,26 @@ def together(comm: Comm, run: Callable[[], R]) -> R:
     except BaseException as error:
         comm.abort(f"{type(error).__name__}: {error}")
         raise
+
+
+def heard(function: Callable[P, R]) -> Callable[P, R]:
+    """Others hear of arguments that are none of the function's, too, before it is in any of its own lines.
+
+    They would wait, and take what this rank says next, in another call, for what they wait for.
+    """
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def call(*args: P.args, **words: P.kwargs) -> R:
+        try:
+            signature.bind(*args, **words)
+        except TypeError as error:
+            comm: Any = words.get("comm")
+            if is_comm(comm):
+                comm.abort(f"TypeError: {function.__name__}: {error}")
+        return function(*args, **words)
+
+    return call
 
 
 def is_comm(comm: Any) -> bool:

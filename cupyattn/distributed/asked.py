@@ -9,17 +9,19 @@ from typing import Any
 from cupyattn.allowed import Allowed, allowed_by
 from cupyattn.arrays import Visit, enter
 from cupyattn.corridor import plan_for, under_our_names
-from cupyattn.distributed.agreement import Statement, agree, check_same_shapes, is_comm
+from cupyattn.distributed.agreement import Statement, agree, check_same_shapes, is_comm, together
 from cupyattn.distributed.comm import Comm
 from cupyattn.distributed.rectangles import Band
 from cupyattn.distributed.sharding import KINDS, Sharding
 from cupyattn.problem import FLOAT8, Problem, Spec
-from cupyattn.reading import Options, attention_options, read, refusal
+from cupyattn.reading import Options, attention_options, expect, flag, read, refusal
 
 Specs = Mapping[str, Spec]
 _WORDS = {"axes": "layout", "window": "window_size"}
 """What callers call our options, where it is something else."""
 
+LIKE = {"dout": "out", "out": "out", "lse": "lse", "dlse": "lse"}
+"""What gradients come with, and which result it is like."""
 ON_GPUS = ("cupy.ndarray", "torch.Tensor")
 """Titles of libraries whose arrays on a GPU can be sent."""
 
@@ -41,6 +43,7 @@ class Asked:
     options: Options
     of_ranks: tuple[Specs, ...]
     """Of all ranks' arrays."""
+    returns_lse: bool
 
     @property
     def axis(self) -> int:
@@ -62,6 +65,7 @@ def ask(
     *,
     replicated_rows: bool,
     implementation: Any,
+    return_lse: Any = True,
     **scalars: Any,
 ) -> Asked:
     """Look at a call on all ranks; where one of them cannot mean it, all raise.
@@ -78,6 +82,7 @@ def ask(
         options = attention_options(function, return_lse=True, dropout_p=0.0, **scalars)
         visit = enter(function, under_our_names(**arrays, **known))
         _check_home(visit)
+        mine["returns_lse"] = flag(function, "return_lse", return_lse)
         name = sharding_meant(function, sharding, options, comm.size)
         mine.update(options=options, visit=visit, allowed=allowed_by(function, implementation), sharding=name)
         said = {_WORDS.get(word, word): repr(value) for word, value in options._asdict().items()}
@@ -92,14 +97,36 @@ def ask(
     _check_rank(function, of_ranks[0], packed, sharding)
     rows, keys = _shardings(function, sharding, options, of_ranks, axis, comm.size, replicated_rows)
     problems = [_problem(function, specs, options, rows, keys, axis, packed) for specs in of_ranks]
+    _check_known(function, of_ranks, problems, packed, comm.rank)
     right = 0 if options.causal else options.window[1]
     band = Band(options.window[0], right, problems[0].mask.alignment == "bottom-right")
     if mine["visit"].kind == "cuda":  # refused before anything is sent
-        plan_for(function, problems[comm.rank], mine["visit"].device(), mine["allowed"])
+        together(comm, lambda: plan_for(function, problems[comm.rank], mine["visit"].device(), mine["allowed"]))
     return Asked(
         function, comm, mine["visit"], rows, keys, problems[comm.rank], band, mine["allowed"], packed, options,
-        tuple(of_ranks),
+        tuple(of_ranks), mine["returns_lse"],
     )  # fmt: skip
+
+
+def _check_known(function: str, of_ranks: list[Specs], problems: list[Problem], packed: bool, own: int) -> None:
+    """Refuse, on all ranks, what gradients come with on one of them and is not like its results."""
+    for rank, (specs, problem) in enumerate(zip(of_ranks, problems, strict=True)):
+        results = states_of(problem, packed)
+        for name, like in LIKE.items():
+            if name not in specs:
+                continue
+            try:
+                expect(function, specs[name], results[like].shape, results[like].dtype)
+            except (TypeError, ValueError) as error:
+                if rank == own:
+                    raise
+                said = ("it said", f"{type(error).__name__}: {error}")
+                raise ValueError(refusal(function, f"rank {rank} was refused its arguments", said)) from None
+
+
+def states_of(problem: Problem, packed: bool) -> dict[str, Spec]:
+    """Out and lse in the caller's layout."""
+    return {name: spec._replace(shape=spec.shape[1:]) if packed else spec for name, spec in problem.state.items()}
 
 
 def _check_home(visit: Visit) -> None:

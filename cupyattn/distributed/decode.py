@@ -9,6 +9,7 @@ from cupyattn.api import Gradients
 from cupyattn.arrays import Arrays, untraced
 from cupyattn.distributed import jax as in_jax
 from cupyattn.distributed import verbs
+from cupyattn.distributed.agreement import heard
 from cupyattn.distributed.asked import Asked, ask
 from cupyattn.distributed.comm import Comm
 from cupyattn.distributed.jax import JaxComm
@@ -53,6 +54,7 @@ def sharded_decode(
 ) -> A | tuple[A, A]: ...
 # fmt: on
 @untraced
+@heard
 def sharded_decode(
     q: Array,
     k: Array,
@@ -128,7 +130,6 @@ def sharded_decode(
     [True, True, True]
     """
     function = "sharded_decode"
-    return_lse = flag(function, "return_lse", return_lse)
     arrays = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
     scalars = {
         "layout": layout, "causal": causal, "alignment": alignment, "window_size": window_size,
@@ -136,13 +137,14 @@ def sharded_decode(
         "implementation": implementation,
     }  # fmt: skip
     if isinstance(comm, JaxComm):
-        return in_jax.decode(function, comm, sharding, arrays, return_lse, **scalars)
-    asked = ask(function, comm, sharding, arrays, {}, replicated_rows=True, **scalars)
-    found = run(asked, _forward, _backward, return_lse)
-    return (found["out"], found["lse"]) if return_lse else found["out"]
+        return in_jax.decode(function, comm, sharding, arrays, flag(function, "return_lse", return_lse), **scalars)
+    asked = ask(function, comm, sharding, arrays, {}, replicated_rows=True, return_lse=return_lse, **scalars)
+    found = run(asked, _forward, _backward)
+    return (found["out"], found["lse"]) if asked.returns_lse else found["out"]
 
 
 @untraced
+@heard
 def sharded_decode_backward(
     dout: A,
     q: A,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,15 +21,13 @@ NAPS = (0.0, 1e-5, 1e-4, 1e-3)
 """Seconds between looks at a message that is waited for: a core is left to those who compute."""
 
 
-def _until(done: Callable[[], bool], check: Callable[[], None], timeout: float, late: str) -> None:
-    """Look until something is done, and raise if it takes too long, or others gave up."""
-    end, looks = time.monotonic() + timeout, 0
-    while not done():
-        check()
-        if time.monotonic() > end:
-            raise RankFailed(f"{late} for {timeout:g} seconds")
-        time.sleep(NAPS[min(looks // 50, len(NAPS) - 1)])
-        looks += 1
+_UNDER_WAY: dict[int, Any] = {}
+"""Messages whose memory MPI may still read or write, by id: for good, where a call failed before they were over."""
+
+
+def _kept(message: Any) -> Any:
+    _UNDER_WAY[id(message)] = message
+    return message
 
 
 class MpiComm(PointToPoint):
@@ -60,8 +59,8 @@ class MpiComm(PointToPoint):
     not run on a GPU yet.
 
     A rank that raises in the middle of a call tells the others, which raise `RankFailed`.  One that dies is noticed by
-    the launcher, which ends all of them, or after `timeout`.  Messages that nobody took are then left behind, and
-    MPI may wait for them at its end: end such a program by ``MPI.COMM_WORLD.Abort()``.
+    the launcher, which ends all of them, or after `timeout`.  Messages that nobody took are then left behind, with
+    their memory, and MPI may wait for them at its end: end such a program by ``MPI.COMM_WORLD.Abort()``.
     """
 
     def __init__(self, comm: Any = None, *, timeout: float = 60.0) -> None:
@@ -80,18 +79,46 @@ class MpiComm(PointToPoint):
         self.check()
         data = np.ascontiguousarray(array) if verbs.is_numpy(array) else array
         self._settle(data)
-        return _MpiMessage(self, self._comm.Isend([verbs.as_bytes(data), self._mpi.BYTE], to, DATA), data, to)
+        with self.failing(to):
+            request = self._comm.Isend([verbs.as_bytes(data), self._mpi.BYTE], to, DATA)
+        sending: _MpiMessage = _kept(_MpiMessage(self, request, data, to))
+        return sending
 
     def receive(self, shape: Shape, dtype: Any, source: int, like: Array = None) -> Receiving:
         self.check()
         array = verbs.empty(shape, dtype, like)
         self._settle(array)
-        return _MpiArray(self, self._comm.Irecv([verbs.as_bytes(array), self._mpi.BYTE], source, DATA), array, source)
+        with self.failing(source):
+            request = self._comm.Irecv([verbs.as_bytes(array), self._mpi.BYTE], source, DATA)
+        receiving: _MpiArray = _kept(_MpiArray(self, request, array, source))
+        return receiving
 
     def _settle(self, array: Array) -> None:
         """MPI knows no streams: what is queued before has to be over, also in memory that is written to."""
         if not verbs.is_numpy(array):
             verbs.synchronize(array)
+
+    @contextmanager
+    def failing(self, other: int) -> Iterator[None]:
+        """What MPI itself raises is a `RankFailed`: mostly another rank has gone, and may have said why."""
+        try:
+            yield
+        except self._mpi.Exception as error:
+            self.check()
+            raise RankFailed(f"rank {self.rank}: MPI cannot talk to rank {other}: {error}") from error
+
+    def until(self, done: Callable[[], bool], other: int, late: str) -> None:
+        """Look until something is done, and raise if it takes too long, or others gave up."""
+        end, looks = time.monotonic() + self.timeout, 0
+        while True:
+            with self.failing(other):
+                if done():
+                    return
+            self.check()
+            if time.monotonic() > end:
+                raise RankFailed(f"rank {self.rank}: rank {other} {late} for {self.timeout:g} seconds")
+            time.sleep(NAPS[min(looks // 50, len(NAPS) - 1)])
+            looks += 1
 
     def check(self) -> None:
         """Raise if another rank gave up."""
@@ -105,7 +132,9 @@ class MpiComm(PointToPoint):
     def abort(self, reason: str) -> None:
         if self._failure is None:
             self._failure = f"rank {self.rank} gave up: {reason}"
-            self._last = [self._comm.isend(reason, to, GIVEN_UP) for to in range(self.size) if to != self.rank]
+            for to in range(self.size):
+                if to != self.rank:
+                    _kept(self._comm.isend(reason, to, GIVEN_UP))
 
 
 @dataclass
@@ -113,13 +142,11 @@ class _MpiMessage:
     comm: MpiComm
     request: Any
     array: Array
-    """Kept until it has been sent."""
     other: int
 
     def wait(self) -> None:
-        comm = self.comm
-        late = f"rank {comm.rank}: rank {self.other} took no message"
-        _until(lambda: bool(self.request.Test()), comm.check, comm.timeout, late)
+        self.comm.until(lambda: bool(self.request.Test()), self.other, "took no message")
+        del _UNDER_WAY[id(self)]
 
 
 @dataclass
@@ -131,8 +158,8 @@ class _MpiArray:
 
     def wait(self) -> Array:
         comm, status = self.comm, self.comm._mpi.Status()
-        late = f"rank {comm.rank}: rank {self.other} said nothing"
-        _until(lambda: bool(self.request.Test(status)), comm.check, comm.timeout, late)
+        comm.until(lambda: bool(self.request.Test(status)), self.other, "said nothing")
+        del _UNDER_WAY[id(self)]
         came = status.Get_count(comm._mpi.BYTE)
         expected = verbs.num_bytes(self.array)
         if came != expected:

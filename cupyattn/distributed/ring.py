@@ -9,6 +9,7 @@ from cupyattn.api import Gradients
 from cupyattn.arrays import Arrays, untraced
 from cupyattn.distributed import jax as in_jax
 from cupyattn.distributed import verbs
+from cupyattn.distributed.agreement import heard
 from cupyattn.distributed.asked import Asked, ask
 from cupyattn.distributed.comm import Comm
 from cupyattn.distributed.jax import JaxComm
@@ -54,6 +55,7 @@ def ring_attention(
 ) -> A | tuple[A, A]: ...
 # fmt: on
 @untraced
+@heard
 def ring_attention(
     q: Array,
     k: Array,
@@ -146,7 +148,6 @@ def ring_attention(
     True
     """
     function = "ring_attention"
-    return_lse = flag(function, "return_lse", return_lse)
     arrays = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks}
     scalars = {
         "layout": layout, "causal": causal, "alignment": alignment, "window_size": window_size,
@@ -154,13 +155,14 @@ def ring_attention(
         "implementation": implementation,
     }  # fmt: skip
     if isinstance(comm, JaxComm):
-        return in_jax.ring(function, comm, sharding, arrays, return_lse, **scalars)
-    asked = ask(function, comm, sharding, arrays, {}, replicated_rows=False, **scalars)
-    found = run(asked, _forward, _backward, return_lse)
-    return (found["out"], found["lse"]) if return_lse else found["out"]
+        return in_jax.ring(function, comm, sharding, arrays, flag(function, "return_lse", return_lse), **scalars)
+    asked = ask(function, comm, sharding, arrays, {}, replicated_rows=False, return_lse=return_lse, **scalars)
+    found = run(asked, _forward, _backward)
+    return (found["out"], found["lse"]) if asked.returns_lse else found["out"]
 
 
 @untraced
+@heard
 def ring_attention_backward(
     dout: A,
     q: A,

@@ -11,13 +11,12 @@ import numpy as np
 from cupyattn.arrays import Arrays
 from cupyattn.distributed import verbs
 from cupyattn.distributed.agreement import together
-from cupyattn.distributed.asked import Asked
+from cupyattn.distributed.asked import Asked, states_of
 from cupyattn.distributed.gpu import KNOWN, GpuWork
 from cupyattn.distributed.work import Work
 from cupyattn.distributed.working import AnyState, AnyWork
 from cupyattn.numpy_ref import Array, State
 from cupyattn.problem import Spec
-from cupyattn.reading import expect
 from cupyattn.rounding import narrow, widen
 
 Forward = Callable[[Asked, Arrays], tuple[AnyWork, AnyState]]
@@ -27,10 +26,10 @@ Backward = Callable[[Any, Arrays], Arrays]
 k and v, and of bias and slopes where there are any, likewise."""
 
 
-def run(asked: Asked, forward: Forward, backward: Backward, needs_lse: bool) -> Arrays:
+def run(asked: Asked, forward: Forward, backward: Backward) -> Arrays:
     """The results by name; where gradients may be asked for later, with a rule for them."""
     if asked.visit.kind == "cuda":
-        return _run_on_gpu(asked, forward, backward, needs_lse)
+        return _run_on_gpu(asked, forward, backward)
     visit, problem = asked.visit, asked.problem
     bare = replace(asked, visit=replace(visit, arrays={}, given={}))  # a graph that keeps it keeps no arrays
     kept = {}
@@ -49,24 +48,24 @@ def run(asked: Asked, forward: Forward, backward: Backward, needs_lse: bool) -> 
     def gradients(operands: Arrays, known: Arrays) -> Arrays:
         return _gradients(bare, forward, backward, operands, known)
 
-    results = result_specs(asked)
-    if not needs_lse:
+    results = states_of(asked.problem, asked.packed)
+    if not asked.returns_lse:
         del results["lse"]
-    return visit.run(
-        lambda operands: together(asked.comm, lambda: numbers(operands)),
-        lambda operands, known: together(asked.comm, lambda: gradients(operands, known)),
-        results,
-        kept,
+    return together(
+        asked.comm,
+        lambda: visit.run(
+            numbers,
+            lambda operands, known: together(asked.comm, lambda: gradients(operands, known)),
+            results,
+            kept,
+        ),
     )
 
 
 def run_backward(asked: Asked, forward: Forward, backward: Backward) -> Arrays:
     """Gradients of a call's floating operands, by name; its arrays include what they come with."""
     visit = asked.visit
-    specs, results = dict(visit.specs), result_specs(asked)
-    for name, like in (("dout", "out"), ("out", "out"), ("lse", "lse"), ("dlse", "lse")):
-        if name in specs:
-            expect(visit.function, specs[name], results[like].shape, results[like].dtype)
+    specs = dict(visit.specs)
 
     def numbers(everything: Arrays) -> Arrays:
         known: Arrays = {name: everything[name] for name in KNOWN if name in everything}
@@ -83,12 +82,12 @@ def run_backward(asked: Asked, forward: Forward, backward: Backward) -> Arrays:
     names = ("q", "k", "v", "bias", "sinks", "alibi_slopes")
     wanted = {name: specs[name] for name in names if name in specs}
     here, go = (on_gpu, visit.run_at_home) if visit.kind == "cuda" else (numbers, visit.run)
-    return visit.as_given(go(lambda everything: together(asked.comm, lambda: here(everything)), None, wanted))
+    return together(asked.comm, lambda: visit.as_given(go(here, None, wanted)))
 
 
-def _run_on_gpu(asked: Asked, forward: Forward, backward: Backward, needs_lse: bool) -> Arrays:
+def _run_on_gpu(asked: Asked, forward: Forward, backward: Backward) -> Arrays:
     """The same of a GPU's arrays: out and lse are what is kept for gradients."""
-    visit, results = asked.visit, result_specs(asked)
+    visit, results = asked.visit, states_of(asked.problem, asked.packed)
     bare = replace(asked, visit=replace(visit, arrays={}, given={}))
     kept = results if visit.library.differentiates(visit.arrays) else {}
 
@@ -101,13 +100,16 @@ def _run_on_gpu(asked: Asked, forward: Forward, backward: Backward, needs_lse: b
         present = {name: array for name, array in known.items() if array is not None}
         return _gradients_on_gpu(bare, forward, backward, operands, present)
 
-    if not (needs_lse or kept):
+    if not (asked.returns_lse or kept):
         del results["lse"]
-    return visit.run_at_home(
-        lambda operands: together(asked.comm, lambda: numbers(operands)),
-        lambda operands, known: together(asked.comm, lambda: gradients(operands, known)),
-        results,
-        kept,
+    return together(
+        asked.comm,
+        lambda: visit.run_at_home(
+            numbers,
+            lambda operands, known: together(asked.comm, lambda: gradients(operands, known)),
+            results,
+            kept,
+        ),
     )
 
 
@@ -124,14 +126,6 @@ def _gradients_on_gpu(asked: Asked, forward: Forward, backward: Backward, operan
     if work.sinks is not None:
         found["sinks"] = work.sinks_gradient(rows)
     return work.gradients_as_asked(found, operands)
-
-
-def result_specs(asked: Asked) -> dict[str, Spec]:
-    """In the caller's layout."""
-    return {
-        name: spec._replace(shape=spec.shape[1:]) if asked.packed else spec
-        for name, spec in asked.problem.state.items()
-    }
 
 
 def _gradients(asked: Asked, forward: Forward, backward: Backward, operands: Arrays, known: Arrays) -> Arrays:

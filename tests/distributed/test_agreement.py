@@ -57,6 +57,55 @@ def test_a_rank_that_differs_is_an_error_on_all(changes, said):
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dout": np.ones((1, 4, 3, 8))}, "dout has to have the shape (1, 4, 2, 8)"),
+        ({"dlse": np.ones((1, 2, 5))}, "dlse has to have the shape (1, 2, 4)"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else " ".join(x),
+)
+def test_what_gradients_come_with_on_one_rank_is_an_error_on_all(changes, said):
+    def function(comm):
+        given = {"dout": X, "dlse": np.ones((1, 2, 4))} | (changes if comm.rank == 1 else {})
+        with pytest.raises(ValueError, match="ring_attention_backward") as found:
+            ring_attention_backward(q=X, k=X, v=X, comm=comm, **given)
+        np.testing.assert_allclose(call(comm), X)  # nobody is in another call than the others
+        raise found.value
+
+    for rank, error in enumerate(errors_of(function)):
+        assert said in str(error)
+        assert rank == 1 or "rank 1 was refused its arguments" in str(error)
+
+
+def test_a_flag_that_is_none_on_one_rank_is_an_error_on_all():
+    def function(comm):
+        with pytest.raises((TypeError, ValueError), match="return_lse has to be True or False") as found:
+            call(comm, at=1, return_lse=3)
+        np.testing.assert_allclose(call(comm), X)
+        raise found.value
+
+    errors_of(function)
+
+
+@pytest.mark.parametrize("change", ["a word more", "an array less"])
+def test_arguments_that_are_none_of_the_functions_on_one_rank_are_heard_of_by_all(change):
+    """Its next call would be taken for this one, with the numbers of that."""
+
+    def function(comm):
+        if comm.rank != 1:
+            return call(comm)
+        with pytest.raises(TypeError):
+            ring_attention(X, X, X, comm=comm, casual=True) if change == "a word more" else ring_attention(
+                X, X, comm=comm
+            )
+        return call(comm)
+
+    for error in errors_of(function):
+        assert type(error) is RankFailed
+        assert "rank 1 gave up: TypeError: ring_attention" in str(error)
+
+
+@pytest.mark.parametrize(
     ("changes", "kind", "said"),
     [
         ({"q": [[1.0]]}, TypeError, "q has to be an array"),

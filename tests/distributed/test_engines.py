@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,12 +42,15 @@ def launcher(engine, size):
 
 
 def run(engine, size, what):
+    return started([*launcher(engine, size), str(SCRIPT), engine, what])
+
+
+def started(call):
     """What the ranks print, and how the launcher ended."""
     home = str(Path(cupyattn.__file__).parents[1])
     path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
     environment = {**os.environ, **OPEN_MPI, "PYTHONPATH": path, **dict.fromkeys(names, "1")}
-    call = [*launcher(engine, size), str(SCRIPT), engine, what]
     ended = subprocess.run(call, capture_output=True, text=True, timeout=SECONDS, env=environment)
     return ended.stdout, ended.stderr, ended.returncode
 
@@ -106,3 +110,73 @@ def test_torch_has_to_be_initialised():
 def test_a_timeout_that_is_none_is_refused(timeout):
     with pytest.raises(ValueError, match="timeout has to be a positive number of seconds"):
         TorchComm(timeout=timeout)
+
+
+# ---- Messages that are not over when a call fails, and errors of MPI's own ------------------------
+
+
+LATE = """
+    import os, time
+    import numpy as np
+    from cupyattn.distributed import MpiComm, RankFailed
+
+    comm = MpiComm(timeout=0.5 if MpiComm().rank == 0 else 60.0)
+    if comm.rank == 0:
+        try:
+            comm.receive((50,), np.float64, 1).wait()
+        except RankFailed as error:
+            print("rank 0:", error, flush=True)
+        others = [np.zeros(50) for _ in range(2000)]  # in the place of what the message was for, if that was given back
+        end = time.monotonic() + 4.0
+        while time.monotonic() < end:
+            comm._comm.Iprobe()
+        print("rank 0: overwritten:", sum(x.any() for x in others), flush=True)
+    else:
+        time.sleep(2.0)
+        request = comm._comm.Isend(np.full(50, 7.0), 0, 7001)
+        end = time.monotonic() + 3.0
+        while time.monotonic() < end:
+            request.Test()
+    os._exit(0)
+"""
+FAULTY = """
+    import os
+    import numpy as np
+    from cupyattn.distributed import MpiComm, RankFailed
+
+    comm = MpiComm(timeout=20.0)
+    message = comm.receive((5,), np.float64, 1 - comm.rank)
+
+    class Request:
+        def Test(self, *_):
+            if comm.rank == 1:
+                comm.abort("no room")
+            else:
+                while not comm._comm.Iprobe():
+                    pass
+            raise comm._mpi.Exception(comm._mpi.ERR_OTHER)
+
+    message.request = Request()
+    try:
+        message.wait()
+    except RankFailed as error:
+        print(f"rank {comm.rank}: {error}", flush=True)
+    os._exit(0)
+"""
+
+
+def said_by_two(text):
+    return started([*launcher("mpi", 2), "-c", textwrap.dedent(text)])[0]
+
+
+@pytest.mark.long
+def test_a_message_that_comes_too_late_is_written_to_nobodys_memory():
+    said = said_by_two(LATE)
+    assert "rank 0: rank 0: rank 1 said nothing for 0.5 seconds" in said
+    assert "rank 0: overwritten: 0" in said
+
+
+def test_an_error_of_mpis_own_is_the_reason_that_another_gave():
+    said = said_by_two(FAULTY)
+    assert "rank 0: rank 0: rank 1 gave up: no room" in said
+    assert "rank 1: rank 1 gave up: no room" in said
