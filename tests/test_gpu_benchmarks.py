@@ -98,3 +98,49 @@ def test_back_ends_of_torch_are_those_asked_for_that_take_the_problem(suite, nam
     assert ("math" in found) == ("math" in names)
     for call in found.values():
         torch.testing.assert_close(call(), torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True))
+
+
+ARTICLES = {
+    "standard": ("standard", {"seqlen": 70, "causal": False}),
+    "standard, causal": ("standard", {"seqlen": 70, "causal": True}),
+    "grouped heads": ("grouped", {"seqlen_q": 9, "seqlen_k": 40}),
+    "a token": ("cached", {"prompt": 40}),
+    "packed": ("packed", {"causal": False, "sequences": 3, "longest": 90}),
+    "packed, causal": ("packed", {"causal": True, "sequences": 3, "longest": 90}),
+}
+
+
+@pytest.mark.parametrize(("made", "sizes"), ARTICLES.values(), ids=ARTICLES)
+def test_all_sides_of_what_articles_compare_compute_the_same(suite, made, sizes):
+    import gpu_articles
+
+    first, *others = (call() for call in getattr(gpu_articles, made)(torch, device="cpu", **sizes).values())
+    assert others
+    for other in others:
+        torch.testing.assert_close(other, first, atol=2e-2, rtol=2e-2)
+
+
+def test_articles_end_with_a_row_of_each(suite, monkeypatch):
+    import gpu_articles
+
+    def small(made, **sizes):
+        return lambda torch, *args: getattr(original, made)(torch, *(min(x, 64) for x in args), device="cpu", **sizes)
+
+    class Report:
+        rows = []  # noqa: RUF012 - of this test alone
+
+        def late(self, section):
+            return False
+
+        def row(self, section, **values):
+            self.rows.append(values)
+
+    original = type("original", (), {name: staticmethod(getattr(gpu_articles, name)) for name in dir(gpu_articles)})
+    for made, sizes in (("standard", {}), ("grouped", {}), ("cached", {}), ("packed", {"sequences": 3, "longest": 90})):
+        monkeypatch.setattr(gpu_articles, made, small(made, **sizes))
+    monkeypatch.setattr(gpu_articles, "peak", lambda torch, call: 1.0)
+    monkeypatch.setattr(gpu_articles, "microseconds", lambda calls, torch, **_: dict.fromkeys(calls, 2.0))
+    gpu_articles.articles(Report(), torch)
+    assert [row["what"] for row in Report.rows].count("standard") == 8
+    assert all(row[name] == 1.0 for row in Report.rows for name in row if name.startswith("speed_over_"))
+    assert all("naive_mb" in row for row in Report.rows if row["what"] == "standard")
