@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 JAX ?= jax
 TRANSFORMERS ?= transformers>=5
 
-.PHONY: demo generate train test lint bench docs dashboard sweep attack proof release gpu clean
+.PHONY: demo generate train test lint bench docs dashboard pages sweep attack proof release gpu clean
 
 demo: $(VENV)/demo
 	$(BIN)/python examples/embed.py $(ARGS)
@@ -40,6 +40,10 @@ dashboard: $(VENV)/bench
 docs: $(VENV)/docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 	@echo 'docs/_build/html/index.html'
+
+# The site and the dashboards, read in a browser; `make proof` does it, too.
+pages: $(VENV)/test $(VENV)/bench $(VENV)/docs
+	$(BIN)/python -m pytest -m long $(ARGS) tests/test_site.py tests/test_dashboard.py
 
 # Every model class of transformers that can be made tiny, against "eager"; ARGS='--only Bloom,Llama' for some.
 sweep: $(VENV)/test

@@ -59,8 +59,11 @@ def measure(config, commits, more):
 
 def publish(config):
     """The folder of the pages, made of all results."""
-    asv("publish", "--no-pull", config=config)
     said = json.loads(re.sub(r"^\s*//.*$", "", config.read_text(), flags=re.MULTILINE))
+    results = config.parent / said["results_dir"]
+    if not (results / "benchmarks.json").exists():  # which every `asv run` leaves
+        raise SystemExit(f"dashboard.py: asv has left nothing in {results} yet: run `make dashboard` first")
+    asv("publish", "--no-pull", config=config)
     return (config.parent / said["html_dir"]).resolve()
 
 

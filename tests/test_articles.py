@@ -133,6 +133,22 @@ def test_a_quick_look_is_no_result(suite, monkeypatch, tmp_path):
     assert results.newest("articles-*.json", tmp_path) is None
 
 
+@pytest.mark.parametrize(
+    ("names", "last"),
+    [
+        (["gpu-nvidia-a100-20310203-0405", "gpu-nvidia-h100-20301231-2359"], "nvidia-a100-20310203-0405"),
+        (["gpu-nvidia-a100-20310203-0406", "gpu-nvidia-h200-20310203-0405"], "nvidia-a100-20310203-0406"),
+        (["gpu-nvidia-h100-20310203-0405", "gpu-by-hand-2031-02-04", "gpu-undated"], "by-hand-2031-02-04"),
+        (["gpu-undated"], "undated"),
+    ],
+)
+def test_the_newest_file_is_so_by_its_date_and_not_by_its_name(suite, tmp_path, names, last):
+    _, _, results = suite
+    for name in names:
+        (tmp_path / f"{name}.json").write_text("{}")
+    assert results.newest("gpu-*.json", tmp_path)["file"] == f"gpu-{last}.json"
+
+
 def test_a_gpus_rows_are_shown_as_they_are(suite, monkeypatch, tmp_path):
     _, _, results = suite
     rows = [{"least": 1.0}, {"dtype": "float16", "seqlen": 512, "cupyattn_tflops": 123.456}]

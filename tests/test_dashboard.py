@@ -80,6 +80,16 @@ def test_every_package_has_a_version_of_its_own(dashboard):
     assert all(re.fullmatch(r"\d+\.\d+\.\d+", version) for version in named.values())
 
 
+def test_without_results_publishing_ends_in_a_sentence(dashboard, tmp_path):
+    config = tmp_path / "asv.conf.json"
+    config.write_text('{\n    // a comment\n    "results_dir": "results", "html_dir": "html"\n}')
+    call = [sys.executable, str(SUITE / "dashboard.py"), "--publish-only", "--no-open", "--config", str(config)]
+    done = subprocess.run(call, capture_output=True, text=True)
+    assert done.returncode == 1
+    nothing = f"dashboard.py: asv has left nothing in {tmp_path / 'results'} yet: run `make dashboard` first\n"
+    assert (done.stdout, done.stderr) == ("", nothing)
+
+
 # ---------------------------------------------------------------------------------------------------
 # The whole way
 # ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from homes import needs
 
 import cupyattn
+import cupyattn.distributed
 from cupyattn.plan import IMPLEMENTATIONS, choose
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -51,8 +53,36 @@ def test_every_page_is_in_the_contents():
 
 
 def test_every_public_name_is_in_the_reference():
-    listed = set(re.findall(r"^   (\w+)$", PAGES["api"], re.MULTILINE))
-    assert listed == set(cupyattn.__all__) - {"__version__"}
+    listed = re.findall(r"^   (\w+)$", PAGES["api"], re.MULTILINE)
+    assert sorted(listed) == sorted(set(cupyattn.__all__) - {"__version__"})
+    listed = re.findall(r"^   distributed\.(\w+)$", PAGES["api"], re.MULTILINE)
+    assert sorted(listed) == sorted(cupyattn.distributed.__all__)
+
+
+def test_what_a_page_includes_is_there():
+    """Between two lines of a file, each of which it has once."""
+    asked = r'```{include} (\S+)\n:start-after: "(.+)"\n:end-before: "(.+)"\n```'
+    included = [(DOCS / path, start, end) for text in PAGES.values() for path, start, end in re.findall(asked, text)]
+    assert len(included) == sum(text.count("{include}") for text in PAGES.values())
+    for path, start, end in included:
+        lines = path.read_text().splitlines()
+        assert (lines.count(start), lines.count(end)) == (1, 1)
+        assert lines.index(start) < lines.index(end)
+
+
+def test_every_command_has_a_section():
+    from cupyattn.command.parser import COMMANDS
+
+    sections = re.findall(r"^## ([a-z]+)$", PAGES["command"], re.MULTILINE)
+    assert sorted(sections) == sorted([*COMMANDS, "info"])
+
+
+def test_the_extras_of_the_page_are_those_of_pyproject():
+    project = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())["project"]
+    rows = re.findall(r"^\| `(\w+)` \| (`.+?`) \|", PAGES["install"], re.MULTILINE)
+    listed = {name: re.findall(r"`(.+?)`", brings) for name, brings in rows}
+    for_us = {"test", "types", "bench", "docs", "release", "demo"}
+    assert listed == {name: what for name, what in project["optional-dependencies"].items() if name not in for_us}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -76,6 +106,26 @@ def test_a_tick_is_what_an_implementation_says(making, monkeypatch):
         choose.cache_clear()
     assert [cell[0] for cell in row_of(table, "boolean mask")][:4] == ["✓", "✗", "✗", "✓"]
     assert "has no time" in table
+
+
+def notes_of(table, name):
+    """The footnotes of each cell of a row."""
+    notes = dict(re.findall(r"^(\d+)\. (.+)$", table, re.MULTILINE))
+    return [notes[found[1]] if (found := re.search(r"<sup>(\d+)<", cell)) else "" for cell in row_of(table, name)]
+
+
+def test_float8_on_a_gpu_is_ticked_for_torch_only(making):
+    table = making[1].capabilities()
+    assert [cell[0] for cell in row_of(table, "float8_e4m3fn")] == ["✓", "✗", "✓", "✓", "✗"]
+    on_cpu, _, *on_gpu, gradients = notes_of(table, "float8_e4m3fn")
+    assert (on_cpu, on_gpu) == ("", ["from torch only"] * 2)
+    assert gradients == "there are no gradients of float8_e4m3fn"
+
+
+def test_no_footnote_allows_what_another_row_refuses(making):
+    table = making[1].capabilities()
+    assert [note for note in notes_of(table, "float64") if note] == ["has no float64 arithmetic"] * 4
+    assert table.count("float64") == 2  # its row, and that
 
 
 def test_one_long_sequence_is_split_by_the_rules_that_look_at_lengths(making):

@@ -152,6 +152,22 @@ def test_targets_of_make_that_workflows_run_are_there():
     assert [target for target in run if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
 
 
+def test_workflows_that_install_torch_hand_the_repositorys_index_to_pip():
+    yaml = pytest.importorskip("yaml")
+    texts = [path.read_text() for path in WORKFLOWS]
+    found = [yaml.safe_load(text) for text in texts if re.search(r"run: make (?:test|pages)$", text, re.MULTILINE)]
+    assert len(found) == 2
+    assert {workflow["env"]["PIP_EXTRA_INDEX_URL"] for workflow in found} == {"${{ vars.PIP_EXTRA_INDEX_URL }}"}
+
+
+def test_what_is_long_beside_the_wings_is_read_each_week():
+    long = re.compile(r"^(?:@|pytestmark = )pytest\.mark\.long$", re.MULTILINE)
+    found = {f"tests/{path.name}" for path in (ROOT / "tests").glob("test_*.py") if long.search(path.read_text())}
+    recipe = (ROOT / "Makefile").read_text().partition("\npages:")[2].partition("\n\n")[0]
+    assert "tests/test_site.py" in found
+    assert found == set(re.findall(r"tests/\w+\.py", recipe))
+
+
 def installed_by(target, folder):
     """What `make` would ask pip for, for this target alone, where nothing is installed yet."""
     if shutil.which("make") is None:

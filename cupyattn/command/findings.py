@@ -24,12 +24,12 @@ REQUIRED = {"numpy": "2.0", "array-api-compat": "1.11", "threadpoolctl": "3.5"}
 """The oldest versions, as in pyproject.toml."""
 OPTIONAL = {
     "torch": ("2.6", "for torch tensors, and as a peer of `cupyattn bench`", "cupyattn[torch]"),
-    "jax": ("", "for JAX arrays", "cupyattn[jax]"),
+    "jax": ("0.5", "for JAX arrays", "cupyattn[jax]"),
     "dask": ("2025.1", "for dask arrays", "cupyattn[dask]"),
     "ml_dtypes": ("0.5", "for bfloat16 and float8 in NumPy", "ml_dtypes"),
     "transformers": ("5", "for cupyattn.integrations.transformers", "cupyattn[transformers]"),
-    "tqdm": ("", "for bars of progress", "cupyattn[cli]"),
-    "matplotlib": ("", "for `cupyattn bench --picture`", "cupyattn[cli]"),
+    "tqdm": ("4.66", "for bars of progress", "cupyattn[cli]"),
+    "matplotlib": ("3.10", "for `cupyattn bench --picture`", "cupyattn[cli]"),
 }
 """{name: (oldest version, what for, what to ask pip for)}; CuPy is with the GPUs."""
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,22 @@ Found = dict[str, Any]
 
 
 def newest(pattern: str, folder: Path | None = None) -> Found | None:
-    """What a measurement left; the last by its name, which ends with its date, and not one that was only a look."""
-    for path in sorted((folder or RESULTS).glob(pattern), reverse=True):
+    """What a measurement left; the last by the date in its name, and not one that was only a look."""
+    for path in sorted((folder or RESULTS).glob(pattern), key=when, reverse=True):
         found: Found = json.loads(path.read_text())
         if not found.get("quick"):
             return {**found, "file": path.name}
     return None
+
+
+DATED = re.compile(r"-(\d{4})-?(\d\d)-?(\d\d)(?:-(\d{4}))?$")
+
+
+def when(path: Path) -> tuple[str, str, str]:
+    """The date at the end of a file's name, and the time if it has one, as `make gpu` writes it; then the name."""
+    found = DATED.search(path.stem)
+    year, month, day, time = found.groups("") if found else ("",) * 4
+    return year + month + day, time, path.stem
 
 
 def not_yet(command: str) -> str:

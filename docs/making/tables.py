@@ -5,7 +5,7 @@ from typing import Any
 
 import cupyattn
 from cupyattn.plan.splits import BLOCKS_PER_UNIT, flash_attn_2, flash_attn_3, live_split_blocks
-from cupyattn.problem import NAMED_DEVICES, Layout, Mask, Problem, ScoreEdits, Sizes
+from cupyattn.problem import FLOAT8, NAMED_DEVICES, Layout, Mask, Problem, ScoreEdits, Sizes
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -44,6 +44,8 @@ CAPABILITIES: dict[str, dict[str, Any]] = {
     "lengths of each sequence": {"seqlens_k": (1,)},
 }
 """By what a reader looks for: the arguments of a call that asks for it."""
+FROM_TORCH = "from torch only"
+"""Whose float8 arrays are taken on a GPU: a plan is of no library."""
 
 
 def explained(device: str, tokens: int, call: dict[str, Any], **more: Any) -> cupyattn.Plan:
@@ -65,8 +67,8 @@ def objection_of_gradients(call: dict[str, Any]) -> str:
     """Why no kernel has the gradients of a call; nothing if one does."""
     try:
         plan = explained("H200", TOKENS, call, backward=True)
-    except TypeError as error:
-        return str(error).partition(": ")[2].partition(";")[0]
+    except TypeError:  # it names the dtypes that have gradients anywhere, float64 among them, which the CPU has alone
+        return f"there are no gradients of {call['dtype']}"
     reasons = dict(plan.objections).get("backward", ())
     return "" if plan.kernel != "none" else "; ".join(reasons) or "none"
 
@@ -75,13 +77,23 @@ def capabilities() -> str:
     """Each capability, and each implementation's word on it; footnotes say why not."""
     notes: list[str] = []
 
-    def cell(why: str) -> str:
-        if why and why not in notes:
-            notes.append(why)
-        return f"✗ <sup>{notes.index(why) + 1}</sup>" if why else "✓"
+    def noted(sign: str, note: str) -> str:
+        if note and note not in notes:
+            notes.append(note)
+        return f"{sign} <sup>{notes.index(note) + 1}</sup>" if note else sign
+
+    def cell(why: str, remark: str = "") -> str:
+        return noted("✗", why) if why else noted("✓", remark)
+
+    def remark(implementation: str, call: dict[str, Any]) -> str:
+        return FROM_TORCH if implementation != "numpy" and call.get("dtype") == FLOAT8 else ""
 
     rows = [
-        [name, *(cell(objection(each, call)) for each in IMPLEMENTATIONS), cell(objection_of_gradients(call))]
+        [
+            name,
+            *(cell(objection(each, call), remark(each, call)) for each in IMPLEMENTATIONS),
+            cell(objection_of_gradients(call)),
+        ]
         for name, call in CAPABILITIES.items()
     ]
     head = ["", "`numpy`, on the CPU", *(f"`{name}`" for name in IMPLEMENTATIONS[1:]), "gradients on a GPU"]

@@ -27,6 +27,23 @@ def test_the_oldest_versions_are_those_of_pyproject():
     assert {one[1]: one[2] for one in wanted} == findings.REQUIRED
 
 
+def test_the_oldest_versions_of_what_is_optional_are_those_of_pyproject():
+    extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+    wanted = {name: set() for name in findings.OPTIONAL}
+    for one in (one for extra in extras.values() for one in extra):
+        found = re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)", one)
+        if found and found[1] in wanted:
+            wanted[found[1]].add(found[2])
+    assert {name: {oldest} for name, (oldest, *_) in findings.OPTIONAL.items()} == wanted
+
+
+def test_the_extra_that_is_advised_brings_what_is_missing():
+    extras = tomllib.loads(PYPROJECT.read_text())["project"]["optional-dependencies"]
+    for name, (_, _, package) in findings.OPTIONAL.items():
+        extra = re.fullmatch(r"cupyattn\[(\w+)\]", package)
+        assert package == name if extra is None else any(re.match(rf"{name}\b", one) for one in extras[extra[1]])
+
+
 def test_what_is_installed_is_found_with_its_version():
     assert found_of("numpy") == findings.Finding("numpy", importlib.metadata.version("numpy"))
 
