@@ -103,3 +103,22 @@ def test_every_file_that_the_readme_names_is_there():
     if RESULTS.is_dir():
         assert [name for name in NAMED if not (RESULTS / name).exists()] == []
         assert len(NAMED) >= 2
+
+
+def test_what_is_said_of_the_proof_is_what_it_found():
+    if not RESULTS.is_dir():
+        pytest.skip("asv_benchmarks/ is not here (it is not in the sdist)")
+    page = " ".join((ROOT / "docs" / "gpu.md").read_text().split())
+    (name,) = re.findall(r"`asv_benchmarks/results/(proof-[\w.-]+)`", page)
+    found = json.loads((RESULTS / name).read_text())
+    assert found["wrong"] == 0
+    assert found["forms"] == found["forms_executed"]
+    kernels, calls = f"{found['kernels']:,} kernels that plans choose by default", f"{found['calls']:,} calls"
+    planted = f"{found['planted_bugs_caught']} of {found['planted_bugs']} planted bugs caught"
+    for sentence in (kernels, calls, planted):
+        assert sentence in page
+        assert sentence in README
+    assert f"({found['texts']} texts" in page
+    assert f"{found['instructions'] / 1e9:.1f} billion instructions" in page
+    assert f"the largest error {found['largest_error_of_its_bar']:.2f} of its bar" in page
+    assert f"the {found['forms']} forms of instructions" in page
