@@ -62,17 +62,7 @@ def fail(comm, how):
     """What the others say when rank 1 fails in the middle of a call."""
     x = np.ones((1, 4, 2, 8))
     if comm.rank == 1:
-        send, sent = comm.send, []
-
-        def failing(array, to):
-            sent.append(to)
-            if len(sent) > 2 * (comm.size - 1):  # behind what ranks agree by
-                if how == "die":
-                    os._exit(3)
-                raise OSError("the cable is out")
-            return send(array, to)
-
-        comm.send = failing
+        comm.send = failing_after(comm.send, 2 * (comm.size - 1), how)
     began = time.monotonic()
     try:
         ring_attention(x, x, x, comm=comm)
@@ -82,6 +72,40 @@ def fail(comm, how):
             time.sleep(5.0)  # alive: it has to be heard of all the same
         os._exit(0)
     os._exit(4)
+
+
+def again(comm):
+    """After a failure that left messages behind, and one by the clock, a new `TorchComm` is as good as the first."""
+    x, late = np.ones((1, 400, 4, 64)), 1.0
+    for number in range(2):
+        mine = TorchComm(timeout=TIMEOUT if number == 0 else late)
+        if comm.rank == 1:
+            mine.send = failing_after(mine.send, 2 * (comm.size - 1), "raise" if number == 0 else "sleep")
+        try:
+            ring_attention(x, x, x, comm=mine)
+        except (RankFailed, OSError) as error:
+            print(f"rank {comm.rank}, {number}: {type(error).__name__}: {error}", flush=True)
+    agree(TorchComm(timeout=TIMEOUT))
+    time.sleep(2 * late)  # what nobody took is not what ends the connections
+    agree(TorchComm(timeout=TIMEOUT))
+
+
+def failing_after(send, count, how):
+    """`send`, but for the `count` messages by which ranks agree."""
+    sent = []
+
+    def failing(array, to):
+        sent.append(to)
+        if len(sent) > count:
+            if how == "die":
+                os._exit(3)
+            if how == "sleep":
+                time.sleep(3.0)
+            else:
+                raise OSError("the cable is out")
+        return send(array, to)
+
+    return failing
 
 
 def differ(comm):
@@ -128,6 +152,8 @@ if __name__ == "__main__":
         agree(ranks)
     elif what == "differ":
         differ(ranks)
+    elif what == "again":
+        again(ranks)
     elif what == "tensors":
         tensors(ranks)
     else:

@@ -87,6 +87,14 @@ def test_a_process_that_dies_ends_the_others_in_time(engine):
     assert "is done" not in said
 
 
+def test_torch_has_another_try_with_the_same_group():
+    said, errors, code = run("torch", 2, "again")
+    assert code == 0, errors
+    assert "rank 0, 0: RankFailed: rank 0: rank 1 gave up: OSError: the cable is out" in said
+    assert "rank 0, 1: RankFailed: rank 0: rank 1 said nothing for 1 seconds" in said
+    assert said.count("is done") == 2, errors
+
+
 @pytest.mark.long
 @every_engine
 def test_processes_that_differ_all_raise_and_go_on(engine):
