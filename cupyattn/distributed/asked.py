@@ -154,7 +154,7 @@ def _check_rank(function: str, specs: Specs, packed: bool, sharding: Any) -> Non
 def check_packed(function: str, axes: str, replicated_rows: bool) -> None:
     """Refuse packed sequences where they mean nothing; all ranks do, who are known to ask for the same."""
     if replicated_rows:
-        raise ValueError(refusal(function, "does not take packed sequences: q, k and v have to have 4 axes"))
+        raise ValueError(refusal(function, "packed sequences are not for decoding: q, k and v have to have 4 axes"))
     if axes != "bshd":
         rule = "packed sequences are (tokens, num_heads, head_dim), and layout is 'bshd'"
         raise ValueError(refusal(function, rule, ("layout", axes)))

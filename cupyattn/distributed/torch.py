@@ -57,7 +57,7 @@ class TorchComm(PointToPoint):
 
     After that nothing more can be said by this one.  Where the processes live on, a new one of the same group can be
     made, and hears nothing of messages on the CPU that were left behind; NCCL, which does not tell messages apart,
-    needs a new group.  The n-th of each rank talks to the n-th of the others: all ranks of a group have to make as many.
+    needs a new group.  The n-th of each rank talks to the n-th of the others: all ranks have to make as many.
     """
 
     def __init__(self, group: Any = None, *, timeout: float = 60.0) -> None:

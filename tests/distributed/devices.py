@@ -134,7 +134,7 @@ REFUSED = {
     "all ranks have to have as many tokens": (ring_attention, {"sharding": Sharding("zigzag", 2, (9,))}),
     "causal has to be True or False": (ring_attention, {"causal": 3}),
     "and layout is 'bshd'": (ring_attention, {"packed": True, "layout": "bhsd", "sharding": WHOLE}),
-    "does not take packed sequences": (sharded_decode, {"packed": True, "sharding": WHOLE}),
+    "packed sequences are not for decoding": (sharded_decode, {"packed": True, "sharding": WHOLE}),
 }
 
 
