@@ -6,6 +6,7 @@ wait for the stream that is current when a message is begun; the one that is cur
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 import time
@@ -224,7 +225,7 @@ class _OnDevice:
         return self.array
 
 
-@dataclass
+@dataclass(eq=False)
 class _Work:
     """What gloo is doing.  It can be waited for, but not be looked at, and who has waited in vain has lost all others,
     too: so a thread waits."""
@@ -236,6 +237,7 @@ class _Work:
     error: RuntimeError | None = None
 
     def __post_init__(self) -> None:
+        _waiting.add(self)
         threading.Thread(target=self._wait, daemon=True).start()
 
     def _wait(self) -> None:
@@ -243,6 +245,7 @@ class _Work:
             self.request.wait(NEVER)
         except RuntimeError as error:
             self.error = error
+        _waiting.discard(self)
         self.done.set()
 
     def wait(self) -> None:
@@ -254,6 +257,20 @@ class _Work:
         if self.error is not None:
             comm.check()  # who gave up has said why
             raise RankFailed(f"rank {comm.rank}: rank {self.other} is not heard of: {self.error}") from self.error
+
+
+_waiting: set[_Work] = set()
+"""Those whose threads wait: after a failure also for messages that never come."""
+
+
+@atexit.register
+def _end_waiting() -> None:
+    """A thread that torch lets go of while Python ends would abort the process: all are let go of before, by a short
+    wait in vain, which closes the connections."""
+    for work in list(_waiting):
+        with contextlib.suppress(RuntimeError):
+            work.request.wait(timedelta(milliseconds=1))
+        work.done.wait(1.0)
 
 
 class _Done:
