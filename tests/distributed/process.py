@@ -1,7 +1,8 @@
 """One rank of the tests of engines that have processes, run as a script: `process.py ENGINE WHAT`.
 
 WHAT is "agree": compare with one device and say so; "raise" and "die": rank 1 does, and the others have to notice;
-"differ": rank 1 asks for something else; "tensors": messages go as those of a GPU do, by torch itself.
+"again": the same, and then new ranks of the same processes agree; "differ": rank 1 asks for something else; "tensors":
+messages go as those of a GPU do, by torch itself.
 """
 
 import os
@@ -21,7 +22,9 @@ from cupyattn.distributed import (
     ring_attention_backward,
     shard_sequence,
     sharded_decode,
+    sharded_decode_backward,
     ulysses_attention,
+    ulysses_attention_backward,
 )
 
 TIMEOUT = 120.0
@@ -37,25 +40,67 @@ def engine(name):
 
 
 def agree(comm):
-    """Every function, in float64 and bfloat16's storage, is attention."""
+    """Every function and its gradients in float64, causal or with edits, is attention."""
     rng = np.random.default_rng(0)
     q, k, v, dout = rng.standard_normal((4, 1, 13, 4, 8))
-    layout = Sharding("zigzag", comm.size, (13,))
-    mine = [shard_sequence(x, layout, comm.rank) for x in (q, k, v)]
-    options = {"comm": comm, "sharding": layout, "causal": True}
-    out, whole = ring_attention(*mine, **options), attention(q, k, v, causal=True)
-    np.testing.assert_allclose(out, shard_sequence(whole, layout, comm.rank), atol=1e-13)
-    np.testing.assert_allclose(ulysses_attention(*mine, **options), out, atol=1e-13)
-    gradients = ring_attention_backward(shard_sequence(dout, layout, comm.rank), *mine, **options)
-    expected = attention_backward(dout, q, k, v, causal=True)
-    for actual, wanted in zip(gradients[:3], expected[:3], strict=True):
-        np.testing.assert_allclose(actual, shard_sequence(wanted, layout, comm.rank), atol=1e-12)
-    found = sharded_decode(q[:, -1:], *mine[1:], comm=comm, sharding=layout)
-    np.testing.assert_allclose(found, attention(q[:, -1:], k, v), atol=1e-13)
-    one_head = [x[:, :, :1] for x in mine]  # all ranks but one have nothing to do
-    found = ulysses_attention(*one_head, comm=comm, sharding=layout, causal=True)
-    np.testing.assert_allclose(found, out[:, :, :1], atol=1e-13)
+    edits = {
+        "mask": rng.random((1, 1, 13, 13)) < 0.7,
+        "bias": rng.standard_normal((4, 13, 13)),
+        "sinks": rng.standard_normal(4),
+        "alibi_slopes": rng.random(4),
+    }
+    calls = [(ring_attention, ring_attention_backward), (ulysses_attention, ulysses_attention_backward)]
+    for calls_of in calls:
+        compare(comm, *calls_of, (q, k, v, dout), causal=True)
+        compare(comm, *calls_of, (q, k, v, dout), **edits)
+        one_head = [x[:, :, :1] for x in (q, k, v, dout)]  # in Ulysses all ranks but one have nothing to do
+        compare(comm, *calls_of, one_head, causal=True)
+    compare_decode(comm, (q[:, -1:], k, v, dout[:, -1:]), alignment="bottom-right")
+    of_last = {name: x[..., -1:, :] if name in ("mask", "bias") else x for name, x in edits.items()}
+    compare_decode(comm, (q[:, -1:], k, v, dout[:, -1:]), alignment="bottom-right", **of_last)
     assert comm.all_reduce(np.array([1.0]))[0] == comm.size
+
+
+def compare(comm, forward, backward, arrays, **options):
+    """Own rows of out and lse, and of all gradients; shares of what all ranks have, added up."""
+    layout = Sharding("zigzag", comm.size, (13,))
+
+    def own(array, axis=1):
+        return shard_sequence(array, layout, comm.rank, axis=axis)
+
+    (q, k, v, dout), close = arrays, {"atol": 1e-12, "rtol": 1e-12}
+    mine = {name: own(x, -2) if name in ("mask", "bias") else x for name, x in options.items()}
+    mine |= {"comm": comm, "sharding": layout}
+    out, lse = forward(*map(own, (q, k, v)), **mine, return_lse=True)
+    whole, whole_lse = attention(q, k, v, **options, return_lse=True)
+    np.testing.assert_allclose(out, own(whole), **close)
+    np.testing.assert_allclose(lse, own(whole_lse, 2), **close)
+    found = backward(*map(own, (dout, q, k, v)), out=out, lse=lse, **mine)
+    expected = attention_backward(dout, q, k, v, **options)
+    for actual, wanted in zip(found[:3], expected[:3], strict=True):
+        np.testing.assert_allclose(actual, own(wanted), **close)
+    if "bias" in options:
+        np.testing.assert_allclose(found.dbias, own(expected.dbias, -2), **close)
+        np.testing.assert_allclose(comm.all_reduce(found.dsinks), expected.dsinks, **close)
+        np.testing.assert_allclose(comm.all_reduce(found.dalibi_slopes), expected.dalibi_slopes, **close)
+
+
+def compare_decode(comm, arrays, **options):
+    """out, lse and all gradients, which are whole but for those of own keys."""
+    layout, (q, k, v, dout) = Sharding("zigzag", comm.size, (13,)), arrays
+    keys, close = [shard_sequence(x, layout, comm.rank) for x in (k, v)], {"atol": 1e-12, "rtol": 1e-12}
+    own = {"comm": comm, "sharding": layout, **options}
+    out, lse = sharded_decode(q, *keys, **own, return_lse=True)
+    whole, whole_lse = attention(q, k, v, **options, return_lse=True)
+    np.testing.assert_allclose(out, whole, **close)
+    np.testing.assert_allclose(lse, whole_lse, **close)
+    found = sharded_decode_backward(dout, q, *keys, out=out, lse=lse, **own)._asdict()
+    for name, wanted in attention_backward(dout, q, k, v, **options)._asdict().items():
+        if wanted is None:
+            assert found[name] is None
+        else:
+            expected = shard_sequence(wanted, layout, comm.rank) if name in ("dk", "dv") else wanted
+            np.testing.assert_allclose(found[name], expected, **close)
 
 
 def fail(comm, how):
@@ -71,6 +116,7 @@ def fail(comm, how):
         if comm.rank == 1:
             time.sleep(5.0)  # alive: it has to be heard of all the same
         os._exit(0)
+    print(f"rank {comm.rank} has a result", flush=True)
     os._exit(4)
 
 

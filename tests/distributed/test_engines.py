@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -40,15 +41,40 @@ def launcher(engine, size):
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
 
 
-def run(engine, size, what):
-    """What the ranks print, and how the launcher ended."""
+def environment():
+    """Of processes that find this package, each on one thread."""
     home = str(Path(cupyattn.__file__).parents[1])
     path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
-    environment = {**os.environ, **OPEN_MPI, "PYTHONPATH": path, **dict.fromkeys(names, "1")}
+    return {**os.environ, **OPEN_MPI, "PYTHONPATH": path, **dict.fromkeys(names, "1")}
+
+
+def run(engine, size, what):
+    """What the ranks print, and how the launcher ended."""
     call = [*launcher(engine, size), str(SCRIPT), engine, what]
-    ended = subprocess.run(call, capture_output=True, text=True, timeout=SECONDS, env=environment)
+    ended = subprocess.run(call, capture_output=True, text=True, timeout=SECONDS, env=environment())
     return ended.stdout, ended.stderr, ended.returncode
+
+
+def run_without_launcher(size, what):
+    """What each rank of torch's prints, and how it ended: nobody ends the others when one dies."""
+    if find_spec("torch") is None:
+        pytest.skip("needs torch")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {**environment(), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    call, pipe = [sys.executable, str(SCRIPT), "torch", what], subprocess.PIPE
+    started = [
+        subprocess.Popen(call, stdout=pipe, stderr=pipe, text=True, env={**common, "RANK": str(rank)})
+        for rank in range(size)
+    ]
+    try:
+        said = [process.communicate(timeout=SECONDS) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(*texts, process.returncode) for texts, process in zip(said, started, strict=True)]
 
 
 every_engine = pytest.mark.parametrize("engine", ["mpi", "torch"])
@@ -56,7 +82,12 @@ every_engine = pytest.mark.parametrize("engine", ["mpi", "torch"])
 
 @pytest.mark.parametrize(
     ("engine", "size"),
-    [("mpi", 2), ("torch", 2), pytest.param("mpi", 4, marks=pytest.mark.long)],
+    [
+        ("mpi", 2),
+        ("torch", 2),
+        pytest.param("mpi", 4, marks=pytest.mark.long),
+        pytest.param("torch", 4, marks=pytest.mark.long),
+    ],
 )
 def test_processes_agree_with_one_device(engine, size):
     said, errors, code = run(engine, size, "agree")
@@ -79,12 +110,19 @@ def test_a_process_that_raises_is_heard_of(engine):
 
 
 @pytest.mark.long
+def test_whoever_waits_for_a_process_that_dies_is_told():
+    (said, errors, code), (_, _, of_the_dead) = run_without_launcher(2, "die")
+    assert re.search(r"rank 0 after \d s: RankFailed: rank 0: rank 1 is not ", said), errors
+    assert (code, of_the_dead) == (0, 3)
+
+
+@pytest.mark.long
 @every_engine
 def test_a_process_that_dies_ends_the_others_in_time(engine):
-    """By an error of theirs, or by the launcher."""
+    """By the launcher, if not by an error of theirs; without it there is no result."""
     said, _, code = run(engine, 2, "die")
     assert code != 0
-    assert "is done" not in said
+    assert "has a result" not in said
 
 
 def test_torch_has_another_try_with_the_same_group():
