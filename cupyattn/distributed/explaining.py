@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import add
+from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from cupyattn import reading
@@ -178,14 +178,18 @@ def explain(
     if there.kind == "cuda":
         (plan_for_gradients if backward else plan_for)(function, problem, there, allowed_by(function, None))
     again = _why_again(problem, there) if backward else ""
-    flops: list[int] = [0] * size
-    sent: list[tuple[int, ...]] = [()] * size
-    for of_gradients in (False, True) if again else (backward,):
-        call = _Call(problem, rows, keys, band, size, of_gradients, widths_of(problem, there), shapes)
-        more, then = {"ring": call.ring, "ulysses": call.ulysses, "decode": call.decode}[by]()
-        flops = list(map(add, flops, more))
-        sent = [(*before, *after) for before, after in zip(sent, then, strict=True)]
-    return DistributedPlan(by, keys, tuple(flops), tuple(sent), there.name, again)
+    calls = [
+        _Call(problem, rows, keys, band, size, of_gradients, widths_of(problem, there), shapes)
+        for of_gradients in ((False, True) if again else (backward,))
+    ]
+    flops, sent = _together([{"ring": x.ring, "ulysses": x.ulysses, "decode": x.decode}[by]() for x in calls])
+    return DistributedPlan(by, keys, flops, sent, there.name, again)
+
+
+def _together(counts: list[Counts]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """What is done one after the other: flops of each rank, and all its steps."""
+    flops, sent = zip(*counts, strict=True)
+    return tuple(map(sum, zip(*flops, strict=True))), tuple(tuple(chain(*x)) for x in zip(*sent, strict=True))
 
 
 def _specs(function: str, shapes: Mapping[str, Shape], dtype: str, packed: bool) -> dict[str, Spec]:
