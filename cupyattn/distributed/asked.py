@@ -178,6 +178,15 @@ def _check_rank(function: str, specs: Specs, packed: bool, sharding: Any) -> Non
                 raise ValueError(refusal(function, rule, (word, specs[word].shape)))
 
 
+def check_packed(function: str, axes: str, replicated_rows: bool) -> None:
+    """Refuse packed sequences where they mean nothing; all ranks do, who are known to ask for the same."""
+    if replicated_rows:
+        raise ValueError(refusal(function, "packed sequences are not for decoding: q, k and v have to have 4 axes"))
+    if axes != "bshd":
+        rule = "packed sequences are (tokens, num_heads, head_dim), and layout is 'bshd'"
+        raise ValueError(refusal(function, rule, ("layout", axes)))
+
+
 def _shardings(
     function: str,
     sharding: Sharding | str,
@@ -188,6 +197,8 @@ def _shardings(
     replicated_rows: bool,
 ) -> tuple[Sharding, Sharding]:
     """Whose rows and keys are where, once every rank's arrays are known to be as long as that says."""
+    if axis == 0:
+        check_packed(function, options.axes, replicated_rows)
     found = []
     for word in ("q", "k"):
         lengths = tuple(specs[word].shape[axis] for specs in of_ranks)

@@ -91,10 +91,12 @@ def step_cost(plan: DistributedPlan, *, tflops: float, gigabytes_per_second: flo
     rule = "a number of seconds, not negative"
     latency = reading.number(function, "latency", latency, rule=rule, ok=lambda x: x >= 0)
     steps = len(plan.flops)
-    sent = [max(of_rank[step] for of_rank in plan.bytes_sent) for step in range(steps)]
-    attention = max(plan.flops) / steps / (1e12 * tflops)
+    sent = [max(of_step) for of_step in zip(*plan.bytes_sent, strict=True)]
+    # Where gradients begin with the forward pass, its are two of seven products.
+    rounds = (2 / 7, 5 / 7) if plan.forward_again else (1.0,)
+    attention = tuple(share * max(plan.flops) / steps / (1e12 * tflops) for share in rounds for _ in range(steps))
     transfer = tuple(latency + size / (1e9 * speed) if size else 0.0 for size in sent)
-    return StepCost((attention,) * steps, transfer, tflops, speed, latency)
+    return StepCost(attention, transfer, tflops, speed, latency)
 
 
 def _positive(function: str, name: str, value: Any) -> float:

@@ -82,7 +82,7 @@ def sharded_decode(
     ----------
     q : array, shape (batch, seqlen_q, num_heads, head_dim)
         The same on all ranks; all else that is not named here, too.  On the CPU or, as for
-        `ring_attention`, on a GPU.
+        `ring_attention`, on a GPU.  Packed sequences are refused.
     k, v : array, shapes (batch, own tokens, num_heads_kv, head_dim), ...
         Of this rank's tokens; there may be none.
     comm : Comm or JaxComm

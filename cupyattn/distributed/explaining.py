@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from cupyattn import reading
 from cupyattn.allowed import allowed_by
 from cupyattn.corridor import plan_for, plan_for_gradients
-from cupyattn.distributed.asked import layout_of, sharding_meant
+from cupyattn.distributed.asked import check_packed, layout_of, sharding_meant
 from cupyattn.distributed.rectangles import Band, rectangles_of
 from cupyattn.distributed.route import Route, count, route_of
 from cupyattn.distributed.sharding import Kind, Sharding
@@ -34,6 +36,8 @@ class DistributedPlan:
     they begin, some hundred bytes to each other one, is not counted."""
     device: str = "cpu"
     """What each rank's arrays are on."""
+    forward_again: str = ""
+    """Why gradients begin with the forward pass, which is then part of the numbers above; empty where they do not."""
 
     @property
     def balance(self) -> float:
@@ -49,7 +53,9 @@ class DistributedPlan:
         for rank, (flops, steps) in enumerate(zip(self.flops, self.bytes_sent, strict=True)):
             shown = [*map(str, steps[:8]), "..."] if len(steps) > 8 else map(str, steps)
             lines.append(f"{rank:<6} {flops:<10.3g} {sum(steps)} = {' + '.join(shown)}")
-        return "\n".join([*lines, f"balance: the busiest rank has {self.balance:.3f} of the mean"])
+        lines.append(f"balance: the busiest rank has {self.balance:.3f} of the mean")
+        lines += [f"the forward pass again, and then gradients: {self.forward_again}"] if self.forward_again else []
+        return "\n".join(lines)
 
 
 def explain(
@@ -66,6 +72,9 @@ def explain(
     causal: bool = False,
     alignment: Alignment | None = None,
     window_size: tuple[int | None, int | None] = (None, None),
+    mask: Sequence[int] | None = None,
+    bias: Sequence[int] | None = None,
+    alibi_slopes: Sequence[int] | None = None,
     compute_dtype: Any = None,
     backward: bool = False,
 ) -> DistributedPlan:
@@ -87,8 +96,10 @@ def explain(
         "cpu", or a GPU by its name, as for `cupyattn.explain`: what each rank's arrays are on.  Default: the CPU.
     layout, causal, alignment, window_size, compute_dtype
         As for `attention`.
+    mask, bias, alibi_slopes : tuple of int, optional
+        Shapes of the whole as well.  A bias is taken to be of `dtype`.
     backward : bool
-        The gradients instead, where out and lse are known.
+        The gradients instead, by the function's ``_backward``, which is given out and lse.
 
     Returns
     -------
@@ -104,7 +115,13 @@ def explain(
 
     Notes
     -----
-    Masks and biases, which stay where they are but for `ulysses_attention`, are not counted.
+    Masks and biases are sent by `ulysses_attention` alone, and gradients of biases by it and by `sharded_decode`, which
+    adds up over ranks those of q, bias and slopes.  In rings they stay where they are.
+
+    On the CPU out and lse are of use to gradients where they are in the dtype of the arithmetic, by default float64.
+    Where they were rounded, the forward pass comes first, with all that it sends; the plan has it as the first half of
+    its steps, and says why.  torch's autograd, which keeps them as they were before they were rounded, has the second
+    half alone.
 
     On GPUs states and gradients travel in float32, and what `ulysses_attention` exchanges besides in the dtype of the
     arrays; on the CPU states do in float64, and gradients in the dtype of the arithmetic.  A sum over ranks, which the
@@ -125,11 +142,12 @@ def explain(
     True
     >>> call = {"size": 2, "causal": True, "dtype": "bfloat16", "backward": True}
     >>> [sum(explain(*shape, **call, device=device).bytes_sent[0]) for device in ("cpu", "H100")]
-    [75497472, 41943040]
+    [83886080, 41943040]
     """
     function = "explain"
     reading.choice(function, "by", by, ("ring", "ulysses", "decode"))
     size = reading.integer(function, "size", size, low=1, high=2**20)
+    backward = reading.flag(function, "backward", backward)
     options = attention_options(
         function, layout, causal, alignment, window_size, None, 0.0, 0.0, compute_dtype, return_lse=True
     )
@@ -141,11 +159,14 @@ def explain(
         rule = f"dtype has to be one of {', '.join(FLOATS)}"
         raise (ValueError if isinstance(dtype, str) else TypeError)(refusal(function, rule, ("dtype", repr(dtype))))
     check_device(function, device)
-    shapes = {word: _shape(function, word, shape) for word, shape in (("q", q), ("k", k), ("v", v))}
+    given = {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes}
+    shapes = {
+        word: _shape(function, word, shape) for word, shape in given.items() if shape is not None or word in "qkv"
+    }
     packed = isinstance(meant, Sharding) and len(shapes["q"]) == 3
-    lead: Shape = (1,) if packed else ()
-    specs = {word: Spec(word, (*lead, *shape), kind) for word, shape in shapes.items()}
-    problem = read(function, tuple(specs.items()), options)
+    if packed:
+        check_packed(function, options.axes, by == "decode")
+    problem = read(function, tuple(_specs(function, shapes, kind, packed).items()), options)
     sizes = problem.sizes
     keys = layout_of(meant, size, sizes.seqlen_k)
     rows = keys if packed else layout_of(meant, size, sizes.seqlen_q)
@@ -153,12 +174,45 @@ def explain(
         rule = "sharding has to be of as many tokens as there are"
         raise ValueError(refusal(function, rule, ("sharding", keys), *shapes.items()))
     band = Band(options.window[0], 0 if options.causal else options.window[1], problem.mask.alignment == "bottom-right")
-    there, backward = device_meant(device, None), reading.flag(function, "backward", backward)
+    there = device_meant(device, None)
     if there.kind == "cuda":
         (plan_for_gradients if backward else plan_for)(function, problem, there, allowed_by(function, None))
-    call = _Call(problem, rows, keys, band, size, backward, widths_of(problem, there))
-    flops, sent = {"ring": call.ring, "ulysses": call.ulysses, "decode": call.decode}[by]()
-    return DistributedPlan(by, keys, tuple(flops), tuple(map(tuple, sent)), there.name)
+    again = _why_again(problem, there) if backward else ""
+    calls = [
+        _Call(problem, rows, keys, band, size, of_gradients, widths_of(problem, there), shapes)
+        for of_gradients in ((False, True) if again else (backward,))
+    ]
+    flops, sent = _together([{"ring": x.ring, "ulysses": x.ulysses, "decode": x.decode}[by]() for x in calls])
+    return DistributedPlan(by, keys, flops, sent, there.name, again)
+
+
+def _together(counts: list[Counts]) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """What is done one after the other: flops of each rank, and all its steps."""
+    flops, sent = zip(*counts, strict=True)
+    return tuple(map(sum, zip(*flops, strict=True))), tuple(tuple(chain(*x)) for x in zip(*sent, strict=True))
+
+
+def _specs(function: str, shapes: Mapping[str, Shape], dtype: str, packed: bool) -> dict[str, Spec]:
+    """Of the whole; packed sequences as a batch of one."""
+    dtypes = {"mask": "bool", "alibi_slopes": "float32"}
+    specs = {word: Spec(word, shape, dtypes.get(word, dtype)) for word, shape in shapes.items()}
+    if not packed:
+        return specs
+    for word in ("mask", "bias"):
+        if word in specs:
+            raise ValueError(refusal(function, f"{word} does not go with packed sequences", (word, shapes[word])))
+    found = {word: spec._replace(shape=(1, *spec.shape)) for word, spec in specs.items() if word in "qkv"}
+    if "alibi_slopes" in specs:  # of several sequences, or of all
+        found["alibi_slopes"] = specs["alibi_slopes"]._replace(shape=shapes["alibi_slopes"][-1:])
+    return found
+
+
+def _why_again(problem: Problem, device: Device) -> str:
+    """Why gradients on the CPU make nothing of out and lse, as `run_backward` has it; empty if they do."""
+    arithmetic = problem.compute_dtype or "float64"
+    if device.kind != "cpu" or problem.dtype == arithmetic:
+        return ""
+    return f"out and lse were rounded to {problem.out_dtype} and {problem.lse_dtype}, and are wanted in {arithmetic}"
 
 
 def _shape(function: str, name: str, shape: Any) -> Shape:
@@ -207,6 +261,8 @@ class _Call:
     size: int
     backward: bool
     widths: Widths
+    shapes: Mapping[str, Shape]
+    """Of the whole arrays, and of what edits the scores."""
 
     def __post_init__(self) -> None:
         sizes = self.problem.sizes
@@ -232,7 +288,9 @@ class _Call:
         route = route_of(self.rows, self.keys, self.band)
         pairs = sum(map(route.pairs, range(self.size)))
         flops = [self.of_a_pair * len(self._heads(rank)) * pairs for rank in range(self.size)]
-        return flops, [[self._of_heads(rank), self._of_tokens(rank)] for rank in range(self.size)]
+        heads = [self._of_heads(rank) + self._of_edits(rank) for rank in range(self.size)]
+        tokens = [self._of_tokens(rank) + (self._of_bias(rank) if self.backward else 0) for rank in range(self.size)]
+        return flops, [list(of_rank) for of_rank in zip(heads, tokens, strict=True)]
 
     def _heads(self, rank: int) -> range:
         """Query heads that a rank attends."""
@@ -268,6 +326,36 @@ class _Call:
         of_keys = keys * (of_k * sizes.head_dim + of_v * sizes.head_dim_v)
         return sizes.batch * widths.total * (rows * query_heads * sizes.head_dim + of_keys)
 
+    def _edit(self, name: str) -> tuple[int, bool, int] | None:
+        """Of a mask or bias that is of ranks' own rows: batch, whether heads have their own, keys; else it stays."""
+        shape = self.shapes.get(name)
+        if shape is None:
+            return None
+        batch, heads, rows, keys = (1,) * (4 - len(shape)) + shape
+        if rows == 1 and any(self.rows.length(rank) != 1 for rank in range(self.size)):
+            return None
+        return batch, heads > 1, keys
+
+    def _of_edits(self, rank: int) -> int:
+        """Of masks and biases of a rank's own rows: to others, what edits their heads."""
+        found, others = 0, [other for other in range(self.size) if other != rank]
+        for name, width in (("mask", 1), ("bias", self.widths.operand)):
+            edit = self._edit(name)
+            if edit is not None:
+                batch, of_heads, keys = edit
+                heads = sum(len(self._heads(other)) if of_heads else 1 for other in others)
+                found += batch * heads * self.rows.length(rank) * keys * width
+        return found
+
+    def _of_bias(self, rank: int) -> int:
+        """Of its gradient for a rank's own heads: to others, that of their rows."""
+        edit = self._edit("bias")
+        if edit is None:
+            return 0
+        batch, of_heads, keys = edit
+        rows = sum(self.rows.seqlens) - self.rows.length(rank)
+        return batch * (len(self._heads(rank)) if of_heads else 1) * rows * keys * self.widths.total
+
     def decode(self) -> Counts:
         sizes = self.problem.sizes
         whole = Sharding("contiguous", 1, (sizes.seqlen_q,))
@@ -276,8 +364,11 @@ class _Call:
             sum(x.count_visible for x in rectangles_of(whole.pieces[0], pieces, shifts, self.band))
             for pieces in self.keys.pieces
         ]
-        rows = sizes.batch * sizes.num_heads * sizes.seqlen_q
-        forward, backward = (sizes.head_dim_v + 1) * self.widths.state, sizes.head_dim * self.widths.total
-        message = rows * (backward if self.backward else forward)
         flops = [self.of_a_pair * sizes.num_heads * count for count in pairs]
-        return flops, [[(self.size - 1) * message] for _ in range(self.size)]
+        if self.backward:
+            summed = [math.prod(self.shapes[name]) for name in ("q", "bias", "alibi_slopes") if name in self.shapes]
+            messages = [count * self.widths.total for count in summed]
+        else:
+            rows = sizes.batch * sizes.num_heads * sizes.seqlen_q
+            messages = [rows * (sizes.head_dim_v + 1) * self.widths.state]
+        return flops, [[(self.size - 1) * message for message in messages] for _ in range(self.size)]

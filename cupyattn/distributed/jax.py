@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from cupyattn import api
-from cupyattn.distributed.asked import layout_of, sharding_meant
+from cupyattn.distributed.asked import check_packed, layout_of, sharding_meant
 from cupyattn.distributed.jax_merging import State, log, merged, times, weights
 from cupyattn.distributed.rectangles import Band, Rectangle, rectangles_of, shifts_of
 from cupyattn.distributed.route import route_of
@@ -234,7 +234,7 @@ class _Call:
         self.row_axis, self.head_axis = (1, 2) if options.axes == "bshd" else (2, 1)
         meant = sharding_meant(function, sharding, options, self.size)
         self.packed = isinstance(meant, Sharding) and len(arrays["q"].shape) == 3
-        self.arrays = self._of_rank_4(arrays, meant, options.axes)
+        self.arrays = self._of_rank_4(arrays, meant, options.axes, replicated_rows)
         own_q, own_k = (self.arrays[name].shape[self.row_axis] for name in ("q", "k"))
         self.own_rows = own_q
         self.keys = self._layout("k", meant, own_k)
@@ -258,7 +258,9 @@ class _Call:
             raise ValueError(refusal(self.function, rule, ("sharding", layout)))
         return layout
 
-    def _of_rank_4(self, arrays: Mapping[str, Any], meant: Sharding | str, axes: str) -> dict[str, Any]:
+    def _of_rank_4(
+        self, arrays: Mapping[str, Any], meant: Sharding | str, axes: str, replicated_rows: bool
+    ) -> dict[str, Any]:
         """The arrays with packed tokens as a batch of one."""
         rank, several = 3 if self.packed else 4, isinstance(meant, Sharding) and len(meant.seqlens) != 1
         for name in ("q", "k", "v"):
@@ -269,9 +271,7 @@ class _Call:
                 raise ValueError(refusal(self.function, rule, (name, shape), ("sharding", meant)))
         if not self.packed:
             return dict(arrays)
-        if axes != "bshd":
-            rule = "packed sequences are (tokens, num_heads, head_dim), and layout is 'bshd'"
-            raise ValueError(refusal(self.function, rule, ("layout", axes)))
+        check_packed(self.function, axes, replicated_rows)
         for name in ("mask", "bias"):
             if arrays.get(name) is not None:
                 rule = f"{name} does not go with packed sequences"

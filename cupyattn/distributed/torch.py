@@ -6,6 +6,7 @@ wait for the stream that is current when a message is begun; the one that is cur
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 import time
@@ -24,6 +25,9 @@ from cupyattn.reading import refusal
 
 LOOKS = 0.25
 """Seconds between looks at torch's key-value store, where others say that they give up: each asks another process."""
+NEVER = timedelta(days=365)
+"""When gloo stops waiting.  It would close all connections of the group, also under a later `TorchComm`: who waits for
+a message has a clock of his own."""
 
 
 class TorchComm(PointToPoint):
@@ -51,6 +55,10 @@ class TorchComm(PointToPoint):
     A rank that raises in the middle of a call tells the others by torch's key-value store, and they raise `RankFailed`;
     so do they if one dies.  On a GPU they hear of it when they begin the next message; a stream that waits for one
     which never comes is torch's to end, by the timeout of the group.  By NCCL it has not run yet.
+
+    After that nothing more can be said by this one.  Where the processes live on, a new one of the same group can be
+    made, and hears nothing of messages on the CPU that were left behind; NCCL, which does not tell messages apart,
+    needs a new group.  The n-th of each rank talks to the n-th of the others: all ranks have to make as many.
     """
 
     def __init__(self, group: Any = None, *, timeout: float = 60.0) -> None:
@@ -73,7 +81,10 @@ class TorchComm(PointToPoint):
         self._ranks = dist.get_process_group_ranks(dist.group.WORLD if group is None else group)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._store: Any = dist.distributed_c10d._get_default_store()
-        self._key = "cupyattn gave up: " + ",".join(map(str, self._ranks))
+        ranks = ",".join(map(str, self._ranks))
+        number = int(self._store.add(f"cupyattn, ranks {ranks}, made by {self.rank}", 1))
+        self._key = f"cupyattn, ranks {ranks}, {number} gave up"
+        self._tag = number
         self._failure: str | None = None
         self._batch: _Batch | None = None
 
@@ -118,7 +129,8 @@ class TorchComm(PointToPoint):
                 refusal("TorchComm", rule, ("backend", str(self._backends)), ("array", tuple(array.shape)))
             )
         batch = self._batch or _Batch()
-        batch.operations.append(self._dist.P2POp(start, tensor, self._ranks[other], self._group))
+        tag = self._tag if backend == "gloo" else 0  # NCCL has none
+        batch.operations.append(self._dist.P2POp(start, tensor, self._ranks[other], self._group, tag))
         batch.arrays.append(array)
         if batch is not self._batch:
             self._begin(batch)
@@ -135,7 +147,7 @@ class TorchComm(PointToPoint):
 
     def _begun(self, start: Any, tensor: Any, other: int) -> Any:
         try:
-            return start(tensor, self._ranks[other], group=self._group)
+            return start(tensor, self._ranks[other], group=self._group, tag=self._tag)
         except RuntimeError as error:  # the connection is gone
             raise RankFailed(f"rank {self.rank}: rank {other} is not there: {error}") from error
 
@@ -213,7 +225,7 @@ class _OnDevice:
         return self.array
 
 
-@dataclass
+@dataclass(eq=False)
 class _Work:
     """What gloo is doing.  It can be waited for, but not be looked at, and who has waited in vain has lost all others,
     too: so a thread waits."""
@@ -225,24 +237,40 @@ class _Work:
     error: RuntimeError | None = None
 
     def __post_init__(self) -> None:
+        _waiting.add(self)
         threading.Thread(target=self._wait, daemon=True).start()
 
     def _wait(self) -> None:
         try:
-            self.request.wait(timedelta(seconds=self.comm.timeout))
+            self.request.wait(NEVER)
         except RuntimeError as error:
             self.error = error
+        _waiting.discard(self)
         self.done.set()
 
     def wait(self) -> None:
         comm, end = self.comm, time.monotonic() + self.comm.timeout
         while not self.done.wait(LOOKS):
             comm.check()
-            if time.monotonic() > end + LOOKS:
+            if time.monotonic() > end:
                 raise RankFailed(f"rank {comm.rank}: rank {self.other} said nothing for {comm.timeout:g} seconds")
         if self.error is not None:
             comm.check()  # who gave up has said why
             raise RankFailed(f"rank {comm.rank}: rank {self.other} is not heard of: {self.error}") from self.error
+
+
+_waiting: set[_Work] = set()
+"""Those whose threads wait: after a failure also for messages that never come."""
+
+
+@atexit.register
+def _end_waiting() -> None:
+    """A thread that torch lets go of while Python ends would abort the process: all are let go of before, by a short
+    wait in vain, which closes the connections."""
+    for work in list(_waiting):
+        with contextlib.suppress(RuntimeError):
+            work.request.wait(timedelta(milliseconds=1))
+        work.done.wait(1.0)
 
 
 class _Done:

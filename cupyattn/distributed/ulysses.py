@@ -97,7 +97,8 @@ def ulysses_attention(
     -----
     Rank ``r`` of ``size`` attends query heads ``r * num_heads // size`` up to ``(r + 1) * num_heads // size``, and
     is sent the key heads that these use: a key head goes to several ranks where there are fewer than ranks.  With more
-    ranks than query heads some have nothing to do.  Every rank holds the whole sequence for its heads.  On a GPU
+    ranks than query heads some have nothing to do; inside of `jax.shard_map` query heads have to be a multiple of the
+    ranks.  Every rank holds the whole sequence for its heads.  On a GPU
     results are rounded once, by the kernel, and what ranks find of the gradients is added up in float32; that has not
     run on a GPU yet.
 

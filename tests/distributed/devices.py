@@ -124,6 +124,7 @@ def check_packed(case):
         np.testing.assert_allclose(gradients[3][i], wanted.dalibi_slopes, **close)
 
 
+WHOLE = Sharding("zigzag", SIZE, (SEQLEN,))
 REFUSED = {
     "alibi_slopes have to be (4,) or (2, 4)": (ring_attention, {"alibi_slopes": SLOPES[:3]}),
     "mask has to broadcast to (batch, num_heads, own rows": (ulysses_attention, {"mask": np.ones((3, SEQLEN), bool)}),
@@ -132,6 +133,8 @@ REFUSED = {
     "has to be a Sharding, or one of": (ring_attention, {"sharding": "spiral"}),
     "all ranks have to have as many tokens": (ring_attention, {"sharding": Sharding("zigzag", 2, (9,))}),
     "causal has to be True or False": (ring_attention, {"causal": 3}),
+    "and layout is 'bshd'": (ring_attention, {"packed": True, "layout": "bhsd", "sharding": WHOLE}),
+    "packed sequences are not for decoding": (sharded_decode, {"packed": True, "sharding": WHOLE}),
 }
 
 
@@ -139,9 +142,10 @@ def refuse():
     """What cannot be meant is said where it is traced."""
     for said, (function, changes) in REFUSED.items():
         heads = changes.get("heads", HEADS)
-        options = {name: value for name, value in changes.items() if name != "heads"}
+        options = {name: value for name, value in changes.items() if name not in ("heads", "packed")}
 
-        def rank(q, function=function, options=options):
+        def rank(q, function=function, options=options, packed="packed" in changes):
+            q = q[0] if packed else q
             return function(q, q, q, comm=JaxComm("ranks"), **options)
 
         found = "nothing"

@@ -1,7 +1,8 @@
 """One rank of the tests of engines that have processes, run as a script: `process.py ENGINE WHAT`.
 
 WHAT is "agree": compare with one device and say so; "raise" and "die": rank 1 does, and the others have to notice;
-"differ": rank 1 asks for something else; "tensors": messages go as those of a GPU do, by torch itself.
+"again": the same, and then new ranks of the same processes agree; "differ": rank 1 asks for something else; "tensors":
+messages go as those of a GPU do, by torch itself.
 """
 
 import os
@@ -21,7 +22,9 @@ from cupyattn.distributed import (
     ring_attention_backward,
     shard_sequence,
     sharded_decode,
+    sharded_decode_backward,
     ulysses_attention,
+    ulysses_attention_backward,
 )
 
 TIMEOUT = 120.0
@@ -37,42 +40,74 @@ def engine(name):
 
 
 def agree(comm):
-    """Every function, in float64 and bfloat16's storage, is attention."""
+    """Every function and its gradients in float64, causal or with edits, is attention."""
     rng = np.random.default_rng(0)
     q, k, v, dout = rng.standard_normal((4, 1, 13, 4, 8))
-    layout = Sharding("zigzag", comm.size, (13,))
-    mine = [shard_sequence(x, layout, comm.rank) for x in (q, k, v)]
-    options = {"comm": comm, "sharding": layout, "causal": True}
-    out, whole = ring_attention(*mine, **options), attention(q, k, v, causal=True)
-    np.testing.assert_allclose(out, shard_sequence(whole, layout, comm.rank), atol=1e-13)
-    np.testing.assert_allclose(ulysses_attention(*mine, **options), out, atol=1e-13)
-    gradients = ring_attention_backward(shard_sequence(dout, layout, comm.rank), *mine, **options)
-    expected = attention_backward(dout, q, k, v, causal=True)
-    for actual, wanted in zip(gradients[:3], expected[:3], strict=True):
-        np.testing.assert_allclose(actual, shard_sequence(wanted, layout, comm.rank), atol=1e-12)
-    found = sharded_decode(q[:, -1:], *mine[1:], comm=comm, sharding=layout)
-    np.testing.assert_allclose(found, attention(q[:, -1:], k, v), atol=1e-13)
-    one_head = [x[:, :, :1] for x in mine]  # all ranks but one have nothing to do
-    found = ulysses_attention(*one_head, comm=comm, sharding=layout, causal=True)
-    np.testing.assert_allclose(found, out[:, :, :1], atol=1e-13)
+    edits = {
+        "mask": rng.random((1, 1, 13, 13)) < 0.7,
+        "bias": rng.standard_normal((4, 13, 13)),
+        "sinks": rng.standard_normal(4),
+        "alibi_slopes": rng.random(4),
+    }
+    calls = [(ring_attention, ring_attention_backward), (ulysses_attention, ulysses_attention_backward)]
+    for calls_of in calls:
+        compare(comm, *calls_of, (q, k, v, dout), causal=True)
+        compare(comm, *calls_of, (q, k, v, dout), **edits)
+        one_head = [x[:, :, :1] for x in (q, k, v, dout)]  # in Ulysses all ranks but one have nothing to do
+        compare(comm, *calls_of, one_head, causal=True)
+    compare_decode(comm, (q[:, -1:], k, v, dout[:, -1:]), alignment="bottom-right")
+    of_last = {name: x[..., -1:, :] if name in ("mask", "bias") else x for name, x in edits.items()}
+    compare_decode(comm, (q[:, -1:], k, v, dout[:, -1:]), alignment="bottom-right", **of_last)
     assert comm.all_reduce(np.array([1.0]))[0] == comm.size
+
+
+def compare(comm, forward, backward, arrays, **options):
+    """Own rows of out and lse, and of all gradients; shares of what all ranks have, added up."""
+    layout = Sharding("zigzag", comm.size, (13,))
+
+    def own(array, axis=1):
+        return shard_sequence(array, layout, comm.rank, axis=axis)
+
+    (q, k, v, dout), close = arrays, {"atol": 1e-12, "rtol": 1e-12}
+    mine = {name: own(x, -2) if name in ("mask", "bias") else x for name, x in options.items()}
+    mine |= {"comm": comm, "sharding": layout}
+    out, lse = forward(*map(own, (q, k, v)), **mine, return_lse=True)
+    whole, whole_lse = attention(q, k, v, **options, return_lse=True)
+    np.testing.assert_allclose(out, own(whole), **close)
+    np.testing.assert_allclose(lse, own(whole_lse, 2), **close)
+    found = backward(*map(own, (dout, q, k, v)), out=out, lse=lse, **mine)
+    expected = attention_backward(dout, q, k, v, **options)
+    for actual, wanted in zip(found[:3], expected[:3], strict=True):
+        np.testing.assert_allclose(actual, own(wanted), **close)
+    if "bias" in options:
+        np.testing.assert_allclose(found.dbias, own(expected.dbias, -2), **close)
+        np.testing.assert_allclose(comm.all_reduce(found.dsinks), expected.dsinks, **close)
+        np.testing.assert_allclose(comm.all_reduce(found.dalibi_slopes), expected.dalibi_slopes, **close)
+
+
+def compare_decode(comm, arrays, **options):
+    """out, lse and all gradients, which are whole but for those of own keys."""
+    layout, (q, k, v, dout) = Sharding("zigzag", comm.size, (13,)), arrays
+    keys, close = [shard_sequence(x, layout, comm.rank) for x in (k, v)], {"atol": 1e-12, "rtol": 1e-12}
+    own = {"comm": comm, "sharding": layout, **options}
+    out, lse = sharded_decode(q, *keys, **own, return_lse=True)
+    whole, whole_lse = attention(q, k, v, **options, return_lse=True)
+    np.testing.assert_allclose(out, whole, **close)
+    np.testing.assert_allclose(lse, whole_lse, **close)
+    found = sharded_decode_backward(dout, q, *keys, out=out, lse=lse, **own)._asdict()
+    for name, wanted in attention_backward(dout, q, k, v, **options)._asdict().items():
+        if wanted is None:
+            assert found[name] is None
+        else:
+            expected = shard_sequence(wanted, layout, comm.rank) if name in ("dk", "dv") else wanted
+            np.testing.assert_allclose(found[name], expected, **close)
 
 
 def fail(comm, how):
     """What the others say when rank 1 fails in the middle of a call."""
     x = np.ones((1, 4, 2, 8))
     if comm.rank == 1:
-        send, sent = comm.send, []
-
-        def failing(array, to):
-            sent.append(to)
-            if len(sent) > 2 * (comm.size - 1):  # behind what ranks agree by
-                if how == "die":
-                    os._exit(3)
-                raise OSError("the cable is out")
-            return send(array, to)
-
-        comm.send = failing
+        comm.send = failing_after(comm.send, 2 * (comm.size - 1), how)
     began = time.monotonic()
     try:
         ring_attention(x, x, x, comm=comm)
@@ -81,7 +116,42 @@ def fail(comm, how):
         if comm.rank == 1:
             time.sleep(5.0)  # alive: it has to be heard of all the same
         os._exit(0)
+    print(f"rank {comm.rank} has a result", flush=True)
     os._exit(4)
+
+
+def again(comm):
+    """After a failure that left messages behind, and one by the clock, a new `TorchComm` is as good as the first."""
+    x, late = np.ones((1, 400, 4, 64)), 1.0
+    for number in range(2):
+        mine = TorchComm(timeout=TIMEOUT if number == 0 else late)
+        if comm.rank == 1:
+            mine.send = failing_after(mine.send, 2 * (comm.size - 1), "raise" if number == 0 else "sleep")
+        try:
+            ring_attention(x, x, x, comm=mine)
+        except (RankFailed, OSError) as error:
+            print(f"rank {comm.rank}, {number}: {type(error).__name__}: {error}", flush=True)
+    agree(TorchComm(timeout=TIMEOUT))
+    time.sleep(2 * late)  # what nobody took is not what ends the connections
+    agree(TorchComm(timeout=TIMEOUT))
+
+
+def failing_after(send, count, how):
+    """`send`, but for the `count` messages by which ranks agree."""
+    sent = []
+
+    def failing(array, to):
+        sent.append(to)
+        if len(sent) > count:
+            if how == "die":
+                os._exit(3)
+            if how == "sleep":
+                time.sleep(3.0)
+            else:
+                raise OSError("the cable is out")
+        return send(array, to)
+
+    return failing
 
 
 def differ(comm):
@@ -128,6 +198,8 @@ if __name__ == "__main__":
         agree(ranks)
     elif what == "differ":
         differ(ranks)
+    elif what == "again":
+        again(ranks)
     elif what == "tensors":
         tensors(ranks)
     else:

@@ -5,7 +5,15 @@ import time
 import numpy as np
 import pytest
 
-from cupyattn.distributed import RankFailed, Sharding, ring_attention, ring_attention_backward, run_ranks
+from cupyattn.distributed import (
+    RankFailed,
+    Sharding,
+    ring_attention,
+    ring_attention_backward,
+    run_ranks,
+    sharded_decode,
+    ulysses_attention,
+)
 
 X = np.ones((1, 4, 2, 8))
 
@@ -144,6 +152,24 @@ def test_what_cannot_be_meant_is_refused_on_all_ranks(changes, said):
     for error in errors_of(lambda comm: call(comm, **changes)):
         assert type(error) is ValueError
         assert said in str(error)
+
+
+@pytest.mark.parametrize("shape", [(6, 6, 4), (6, 3, 4)])
+@pytest.mark.parametrize("function", [ring_attention, ulysses_attention])
+def test_packed_sequences_with_heads_first_are_refused_on_all_ranks(function, shape):
+    """As many heads as tokens would be attended as each other, in silence."""
+    x, layout = np.ones(shape), Sharding("contiguous", 3, (8, 10))
+    for error in errors_of(lambda comm: function(x, x, x, comm=comm, sharding=layout, layout="bhsd")):
+        assert type(error) is ValueError
+        assert f"{function.__name__}: packed sequences are (tokens, num_heads, head_dim), and layout is" in str(error)
+
+
+@pytest.mark.parametrize("lengths", [(6,), (3, 3)])
+def test_packed_sequences_to_decode_are_refused_on_all_ranks(lengths):
+    q, k, layout = np.ones((6, 2, 4)), np.ones((2, 2, 4)), Sharding("contiguous", 3, lengths)
+    for error in errors_of(lambda comm: sharded_decode(q, k, k, comm=comm, sharding=layout)):
+        assert type(error) is ValueError
+        assert "sharded_decode: packed sequences are not for decoding" in str(error)
 
 
 @pytest.mark.parametrize("name", ["dout", "out", "lse", "dlse"])

@@ -28,6 +28,11 @@ def test_one_rank_sends_nothing_and_loses_nothing():
     assert (cost.transfer, cost.efficiency) == ((0.0,), 1.0)
 
 
+def test_where_the_forward_pass_comes_first_its_steps_are_two_of_seven_products():
+    plan = DistributedPlan("ring", LAYOUT, (14 * 10**12,) * 2, ((0,) * 4,) * 2, forward_again="rounded")
+    assert step_cost(plan, **SPEEDS).attention == pytest.approx((1.0, 1.0, 2.5, 2.5))
+
+
 def test_links_of_gpus_carry_what_gpus_send():
     shape = (1, 8, 1, 16)
     plan = explain(shape, shape, shape, size=2, dtype="float16", backward=True, device="H100")

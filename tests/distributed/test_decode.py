@@ -61,6 +61,12 @@ def test_any_lengths_and_shards(data):
     assert_same(draw(np.random.default_rng(1), *lengths, batch=1), data.draw(st.integers(1, 4)), kind, options)
 
 
+@pytest.mark.parametrize("kind", ["contiguous", "zigzag", "striped"])
+def test_eight_ranks_have_attention_and_its_gradients(kind, rng):
+    name = "ALiBi both ways"
+    assert_same(draw(rng, 3, 21), 8, kind, {"alignment": "bottom-right", **drawn_options(rng, 3, 21)[name]})
+
+
 def test_all_ranks_have_the_same_bits_rounded_once(rng):
     arrays = draw(rng, 2, 30, dtype=np.float32)
     exact = on_one_device([x.astype(np.float64) for x in arrays], {})

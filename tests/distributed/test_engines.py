@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
@@ -41,18 +42,43 @@ def launcher(engine, size):
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
 
 
-def run(engine, size, what):
-    return started([*launcher(engine, size), str(SCRIPT), engine, what])
-
-
-def started(call):
-    """What the ranks print, and how the launcher ended."""
+def environment():
+    """Of processes that find this package, each on one thread."""
     home = str(Path(cupyattn.__file__).parents[1])
     path = os.pathsep.join(filter(None, (home, os.environ.get("PYTHONPATH"))))
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
-    environment = {**os.environ, **OPEN_MPI, "PYTHONPATH": path, **dict.fromkeys(names, "1")}
-    ended = subprocess.run(call, capture_output=True, text=True, timeout=SECONDS, env=environment)
+    return {**os.environ, **OPEN_MPI, "PYTHONPATH": path, **dict.fromkeys(names, "1")}
+
+
+def run(engine, size, what):
+    return launched([*launcher(engine, size), str(SCRIPT), engine, what])
+
+
+def launched(call):
+    """What the ranks print, and how the launcher ended."""
+    ended = subprocess.run(call, capture_output=True, text=True, timeout=SECONDS, env=environment())
     return ended.stdout, ended.stderr, ended.returncode
+
+
+def run_without_launcher(size, what):
+    """What each rank of torch's prints, and how it ended: nobody ends the others when one dies."""
+    if find_spec("torch") is None:
+        pytest.skip("needs torch")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    common = {**environment(), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    call, pipe = [sys.executable, str(SCRIPT), "torch", what], subprocess.PIPE
+    started = [
+        subprocess.Popen(call, stdout=pipe, stderr=pipe, text=True, env={**common, "RANK": str(rank)})
+        for rank in range(size)
+    ]
+    try:
+        said = [process.communicate(timeout=SECONDS) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(*texts, process.returncode) for texts, process in zip(said, started, strict=True)]
 
 
 every_engine = pytest.mark.parametrize("engine", ["mpi", "torch"])
@@ -60,7 +86,12 @@ every_engine = pytest.mark.parametrize("engine", ["mpi", "torch"])
 
 @pytest.mark.parametrize(
     ("engine", "size"),
-    [("mpi", 2), ("torch", 2), pytest.param("mpi", 4, marks=pytest.mark.long)],
+    [
+        ("mpi", 2),
+        ("torch", 2),
+        pytest.param("mpi", 4, marks=pytest.mark.long),
+        pytest.param("torch", 4, marks=pytest.mark.long),
+    ],
 )
 def test_processes_agree_with_one_device(engine, size):
     said, errors, code = run(engine, size, "agree")
@@ -83,12 +114,27 @@ def test_a_process_that_raises_is_heard_of(engine):
 
 
 @pytest.mark.long
+def test_whoever_waits_for_a_process_that_dies_is_told():
+    (said, errors, code), (_, _, of_the_dead) = run_without_launcher(2, "die")
+    assert re.search(r"rank 0 after \d s: RankFailed: rank 0: rank 1 is not ", said), errors
+    assert (code, of_the_dead) == (0, 3)
+
+
+@pytest.mark.long
 @every_engine
 def test_a_process_that_dies_ends_the_others_in_time(engine):
-    """By an error of theirs, or by the launcher."""
+    """By the launcher, if not by an error of theirs; without it there is no result."""
     said, _, code = run(engine, 2, "die")
     assert code != 0
-    assert "is done" not in said
+    assert "has a result" not in said
+
+
+def test_torch_has_another_try_with_the_same_group():
+    said, errors, code = run("torch", 2, "again")
+    assert code == 0, errors
+    assert "rank 0, 0: RankFailed: rank 0: rank 1 gave up: OSError: the cable is out" in said
+    assert "rank 0, 1: RankFailed: rank 0: rank 1 said nothing for 1 seconds" in said
+    assert said.count("is done") == 2, errors
 
 
 @pytest.mark.long
@@ -166,7 +212,7 @@ FAULTY = """
 
 
 def said_by_two(text):
-    return started([*launcher("mpi", 2), "-c", textwrap.dedent(text)])[0]
+    return launched([*launcher("mpi", 2), "-c", textwrap.dedent(text)])[0]
 
 
 @pytest.mark.long

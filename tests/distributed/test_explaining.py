@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import emulator
+import ml_dtypes
 import numpy as np
 import pytest
 from ranks import TIMEOUT, draw
@@ -22,6 +23,7 @@ from cupyattn.distributed import (
 from cupyattn.distributed import shard_sequence as shard
 
 SHAPES = (1, 8192, 8, 64), (1, 8192, 2, 64), (1, 8192, 2, 64)
+PACKED, OF_PACKED = Sharding("zigzag", 4, (5, 4)), dict.fromkeys("qkv", (9, 2, 8))
 
 
 def bytes_sent(size, call):
@@ -48,29 +50,77 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def arguments_of(by, layout, rank, q, k, v, dout, edits):
+    """Of a rank: dout and operands of its own tokens, but for a decode, whose rows all have."""
+    own = [x if by == "decode" else shard(x, layout, rank) for x in (dout, q)]
+    for name in ("mask", "bias"):
+        if name in edits and by != "decode" and edits[name].shape[-2] > 1:
+            edits = edits | {name: shard(edits[name], layout, rank, axis=-2)}
+    return (*own, shard(k, layout, rank), shard(v, layout, rank)), edits
+
+
+def assert_sent_as_planned(arrays, by, size, kind, dtype, backward, edits, **options):
+    """What ranks send, each of them and all, is what `explain` says."""
+    layout = Sharding(kind, size, (arrays[1].shape[1],))
+
+    def call(comm):
+        (dout, *mine), own = arguments_of(by, layout, comm.rank, *arrays, edits)
+        own = {**own, "comm": comm, "sharding": kind, **options}
+        if backward:
+            lse_dtype = np.float64 if dtype == "float64" else np.float32
+            lse = np.zeros((mine[0].shape[0], mine[0].shape[2], mine[0].shape[1]), lse_dtype)
+            CALLS[by][1](dout, *mine, out=np.zeros_like(dout), lse=lse, **own)
+        else:
+            CALLS[by][0](*mine, **own)
+
+    shapes = {name: array.shape for name, array in edits.items()}
+    whole = {"size": size, "by": by, "sharding": kind, "dtype": dtype, "backward": backward, **shapes}
+    plan = explain(*(x.shape for x in arrays[:3]), **whole, **options)
+    assert bytes_sent(size, call) == [sum(steps) for steps in plan.bytes_sent]
+
+
+way = pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+
+
+@way
 @pytest.mark.parametrize("by", CALLS)
 @pytest.mark.parametrize(
     "options", [{}, {"causal": True}, {"causal": True, "window_size": (9, None)}], ids=["all", "causal", "window"]
 )
-def test_what_is_sent_is_what_the_plan_says(by, options, backward, rng):
-    q, k, v, dout = draw(rng, 50, batch=1, heads=(6, 2), dtype=np.float32)
-    size, kind = 3, "zigzag" if by == "ring" else "contiguous"
-    layout = Sharding(kind, size, (50,))
-    options = {"compute_dtype": "float32", **options}
+@pytest.mark.parametrize(
+    ("dtype", "compute_dtype"),
+    [("float32", "float32"), ("float32", None), ("bfloat16", None), ("bfloat16", "float32"), ("float64", None)],
+)
+def test_what_is_sent_is_what_the_plan_says(by, options, backward, dtype, compute_dtype, rng):
+    kind = "zigzag" if by == "ring" else "contiguous"
+    arrays = draw(rng, 50, batch=1, heads=(6, 2), dtype=ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    options = {"compute_dtype": compute_dtype, **options}
+    assert_sent_as_planned(arrays, by, 3, kind, dtype, backward, {}, **options)
 
-    def call(comm):
-        rows = [q, dout] if by == "decode" else [shard(x, layout, comm.rank) for x in (q, dout)]
-        mine = [rows[0], *(shard(x, layout, comm.rank) for x in (k, v))]
-        own = {"comm": comm, "sharding": kind, **options}
-        if backward:
-            state = {"out": np.zeros_like(rows[1]), "lse": np.zeros((1, 6, rows[0].shape[1]), np.float32)}
-            CALLS[by][1](rows[1], *mine, **state, **own)
-        else:
-            CALLS[by][0](*mine, **own)
 
-    plan = explain(q.shape, k.shape, v.shape, size=size, by=by, sharding=kind, backward=backward, **options)
-    assert bytes_sent(size, call) == [sum(steps) for steps in plan.bytes_sent]
+@way
+@pytest.mark.parametrize("by", CALLS)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("rows", [1, 20])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_what_is_sent_of_masks_biases_and_slopes_is_what_the_plan_says(by, dtype, rows, heads, backward, rng):
+    arrays = draw(rng, 20, heads=(4, 2), dtype=dtype)
+    edits = {"mask": rng.random((2, heads, rows, 20)) < 0.7, "bias": rng.standard_normal((heads, rows, 20))}
+    edits["bias"], edits["alibi_slopes"] = edits["bias"].astype(dtype), rng.random((2, 4))
+    assert_sent_as_planned(arrays, by, 3, "zigzag", dtype, backward, edits)
+
+
+def test_it_says_why_gradients_begin_with_the_forward_pass():
+    again, once = (explain(*SHAPES, size=4, backward=True, compute_dtype=x) for x in (None, "float32"))
+    said = "the forward pass again, and then gradients: out and lse were rounded to float32 and float32, "
+    assert str(again).splitlines()[-1] == said + "and are wanted in float64"
+    assert said not in str(once)
+
+
+def test_the_forward_pass_is_the_first_half_of_such_a_plan():
+    again, forward = (explain(*SHAPES, size=4, backward=x) for x in (True, False))
+    assert [steps[:4] for steps in again.bytes_sent] == list(forward.bytes_sent)
+    assert sum(again.flops) * 2 == sum(forward.flops) * 7
 
 
 ON_GPUS = {
@@ -183,7 +233,7 @@ def test_flops_of_all_ranks_are_those_of_one_device(by):
 
 
 def test_gradients_are_five_products_for_two():
-    forward, backward = (explain(*SHAPES, size=4, backward=x) for x in (False, True))
+    forward, backward = (explain(*SHAPES, size=4, backward=x, compute_dtype="float32") for x in (False, True))
     assert sum(backward.flops) * 2 == sum(forward.flops) * 5
 
 
@@ -210,6 +260,11 @@ def test_packed_sequences_are_explained():
         ({"device": "H900"}, ValueError, "device has to be 'cpu' or one of A100"),
         ({"device": 0}, ValueError, "device has to be 'cpu' or one of A100"),
         ({"backward": 1}, TypeError, "backward has to be True or False"),
+        ({"bias": 3}, TypeError, "bias has to be a shape"),
+        ({"mask": (3, 3)}, ValueError, "mask does not broadcast"),
+        ({"layout": "bhsd", "sharding": PACKED, **OF_PACKED}, ValueError, "and layout is 'bshd'"),
+        ({"by": "decode", "sharding": PACKED, **OF_PACKED}, ValueError, "are not for decoding"),
+        ({"bias": (9, 9), "sharding": PACKED, **OF_PACKED}, ValueError, "bias does not go with packed"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(changes, error, said):

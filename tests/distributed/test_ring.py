@@ -1,6 +1,8 @@
 """Ring attention is attention: on any number of ranks, in any layout, with every argument; and so are its gradients."""
 
+import threading
 from itertools import pairwise
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +23,7 @@ from cupyattn.distributed import (
 )
 from cupyattn.distributed import shard_sequence as shard
 from cupyattn.distributed import unshard_sequence as unshard
+from cupyattn.distributed.work import Work
 
 NAMES = list(drawn_options(np.random.default_rng(0)))
 FEW_UNITS = {"rtol": 1e-12, "atol": 1e-13}
@@ -142,6 +145,41 @@ def test_packed_sequences(window_size, slopes, kind, rng):
     if slopes is not None:
         expected = np.stack(slope_shares) if slopes == 2 else sum(slope_shares)
         assert_matches(sum(x.dalibi_slopes for x in found), expected, **FEW_UNITS)
+
+
+@pytest.mark.parametrize(("method", "call"), [("attend", ring_attention), ("gradients", ring_attention_backward)])
+def test_the_next_keys_are_on_their_way_while_these_are_attended(method, call, rng, monkeypatch):
+    """At each step but the last: begun before, and waited for behind."""
+    q, k, v, dout = draw(rng, 12)
+    said = threading.local()
+    attend = getattr(Work, method)
+
+    def attending(*arguments):
+        said.events.append("attend")
+        return attend(*arguments)
+
+    monkeypatch.setattr(Work, method, attending)
+
+    def rank(comm):
+        said.events = events = []
+        receive = comm.receive
+
+        def receiving(shape, dtype, source, like=None):
+            message = receive(shape, dtype, source, like)
+            from_behind = like is not None and like.ndim == 4 and source == (comm.rank - 1) % 3
+            if not from_behind or events.count("begin") == 2:  # what ranks agree by; gradients, once all keys came
+                return message
+            events.append("begin")
+            return SimpleNamespace(wait=lambda: (events.append("end"), message.wait())[1])
+
+        comm.receive = receiving
+        own = [shard(x, Sharding("contiguous", 3, (12,)), comm.rank) for x in (q, k, v, dout)]
+        state = {"out": own[3], "lse": np.zeros((2, 4, 4))} if call is ring_attention_backward else {}
+        call(*([own[3]] if state else []), *own[:3], comm=comm, **state)
+        return events
+
+    for events in run_ranks(rank, 3, timeout=TIMEOUT):
+        assert events == ["begin", "attend", "end", "begin", "attend", "end", "attend"]
 
 
 def test_heads_may_come_first(rng):
