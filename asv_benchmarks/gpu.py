@@ -32,7 +32,7 @@ import gpu_articles  # noqa: E402 - beside this file
 import gpu_caches  # noqa: E402
 import gpu_gradients  # noqa: E402
 import gpu_hopper  # noqa: E402
-from gpu_tools import BACK_ENDS, back_ends, back_ends_call, ended, in_a_graph, microseconds, with_tile  # noqa: E402
+from gpu_tools import BACK_ENDS, back_ends, back_ends_call, ended, in_a_graph_if, microseconds, with_tile  # noqa: E402
 
 import cupyattn  # noqa: E402 - the checkout, installed or not
 from cupyattn.cuda.making import catalogue  # noqa: E402
@@ -99,6 +99,7 @@ class Report:
         self.start, self.seconds = time.monotonic(), 60 * minutes
         self.found = {"machine": {}, "sections": {}}
         self.lines = []
+        self.logs = {}
 
     def say(self, line):
         print(line, flush=True)
@@ -132,9 +133,11 @@ GPU_TESTS = ("tests/test_gpu.py", "tests/test_gpu_hopper.py", "tests/test_gpu_gr
 
 
 def tests(report, torch):
-    command = [sys.executable, "-m", "pytest", "-v", "--maxfail=20", "-W", "default", "-m", "gpu", *GPU_TESTS]
+    command = [sys.executable, "-m", "pytest", "-v", "--maxfail=100", "-W", "default", "-m", "gpu", *GPU_TESTS]
     if importlib.util.find_spec("xdist"):  # kernels are compiled by several processes
         command += ["-n", str(min(8, os.cpu_count() or 1))]
+        if importlib.util.find_spec("pytest_timeout"):  # a kernel that hangs costs a worker, and has a name
+            command += ["--timeout", "60", "--timeout-method", "thread"]
     _run_pytest(report, "tests", [*command, "-p", "no:cacheprovider"])
 
 
@@ -144,7 +147,9 @@ def sanitizer(report, torch):
         report.row("sanitizer", result="compute-sanitizer is not installed")
         return
     for kind in ("memcheck", "racecheck"):
-        command = [tool, "--tool", kind, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-v", "-W", "default"]
+        command = [tool, "--tool", kind, "--error-exitcode", "9"]
+        command += ["--report-api-errors", "no"] if kind == "memcheck" else []  # libraries ask what they may not
+        command += [sys.executable, "-m", "pytest", "-v", "-W", "default"]
         command += ["-m", "gpu"]
         command += ["-p", "no:cacheprovider", *GPU_TESTS, "-k", "sanitizer"]
         _run_pytest(report, "sanitizer", command, tool=kind)
@@ -152,8 +157,10 @@ def sanitizer(report, torch):
 
 def _run_pytest(report, section, command, **more):
     start = time.monotonic()
-    environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # JAX would take most of the memory
+    alone = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "2")  # of several workers
+    environment = {**os.environ, **alone, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # JAX would take most of the memory
     text, status = ended(command, report.left(section), cwd=CHECKOUT, env=environment)
+    report.logs[" ".join((section, *map(str, more.values())))] = text
     verdicts = [line for line in text.splitlines() if re.search(r"\d+ (passed|failed|skipped)|ERROR SUMMARY", line)]
     report.row(section, **more, status=status, seconds=time.monotonic() - start, result=" | ".join(verdicts[-2:]))
     if status != 0:
@@ -201,7 +208,7 @@ def decode(report, torch):
         if report.late("decode"):
             break
         size = 2 * batch * seqlen * heads_kv * 128 * 2
-        copies = max(1, min(8, -(-256 * 2**20 // size)))  # so that no cache holds all of them
+        copies = max(1, min(32, -(-256 * 2**20 // size)))  # so that no cache holds all of them
         q = torch.randn((batch, 1, heads, 128), device="cuda", dtype=torch.bfloat16)
         sets = [
             [torch.randn((batch, seqlen, heads_kv, 128), device="cuda", dtype=torch.bfloat16) for _ in range(2)]
@@ -215,7 +222,7 @@ def decode(report, torch):
             calls[name] = lambda name=name, q=q, turned=turned: [
                 back_ends_call(torch, name, q.transpose(1, 2), k, v, enable_gqa=True) for k, v in turned
             ]
-        calls = {name: in_a_graph(call, torch) for name, call in calls.items()}
+        calls = {name: graph for name, call in calls.items() if (graph := in_a_graph_if(call, torch))}
         times = {name: x / copies for name, x in microseconds(calls, torch).items()}
         best = min((x for name, x in times.items() if name != "cupyattn"), default=float("nan"))
         what = {"batch": batch, "heads": f"{heads}/{heads_kv}", "keys": seqlen, "page": page_size, "kv_mb": size / 1e6}
@@ -270,13 +277,14 @@ def host(report, torch):
             torch.cuda.synchronize()
         times[name] = 1e6 * best
     report.row("host", **times, ratio_to_torch=times["cupyattn_torch"] / times["torch_sdpa"])
+    path = os.pathsep.join(filter(None, (str(CHECKOUT), os.environ.get("PYTHONPATH"))))
     for kind in ("first_call", "first_call_from_disk"):
         code = (
             "import time, cupy, cupyattn; x = cupy.zeros((1, 64, 2, 112), 'float16'); cupy.cuda.Device().synchronize();"
             "s = time.perf_counter(); cupyattn.attention(x, x, x); cupy.cuda.Device().synchronize();"
             "print(time.perf_counter() - s)"
         )
-        environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "CUPYATTN_CACHE_DIR": str(SUITE / "cubins")}
+        environment = {**os.environ, "PYTHONPATH": path, "CUPYATTN_CACHE_DIR": str(SUITE / "cubins")}
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
         seconds = float(run.stdout) if run.returncode == 0 else float("nan")
         report.row("host", **{f"{kind}_s": seconds}, error=run.stderr[-300:])
@@ -387,6 +395,8 @@ def main():
         import torch
     except ImportError as error:
         raise SystemExit(f"gpu.py needs CuPy and torch: {error}") from None
+    if not importlib.util.find_spec("array_api_compat"):
+        raise SystemExit("gpu.py needs array-api-compat, as CONTRIBUTING's section on benchmarks says; not run.")
     if not (cupy.cuda.is_available() and torch.cuda.is_available()):
         raise SystemExit("gpu.py needs an NVIDIA GPU, and CuPy and torch have to find it; not run.")
     report = Report(arguments.minutes)
@@ -412,6 +422,9 @@ def write(report, stem):
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / f"{stem}.json").write_text(json.dumps(report.found, indent=1) + "\n")
         (Path(folder) / f"{stem}.txt").write_text("\n".join(report.lines) + "\n")
+    if os.environ.get("OUT"):  # which test was the last one says more than how many there were
+        for name, text in report.logs.items():
+            (Path(os.environ["OUT"]) / f"{name.replace(' ', '-')}.log").write_text(text)
 
 
 def give_up(report, section, stem):

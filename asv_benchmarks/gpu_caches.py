@@ -8,14 +8,10 @@ HEADS, HEADS_KV, HEAD_DIM = 32, 8, 128
 
 
 def caches(report, torch):
-    ragged(report, torch)
-    few_rows(report, torch)
-    many(report, torch)
-    narrow(report, torch)
-    skewed(report, torch)
-    pages(report, torch)
-    chunks(report, torch)
-    step(report, torch)
+    for part in (ragged, few_rows, many, narrow, skewed, pages, chunks, step):
+        if report.late("caches"):
+            return
+        part(report, torch)
 
 
 def cache(torch, batch, seqlen, page_size=None):

@@ -197,5 +197,6 @@ def switches(report, torch):
             flops = cupyattn.explain(q, k, v, causal=causal).flops
             times = microseconds(calls, torch, repeats=3, budget=0.03)
             for name, took in sorted(times.items(), key=lambda entry: entry[1]):
+                over_default = times.get("default", float("nan")) / took
                 report.row("switches", head_dim=head_dim, causal=causal, seqlen=seqlen, variant=name,
-                           tflops=flops / took * 1e-6, over_default=times["default"] / took)  # fmt: skip
+                           tflops=flops / took * 1e-6, over_default=over_default)  # fmt: skip

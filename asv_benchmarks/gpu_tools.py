@@ -54,6 +54,15 @@ def in_a_graph(call, torch):
     return graph.replay
 
 
+def in_a_graph_if(call, torch):
+    """The same of a call that others make; None where it cannot be captured."""
+    try:
+        return in_a_graph(call, torch)
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+
+
 BACK_ENDS = ("flash", "cudnn", "efficient", "math")
 """Of torch's attention. The last one has all scores in memory: of 32768 tokens they are 128 GB."""
 

@@ -61,10 +61,10 @@ def from_torch(torch, tensor):
 def hold_to_the_definition(arrays, problem, out, lse, block_k, dropout_seed=0):
     exact_out, exact_lse = definition(arrays, problem, dropout_seed)
     assert_close_lse(lse, exact_lse)
-    emulated = emulation(arrays, problem, block_k, dropout_seed)
+    emulated = emulation(arrays, problem, block_k, dropout_seed, tensor_cores=True)
     values = np.abs(np.asarray(arrays["v"]).astype(np.float64))
     largest = values[np.isfinite(values)].max(initial=0.0)
-    assert_within_the_bar(out.astype(STORED[problem.dtype]), exact_out, emulated, problem.dtype, largest)
+    assert_within_the_bar(out.astype(STORED[problem.dtype]), exact_out, emulated, problem.dtype, largest, 2.0)
 
 
 SHAPES = [  # batch, seqlen_q, seqlen_k, (heads of q, k, v)
@@ -243,7 +243,7 @@ def test_a_step_with_a_cache_is_captured_in_a_graph_and_played_again(torch):
         return cupyattn.flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths, causal=True)
 
     others = [cache.clone() for cache in caches]
-    step(*others)
+    step(*(cache.clone() for cache in caches))  # compiled before anything is captured, which computes nothing
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = step(*caches)
@@ -337,6 +337,7 @@ def test_a_torch_graph_replays(torch, seqlen_q):
 def test_a_cupy_graph_replays(cupy):
     q, k = (cupy.random.standard_normal((1, n, 8, 64), dtype="float32").astype("float16") for n in (1, 4000))
     stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()  # the arrays are there, which were made on another stream
     with stream:
         cupyattn.attention(q, k, k)
         stream.begin_capture()
@@ -551,11 +552,11 @@ def test_small_shapes_for_the_sanitizer(cupy, rng, dtype, seqlen_q):
 # ---------------------------------------------------------------------------------------------------
 
 CACHES = {
-    "dynamic": cupyattn.DynamicCache,
+    "dynamic": lambda: cupyattn.DynamicCache(),
     "static": lambda: cupyattn.StaticCache(512),
     "sliding": lambda: cupyattn.SlidingWindowCache(512),
     "paged": lambda: cupyattn.PagedCache(num_pages=64, page_size=16),
-    "offloaded": cupyattn.OffloadedCache,
+    "offloaded": lambda: cupyattn.OffloadedCache(),
 }
 
 

@@ -130,7 +130,7 @@ def test_gradients_of_cupy_arrays(torch, rng):
     expected = cupyattn.attention_backward(dout, q, k, v, causal=True)
     found = cupyattn.attention_backward(*(cupy.asarray(x, "float32") for x in (dout, q, k, v)), causal=True)
     for x, y in zip(found[:3], expected[:3], strict=True):
-        np.testing.assert_allclose(x.get(), y, atol=2e-5)
+        np.testing.assert_allclose(x.get(), y, atol=5e-5)
 
 
 def test_in_a_captured_graph(torch):
