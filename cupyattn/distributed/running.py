@@ -11,7 +11,7 @@ import numpy as np
 from cupyattn.arrays import Arrays
 from cupyattn.distributed import verbs
 from cupyattn.distributed.agreement import together
-from cupyattn.distributed.asked import Asked, states_of
+from cupyattn.distributed.asked import Asked, Specs, states_of
 from cupyattn.distributed.gpu import KNOWN, GpuWork
 from cupyattn.distributed.work import Work
 from cupyattn.distributed.working import AnyState, AnyWork
@@ -51,15 +51,19 @@ def run(asked: Asked, forward: Forward, backward: Backward) -> Arrays:
     results = states_of(asked.problem, asked.packed)
     if not asked.returns_lse:
         del results["lse"]
-    return together(
-        asked.comm,
-        lambda: visit.run(
-            numbers,
-            lambda operands, known: together(asked.comm, lambda: gradients(operands, known)),
-            results,
-            kept,
-        ),
-    )
+    return _by_all(asked, visit.run, numbers, gradients, results, kept)
+
+
+def _by_all(
+    asked: Asked, go: Callable[..., Arrays], numbers: Any, gradients: Any, results: Specs, kept: Specs
+) -> Arrays:
+    """Both passes; where one of them fails on a rank, all others are told."""
+
+    def backward(operands: Arrays, known: Arrays) -> Arrays:
+        found: Arrays = together(asked.comm, lambda: gradients(operands, known))
+        return found
+
+    return together(asked.comm, lambda: go(numbers, backward, results, kept))
 
 
 def run_backward(asked: Asked, forward: Forward, backward: Backward) -> Arrays:
@@ -102,15 +106,7 @@ def _run_on_gpu(asked: Asked, forward: Forward, backward: Backward) -> Arrays:
 
     if not (asked.returns_lse or kept):
         del results["lse"]
-    return together(
-        asked.comm,
-        lambda: visit.run_at_home(
-            numbers,
-            lambda operands, known: together(asked.comm, lambda: gradients(operands, known)),
-            results,
-            kept,
-        ),
-    )
+    return _by_all(asked, visit.run_at_home, numbers, gradients, results, kept)
 
 
 def _gradients_on_gpu(asked: Asked, forward: Forward, backward: Backward, operands: Arrays, known: Arrays) -> Arrays:
