@@ -515,7 +515,8 @@ def test_a_lazily_negated_tensor_is_read_with_its_sign():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_tensor_that_is_zero_without_memory_is_zeros(dtype):
     torch = needs("torch")
-    q, k, v = (x.detach().requires_grad_() for x in as_tensors(operands_of(cupyattn.attention, dtype)).values())
+    operands = as_tensors(operands_of(flash_attn_func, dtype))
+    q, k, v = (operands[name].detach().requires_grad_() for name in "qkv")
     zeros = torch._efficientzerotensor(q.shape, dtype=q.dtype)
     assert_same_bits(cupyattn.attention(zeros, k, v), cupyattn.attention(torch.zeros_like(q), k, v))
     cupyattn.attention(q, k, v).backward(zeros)
