@@ -207,6 +207,10 @@ FAULTY = """
         message.wait()
     except RankFailed as error:
         print(f"rank {comm.rank}: {error}", flush=True)
+    if comm.rank == 0:
+        comm._comm.send(None, 1, 9)
+    else:  # whoever ends first may have the launcher end the others
+        comm._comm.recv(source=0, tag=9)
     os._exit(0)
 """
 
