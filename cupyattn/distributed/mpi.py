@@ -146,7 +146,7 @@ class _MpiMessage:
 
     def wait(self) -> None:
         self.comm.until(lambda: bool(self.request.Test()), self.other, "took no message")
-        del _UNDER_WAY[id(self)]
+        _UNDER_WAY.pop(id(self), None)  # who waits again finds it over
 
 
 @dataclass
@@ -159,7 +159,7 @@ class _MpiArray:
     def wait(self) -> Array:
         comm, status = self.comm, self.comm._mpi.Status()
         comm.until(lambda: bool(self.request.Test(status)), self.other, "said nothing")
-        del _UNDER_WAY[id(self)]
+        _UNDER_WAY.pop(id(self), None)  # who waits again finds it over
         came = status.Get_count(comm._mpi.BYTE)
         expected = verbs.num_bytes(self.array)
         if came != expected:

@@ -1,5 +1,6 @@
 """The flash kernel under the emulator, held to the definition: sizes, tiles, edits, layouts, what nobody may see."""
 
+import emulated
 import numpy as np
 import pytest
 from cases import DISTANCES, DROPPED, EDITS, HIDDEN, LAYOUTS, STRAYS, VISIBLE, call, turns
@@ -204,6 +205,17 @@ def test_dropout_drops_what_the_reference_drops(rng, p):
     batch, head = np.arange(2)[:, None, None], np.arange(2)[:, None]
     keep = numpy_ref.dropout_keep(p, seed, batch, head, np.arange(37), range(64))
     np.testing.assert_array_equal(found.out.swapaxes(1, 2) != 0.0, keep)
+
+
+def test_sums_that_are_cut_off_as_tensor_cores_do_are_smaller_and_near():
+    """By which `make gpu` holds float32 on a GPU; the emulator rounds after each term."""
+    a, b = np.float32(1.0) + np.zeros((1, 16), np.float32), np.full((1, 16), 1.0 + 1.5 * 2.0**-20, np.float32)
+    start, exact = np.full((1, 1), 2.0**8, np.float32), 2.0**8 + 16.0 * (1.0 + 1.5 * 2.0**-20)
+    cut, near = (float(emulated._add_product(start, a, b, cores)[0, 0]) for cores in (True, False))
+    assert cut < exact
+    assert exact - cut < 2.0**-14
+    assert abs(near - exact) < 2.0**-11
+    assert float(emulated._add_product(-start, -a, b, True)[0, 0]) == -cut
 
 
 def test_a_launch_without_lse_is_the_same(rng):
