@@ -23,7 +23,7 @@ from cupyattn.cuda.launching.launch import recipe_of, record_of
 from cupyattn.cuda.launching.views import view_of_numpy
 from cupyattn.plan.hopper import hopper_tile
 from cupyattn.plan.schedule import EVEN
-from cupyattn.plan.splits import pieces_of_splitkv, scheduled_blocks, split, split_pieces
+from cupyattn.plan.splits import blocks_of_splitkv, split, split_pieces
 from cupyattn.problem import ITEMSIZE, NAMED_DEVICES, Spec
 from cupyattn.reading import Options, attention_options, read
 
@@ -162,8 +162,8 @@ def plan_of(problem, kernel, device=H100, fixed_split_size=None, **edits):
     elif "num_splits" in edits and (size or (kernel == "hopper" and not problem.layout.lengths_are_data)):
         size = -(-max(1, problem.sizes.seqlen_k) // (tile.block_k * edits["num_splits"])) * tile.block_k
     if kernel == "splitkv" and problem.layout.lengths_are_data:
-        pieces, most = pieces_of_splitkv(problem, tile.block_q), edits.get("num_splits", splits)
-        edits.setdefault("num_workers", scheduled_blocks(problem, pieces, most, edits["num_slots"]))
+        most = edits.get("num_splits", splits)
+        edits.setdefault("num_workers", blocks_of_splitkv(problem, tile.block_q, most, edits["num_slots"]))
     chosen = plan.choose(problem, device)
     if kernel == "hopper":
         edits.setdefault("num_slots", device.num_units)

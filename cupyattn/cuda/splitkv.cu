@@ -202,7 +202,8 @@ struct SplitBlock : SplitStates<Traits> {
     DEVICE_METHOD void absorb(int key, int stage) {
         Accumulator<16> scores[kRowTiles];
         QueryTile tile = queries;
-        // Or an address for each step would be kept from block to block, and below where each row's band is.
+        // Or an address for each step would be kept from block to block, and below where each row's band is: registers that
+        // sums of ready planes and strays need.
         if constexpr (Traits::kReady) ptx::disguise(tile.base);
         const auto take_left = [&](QueryFragments& left, int step) { take_queries(left, tile, step); };
         multiply_by_rows<Operand, Traits::kHeadDim>(scores, key_tile(stage), take_left);
@@ -210,7 +211,7 @@ struct SplitBlock : SplitStates<Traits> {
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
             RowPair its = rows[m];
-            if constexpr (Traits::kReady) ptx::disguise(its.token[0]), ptx::disguise(its.token[1]);
+            if constexpr (Traits::kReady || kCare) ptx::disguise(its.token[0]), ptx::disguise(its.token[1]);
             edit<Traits::kEdits, kBand>(scores[m], its, key, sequence, params, scale());
             if (kCare && counting) {
                 mark_seen<Traits::kEdits>(scores[m], rows[m], key, sequence.index, params);

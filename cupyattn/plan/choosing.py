@@ -20,8 +20,7 @@ from cupyattn.plan.splits import (
     FEWEST_KEYS,
     FEWEST_KEYS_OF_TILES,
     PEERS,
-    pieces_of_splitkv,
-    scheduled_blocks,
+    blocks_of_splitkv,
     split,
     split_pieces,
 )
@@ -240,7 +239,7 @@ def with_num_splits(plan: Plan, problem: Problem, num_splits: int) -> Plan:
     if on_hopper:
         return replace(plan, num_workers=tiles * most, num_slots=ANY_NUMBER_OF_SLOTS)
     assert isinstance(plan.tile, Tile)
-    workers = scheduled_blocks(problem, pieces_of_splitkv(problem, plan.tile.block_q), most, plan.num_slots)
+    workers = blocks_of_splitkv(problem, plan.tile.block_q, most, plan.num_slots)
     return replace(plan, split_size=EVEN, num_workers=workers)
 
 

@@ -80,8 +80,9 @@ def objections_of_splitkv(problem: Problem, device: Device) -> tuple[str, ...]:
         reasons.append(f"is for decoding: at most {MOST_PACKED_ROWS} query rows per key head, not {rows}")
     elif with_hopper and rows > MOST_BESIDE_HOPPER:
         reasons.append(f"would read keys again for every {MOST_BESIDE_HOPPER} of {rows} rows; hopper splits them, too")
-    if device.kind == "cuda" and rows > LONGEST:
-        reasons.append(f"counts packed rows in 32 bits, at most {LONGEST}, not {rows}")
+    packed = max(problem.sizes.seqlen_q, problem.sizes.total_q) * problem.sizes.queries_per_pair
+    if device.kind == "cuda" and packed > LONGEST:
+        reasons.append(f"counts packed rows in 32 bits, at most {LONGEST}, not {packed}")
     columns, dtype = padded(problem.sizes), problem.dtype  # queries, and two stages of one warp
     least = 16 * bytes_of_a_query(columns, dtype) + 4 * 16 * bytes_in_a_ring(columns, dtype, columns)
     if device.kind == "cuda" and least > device.shared_memory:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from cupyattn.plan.schedule import BY_SHARES, most_cuts, num_sequences, shortest_share
+from cupyattn.plan.tiling import num_row_tiles
 from cupyattn.problem import ITEMSIZE, Device, Problem, Span
 
 FEWEST_KEYS = 256
@@ -183,7 +184,7 @@ def split(
     else:
         splits = most_cuts(blocks, pieces, slots, shortest_share(FEWEST_KEYS, block_k))
         reason = f"up to {splits} splits a sequence, by the lengths on the device"
-    return size, splits, scheduled_blocks(problem, pieces, splits, slots), reason
+    return size, splits, blocks_of_splitkv(problem, block_q, splits, slots), reason
 
 
 def pieces_of_splitkv(problem: Problem, block_q: int) -> int:
@@ -192,11 +193,13 @@ def pieces_of_splitkv(problem: Problem, block_q: int) -> int:
     return (sizes.num_heads // group) * max(1, math.ceil(sizes.seqlen_q * group / block_q))
 
 
-def scheduled_blocks(problem: Problem, pieces: int, splits: int, slots: int) -> int:
-    """Thread blocks for sequences of so many pieces, whose lengths are data: those that run at once, if any is cut."""
+def blocks_of_splitkv(problem: Problem, block_q: int, splits: int, slots: int) -> int:
+    """Thread blocks for sequences whose lengths are data: those that run at once, if keys are cut, or one a piece."""
     if splits == 1:
-        return problem.sizes.batch * pieces
-    return min(slots, num_sequences(problem.layout, problem.sizes.batch) * pieces * splits)
+        group = problem.sizes.queries_per_pair
+        return num_row_tiles(problem, block_q, group) * (problem.sizes.num_heads // group)
+    pieces = num_sequences(problem.layout, problem.sizes.batch) * pieces_of_splitkv(problem, block_q)
+    return min(slots, pieces * splits)
 
 
 def split_pieces(

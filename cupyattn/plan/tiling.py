@@ -80,10 +80,11 @@ def _busiest(work: tuple[int, ...], units: int, section: int, blocks: int) -> in
     return max(accumulate(more))
 
 
-def num_row_tiles(problem: Problem, tokens: int) -> int:
-    """Tiles of so many rows that a launch has for each head; if ragged, those that wipe rows behind the last sequence
-    among them."""
-    return num_tiles(*_sequences_of(problem, tokens))
+def num_row_tiles(problem: Problem, size: int, heads: int = 1) -> int:
+    """Tiles of so many rows that a launch has for each head, or for each so many that are packed into rows; if ragged,
+    those that wipe rows behind the last sequence among them."""
+    sequences, longest, size, total = _sequences_of(problem, size)
+    return num_tiles(sequences, longest * heads, size, None if total is None else total * heads)
 
 
 def tiles_if_even(problem: Problem, tokens: int) -> int:

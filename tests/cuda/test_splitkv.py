@@ -319,6 +319,18 @@ def test_rows_of_no_sequence_are_wiped_where_none_is_expected(rng):
     check(arrays, ragged_options(arrays), "splitkv", tile=SMALL)
 
 
+@pytest.mark.parametrize("heads", [DECODE, (7, 1, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("lengths", [(1, 1, 40, 1, 0, 1), (40, 1, 1, 1, 1, 2), (0, 0, 1, 0, 33, 0)], ids=str)
+def test_uneven_rows_over_few_keys_have_tiles_by_where_they_begin(rng, lengths, heads):
+    arrays = ragged_operands(rng, "float16", lengths, (9, 40, 51, 3, 7, 0), heads, behind=(5, 0))
+    options = ragged_options(arrays, **BOTTOM)
+    launched = Call(arrays, options, "splitkv", tile=SMALL)
+    group, sequences = heads[0] // heads[1], len(lengths) + 1
+    as_the_longest = sequences * -(-max(lengths) * group // SMALL.block_q) * heads[1]
+    assert launched.launches[0][2][0] < as_the_longest
+    check(arrays, options, "splitkv", tile=SMALL)
+
+
 @pytest.mark.parametrize("edit", ["slopes", "sinks", "dropout"])
 def test_edits_of_sequences_end_to_end_meet_the_bar(rng, edit):
     arrays = ragged_operands(rng, "float16", (2, 0, 4), (700, 5, 40), DECODE, behind=(3, 0))
@@ -338,6 +350,13 @@ def test_lengths_that_lie_stay_inside_the_arrays(rng):
     options = ragged_options(arrays)
     arrays["cu_seqlens_q"][:] = [-5, 4, 2**31 - 1]
     arrays["cu_seqlens_k"][:] = [3, 1, 1000]
+    Call(arrays, options, "splitkv", tile=SMALL).run()
+
+
+def test_starts_that_lie_stay_inside_the_arrays_where_tiles_go_by_them(rng):
+    arrays = ragged_operands(rng, "float16", (1, 1, 40, 1, 1), (9, 40, 51, 3, 7), DECODE)
+    options = ragged_options(arrays)
+    arrays["cu_seqlens_q"][:] = [-(2**31), 4, 4, 9, 2**31 - 1, 2**31 - 1]
     Call(arrays, options, "splitkv", tile=SMALL).run()
 
 

@@ -98,13 +98,16 @@ def skewed(rng, longest=8192, total=65536, batch=64):
     return rng.permutation([longest, *lengths])
 
 
-def call(lengths, heads=32, head_dim=128):
+def call(lengths, heads=32, head_dim=128, heads_kv=None):
     starts = np.cumsum([0, *lengths], dtype=np.int32)
-    x = np.broadcast_to(np.float16(0), (starts[-1], heads, head_dim))
-    arrays = {"q": x, "k": x, "v": x, "cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    counts = (heads, heads_kv or heads, heads_kv or heads)
+    operands = {
+        name: np.broadcast_to(np.float16(0), (starts[-1], count, head_dim))
+        for name, count in zip("qkv", counts, strict=True)
+    }
+    arrays = operands | {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
     views = {name: view_of_numpy(x, x.dtype.name)._replace(pointer=0) for name, x in arrays.items()}
-    strides = (heads * head_dim, head_dim, 1)
-    views |= {name: views[name]._replace(strides=strides) for name in "qkv"}
+    views |= {name: views[name]._replace(strides=(x.shape[1] * head_dim, head_dim, 1)) for name, x in operands.items()}
     options = ragged_options(arrays, causal=True, alignment="bottom-right")
     return problem_of(arrays, options), views
 
@@ -123,6 +126,18 @@ def test_the_grid_of_a_skewed_batch_is_little_more_than_its_tiles(rng, device, k
     assert recipe_of(plan, problem, views).grid == (blocks, 1, 1)
     assert real <= blocks <= 1.1 * real
     assert f"up to {blocks} tiles of {rows} rows" in plan.reason
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_the_grid_of_uneven_rows_over_few_keys_is_not_as_the_longest_has_it(group):
+    """Of 256 sequences one has 64 rows that share keys, and 255 have a token each."""
+    lengths = np.array([1] * 128 + [64 // group] + [1] * 127)
+    problem, views = call(lengths, heads=8 * group, heads_kv=8)
+    plan = choose(problem, NAMED_DEVICES["A100"], allowed=("splitkv",))
+    real = 8 * int((-(-lengths * group // plan.tile.block_q)).sum())
+    assert (plan.kernel, plan.num_splits) == ("splitkv", 1)
+    assert recipe_of(plan, problem, views).grid == (plan.num_workers, 1, 1)
+    assert real <= plan.num_workers <= 1.5 * real
 
 
 @pytest.mark.parametrize("device", ["A100", "H100"])

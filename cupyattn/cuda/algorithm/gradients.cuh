@@ -173,6 +173,9 @@ struct BackwardBlock {
         ptx::commit_copies();
 #pragma unroll 1
         for (int turn = 0; block < stop; ++block, ++turn) {
+            // Or each row's last key would be kept from tile to tile: sums this wide leave no registers for it.
+            if constexpr (!kTurned && Traits::kHeadDim > 192 && Traits::kNumStages == 1)
+                ptx::disguise(sequence.band.seqlen_k);
             ptx::wait_copies<0>();
             ptx::barrier();  // the tiles are here, and everybody is done with those before them
             if constexpr (Traits::kNumStages == 2) {

@@ -30,14 +30,15 @@ struct Stretch {
 // How sequences are cut into tiles of `size` rows.
 struct Tiling {
     const int* starts;
-    int total;  // rows
+    int total;  // tokens
     int sequences;
     int tiles;  // of all sequences
     int each;   // of each sequence, whatever its length is; 0: by `starts`
     int size;
+    int heads = 1;  // of a token, each a row
 
     DEVICE_METHOD int start_of(int sequence) const {
-        return smaller(larger(ptx::load_global(starts + sequence), 0), total);
+        return smaller(larger(ptx::load_global(starts + sequence), 0), total) * heads;
     }
     // The first one begins with the first tile, wherever it lies; the last one ends with the last.
     DEVICE_METHOD int first_of(int sequence) const {
@@ -85,11 +86,12 @@ struct Tiling {
     }
 };
 
-// Of sequences not longer than `longest`.  Each has the tiles of the longest one if those are no more.
-DEVICE Tiling tiling_of(const int* starts, int64 total, int sequences, int longest, int size) {
-    const int rows = static_cast<int>(total), each = larger(1, ceil_div(longest, size)), by_starts = rows / size + sequences;
+// Of sequences not longer than `longest` tokens.  Each has the tiles of the longest one if those are no more.
+DEVICE Tiling tiling_of(const int* starts, int64 total, int sequences, int longest, int size, int heads = 1) {
+    const int tokens = static_cast<int>(total), each = larger(1, ceil_div(longest * heads, size));
+    const int by_starts = tokens * heads / size + sequences;
     const bool even = !starts || static_cast<int64>(sequences) * each <= by_starts;
-    return {starts, rows, sequences, by_starts, even ? each : 0, size};
+    return {starts, tokens, sequences, by_starts, even ? each : 0, size, heads};
 }
 
 // Of queries; one more sequence wipes the rows behind the last one.

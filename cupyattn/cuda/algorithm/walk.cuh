@@ -93,10 +93,12 @@ struct SplitWalk {
         if (piece == 0) return false;
         piece = 0;
         const int its_split = ptx::block_x() % params.num_splits, its_piece = ptx::block_x() / params.num_splits;
-        item.tiles = most_row_tiles();
-        item.tile = its_piece % item.tiles;
-        item.group = its_piece / item.tiles % groups();
-        item.sequence = sequence_at(its_piece / item.tiles / groups(), params);
+        const Tiling tiling = tiling_of(params.at.cu_seqlens_q, params.total_q, sequences_of_rows(params), params.seqlen_q,
+                                        Traits::kBlockQ, params.queries_per_pair);
+        const Stretch its = tiling.stretch_of(tiling.sequence_by_warp(its_piece / groups()));
+        const int rest = its_piece - its.first * groups();
+        item.group = rest / its.count, item.tile = rest % its.count, item.tiles = its.count;
+        item.sequence = sequence_at(its.sequence, params);
         take_split(item, its_split);
         // Behind the last sequence all tiles share its rows.
         const bool exists = item.tile < row_tiles(item.sequence.band.seqlen_q) || item.sequence.index == params.batch;

@@ -204,7 +204,7 @@ def _splitkv(plan: Plan, tile: Tile, problem: Problem, arrays: FactsOfArrays, ta
     specialisation = catalogue.splitkv(problem.dtype, sizes.head_dim, sizes.head_dim_v, tile, aligned, edits, paged)
     group = sizes.queries_per_pair
     row_tiles = max(1, -(-sizes.seqlen_q * group // tile.block_q))
-    grid = (num_splits * row_tiles * (sizes.num_heads // group) * _sequences(problem), 1, 1)
+    grid = (num_splits * num_row_tiles(problem, tile.block_q, group) * (sizes.num_heads // group), 1, 1)
     workspace, schedule, merge = Workspace(), None, None
     if num_splits > 1:
         there = tile.block_q if row_tiles > 1 else min(tile.block_q, max(1, sizes.seqlen_q * group))
