@@ -63,8 +63,10 @@ struct HopperGradients {
             if (head == tile.heads.start || has_new_keys(head, params)) memory.staying_ring().wait_full(staying_use);
             if constexpr (!kTurned) load_row_facts();
             walk();
-            if (head + 1 < tile.heads.stop && has_new_keys(head + 1, params))
-                memory.staying_ring().leave(staying_use++, ptx::thread() % 128);
+            if (head + 1 < tile.heads.stop && has_new_keys(head + 1, params)) {
+                ptx::warp_barrier();
+                memory.staying_ring().leave(staying_use++, ptx::lane());
+            }
         }
         head = tile.heads.start;  // all of them are summed
         bool suspicious = false;

@@ -102,6 +102,14 @@ def test_slopes_of_sequences_end_to_end_meet_the_bar(rng):
     check(*ragged(rng, more={"alibi_slopes": slopes(4)}, **CAUSAL), 1)
 
 
+@pytest.mark.parametrize("lengths", [(256, 16, 16, 16), (16, 16, 16, 250)], ids=str)
+def test_a_tile_behind_its_sequence_leaves_nothing_of_a_slope(rng, lengths):
+    """By where they begin sequences have tiles that the longest one of them all has not."""
+    arrays = ragged_operands(rng, "bfloat16", lengths, lengths, (2, 1, 1)) | {"alibi_slopes": slopes(2)}
+    options = ragged_options(arrays, **CAUSAL)
+    check(with_dout(rng, arrays, options, dlse=True), options, 1)
+
+
 def test_slopes_of_a_tile_that_is_made_again_are_written_once(rng):
     arrays, options = made(rng, seqlens=(140, 170), more={"alibi_slopes": slopes(2)}, **CAUSAL)
     arrays["k"][0, 160], arrays["v"][0, 165] = np.nan, np.inf

@@ -114,7 +114,7 @@ MUTANTS = [
     Mutant("no sequence wipes", "tiling.cuh", "params.batch + (params.at.cu_seqlens_q ? 1 : 0)", "params.batch",
            "ragged"),
     Mutant("tiles of the first unit alone", "hopper.cuh",
-           "tiling.sequence_by_warp(given.units_per_sequence.quotient(index))", "tiling.sequence_by_warp(index)",
+           "tiling.sequence_with(given.units_per_sequence.quotient(index))", "tiling.sequence_with(index)",
            "ragged"),
     Mutant("one consumer empties all", "hopper.cuh", "key_ring().init(1, Traits::kConsumers);",
            "key_ring().init(1, 1);", "tiles"),

@@ -76,7 +76,8 @@ constexpr const char* kVerbNames[] = {
 struct Copy {
     std::uint32_t to;
     const void* from;  // null: zeros
-    int size;          // of sixteen bytes; zeros behind them
+    int size;          // of `width` bytes; zeros behind them
+    std::uint32_t width = 16;
 };
 
 // What a lane brings to its warp's instruction, and what it takes away.

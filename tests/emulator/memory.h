@@ -327,21 +327,22 @@ EMULATED void release_and_acquire() {
 
 EMULATED void perform(const Copy& copy) {
     std::uint8_t* to = memory.shared + offset_of(copy.to);
-    std::memset(to, 0, 16);
+    std::memset(to, 0, copy.width);
     if (copy.from) std::memcpy(to, copy.from, copy.size);
 }
 
 // Schedule 0 copies at once; the others when the copy is waited for, and until then there are NaNs.
 EMULATED void issue(Copy copy, Site site) {
-    constexpr const char* verb = "copy_async";
-    std::uint8_t* to = shared_at(copy.to, 16, verb, site);
+    const char* verb = copy.width == 16 ? "copy_async" : "copy_word_async";
+    std::uint8_t* to = shared_at(copy.to, copy.width, verb, site);
     const auto from = reinterpret_cast<std::uint64_t>(copy.from);
-    if (from % 16) fail(site, "%s: global address %#llx is not a multiple of 16", verb, static_cast<unsigned long long>(from));
-    if (copy.size < 0 || copy.size > 16) fail(site, "%s: %d of 16 bytes", verb, copy.size);
+    if (from % copy.width)
+        fail(site, "%s: global address %#llx is not a multiple of %u", verb, static_cast<unsigned long long>(from), copy.width);
+    if (copy.size < 0 || copy.size > static_cast<int>(copy.width)) fail(site, "%s: %d of %u bytes", verb, copy.size, copy.width);
     if (copy.from) global_range(from, copy.size, Access::kLoadFresh, verb, site);
-    note_write(copy.to, 16, this_thread(), {this_moment(), State::kCopy, true, 0}, verb, site);
+    note_write(copy.to, copy.width, this_thread(), {this_moment(), State::kCopy, true, 0}, verb, site);
     if (machine.schedule)
-        std::memset(to, 0xFF, 16);
+        std::memset(to, 0xFF, copy.width);
     else
         perform(copy);
     now->copies.push_back(copy);
@@ -367,7 +368,7 @@ EMULATED void wait_for_copies(std::size_t pending_groups) {
         if (machine.schedule) perform(copy);
         if (!machine.check_races) continue;
         Word* words = words_at(copy.to);
-        for (int word = 0; word < 4; ++word) {
+        for (std::uint32_t word = 0; word < copy.width / 4; ++word) {
             words[word].write = this_moment();
             words[word].state = State::kPlain;
         }

@@ -321,6 +321,12 @@ COPY = body("""
     ptx::load_shared(found, base + 16 * thread);
     ptx::store_global((void*)(out + 4 * thread), found);
 """)
+COPY_OF_WORDS = body("""
+    ptx::copy_word_async(base + 4 * thread, (const void*)(in + thread + 1));
+    ptx::commit_copies();
+    if (n) ptx::wait_copies<0>();
+    ptx::store_global(out + thread, ptx::load_shared(base + 4 * thread));
+""")
 COPY_OF_A_PART = body("""
     ptx::copy_async(base + 16 * thread, (const void*)(in + 4 * thread), static_cast<int>(4 * (thread % 5)));
     ptx::commit_copies();
@@ -406,6 +412,17 @@ def test_a_copy_of_fewer_bytes_ends_in_zeros_and_reads_no_more(schedule, numbers
     found = probe(COPY_OF_A_PART, few, np.zeros((32, 4), np.uint32), schedule=schedule)
     want = np.where(np.arange(4) < np.arange(32)[:, None] % 5, numbers.reshape(32, 4), 0)
     np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_words_are_copied_beside_each_other(schedule, numbers):
+    found = probe(COPY_OF_WORDS, numbers, n=1, schedule=schedule)
+    np.testing.assert_array_equal(found, numbers[1:33])
+
+
+def test_reading_a_word_that_was_not_waited_for(numbers):
+    with pytest.raises(EmulatorError, match="destination of a copy that thread .* has not waited for"):
+        probe(COPY_OF_WORDS, numbers)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -11,6 +11,7 @@ FORMS = calls(
             ("cp.async.cg.shared.global", "cp.async.cg.shared.global.L2::128B"),
             ("cp_async_16(thread, [u32], [u64], 16, (16))", "cp_async_16(thread, [u32], [u64], 16, u32)"),
         ),
+        "cp.async.ca.shared.global": "cp_async_4(thread, [u32], [u64], 4)",
         "cp.async.commit_group": "cp_async_commit_group(thread)",
         "cp.async.wait_group": "cp_async_wait_group(thread, constant)",
         # Bulk copies (9.7.9.25.4)

@@ -9,7 +9,7 @@ A signature is the function of `runtime/instructions.h` with what its arguments 
     s64             one of 32 bits, widened
     [u32] [u64]     an address of so many bits
     constant        an operand that has to be written as a number
-    _   16          an operand that has to be this very text, and is not handed on
+    _   16   4      an operand that has to be this very text, and is not handed on
     thread          the thread; its line is set before, since such a call may fail
     site            a number that names the instruction
     (true) (-1)     handed on as it stands, without an operand
@@ -19,7 +19,7 @@ Where operands may be left out, several signatures stand side by side, and their
 
 import re
 
-OPERANDS = ("u16", "u32", "u64", "bool", "s64", "[u32]", "[u64]", "constant", "_", "16")
+OPERANDS = ("u16", "u32", "u64", "bool", "s64", "[u32]", "[u64]", "constant", "_", "16", "4")
 
 
 def calls(table):
@@ -56,7 +56,7 @@ def _write(body, operands, result, name, arguments):
             given.append(str(body.site))
         elif argument.startswith("("):
             given.append(argument.strip("()"))
-        elif argument in ("_", "16"):
+        elif argument in ("_", "16", "4"):
             if rest.pop(0) != argument:
                 raise body.unknown(f"an operand that is not {argument}")
         else:

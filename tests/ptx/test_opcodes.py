@@ -56,6 +56,7 @@ WRITTEN = {
     ),
     "cp.async.cg.shared.global.L2::128B [%r1], [%rd1], 16, %r2;": "cp_async_16(t, v_r1, v_rd1, v_r2);",
     "cp.async.cg.shared.global [%r1], [%rd1], 16;": "cp_async_16(t, v_r1, v_rd1, 16);",
+    "cp.async.ca.shared.global [%r1], [%rd1], 4;": "cp_async_4(t, v_r1, v_rd1);",
     "cp.async.commit_group;": "cp_async_commit_group(t);",
     "cp.async.wait_group 1;": "cp_async_wait_group(t, 1);",
     "cp.async.wait_all;": "cp_async_commit_group(t); t.line = 6; cp_async_wait_group(t, 0);",

@@ -446,6 +446,27 @@ def test_copies_come_when_they_are_waited_for(which, schedule, rng):
     np.testing.assert_array_equal(out.reshape(32, 4), expected)
 
 
+COPY_OF_WORDS = body("""
+    const u32 to = kSharedBase + 4 * thread.number;
+    cp_async_4(thread, to, argument(1) + 4 * (thread.number ^ 1));
+    cp_async_commit_group(thread);
+    if (argument(2)) cp_async_wait_group(thread, 0);
+    array(0)[thread.number] = load(thread, 4 * thread.number);
+""")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_words_are_copied_beside_each_other(schedule, rng):
+    given, out = rng.integers(1, 2**32, 32, np.uint32), words(32)
+    run(COPY_OF_WORDS, out, given, True, schedule=schedule)
+    np.testing.assert_array_equal(out, given[np.arange(32) ^ 1])
+
+
+def test_a_word_that_nobody_waited_for_is_reported():
+    with pytest.raises(ProbeError, match="a copy to it is under way"):
+        run(COPY_OF_WORDS, words(32), words(32), False, schedule=1)
+
+
 SEEN_AT_ONCE = ("no barrier", "barrier too early")  # in schedule 0, where copies come when they are issued
 
 

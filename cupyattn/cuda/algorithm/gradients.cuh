@@ -92,11 +92,18 @@ struct BackwardBlock {
 
     static constexpr int kOfLoads = 8;  // registers: with more of float32 under way, sums would be spilled
 
+    // This thread's number, from which its places in a tile are found anew for each: sums leave no registers to keep them.
+    DEVICE_METHOD static int place() {
+        int thread = ptx::thread();
+        ptx::disguise(thread);
+        return thread;
+    }
+
     template <typename Tile>
     DEVICE_METHOD void load_queries(const Tile& tile, const void* data, const Strides& strides, int token, int num_cols) const {
         const Element* from = static_cast<const Element*>(data) + sequence.index * strides.batch + head * strides.head +
                               (sequence.first_row + token) * strides.row;
-        load_rows<kThreads, Traits::kAligned, kOfLoads>(tile, ptx::thread(), sequence.band.seqlen_q - token, num_cols,
+        load_rows<kThreads, Traits::kAligned, kOfLoads>(tile, place(), sequence.band.seqlen_q - token, num_cols,
                                                         from, strides.row);
     }
     template <typename Tile>
@@ -104,7 +111,7 @@ struct BackwardBlock {
                                  int num_cols) const {
         const Element* from = static_cast<const Element*>(data) + sequence.place * strides.batch +
                               its_head * strides.head + (sequence.first_key + key) * strides.row;
-        load_rows<kThreads, Traits::kAligned, kOfLoads>(tile, ptx::thread(), sequence.band.seqlen_k - key, num_cols,
+        load_rows<kThreads, Traits::kAligned, kOfLoads>(tile, place(), sequence.band.seqlen_k - key, num_cols,
                                                         from, strides.row);
     }
     template <typename TileA, typename TileB>
@@ -135,27 +142,25 @@ struct BackwardBlock {
     DEVICE_METHOD void load_moving(int block, int turn) const {
         const int begin = block * kMoves;
         if constexpr (kTurned) {
-            load_queries(stage(moves_a, turn), stage(moves_b, turn), begin);
             load_column_facts(begin, turn);
+            load_queries(stage(moves_a, turn), stage(moves_b, turn), begin);
         } else {
             load_keys(stage(moves_a, turn), stage(moves_b, turn), begin);
         }
     }
-    // Of two neighbours together, as a lane will ask for them: their lse, then their delta.
+    // Of two neighbours together, as a lane will ask for them: their lse, then their delta.  They come as tiles do: a warp
+    // that waited for them would be waited for by all others.
     DEVICE_METHOD void load_column_facts(int begin, int turn) const {
-#pragma unroll 1
-        for (int pair = ptx::thread(); pair < kMoves / 2; pair += kThreads) {
-            float facts[4] = {ptx::infinity(), ptx::infinity(), 0.f, 0.f};
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int token = begin + 2 * pair + i;
-                if (token >= sequence.band.seqlen_q) continue;
-                facts[i] = ptx::load_global(params.grad.lse_log2 + lse_row() + token);
-                facts[2 + i] = ptx::load_global(params.grad.delta + lse_row() + token);
-            }
-            ptx::store_shared(column_facts + stage_offset(turn) + 16 * pair, ptx::bits(facts[0]), ptx::bits(facts[1]),
-                              ptx::bits(facts[2]), ptx::bits(facts[3]));
-        }
+        static_assert(2 * kMoves <= kThreads, "a thread has a number, or none");
+        const int number = ptx::thread(), token = begin + number / 4 * 2 + number % 2;
+        if (number >= 2 * kMoves) return;
+        const bool is_lse = number % 4 < 2;
+        const uint32 to = column_facts + stage_offset(turn) + 4 * number;
+        const float* from = is_lse ? params.grad.lse_log2 : params.grad.delta;
+        if (token < sequence.band.seqlen_q)
+            ptx::copy_word_async(to, from + lse_row() + token);
+        else
+            ptx::store_shared(to, is_lse ? ptx::infinity() : 0.f);
     }
 
     // ---- The algorithm ----
@@ -173,9 +178,6 @@ struct BackwardBlock {
         ptx::commit_copies();
 #pragma unroll 1
         for (int turn = 0; block < stop; ++block, ++turn) {
-            // Or each row's last key would be kept from tile to tile: sums this wide leave no registers for it.
-            if constexpr (!kTurned && Traits::kHeadDim > 192 && Traits::kNumStages == 1)
-                ptx::disguise(sequence.band.seqlen_k);
             ptx::wait_copies<0>();
             ptx::barrier();  // the tiles are here, and everybody is done with those before them
             if constexpr (Traits::kNumStages == 2) {

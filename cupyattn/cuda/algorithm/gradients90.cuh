@@ -104,9 +104,10 @@ struct GradientMemory {
     DEVICE_METHOD Ring<1> staying_ring() const { return {base + Traits::kBarriers + Stages::kBytes}; }
 
     DEVICE_METHOD void init() const {
-        // Facts come from a warp, tiles from TMA; and each warp that computes reads facts.
+        // Facts come from a warp, tiles from TMA; and each warp that computes leaves by itself: it reads facts, and where
+        // a tile is seen by nobody nothing holds the warps of a warpgroup together, so that one could miss a round.
         moving_ring().init(Traits::kTurned ? 2 : 1, 4 * Traits::kConsumers);
-        staying_ring().init(1, Traits::kConsumers);
+        staying_ring().init(1, 4 * Traits::kConsumers);
         ptx::fence_mbarrier_init();
     }
 };

@@ -154,7 +154,7 @@ DEVICE RowTile row_tile(int index, const HopperParams& given, int known = -1) {
     if (Traits::kSearches && !given.tiles_per_unit) {
         const Tiling tiling{params.at.cu_seqlens_q, static_cast<int>(params.total_q), sequences_of_rows(params),
                             given.tiles_per_head, 0, given.tokens_per_tile};
-        its = tiling.stretch_of(known < 0 ? tiling.sequence_by_warp(given.units_per_sequence.quotient(index)) : known);
+        its = tiling.stretch_of(known < 0 ? tiling.sequence_with(given.units_per_sequence.quotient(index)) : known);
         index -= its.first * given.units_per_sequence.value;
     }
     const int per_section = its.count * given.units_of_section.value;

@@ -105,9 +105,9 @@ DEVICE float alibi_slope_of(int head, const Sequence& sequence, const Params& pa
 }
 
 // What 16 rows of a head, of which a warp's lanes have parts, add to the gradient of its slope: their place is the same
-// whatever tile they are in.
+// whatever tile they are in.  Rows behind the sequence's end, of tiles that have no others, have none.
 DEVICE void store_slope_part(float part, int head, int first_row, const Sequence& sequence, const BackwardParams& params) {
-    if (!params.grad.slope_parts) return;
+    if (!params.grad.slope_parts || first_row >= sequence.band.seqlen_q) return;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) part += ptx::shuffle_xor(part, step);
     const int64 parts = 8 * larger(1, ceil_div(params.seqlen_q, 128));

@@ -54,24 +54,10 @@ struct Tiling {
     DEVICE_METHOD bool begins_by(int sequence, int tile) const {
         return start_of(sequence) < static_cast<int64>(tile - sequence + 1) * size;
     }
-    // The sequence that has this tile.  Whatever the numbers in `starts` are, its tiles begin there or before, and those
-    // of the next one behind.
+    // The sequence that has this tile, by a whole warp.  Whatever the numbers in `starts` are, its tiles begin there or
+    // before, and those of the next one behind.  A warp looks at 32 places at once: of up to 1089 sequences in two rounds,
+    // where a search by halves waits for memory ten times, one load after the other.
     DEVICE_METHOD int sequence_with(int tile) const {
-        if (each) return tile / each;
-        int low = 0, high = sequences;
-#pragma unroll 1
-        while (high - low > 1) {
-            const int middle = low + (high - low) / 2;
-            if (begins_by(middle, tile))
-                low = middle;
-            else
-                high = middle;
-        }
-        return low;
-    }
-    // The same by a whole warp, which looks at 32 places at once: of up to 1089 sequences in two rounds, where a search by
-    // halves waits for memory ten times, one load after the other.
-    DEVICE_METHOD int sequence_by_warp(int tile) const {
         if (each) return tile / each;
         int low = 0, high = sequences;
 #pragma unroll 1
@@ -97,7 +83,7 @@ DEVICE Tiling tiling_of(const int* starts, int64 total, int sequences, int longe
 // Of queries; one more sequence wipes the rows behind the last one.
 DEVICE int sequences_of_rows(const Params& params) { return params.batch + (params.at.cu_seqlens_q ? 1 : 0); }
 
-// A block's tile, of all that a sequence has for each of some owners: heads, or groups of them.
+// A block's tile, of all that a sequence has for each of some owners: heads, or groups of them.  By whole warps.
 struct Place {
     int sequence, owner, tile, tiles;
 };

@@ -95,10 +95,9 @@ struct SplitWalk {
         const int its_split = ptx::block_x() % params.num_splits, its_piece = ptx::block_x() / params.num_splits;
         const Tiling tiling = tiling_of(params.at.cu_seqlens_q, params.total_q, sequences_of_rows(params), params.seqlen_q,
                                         Traits::kBlockQ, params.queries_per_pair);
-        const Stretch its = tiling.stretch_of(tiling.sequence_by_warp(its_piece / groups()));
-        const int rest = its_piece - its.first * groups();
-        item.group = rest / its.count, item.tile = rest % its.count, item.tiles = its.count;
-        item.sequence = sequence_at(its.sequence, params);
+        const Place place = cupyattn::place_of(its_piece, groups(), tiling);
+        item.group = place.owner, item.tile = place.tile, item.tiles = place.tiles;
+        item.sequence = sequence_at(place.sequence, params);
         take_split(item, its_split);
         // Behind the last sequence all tiles share its rows.
         const bool exists = item.tile < row_tiles(item.sequence.band.seqlen_q) || item.sequence.index == params.batch;

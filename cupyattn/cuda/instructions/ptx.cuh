@@ -174,6 +174,10 @@ DEVICE void store_global_fresh(float* address, float value) {
 DEVICE void copy_async(uint32 to, const void* from, int size) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
 }
+// Four bytes.
+DEVICE void copy_word_async(uint32 to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most `kPending` of this thread's latest groups are under way.
 template <int kPending>

@@ -232,6 +232,9 @@ DEVICE void copy_async(uint32 to, const void* from, int size, Site site = Site::
 DEVICE void copy_async(uint32 to, const void* from, bool valid, Site site = Site::here()) {
     copy_async(to, from, valid ? 16 : 0, site);
 }
+DEVICE void copy_word_async(uint32 to, const void* from, Site site = Site::here()) {
+    emulator::issue({to, from, 4, 4}, site);
+}
 DEVICE void commit_copies() { emulator::commit(); }
 template <int kPending>
 DEVICE void wait_copies() {

@@ -158,6 +158,7 @@ void stmatrix_x4(Thread&, int site, bool transposes, u32 address, const u32* fro
 // ---- Copies that happen later (9.7.9.25) ----------------------------------------------------------------------------
 
 void cp_async_16(Thread&, u32 to, u64 from, u32 bytes);  // bytes < 16: zeros behind them
+void cp_async_4(Thread&, u32 to, u64 from);
 void cp_async_commit_group(Thread&);
 void cp_async_wait_group(Thread&, u32 pending);
 void cp_async_bulk_commit_group(Thread&);

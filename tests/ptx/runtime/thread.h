@@ -14,10 +14,11 @@
 // What is known of every agent (see order.h): everything it did until its clock said this.
 typedef std::vector<u32> Clock;
 
-// cp.async of 16 bytes; of fewer, zeros behind them.
+// cp.async of 16 or 4 bytes; of fewer, zeros behind them.
 struct Copy {
     u32 to;
     u64 from;
+    u32 width;
     u32 bytes;
     u32 line;
 };
