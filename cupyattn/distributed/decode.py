@@ -123,8 +123,8 @@ def sharded_decode(
     ranks, rounded once.  Packed sequences are one exchange, too, and on each rank a call for every sequence of which it
     has keys that are seen, or several if they are no neighbours.
 
-    A key that is appended to a "striped" sequence of n goes to rank ``n % size``, behind those of this sequence that the
-    rank has, and no other key moves.
+    A key that is appended to a "striped" sequence of n goes to rank ``n % size``, behind those of this sequence that
+    are there, and no other key moves.
 
     torch's autograd gives gradients; where all ranks have the same gradient of the output, those of q and of all
     else that is the same on all ranks are whole on all.
