@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from cupyattn.distributed.comm import Comm
 from cupyattn.distributed.rectangles import Band
 from cupyattn.distributed.sharding import KINDS, Sharding
 from cupyattn.problem import FLOAT8, Problem, Spec
-from cupyattn.reading import Options, attention_options, expect, flag, read, refusal
+from cupyattn.reading import Options, attention_options, expect, flag, integers, read, refusal
 
 Specs = Mapping[str, Spec]
 _WORDS = {"axes": "layout", "window": "window_size"}
@@ -34,6 +35,7 @@ class Asked:
     comm: Comm
     visit: Visit
     rows: Sharding
+    """Of one rank, where all have the same."""
     keys: Sharding
     problem: Problem
     """Of this rank's rows over all keys; its band is that of the whole, and means nothing by itself."""
@@ -66,11 +68,12 @@ def ask(
     replicated_rows: bool,
     implementation: Any,
     return_lse: Any = True,
+    seqlens_q: Any = None,
     **scalars: Any,
 ) -> Asked:
     """Look at a call on all ranks; where one of them cannot mean it, all raise.
 
-    `arrays` are operands, `known` those that gradients come with.
+    `arrays` are operands, `known` those that gradients come with, `seqlens_q` belongs to rows that all ranks have.
     """
     if not is_comm(comm):
         rule = "comm has to be one of cupyattn.distributed's: by run_ranks, MpiComm, TorchComm or NcclComm; "
@@ -85,8 +88,10 @@ def ask(
         mine["returns_lse"] = flag(function, "return_lse", return_lse)
         name = sharding_meant(function, sharding, options, comm.size)
         mine.update(options=options, visit=visit, allowed=allowed_by(function, implementation), sharding=name)
+        mine["seqlens_q"] = seqlens_meant(function, seqlens_q)
         said = {_WORDS.get(word, word): repr(value) for word, value in options._asdict().items()}
-        return Statement(dict(visit.specs), {**said, "sharding": repr(name), "device": visit.kind})
+        said |= {"sharding": repr(name), "seqlens_q": repr(mine["seqlens_q"])}
+        return Statement(dict(visit.specs), {**said, "device": visit.kind})
 
     of_ranks = agree(comm, function, state)
     options, sharding = mine["options"], mine["sharding"]
@@ -94,8 +99,12 @@ def ask(
     axis = 0 if packed else {"bshd": 1, "bhsd": 2}[options.axes]
     for word in ("q", "k", "v", "alibi_slopes", "sinks"):
         check_same_shapes(function, of_ranks, word, axis if word in "qkv" else None)
-    _check_rank(function, of_ranks[0], packed, sharding)
-    rows, keys = _shardings(function, sharding, options, of_ranks, axis, comm.size, replicated_rows)
+    check_rank(function, of_ranks[0], packed, sharding, options.axes)
+    keys = _layout(function, "k", sharding, of_ranks, axis)
+    if replicated_rows:
+        rows = rows_everywhere(function, mine["seqlens_q"], _rows(function, of_ranks, axis), keys, packed)
+    else:
+        rows = _layout(function, "q", sharding, of_ranks, axis)
     problems = [_problem(function, specs, options, rows, keys, axis, packed) for specs in of_ranks]
     _check_known(function, of_ranks, problems, packed, comm.rank)
     right = 0 if options.causal else options.window[1]
@@ -162,7 +171,9 @@ def layout_of(sharding: Sharding | str, size: int, total: int) -> Sharding:
     return sharding if isinstance(sharding, Sharding) else Sharding(sharding, size, (total,))  # type: ignore[arg-type]
 
 
-def _check_rank(function: str, specs: Specs, packed: bool, sharding: Any) -> None:
+def check_rank(function: str, specs: Specs, packed: bool, sharding: Any, axes: str) -> None:
+    """Refuse arrays of too few or too many axes, and what does not go with packed sequences; all ranks do, who are
+    known to ask for the same."""
     rank = 3 if packed else 4
     if not packed and isinstance(sharding, Sharding) and len(sharding.seqlens) != 1:
         rule = "packed sequences are (tokens, num_heads, head_dim), and a layout of others has one length"
@@ -172,58 +183,85 @@ def _check_rank(function: str, specs: Specs, packed: bool, sharding: Any) -> Non
             rule = f"{word} has to have 4 axes, or 3, (tokens, num_heads, head_dim), where sharding is a Sharding"
             raise ValueError(refusal(function, rule, *((x, specs[x].shape) for x in ("q", "k", "v"))))
     if packed:
+        check_packed(function, axes)
         for word in ("mask", "bias"):
             if word in specs:
                 rule = f"{word} does not go with packed sequences"
                 raise ValueError(refusal(function, rule, (word, specs[word].shape)))
 
 
-def check_packed(function: str, axes: str, replicated_rows: bool) -> None:
-    """Refuse packed sequences where they mean nothing; all ranks do, who are known to ask for the same."""
-    if replicated_rows:
-        raise ValueError(refusal(function, "packed sequences are not for decoding: q, k and v have to have 4 axes"))
+def check_packed(function: str, axes: str) -> None:
+    """Refuse packed sequences whose heads come first."""
     if axes != "bshd":
         rule = "packed sequences are (tokens, num_heads, head_dim), and layout is 'bshd'"
         raise ValueError(refusal(function, rule, ("layout", axes)))
 
 
-def _shardings(
-    function: str,
-    sharding: Sharding | str,
-    options: Options,
-    of_ranks: list[Specs],
-    axis: int,
-    size: int,
-    replicated_rows: bool,
-) -> tuple[Sharding, Sharding]:
-    """Whose rows and keys are where, once every rank's arrays are known to be as long as that says."""
-    if axis == 0:
-        check_packed(function, options.axes, replicated_rows)
-    found = []
-    for word in ("q", "k"):
-        lengths = tuple(specs[word].shape[axis] for specs in of_ranks)
-        if word == "q" and replicated_rows:
-            found.append(_everywhere(function, lengths, size))
-            continue
-        if sharding == "contiguous":
-            layout = Sharding("contiguous", size, (sum(lengths),), lengths)
-        else:
-            layout = layout_of(sharding, size, sum(lengths))
-        for rank, length in enumerate(lengths):
-            if length != layout.length(rank):
-                shown = [(f"rank {i}", n, f"{layout.length(i)} expected") for i, n in enumerate(lengths)]
-                rule = f"{word} of rank {rank} is not as long as the layout says, {layout.length(rank)}"
-                raise ValueError(refusal(function, rule, ("sharding", layout), *shown))
-        found.append(layout)
-    return found[0], found[1]
+def seqlens_meant(function: str, seqlens_q: Any) -> tuple[int, ...] | None:
+    """As a tuple, whatever integers came."""
+    if seqlens_q is None:
+        return None
+    if not isinstance(seqlens_q, (tuple, list)):
+        rule = "seqlens_q has to be a tuple or list of integers"
+        raise TypeError(refusal(function, rule, ("seqlens_q", reprlib.repr(seqlens_q), type(seqlens_q).__name__)))
+    return integers(function, "seqlens_q", seqlens_q)
 
 
-def _everywhere(function: str, lengths: tuple[int, ...], size: int) -> Sharding:
-    """All rows on every rank; each of them is rank 0 of this."""
+def rows_everywhere(function: str, seqlens_q: Any, num_rows: int, keys: Sharding, packed: bool) -> Sharding:
+    """The layout of rows that all ranks have: of one rank."""
+    seqlens_q = seqlens_meant(function, seqlens_q)
+    if not packed and seqlens_q is not None:
+        rule = "seqlens_q is for packed sequences: (tokens, num_heads, head_dim), and a Sharding that has their lengths"
+        raise ValueError(refusal(function, rule, ("seqlens_q", seqlens_q)))
+    count = len(keys.seqlens)
+    if seqlens_q is None:
+        if packed and num_rows != count:
+            rule = f"seqlens_q has to be given where {count} packed sequences do not have a query each"
+            raise ValueError(refusal(function, rule, ("queries", num_rows), ("sharding", keys)))
+        seqlens_q = (1,) * count if packed else (num_rows,)
+    if len(seqlens_q) != count or sum(seqlens_q) != num_rows:
+        rule = f"seqlens_q has to be one length for each of {count} sequences, and to add up to the queries"
+        raise ValueError(refusal(function, rule, ("seqlens_q", seqlens_q), ("queries", num_rows)))
+    return Sharding("contiguous", 1, seqlens_q)
+
+
+def check_alignment(function: str, options: Options, has_slopes: bool, rows: Sharding, keys: Sharding) -> None:
+    """Refuse a diagonal of which nobody has said where it is, in any of the sequences."""
+    has_diagonal = has_slopes or options.causal or options.window != (None, None)
+    if options.alignment is not None or not has_diagonal:
+        return
+    for sequence, (seqlen_q, seqlen_k) in enumerate(zip(rows.seqlens, keys.seqlens, strict=True)):
+        if seqlen_q != seqlen_k:
+            rule = (
+                "alignment has to be chosen where seqlen_q and seqlen_k differ: 'top-left' puts the diagonal at key 0 "
+            )
+            rule += "of row 0, 'bottom-right' at the last key of the last row"
+            which = [("sequence", sequence)] if len(keys.seqlens) > 1 else []
+            raise ValueError(refusal(function, rule, *which, ("seqlen_q", seqlen_q), ("seqlen_k", seqlen_k)))
+
+
+def _layout(function: str, word: str, sharding: Sharding | str, of_ranks: list[Specs], axis: int) -> Sharding:
+    """Whose tokens are where, once every rank's arrays are known to be as long as that says."""
+    lengths = tuple(specs[word].shape[axis] for specs in of_ranks)
+    if sharding == "contiguous":
+        layout = Sharding("contiguous", len(lengths), (sum(lengths),), lengths)
+    else:
+        layout = layout_of(sharding, len(lengths), sum(lengths))
+    for rank, length in enumerate(lengths):
+        if length != layout.length(rank):
+            shown = [(f"rank {i}", n, f"{layout.length(i)} expected") for i, n in enumerate(lengths)]
+            rule = f"{word} of rank {rank} is not as long as the layout says, {layout.length(rank)}"
+            raise ValueError(refusal(function, rule, ("sharding", layout), *shown))
+    return layout
+
+
+def _rows(function: str, of_ranks: list[Specs], axis: int) -> int:
+    """How many rows all ranks have."""
+    lengths = [specs["q"].shape[axis] for specs in of_ranks]
     if len(set(lengths)) > 1:
         rule = "all ranks have to have the same queries"
         raise ValueError(refusal(function, rule, *((f"rank {i}", n) for i, n in enumerate(lengths))))
-    return Sharding("contiguous", size, (lengths[0],), (lengths[0],) + (0,) * (size - 1))
+    return lengths[0]
 
 
 def _problem(
@@ -231,10 +269,9 @@ def _problem(
 ) -> Problem:
     """A rank's rows over all keys, as `attention` would read it; packed sequences as a batch of one."""
     total_q, total_k = sum(rows.seqlens), sum(keys.seqlens)
-    if packed and rows.seqlens != keys.seqlens:
-        rule = "packed sequences have as many queries as keys"
-        raise ValueError(refusal(function, rule, ("q", rows.seqlens), ("k", keys.seqlens)))
-    if options.alignment is None and total_q != total_k:  # whose rows are a part: their own number says nothing
+    if packed:
+        check_alignment(function, options, "alibi_slopes" in specs, rows, keys)
+    elif options.alignment is None and total_q != total_k:  # whose rows are a part: their own number says nothing
         read(function, tuple(_whole(specs, axis, total_q, total_k).items()), options)
     whole = dict(specs)
     for word in ("k", "v"):
@@ -244,16 +281,7 @@ def _problem(
         whole[word] = spec._replace(shape=(*spec.shape[:axis], length, *spec.shape[axis + 1 :]))
     operands = {word: spec for word, spec in whole.items() if word not in ("dout", "out", "lse", "dlse")}
     if packed:
-        operands = {
-            word: spec._replace(shape=(1, *spec.shape)) if word in ("q", "k", "v") else spec
-            for word, spec in operands.items()
-        }
-        slopes = operands.get("alibi_slopes")
-        if slopes is not None and len(slopes.shape) == 2:
-            if slopes.shape[0] != len(rows.seqlens):
-                rule = f"alibi_slopes have to be (num_heads,) or (sequences, num_heads), with {len(rows.seqlens)}"
-                raise ValueError(refusal(function, rule, ("alibi_slopes", slopes.shape)))
-            operands["alibi_slopes"] = slopes._replace(shape=(1, slopes.shape[1]))
+        operands = batch_of_one(function, operands, keys)
     alignment = options.alignment or "bottom-right"
     return read(function, tuple(operands.items()), options._replace(alignment=alignment))
 
@@ -264,3 +292,15 @@ def _whole(specs: Specs, axis: int, total_q: int, total_k: int) -> dict[str, Spe
 
     found = {word: longer(specs[word], total_q if word == "q" else total_k) for word in ("q", "k", "v")}
     return found | {word: specs[word] for word in ("alibi_slopes",) if word in specs}
+
+
+def batch_of_one(function: str, specs: Specs, sharding: Sharding) -> dict[str, Spec]:
+    """Packed sequences, as `attention` would read them."""
+    found = {word: x._replace(shape=(1, *x.shape)) if word in ("q", "k", "v") else x for word, x in specs.items()}
+    slopes = specs.get("alibi_slopes")
+    if slopes is not None and len(slopes.shape) == 2:
+        if slopes.shape[0] != len(sharding.seqlens):
+            rule = f"alibi_slopes have to be (num_heads,) or (sequences, num_heads), with {len(sharding.seqlens)}"
+            raise ValueError(refusal(function, rule, ("alibi_slopes", slopes.shape)))
+        found["alibi_slopes"] = slopes._replace(shape=(1, slopes.shape[1]))
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, overload
 
 from cupyattn.api import Gradients
@@ -25,6 +25,7 @@ from cupyattn.reading import flag
 @overload
 def sharded_decode(
     q: A, k: A, v: A, *, comm: Comm | JaxComm, sharding: Sharding | Kind = ...,
+    seqlens_q: Sequence[int] | None = ...,
     layout: Literal["bshd", "bhsd"] = ..., causal: bool = ..., alignment: Alignment | None = ...,
     window_size: tuple[int | None, int | None] = ..., mask: Array | None = ..., bias: Array | None = ...,
     softmax_scale: float | None = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
@@ -35,6 +36,7 @@ def sharded_decode(
 @overload
 def sharded_decode(
     q: A, k: A, v: A, *, comm: Comm | JaxComm, sharding: Sharding | Kind = ...,
+    seqlens_q: Sequence[int] | None = ...,
     layout: Literal["bshd", "bhsd"] = ..., causal: bool = ..., alignment: Alignment | None = ...,
     window_size: tuple[int | None, int | None] = ..., mask: Array | None = ..., bias: Array | None = ...,
     softmax_scale: float | None = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
@@ -45,6 +47,7 @@ def sharded_decode(
 @overload
 def sharded_decode(
     q: A, k: A, v: A, *, comm: Comm | JaxComm, sharding: Sharding | Kind = ...,
+    seqlens_q: Sequence[int] | None = ...,
     layout: Literal["bshd", "bhsd"] = ..., causal: bool = ..., alignment: Alignment | None = ...,
     window_size: tuple[int | None, int | None] = ..., mask: Array | None = ..., bias: Array | None = ...,
     softmax_scale: float | None = ..., softcap: float = ..., alibi_slopes: Array | None = ...,
@@ -62,6 +65,7 @@ def sharded_decode(
     *,
     comm: Comm | JaxComm,
     sharding: Sharding | Kind = "contiguous",
+    seqlens_q: Sequence[int] | None = None,
     layout: Literal["bshd", "bhsd"] = "bshd",
     causal: bool = False,
     alignment: Alignment | None = None,
@@ -82,24 +86,31 @@ def sharded_decode(
     ----------
     q : array, shape (batch, seqlen_q, num_heads, head_dim)
         The same on all ranks; all else that is not named here, too.  On the CPU or, as for
-        `ring_attention`, on a GPU.  Packed sequences are refused.
+        `ring_attention`, on a GPU.  Of packed sequences (total_q, num_heads, head_dim), end to end.
     k, v : array, shapes (batch, own tokens, num_heads_kv, head_dim), ...
-        Of this rank's tokens; there may be none.
+        Of this rank's tokens; there may be none.  Of packed sequences (own tokens, num_heads_kv, head_dim): this rank's
+        tokens of the first sequence, of the second, and so on.
     comm : Comm or JaxComm
         Who takes part: by `run_ranks`, `MpiComm`, `TorchComm` or `NcclComm`; inside of `jax.shard_map` a `JaxComm`.
     sharding : Sharding or {"contiguous", "zigzag", "striped"}
-        Which keys are whose.  The keys of "contiguous" ranks may be as many as they are.
+        Which keys are whose.  The keys of "contiguous" ranks may be as many as they are.  Of packed sequences a
+        `Sharding`, whose `seqlens` are how many keys each has.
+    seqlens_q : tuple of int, optional
+        How many queries each packed sequence has; there may be none.  Default one.
     causal, alignment, window_size, ...
-        As for `attention`, of the whole.  `alignment` has to be chosen where there is a diagonal, and says
-        "bottom-right" for queries that are the last tokens.
+        As for `attention`, of the whole, or of each packed sequence.  `alignment` has to be chosen where there is a
+        diagonal, and says "bottom-right" for queries that are the last tokens.
     mask, bias : array, optional
-        They broadcast to (batch, num_heads, seqlen_q, all keys), keys in the sequence's order.
+        They broadcast to (batch, num_heads, seqlen_q, all keys), keys in the sequence's order.  Not with packed
+        sequences.
+    alibi_slopes : array, shape (num_heads,), (batch, num_heads) or, packed, (sequences, num_heads), optional
+        The same on all ranks.
 
     Returns
     -------
     out : array, as q with head_dim_v for head_dim
         The same on all ranks.
-    lse : array, shape (batch, num_heads, seqlen_q), only if `return_lse`
+    lse : array, shape (batch, num_heads, seqlen_q) or (num_heads, total_q), only if `return_lse`
 
     Raises
     ------
@@ -109,7 +120,11 @@ def sharded_decode(
     Notes
     -----
     One exchange: of each rank's out and lse in float64, on a GPU in float32, merged by every rank in the order of
-    ranks, rounded once.
+    ranks, rounded once.  Packed sequences are one exchange, too, and on each rank a call for every sequence of which it
+    has keys that are seen, or several if they are no neighbours.
+
+    A key that is appended to a "striped" sequence of n goes to rank ``n % size``, behind those of this sequence that
+    are there, and no other key moves.
 
     torch's autograd gives gradients; where all ranks have the same gradient of the output, those of q and of all
     else that is the same on all ranks are whole on all.
@@ -121,12 +136,22 @@ def sharded_decode(
     Examples
     --------
     >>> import numpy as np, cupyattn
-    >>> from cupyattn.distributed import run_ranks, sharded_decode
+    >>> from cupyattn.distributed import Sharding, run_ranks, shard_sequence, sharded_decode
     >>> q, k, v = np.ones((1, 1, 2, 4)), *np.random.default_rng(0).standard_normal((2, 1, 10, 2, 4))
     >>> def rank(comm):
     ...     own = slice(4 * comm.rank, 4 * comm.rank + 4)
     ...     return sharded_decode(q, k[:, own], v[:, own], comm=comm)
     >>> [bool(np.allclose(out, cupyattn.attention(q, k, v))) for out in run_ranks(rank, 3)]
+    [True, True, True]
+
+    Two packed sequences, of 7 and 3 keys and a query each:
+
+    >>> layout = Sharding("striped", 3, (7, 3))
+    >>> def packed(comm):
+    ...     mine = (shard_sequence(x[0], layout, comm.rank, axis=0) for x in (k, v))
+    ...     return sharded_decode(np.ones((2, 2, 4)), *mine, comm=comm, sharding=layout)
+    >>> alone = [cupyattn.attention(q, k[:, own], v[:, own])[0, 0] for own in (slice(7), slice(7, 10))]
+    >>> [bool(np.allclose(out, alone)) for out in run_ranks(packed, 3)]
     [True, True, True]
     """
     function = "sharded_decode"
@@ -137,8 +162,12 @@ def sharded_decode(
         "implementation": implementation,
     }  # fmt: skip
     if isinstance(comm, JaxComm):
-        return in_jax.decode(function, comm, sharding, arrays, flag(function, "return_lse", return_lse), **scalars)
-    asked = ask(function, comm, sharding, arrays, {}, replicated_rows=True, return_lse=return_lse, **scalars)
+        return_lse = flag(function, "return_lse", return_lse)
+        return in_jax.decode(function, comm, sharding, seqlens_q, arrays, return_lse, **scalars)
+    asked = ask(
+        function, comm, sharding, arrays, {},
+        replicated_rows=True, return_lse=return_lse, seqlens_q=seqlens_q, **scalars,
+    )  # fmt: skip
     found = run(asked, _forward, _backward)
     return (found["out"], found["lse"]) if asked.returns_lse else found["out"]
 
@@ -156,6 +185,7 @@ def sharded_decode_backward(
     lse: A | None = None,
     dlse: A | None = None,
     sharding: Sharding | Kind = "contiguous",
+    seqlens_q: Sequence[int] | None = None,
     layout: Literal["bshd", "bhsd"] = "bshd",
     causal: bool = False,
     alignment: Alignment | None = None,
@@ -194,7 +224,7 @@ def sharded_decode_backward(
         "sharded_decode_backward", comm, sharding,
         {"q": q, "k": k, "v": v, "mask": mask, "bias": bias, "alibi_slopes": alibi_slopes, "sinks": sinks},
         {"dout": dout, "out": out, "lse": lse, "dlse": dlse},
-        replicated_rows=True, implementation=implementation,
+        replicated_rows=True, seqlens_q=seqlens_q, implementation=implementation,
         layout=layout, causal=causal, alignment=alignment, window_size=window_size, softmax_scale=softmax_scale,
         softcap=softcap, compute_dtype=compute_dtype,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -11,11 +12,18 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from cupyattn import reading
 from cupyattn.allowed import allowed_by
 from cupyattn.corridor import plan_for, plan_for_gradients
-from cupyattn.distributed.asked import check_packed, layout_of, sharding_meant
-from cupyattn.distributed.rectangles import Band, rectangles_of
+from cupyattn.distributed.asked import (
+    batch_of_one,
+    check_alignment,
+    check_rank,
+    layout_of,
+    rows_everywhere,
+    sharding_meant,
+)
+from cupyattn.distributed.rectangles import Band, rectangles_of, shifts_of
 from cupyattn.distributed.route import Route, count, route_of
 from cupyattn.distributed.sharding import Kind, Sharding
-from cupyattn.problem import FLOATS, ITEMSIZE, Alignment, Device, Problem, Shape, Spec
+from cupyattn.problem import FLOATS, ITEMSIZE, Alignment, Device, Problem, Shape, Sizes, Spec
 from cupyattn.reading import attention_options, read, refusal
 from cupyattn.rehearsing import check_device, device_meant
 
@@ -66,6 +74,7 @@ def explain(
     size: int,
     by: By = "ring",
     sharding: Sharding | Kind | None = None,
+    seqlens_q: Sequence[int] | None = None,
     dtype: str = "float32",
     device: str | None = None,
     layout: Literal["bshd", "bhsd"] = "bshd",
@@ -90,6 +99,8 @@ def explain(
         `ring_attention`, `ulysses_attention` or `sharded_decode`.
     sharding : Sharding or {"zigzag", "contiguous", "striped"}, optional
         Whose tokens are where.  Default: that of the function.
+    seqlens_q : tuple of int, optional
+        As for `sharded_decode`: how many queries each packed sequence has.
     dtype : str
         Of the arrays.
     device : str, optional
@@ -163,16 +174,15 @@ def explain(
     shapes = {
         word: _shape(function, word, shape) for word, shape in given.items() if shape is not None or word in "qkv"
     }
+    dtypes = {"mask": "bool", "alibi_slopes": "float32"}
+    specs = {word: Spec(word, shape, dtypes.get(word, kind)) for word, shape in shapes.items()}
     packed = isinstance(meant, Sharding) and len(shapes["q"]) == 3
-    if packed:
-        check_packed(function, options.axes, by == "decode")
-    problem = read(function, tuple(_specs(function, shapes, kind, packed).items()), options)
-    sizes = problem.sizes
-    keys = layout_of(meant, size, sizes.seqlen_k)
-    rows = keys if packed else layout_of(meant, size, sizes.seqlen_q)
-    if sum(keys.seqlens) != sizes.seqlen_k or sum(rows.seqlens) != sizes.seqlen_q:
-        rule = "sharding has to be of as many tokens as there are"
-        raise ValueError(refusal(function, rule, ("sharding", keys), *shapes.items()))
+    check_rank(function, specs, packed, meant, options.axes)
+    if isinstance(meant, Sharding) and packed:
+        specs = batch_of_one(function, specs, meant)
+    problem = read(function, tuple(specs.items()), options)
+    rows, keys = _layouts(function, by, meant, seqlens_q, size, problem.sizes, packed)
+    check_alignment(function, options, "alibi_slopes" in shapes, rows, keys)
     band = Band(options.window[0], 0 if options.causal else options.window[1], problem.mask.alignment == "bottom-right")
     there = device_meant(device, None)
     if there.kind == "cuda":
@@ -192,19 +202,20 @@ def _together(counts: list[Counts]) -> tuple[tuple[int, ...], tuple[tuple[int, .
     return tuple(map(sum, zip(*flops, strict=True))), tuple(tuple(chain(*x)) for x in zip(*sent, strict=True))
 
 
-def _specs(function: str, shapes: Mapping[str, Shape], dtype: str, packed: bool) -> dict[str, Spec]:
-    """Of the whole; packed sequences as a batch of one."""
-    dtypes = {"mask": "bool", "alibi_slopes": "float32"}
-    specs = {word: Spec(word, shape, dtypes.get(word, dtype)) for word, shape in shapes.items()}
-    if not packed:
-        return specs
-    for word in ("mask", "bias"):
-        if word in specs:
-            raise ValueError(refusal(function, f"{word} does not go with packed sequences", (word, shapes[word])))
-    found = {word: spec._replace(shape=(1, *spec.shape)) for word, spec in specs.items() if word in "qkv"}
-    if "alibi_slopes" in specs:  # of several sequences, or of all
-        found["alibi_slopes"] = specs["alibi_slopes"]._replace(shape=shapes["alibi_slopes"][-1:])
-    return found
+def _layouts(
+    function: str, by: By, meant: Sharding | str, seqlens_q: Any, size: int, sizes: Sizes, packed: bool
+) -> tuple[Sharding, Sharding]:
+    """Of rows and of keys."""
+    rows, keys = (layout_of(meant, size, count) for count in (sizes.seqlen_q, sizes.seqlen_k))
+    if by == "decode":
+        rows = rows_everywhere(function, seqlens_q, sizes.seqlen_q, keys, packed)
+    elif seqlens_q is not None:
+        rule = "seqlens_q goes with by='decode'; elsewhere packed sequences have as many queries as keys"
+        raise ValueError(refusal(function, rule, ("seqlens_q", reprlib.repr(seqlens_q)), ("by", by)))
+    if sum(keys.seqlens) != sizes.seqlen_k or sum(rows.seqlens) != sizes.seqlen_q:
+        rule = "sharding has to be of as many tokens as there are"
+        raise ValueError(refusal(function, rule, ("sharding", keys), ("q", sizes.seqlen_q), ("k", sizes.seqlen_k)))
+    return rows, keys
 
 
 def _why_again(problem: Problem, device: Device) -> str:
@@ -358,10 +369,9 @@ class _Call:
 
     def decode(self) -> Counts:
         sizes = self.problem.sizes
-        whole = Sharding("contiguous", 1, (sizes.seqlen_q,))
-        shifts = (self.band.shift(sizes.seqlen_q, sizes.seqlen_k),)
+        shifts = shifts_of(self.rows, self.keys, self.band)
         pairs = [
-            sum(x.count_visible for x in rectangles_of(whole.pieces[0], pieces, shifts, self.band))
+            sum(x.count_visible for x in rectangles_of(self.rows.pieces[0], pieces, shifts, self.band))
             for pieces in self.keys.pieces
         ]
         flops = [self.of_a_pair * sizes.num_heads * count for count in pairs]

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from cupyattn import api
-from cupyattn.distributed.asked import check_packed, layout_of, sharding_meant
+from cupyattn.distributed.asked import check_alignment, check_packed, layout_of, rows_everywhere, sharding_meant
 from cupyattn.distributed.jax_merging import State, log, merged, times, weights
 from cupyattn.distributed.rectangles import Band, Rectangle, rectangles_of, shifts_of
 from cupyattn.distributed.route import route_of
@@ -71,13 +71,19 @@ def ring(
 
 
 def decode(
-    function: str, comm: JaxComm, sharding: Any, arrays: Mapping[str, Any], return_lse: bool, **scalars: Any
+    function: str,
+    comm: JaxComm,
+    sharding: Any,
+    seqlens_q: Any,
+    arrays: Mapping[str, Any],
+    return_lse: bool,
+    **scalars: Any,
 ) -> Any:
     """`sharded_decode` inside of shard_map: merged by three all-reduces."""
     import jax
     import jax.numpy as jnp
 
-    call = _Call(function, comm, sharding, arrays, scalars, replicated_rows=True)
+    call = _Call(function, comm, sharding, arrays, scalars, replicated_rows=True, seqlens_q=seqlens_q)
     lax: Any = jax.lax
     shifts = shifts_of(call.rows, call.keys, call.band)
     seen = [rectangles_of(call.rows.pieces[0], keys, shifts, call.band) for keys in call.keys.pieces]
@@ -224,6 +230,7 @@ class _Call:
         arrays: Mapping[str, Any],
         scalars: Mapping[str, Any],
         replicated_rows: bool = False,
+        seqlens_q: Any = None,
     ) -> None:
         self.function, self.comm, self.scalars = function, comm, scalars
         options = attention_options(
@@ -234,21 +241,17 @@ class _Call:
         self.row_axis, self.head_axis = (1, 2) if options.axes == "bshd" else (2, 1)
         meant = sharding_meant(function, sharding, options, self.size)
         self.packed = isinstance(meant, Sharding) and len(arrays["q"].shape) == 3
-        self.arrays = self._of_rank_4(arrays, meant, options.axes, replicated_rows)
+        self.arrays = self._of_rank_4(arrays, meant, options.axes)
         own_q, own_k = (self.arrays[name].shape[self.row_axis] for name in ("q", "k"))
         self.own_rows = own_q
         self.keys = self._layout("k", meant, own_k)
         if replicated_rows:
-            self.rows = Sharding("contiguous", self.size, (own_q,), (own_q,) + (0,) * (self.size - 1))
+            self.rows = rows_everywhere(function, seqlens_q, own_q, self.keys, self.packed)
         else:
             self.rows = self._layout("q", meant, own_q)
-        total_q, total_k = sum(self.rows.seqlens), sum(self.keys.seqlens)
+        self._check_slopes()
+        check_alignment(function, options, arrays.get("alibi_slopes") is not None, self.rows, self.keys)
         right = 0 if options.causal else options.window[1]
-        slopes = self._checked_slopes()
-        has_diagonal = slopes is not None or (options.window[0], right) != (None, None)
-        if options.alignment is None and total_q != total_k and has_diagonal:
-            rule = "alignment has to be chosen where there are not as many queries as keys"
-            raise ValueError(refusal(function, rule, ("q", total_q), ("k", total_k)))
         self.band = Band(options.window[0], right, options.alignment != "top-left")
 
     def _layout(self, name: str, meant: Sharding | str, own: int) -> Sharding:
@@ -258,9 +261,7 @@ class _Call:
             raise ValueError(refusal(self.function, rule, ("sharding", layout)))
         return layout
 
-    def _of_rank_4(
-        self, arrays: Mapping[str, Any], meant: Sharding | str, axes: str, replicated_rows: bool
-    ) -> dict[str, Any]:
+    def _of_rank_4(self, arrays: Mapping[str, Any], meant: Sharding | str, axes: str) -> dict[str, Any]:
         """The arrays with packed tokens as a batch of one."""
         rank, several = 3 if self.packed else 4, isinstance(meant, Sharding) and len(meant.seqlens) != 1
         for name in ("q", "k", "v"):
@@ -271,7 +272,7 @@ class _Call:
                 raise ValueError(refusal(self.function, rule, (name, shape), ("sharding", meant)))
         if not self.packed:
             return dict(arrays)
-        check_packed(self.function, axes, replicated_rows)
+        check_packed(self.function, axes)
         for name in ("mask", "bias"):
             if arrays.get(name) is not None:
                 rule = f"{name} does not go with packed sequences"
@@ -283,17 +284,15 @@ class _Call:
         shape = tuple(self.arrays[name].shape)
         return shape[1:] if self.packed else shape
 
-    def _checked_slopes(self) -> Array | None:
+    def _check_slopes(self) -> None:
         slopes, q = self.arrays.get("alibi_slopes"), self.arrays["q"]
         if slopes is None:
-            return None
+            return
         outer = len(self.rows.seqlens) if self.packed else q.shape[0]
         heads = q.shape[self.head_axis]
         if tuple(slopes.shape) not in ((heads,), (outer, heads)):
             rule = f"alibi_slopes have to be ({heads},) or ({outer}, {heads})"
             raise ValueError(refusal(self.function, rule, ("alibi_slopes", tuple(slopes.shape))))
-        found: Array = slopes
-        return found
 
     def slopes_of(self, sequence: int, slopes: Array) -> Array:
         """Those of a sequence, where sequences are packed; else those of the batch."""

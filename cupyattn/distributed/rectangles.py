@@ -7,6 +7,7 @@ negative counted top-left; so `attention` itself, and every kernel, can be asked
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -95,11 +96,11 @@ def rectangles_of(
     rows: tuple[Piece, ...], keys: tuple[Piece, ...], shifts: tuple[int, ...], band: Band
 ) -> tuple[Rectangle, ...]:
     """All that the rows of one rank see of the keys of another, in the order of rows and of keys."""
-    found = []
+    found, of_sequences = [], defaultdict(list)
+    for of_keys in keys:
+        of_sequences[of_keys.sequence].append(of_keys)
     for of_rows in rows:
-        for of_keys in keys:
-            if of_rows.sequence != of_keys.sequence:
-                continue
+        for of_keys in of_sequences[of_rows.sequence]:
             for piece in _in_steps(of_rows, of_keys.step):
                 rectangle = rectangle_of(piece, of_keys, band, shifts[of_rows.sequence])
                 if rectangle is not None:

@@ -6,6 +6,7 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise, starmap
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import array_api_compat
@@ -16,6 +17,8 @@ from cupyattn.reading import refusal
 
 Kind: TypeAlias = Literal["contiguous", "zigzag", "striped"]
 KINDS: tuple[Kind, ...] = ("contiguous", "zigzag", "striped")
+Lengths: TypeAlias = tuple[int, ...] | tuple[tuple[int, ...], ...]
+"""Of each rank; of packed sequences, of each rank in each sequence."""
 
 
 class Piece(NamedTuple):
@@ -47,8 +50,9 @@ class Sharding:
     seqlens : tuple of int
         Length of each sequence.  One, unless they are packed: then a rank's tokens are those of its first sequence,
         of its second, and so on.
-    lengths : tuple of int, optional
-        Tokens of each rank, where "contiguous" stretches of one sequence are not as equal as can be.
+    lengths : tuple of int, or of tuples of int, optional
+        Tokens of each rank, where "contiguous" stretches are not as equal as can be: of several sequences a tuple for
+        each rank, of its tokens in each of them.
 
     Raises
     ------
@@ -66,7 +70,7 @@ class Sharding:
     kind: Kind
     size: int
     seqlens: tuple[int, ...]
-    lengths: tuple[int, ...] | None = None
+    lengths: Lengths | None = None
 
     def __post_init__(self) -> None:
         function = "Sharding"
@@ -74,18 +78,28 @@ class Sharding:
         reading.integer(function, "size", self.size, low=1)
         if not isinstance(self.seqlens, tuple):
             raise TypeError(refusal(function, "seqlens have to be a tuple", ("seqlens", repr(self.seqlens))))
-        if not isinstance(self.lengths, tuple | None):
-            raise TypeError(refusal(function, "lengths have to be a tuple, or None", ("lengths", repr(self.lengths))))
         reading.integers(function, "seqlens", self.seqlens)
-        reading.integers(function, "lengths", self.lengths or ())
-        if self.lengths is None:
-            return
-        if self.kind != "contiguous" or len(self.seqlens) != 1:
-            rule = "lengths are for the contiguous stretches of one sequence"
-            raise ValueError(refusal(function, rule, ("kind", self.kind), ("seqlens", self.seqlens)))
-        if len(self.lengths) != self.size or sum(self.lengths) != self.seqlens[0]:
-            rule = "lengths have to be one for each rank, and to add up to the sequence's"
-            raise ValueError(refusal(function, rule, ("lengths", self.lengths), ("seqlens", self.seqlens)))
+        if self.lengths is not None:
+            self._check_lengths(function)
+
+    def _check_lengths(self, function: str) -> None:
+        is_one, lengths = len(self.seqlens) == 1, self.lengths
+        if not isinstance(lengths, tuple) or not (is_one or all(isinstance(own, tuple) for own in lengths)):
+            rule = "lengths have to be a tuple, or None" if is_one else "lengths have to be a tuple of tuples, or None"
+            raise TypeError(refusal(function, rule, ("lengths", repr(lengths))))
+        for rank, own in enumerate(lengths):
+            name = f"lengths[{rank}]"
+            if isinstance(own, tuple):
+                reading.integers(function, name, own)
+            else:
+                reading.integer(function, name, own, low=0)
+        if self.kind != "contiguous":
+            rule = "lengths are for the contiguous stretches of sequences"
+            raise ValueError(refusal(function, rule, ("kind", self.kind), ("lengths", lengths)))
+        counts, totals = {len(own) for own in self._of_ranks}, tuple(map(sum, zip(*self._of_ranks, strict=False)))
+        if len(lengths) != self.size or counts != {len(self.seqlens)} or totals != self.seqlens:
+            rule = "lengths have to be one for each rank and sequence, and to add up to the sequences'"
+            raise ValueError(refusal(function, rule, ("lengths", lengths), ("seqlens", self.seqlens)))
 
     @cached_property
     def pieces(self) -> tuple[tuple[Piece, ...], ...]:
@@ -94,20 +108,31 @@ class Sharding:
 
     def _pieces_of(self, rank: int) -> tuple[Piece, ...]:
         found, first = [], 0
-        for sequence, seqlen in enumerate(self.seqlens):
-            for span in self._spans(rank, seqlen):
+        for sequence in range(len(self.seqlens)):
+            for span in self._spans(rank, sequence):
                 piece = Piece(sequence, span.start, span.stop, span.step, slice(first, first + len(span), 1))
                 if len(span):
                     found.append(piece)
                 first += len(span)
         return tuple(found)
 
-    def _spans(self, rank: int, seqlen: int) -> list[range]:
+    @cached_property
+    def _of_ranks(self) -> tuple[tuple[int, ...], ...]:
+        """`lengths` of each rank in each sequence."""
+        return tuple(own if isinstance(own, tuple) else (own,) for own in self.lengths or ())
+
+    @cached_property
+    def _stretches(self) -> tuple[tuple[range, ...], ...]:
+        """Of each sequence, that of each rank by `lengths`."""
+        ends = (accumulate(lengths, initial=0) for lengths in zip(*self._of_ranks, strict=True))
+        return tuple(tuple(starmap(range, pairwise(x))) for x in ends)
+
+    def _spans(self, rank: int, sequence: int) -> list[range]:
+        if self.lengths is not None:
+            return [self._stretches[sequence][rank]]
+        seqlen = self.seqlens[sequence]
         if self.kind == "striped":
             return [range(rank, seqlen, self.size)]
-        if self.lengths is not None:
-            start = sum(self.lengths[:rank])
-            return [range(start, start + self.lengths[rank])]
         count = self.size if self.kind == "contiguous" else 2 * self.size
         chunks = [rank] if self.kind == "contiguous" else [rank, count - 1 - rank]
         return [range(chunk * seqlen // count, (chunk + 1) * seqlen // count) for chunk in chunks]

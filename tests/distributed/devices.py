@@ -1,6 +1,7 @@
 """Ranks that are devices of JAX, run as a script by `test_jax.py`, which gives it two: `devices.py CASE`."""
 
 import sys
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -81,47 +82,75 @@ def check(case):
         np.testing.assert_allclose(others[name], expected[..., order, :] if name in of_own_rows else expected, **close)
 
 
-PACKED = {
-    "ring-packed": (ring_attention, "zigzag", {"causal": True, "alibi_slopes": np.stack([SLOPES, 2 * SLOPES])}),
-    "ulysses-packed": (ulysses_attention, "striped", {"causal": True, "alibi_slopes": np.stack([SLOPES, 2 * SLOPES])}),
-}
 LENGTHS = (12, 4)
+OF_EACH = {"alibi_slopes": np.stack([SLOPES, 2 * SLOPES])}
+LAST = {"alignment": "bottom-right"}
+PACKED = {
+    "ring-packed": (ring_attention, Sharding("zigzag", SIZE, LENGTHS), LENGTHS, {"causal": True, **OF_EACH}),
+    "ulysses-packed": (ulysses_attention, Sharding("striped", SIZE, LENGTHS), LENGTHS, {"causal": True, **OF_EACH}),
+    "decode-packed": (
+        sharded_decode,
+        Sharding("striped", SIZE, LENGTHS),
+        (2, 6),
+        {"causal": True, "sinks": SINKS, **LAST, **OF_EACH},
+    ),
+    "decode-packed-uneven": (
+        sharded_decode,
+        Sharding("contiguous", SIZE, LENGTHS, ((8, 0), (4, 4))),
+        (1, 1),
+        {"window_size": (9, 0), "alibi_slopes": SLOPES, **LAST},
+    ),
+}
 
 
 def check_packed(case):
     """Packed sequences are each by itself, gradients included."""
-    function, kind, options = PACKED[case]
-    layout = Sharding(kind, SIZE, LENGTHS)
+    function, layout, seqlens_q, options = PACKED[case]
     order = np.concatenate([layout.positions(rank) for rank in range(SIZE)])
+    everywhere = function is sharded_decode
     q, k, v, dout = (x.reshape(-1, *x.shape[2:]) for x in (Q, K, V, DOUT))
-    slopes, scalars = options["alibi_slopes"], {"causal": options["causal"]}
+    q, dout = q[: sum(seqlens_q)], dout[: sum(seqlens_q)]
+    rows = np.arange(len(q)) if everywhere else order
+    scalars = {name: value for name, value in options.items() if name not in ("alibi_slopes", "sinks")}
+    edits = {name: jnp.asarray(x) for name, x in options.items() if name not in scalars}
+    of_rows, of_lse = (P(), P()) if everywhere else (P("ranks"), P(None, "ranks"))
+    own = {"comm": JaxComm("ranks"), "sharding": layout, "return_lse": True, **scalars}
+    if everywhere and seqlens_q != (1, 1):
+        own["seqlens_q"] = seqlens_q
 
-    def rank(q, k, v, slopes):
-        own = {"comm": JaxComm("ranks"), "sharding": layout, "alibi_slopes": slopes, "return_lse": True}
-        return function(q, k, v, **own, **scalars)
+    def rank(q, k, v, edits):
+        return function(q, k, v, **own, **edits)
 
-    of_tokens, of_lse = P("ranks"), P(None, "ranks")
-    whole = jax.jit(jax.shard_map(rank, mesh=MESH, in_specs=(of_tokens,) * 3 + (P(),), out_specs=(of_tokens, of_lse)))
+    specs = (of_rows, P("ranks"), P("ranks"), P())
+    whole = jax.jit(jax.shard_map(rank, mesh=MESH, in_specs=specs, out_specs=(of_rows, of_lse)))
 
     def loss(*operands):
         out, lse = whole(*operands)
-        return (out * dout[order]).sum(), (out, lse)
+        return (out * dout[rows]).sum(), (out, lse)
 
-    operands = *(jnp.asarray(x[order]) for x in (q, k, v)), jnp.asarray(slopes)
+    operands = *(jnp.asarray(x) for x in (q[rows], k[order], v[order])), edits
     gradients, (out, lse) = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*operands)
-    close = {"atol": 1e-12, "rtol": 1e-12}
-    for i, first in enumerate((0, LENGTHS[0])):
-        own = slice(first, first + LENGTHS[i])
-        mine = [x[None, own] for x in (q, k, v)]
-        here = np.flatnonzero((order >= own.start) & (order < own.stop))
-        here = here[np.argsort(order[here])]
-        expected, expected_lse = attention(*mine, alibi_slopes=slopes[i], return_lse=True, **scalars)
-        wanted = attention_backward(dout[None, own], *mine, alibi_slopes=slopes[i], **scalars)
+    close, of_sinks, of_slopes = {"atol": 1e-12, "rtol": 1e-12}, 0.0, []
+    for i, (mine, keys) in enumerate(zip(stretches(seqlens_q), stretches(LENGTHS), strict=True)):
+        here, there = (np.argsort(x)[stretch] for x, stretch in ((rows, mine), (order, keys)))
+        arrays, alone = [q[None, mine], k[None, keys], v[None, keys]], dict(options)
+        if alone["alibi_slopes"].ndim == 2:
+            alone["alibi_slopes"] = alone["alibi_slopes"][i]
+        expected, expected_lse = attention(*arrays, return_lse=True, **alone)
+        wanted = attention_backward(dout[None, mine], *arrays, **alone)
         np.testing.assert_allclose(out[here], expected[0], **close)
         np.testing.assert_allclose(lse[:, here], expected_lse[0], **close)
-        for found, exact in zip(gradients[:3], wanted[:3], strict=True):
-            np.testing.assert_allclose(found[here], exact[0], **close)
-        np.testing.assert_allclose(gradients[3][i], wanted.dalibi_slopes, **close)
+        for found, exact, stretch in zip(gradients[:3], wanted[:3], (here, there, there), strict=True):
+            np.testing.assert_allclose(found[stretch], exact[0], **close)
+        of_slopes.append(wanted.dalibi_slopes)
+        of_sinks = of_sinks + wanted.dsinks if "sinks" in options else 0.0
+    of_slopes = np.stack(of_slopes) if options["alibi_slopes"].ndim == 2 else sum(of_slopes)
+    np.testing.assert_allclose(gradients[3]["alibi_slopes"], of_slopes, **close)
+    np.testing.assert_allclose(gradients[3].get("sinks", 0.0), of_sinks, **close)
+
+
+def stretches(lengths):
+    return [slice(first, last) for first, last in pairwise(np.cumsum([0, *lengths]))]
 
 
 WHOLE = Sharding("zigzag", SIZE, (SEQLEN,))
@@ -134,7 +163,12 @@ REFUSED = {
     "all ranks have to have as many tokens": (ring_attention, {"sharding": Sharding("zigzag", 2, (9,))}),
     "causal has to be True or False": (ring_attention, {"causal": 3}),
     "and layout is 'bshd'": (ring_attention, {"packed": True, "layout": "bhsd", "sharding": WHOLE}),
-    "packed sequences are not for decoding": (sharded_decode, {"packed": True, "sharding": WHOLE}),
+    "seqlens_q has to be given where 1 packed sequences": (sharded_decode, {"packed": True, "sharding": WHOLE}),
+    "alignment has to be chosen where": (
+        sharded_decode,
+        {"packed": True, "sharding": Sharding("zigzag", 2, (8, 0)), "seqlens_q": (2, 2), "causal": True},
+    ),
+    "seqlens_q is for packed sequences": (sharded_decode, {"seqlens_q": (4,)}),
 }
 
 
@@ -150,7 +184,8 @@ def refuse():
 
         found = "nothing"
         try:
-            jax.jit(jax.shard_map(rank, mesh=MESH, in_specs=TOKENS, out_specs=TOKENS))(np.ones((2, SEQLEN, heads, 8)))
+            whole = jax.jit(jax.shard_map(rank, mesh=MESH, in_specs=TOKENS, out_specs=TOKENS))
+            jax.block_until_ready(whole(np.ones((2, SEQLEN, heads, 8))))  # or Python waits for it at its end, in vain
         except (ValueError, TypeError) as error:
             found = str(error)
         assert said in found, found

@@ -58,6 +58,7 @@ def agree(comm):
     compare_decode(comm, (q[:, -1:], k, v, dout[:, -1:]), alignment="bottom-right")
     of_last = {name: x[..., -1:, :] if name in ("mask", "bias") else x for name, x in edits.items()}
     compare_decode(comm, (q[:, -1:], k, v, dout[:, -1:]), alignment="bottom-right", **of_last)
+    compare_packed_decode(comm, rng)
     assert comm.all_reduce(np.array([1.0]))[0] == comm.size
 
 
@@ -101,6 +102,30 @@ def compare_decode(comm, arrays, **options):
         else:
             expected = shard_sequence(wanted, layout, comm.rank) if name in ("dk", "dv") else wanted
             np.testing.assert_allclose(found[name], expected, **close)
+
+
+def compare_packed_decode(comm, rng):
+    """The same of packed sequences, each of them alone."""
+    layout, seqlens_q = Sharding("striped", comm.size, (13, 0, 6)), (2, 1, 3)
+    q, k, v, dout = (rng.standard_normal((count, heads, 8)) for count, heads in ((6, 4), (19, 2), (19, 2), (6, 4)))
+    options, close = {"causal": True, "alignment": "bottom-right"}, {"atol": 1e-12, "rtol": 1e-12}
+    keys = [shard_sequence(x, layout, comm.rank, axis=0) for x in (k, v)]
+    own = {"comm": comm, "sharding": layout, "seqlens_q": seqlens_q, **options}
+    out, lse = sharded_decode(q, *keys, **own, return_lse=True)
+    found = sharded_decode_backward(dout, q, *keys, out=out, lse=lse, **own)
+    of_keys = {"dk": np.zeros_like(k), "dv": np.zeros_like(v)}
+    for rows, there in ((slice(0, 2), slice(0, 13)), (slice(2, 3), slice(13, 13)), (slice(3, 6), slice(13, 19))):
+        alone = q[None, rows], k[None, there], v[None, there]
+        whole, whole_lse = attention(*alone, **options, return_lse=True)
+        expected = attention_backward(dout[None, rows], *alone, **options)
+        np.testing.assert_allclose(out[rows], whole[0], **close)
+        np.testing.assert_allclose(lse[:, rows], whole_lse[0], **close)
+        np.testing.assert_allclose(found.dq[rows], expected.dq[0], **close)
+        for name, array in of_keys.items():
+            array[there] = getattr(expected, name)[0]
+    for name, array in of_keys.items():
+        expected = shard_sequence(array, layout, comm.rank, axis=0)
+        np.testing.assert_allclose(getattr(found, name), expected, **close)
 
 
 def fail(comm, how):

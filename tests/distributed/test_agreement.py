@@ -12,6 +12,7 @@ from cupyattn.distributed import (
     ring_attention_backward,
     run_ranks,
     sharded_decode,
+    sharded_decode_backward,
     ulysses_attention,
 )
 
@@ -155,7 +156,7 @@ def test_what_cannot_be_meant_is_refused_on_all_ranks(changes, said):
 
 
 @pytest.mark.parametrize("shape", [(6, 6, 4), (6, 3, 4)])
-@pytest.mark.parametrize("function", [ring_attention, ulysses_attention])
+@pytest.mark.parametrize("function", [ring_attention, ulysses_attention, sharded_decode])
 def test_packed_sequences_with_heads_first_are_refused_on_all_ranks(function, shape):
     """As many heads as tokens would be attended as each other, in silence."""
     x, layout = np.ones(shape), Sharding("contiguous", 3, (8, 10))
@@ -164,12 +165,89 @@ def test_packed_sequences_with_heads_first_are_refused_on_all_ranks(function, sh
         assert f"{function.__name__}: packed sequences are (tokens, num_heads, head_dim), and layout is" in str(error)
 
 
-@pytest.mark.parametrize("lengths", [(6,), (3, 3)])
-def test_packed_sequences_to_decode_are_refused_on_all_ranks(lengths):
-    q, k, layout = np.ones((6, 2, 4)), np.ones((2, 2, 4)), Sharding("contiguous", 3, lengths)
-    for error in errors_of(lambda comm: sharded_decode(q, k, k, comm=comm, sharding=layout)):
+LAYOUT = Sharding("contiguous", 3, (6, 9))
+DECODE = {"q": np.ones((3, 2, 4)), **dict.fromkeys("kv", np.ones((5, 2, 4))), "sharding": LAYOUT, "seqlens_q": (1, 2)}
+"""Of packed sequences, and right."""
+ALIGNED = {"alignment": "bottom-right"}
+
+
+def decode(comm, at=None, **changes):
+    """The same, on rank `at` or on all with other arguments; or its gradients, where they come with something."""
+    arguments = {**DECODE, "comm": comm} | (changes if at is None or comm.rank == at else {})
+    return (sharded_decode_backward if "dout" in arguments else sharded_decode)(**arguments)
+
+
+def test_packed_sequences_to_decode_are_right_before_they_are_changed():
+    run_ranks(decode, 3)
+    run_ranks(lambda comm: decode(comm, dout=np.ones((3, 2, 4)), dlse=np.ones((2, 3))), 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"seqlens_q": None}, "seqlens_q has to be given where 2 packed sequences do not have a query each"),
+        ({"seqlens_q": (3,)}, "seqlens_q has to be one length for each of 2 sequences"),
+        ({"seqlens_q": (1, 1, 1)}, "seqlens_q has to be one length for each of 2 sequences"),
+        ({"seqlens_q": (1, 1)}, "and to add up to the queries"),
+        ({"seqlens_q": (4, -1)}, "seqlens_q[1] has to be"),
+        ({"mask": np.ones((3, 15), bool)}, "mask does not go with packed sequences"),
+        ({"bias": np.ones((3, 15))}, "bias does not go with packed sequences"),
+        (
+            {"alibi_slopes": np.ones((3, 2)), **ALIGNED},
+            "alibi_slopes have to be (num_heads,) or (sequences, num_heads), with 2",
+        ),
+        ({"alibi_slopes": np.ones(3), **ALIGNED}, "alibi_slopes"),
+        ({"k": np.ones((4, 2, 4)), "v": np.ones((4, 2, 4))}, "k of rank 0 is not as long as the layout says, 5"),
+        ({"v": np.ones((4, 2, 4))}, "k and v"),
+        ({"sharding": "contiguous"}, "where sharding is a Sharding"),
+        ({"sharding": Sharding("contiguous", 3, (6, 9, 0))}, "seqlens_q has to be one length for each of 3 sequences"),
+        ({"causal": True}, "alignment has to be chosen where seqlen_q and seqlen_k differ"),
+        ({"window_size": (3, None)}, "alignment has to be chosen where seqlen_q and seqlen_k differ"),
+        ({"alibi_slopes": np.ones(2)}, "alignment has to be chosen where seqlen_q and seqlen_k differ"),
+        ({"dout": np.ones((3, 2, 5))}, "dout has to have the shape (3, 2, 4)"),
+        ({"dout": np.ones((3, 2, 4)), "dlse": np.ones((1, 2, 3))}, "dlse has to have the shape (2, 3)"),
+        (
+            {"q": np.ones((1, 3, 2, 4)), **dict.fromkeys("kv", np.ones((1, 5, 2, 4))), "sharding": "contiguous"},
+            "seqlens_q is for packed sequences",
+        ),
+    ],
+    ids=lambda x: x if isinstance(x, str) else " ".join(x),
+)
+def test_packed_sequences_that_cannot_be_decoded_are_refused_on_all_ranks(changes, said):
+    for error in errors_of(lambda comm: decode(comm, **changes)):
         assert type(error) is ValueError
-        assert "sharded_decode: packed sequences are not for decoding" in str(error)
+        assert said in str(error)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "said"),
+    [
+        ({"seqlens_q": (2, 1)}, ValueError, "agree about seqlens_q"),
+        ({"seqlens_q": None}, ValueError, "agree about seqlens_q"),
+        ({"seqlens_q": 3}, TypeError, "seqlens_q has to be a tuple or list of integers"),
+        ({"seqlens_q": (1, "a")}, TypeError, "seqlens_q[1] has to be an integer"),
+        ({"q": np.ones((2, 2, 4)), "seqlens_q": (1, 2)}, ValueError, "all ranks have to have the same queries"),
+        ({"sharding": Sharding("contiguous", 3, (9, 6))}, ValueError, "agree about sharding"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else " ".join(x) if isinstance(x, dict) else None,
+)
+def test_packed_sequences_that_one_rank_decodes_otherwise_are_an_error_on_all(changes, kind, said):
+    errors = errors_of(lambda comm: decode(comm, at=1, **changes))
+    assert type(errors[1]) is kind
+    assert all(said in str(error) for error in errors)
+
+
+def test_an_alignment_has_to_be_chosen_though_all_queries_are_as_many_as_all_keys():
+    layout = Sharding("contiguous", 3, (2, 4))
+
+    def own(comm, seqlens_q):
+        keys = np.ones((layout.length(comm.rank), 2, 4))
+        changes = {"q": np.ones((6, 2, 4)), "k": keys, "v": keys, "sharding": layout, "causal": True}
+        decode(comm, **changes, seqlens_q=seqlens_q)
+
+    for error in errors_of(lambda comm: own(comm, (4, 2))):
+        assert "alignment has to be chosen" in str(error)
+    run_ranks(lambda comm: own(comm, (2, 4)), 3)
 
 
 @pytest.mark.parametrize("name", ["dout", "out", "lse", "dlse"])

@@ -87,6 +87,34 @@ def test_a_decode_has_gradients_of_own_keys_and_the_whole_of_the_rest(name, rng)
             assert_matches(whole, wanted, **FEW_UNITS)
 
 
+def test_packed_sequences_to_decode_have_gradients_of_own_keys_and_the_whole_of_the_rest(rng):
+    seqlens_q, layout = (2, 0, 3), Sharding("zigzag", 3, (13, 4, 2))
+    q, k, v, dout = (x[0] for x in draw(rng, 5, 19, batch=1))
+    dlse, edits = rng.standard_normal((4, 5)), {"sinks": rng.standard_normal(4), "alibi_slopes": rng.random((3, 4))}
+    options = {"causal": True, "alignment": "bottom-right"}
+
+    def rank(comm):
+        own = {"q": q, **{word: shard(x, layout, comm.rank, axis=0) for word, x in (("k", k), ("v", v))}, **edits}
+        return pulled(sharded_decode, own, dout, dlse, comm=comm, sharding=layout, seqlens_q=seqlens_q, **options)
+
+    found, of_sinks = run_ranks(rank, 3, timeout=TIMEOUT), 0.0
+    of_keys = {word: unshard([x[word] for x in found], layout, axis=0) for word in "kv"}
+    rows, keys = (pairwise(np.cumsum([0, *lengths])) for lengths in (seqlens_q, layout.seqlens))
+    for i, (mine, there) in enumerate(zip(rows, keys, strict=True)):
+        mine, there = slice(*mine), slice(*there)
+        arrays = dout[None, mine], q[None, mine], k[None, there], v[None, there]
+        own = {"dlse": dlse[None, :, mine], "sinks": edits["sinks"], "alibi_slopes": edits["alibi_slopes"][i]}
+        expected = attention_backward(*arrays, **own, **options)
+        of_sinks = of_sinks + expected.dsinks
+        for word in "kv":
+            assert_matches(of_keys[word][there], getattr(expected, f"d{word}")[0], **FEW_UNITS)
+        for of_rank in found:
+            assert_matches(of_rank["q"][mine], expected.dq[0], **FEW_UNITS)
+            assert_matches(of_rank["alibi_slopes"][i], expected.dalibi_slopes, **FEW_UNITS)
+    for of_rank in found:
+        assert_matches(of_rank["sinks"], of_sinks, **FEW_UNITS)
+
+
 @pytest.mark.parametrize("function", [ring_attention, ulysses_attention])
 def test_packed_sequences_have_their_gradients(function, rng):
     lengths = (5, 0, 8)

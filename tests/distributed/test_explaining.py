@@ -24,6 +24,7 @@ from cupyattn.distributed import shard_sequence as shard
 
 SHAPES = (1, 8192, 8, 64), (1, 8192, 2, 64), (1, 8192, 2, 64)
 PACKED, OF_PACKED = Sharding("zigzag", 4, (5, 4)), dict.fromkeys("qkv", (9, 2, 8))
+DECODE = {"by": "decode", "sharding": PACKED, **OF_PACKED, "q": (5, 2, 8), "seqlens_q": (2, 3)}
 
 
 def bytes_sent(size, call):
@@ -248,6 +249,71 @@ def test_packed_sequences_are_explained():
     assert sum(plan.flops) == 2 * 4 * 16 * (100 * 101 // 2 + 30 * 31 // 2)
 
 
+@way
+@pytest.mark.parametrize(
+    ("dtype", "compute_dtype"), [("float32", "float32"), ("float32", None), ("bfloat16", None), ("float64", None)]
+)
+@pytest.mark.parametrize("slopes", [None, (4,), (3, 4)])
+def test_what_is_sent_of_packed_sequences_to_decode_is_what_the_plan_says(slopes, dtype, compute_dtype, backward, rng):
+    seqlens_q, layout = (2, 0, 3), Sharding("striped", 3, (20, 5, 9))
+    shapes = (5, 4, 8), (34, 2, 8), (34, 2, 6), (5, 4, 6)
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype
+    q, k, v, dout = (rng.standard_normal(x).astype(kind) for x in shapes)
+    options = {"compute_dtype": compute_dtype, "causal": True, "alignment": "bottom-right", "seqlens_q": seqlens_q}
+
+    def call(comm):
+        mine = [q, *(shard(x, layout, comm.rank, axis=0) for x in (k, v))]
+        own = {"comm": comm, "sharding": layout, **options}
+        own |= {} if slopes is None else {"alibi_slopes": np.ones(slopes, np.float32)}
+        if backward:
+            lse = np.zeros((4, 5), np.float64 if dtype == "float64" else np.float32)
+            sharded_decode_backward(dout, *mine, out=np.zeros_like(dout), lse=lse, **own)
+        else:
+            sharded_decode(*mine, **own)
+
+    whole = {"size": 3, "by": "decode", "sharding": layout, "dtype": dtype, "backward": backward}
+    plan = explain(*shapes[:3], **whole, alibi_slopes=slopes, **options)
+    assert bytes_sent(3, call) == [sum(steps) for steps in plan.bytes_sent]
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_gpus_send_of_packed_sequences_to_decode_what_the_plan_says(gpu, idle, rng, backward):
+    shapes = (5, 4, 32), (34, 2, 32), (34, 2, 24), (5, 4, 24)
+    q, k, v, dout = (gpu.from_numpy(rng.standard_normal(x)).half() for x in shapes)
+    layout, seqlens_q = Sharding("zigzag", 3, (20, 5, 9)), (2, 0, 3)
+    options = {"causal": True, "alignment": "top-left", "seqlens_q": seqlens_q, "sharding": layout}
+
+    def call(comm):
+        mine = [q, *(shard(x, layout, comm.rank, axis=0) for x in (k, v))]
+        if backward:
+            state = {"out": gpu.zeros_like(dout), "lse": gpu.zeros(4, 5)}
+            sharded_decode_backward(dout, *mine, comm=comm, **state, **options)
+        else:
+            sharded_decode(*mine, comm=comm, **options)
+
+    whole = {"size": 3, "by": "decode", "dtype": "float16", "device": "A100", "backward": backward}
+    plan = explain(*shapes[:3], **whole, **options)
+    assert bytes_sent(3, call) == [sum(steps) for steps in plan.bytes_sent]
+
+
+@pytest.mark.parametrize("alignment", ["top-left", "bottom-right"])
+def test_flops_of_packed_sequences_to_decode_are_those_of_each(alignment):
+    seqlens_q, seqlens_k = (2, 0, 3, 1), (100, 7, 2, 30)
+    shapes, layout = ((6, 4, 8), (139, 2, 8), (139, 2, 8)), Sharding("striped", 4, seqlens_k)
+    options = {"causal": True, "alignment": alignment}
+    plan = explain(*shapes, size=4, by="decode", sharding=layout, seqlens_q=seqlens_q, **options)
+    seen = {"top-left": 1 + 2 + 0 + 1 + 2 + 2 + 1, "bottom-right": 99 + 100 + 0 + 0 + 1 + 2 + 30}[alignment]
+    assert sum(plan.flops) == 2 * 4 * 16 * seen
+    assert "4 sequences, 139 keys" in str(plan)
+
+
+def test_keys_to_decode_may_be_said_by_a_sharding():
+    shapes = (1, 2, 8, 64), (1, 99, 2, 64), (1, 99, 2, 64)
+    layout = Sharding("contiguous", 3, (99,), (90, 9, 0))
+    plan = explain(*shapes, size=3, by="decode", sharding=layout)
+    assert plan.flops == tuple(2 * 8 * 128 * 2 * count for count in (90, 9, 0))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
@@ -263,8 +329,21 @@ def test_packed_sequences_are_explained():
         ({"bias": 3}, TypeError, "bias has to be a shape"),
         ({"mask": (3, 3)}, ValueError, "mask does not broadcast"),
         ({"layout": "bhsd", "sharding": PACKED, **OF_PACKED}, ValueError, "and layout is 'bshd'"),
-        ({"by": "decode", "sharding": PACKED, **OF_PACKED}, ValueError, "are not for decoding"),
         ({"bias": (9, 9), "sharding": PACKED, **OF_PACKED}, ValueError, "bias does not go with packed"),
+        ({"mask": (9, 9), **DECODE}, ValueError, "mask does not go with packed"),
+        ({**DECODE, "layout": "bhsd"}, ValueError, "and layout is 'bshd'"),
+        ({**DECODE, "seqlens_q": None}, ValueError, "seqlens_q has to be given where 2 packed"),
+        ({**DECODE, "seqlens_q": (2, 2)}, ValueError, "and to add up to the queries"),
+        ({**DECODE, "seqlens_q": (5,)}, ValueError, "seqlens_q has to be one length for each of 2"),
+        ({**DECODE, "seqlens_q": 5}, TypeError, "seqlens_q has to be a tuple or list"),
+        ({**DECODE, "causal": True}, ValueError, "alignment has to be chosen"),
+        ({**DECODE, "q": (9, 2, 8), "seqlens_q": (4, 5), "causal": True}, ValueError, "alignment has to be chosen"),
+        ({**DECODE, "alibi_slopes": (3, 2)}, ValueError, r"\(sequences, num_heads\), with 2"),
+        ({**DECODE, "sharding": Sharding("zigzag", 4, (5, 5))}, ValueError, "as many tokens as there are"),
+        ({**DECODE, "by": "ring"}, ValueError, "seqlens_q goes with by='decode'"),
+        ({"by": "decode", "seqlens_q": (8192,)}, ValueError, "seqlens_q is for packed sequences"),
+        ({"sharding": PACKED}, ValueError, "a layout of others has one length"),
+        ({"sharding": PACKED, **OF_PACKED, "k": (1, 9, 2, 8)}, ValueError, "k has to have 4 axes, or 3"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(changes, error, said):

@@ -44,7 +44,7 @@ def in_float64(arrays, options):
 
 def assert_near(actual, wanted, unit, units=8):
     """Within some units of the largest number: of float16 weights, say, and of the result."""
-    assert (np.abs(wide(actual) - wanted) <= units * unit * max(1.0, np.abs(wanted).max())).all()
+    assert (np.abs(wide(actual) - wanted) <= units * unit * np.abs(wanted).max(initial=1.0)).all()
 
 
 RING, ULYSSES = (ring_attention, ring_attention_backward), (ulysses_attention, ulysses_attention_backward)
@@ -209,6 +209,42 @@ def test_a_decode_is_attention_of_the_whole(gpu, driver, rng, kind, slopes):
     assert_near(unshard([x.dv for x in found], layout), gradients.dv, UNIT["float16"], 16)
     if slopes:  # all ranks have the whole
         assert_near(found[0].dalibi_slopes, gradients.dalibi_slopes, UNIT["float16"], 16)
+
+
+@pytest.mark.parametrize("slopes", [None, [[0.1, 0.2, 0.4, -0.01], [0.5, 0.25, 0.0, 0.1], [0.3, 0.2, 0.1, 0.05]]],
+                         ids=["plain", "ALiBi"])  # fmt: skip
+@pytest.mark.parametrize("kind", [pytest.param("zigzag", marks=pytest.mark.long), "striped"])
+def test_packed_sequences_are_decoded(gpu, driver, rng, kind, slopes):
+    seqlens_q, layout = (2, 1, 4), Sharding(kind, 2, (40, 0, 30))
+    q, k, v, dout = (x[0] for x in drawn(gpu, rng, "float16", 7))
+    options, sinks = {"causal": True, "alignment": "bottom-right"}, gpu.tensor([0.0, 1.0, -1.0, 2.0]).half()
+    edits = {"sinks": sinks} | ({} if slopes is None else {"alibi_slopes": gpu.tensor(slopes)})
+
+    def rank(comm):
+        mine = [q, *(shard(x, layout, comm.rank, axis=0) for x in (k, v))]
+        own = {"comm": comm, "sharding": layout, "seqlens_q": seqlens_q, **options, **edits}
+        out, lse = sharded_decode(*mine, return_lse=True, **own)
+        return out, lse, sharded_decode_backward(dout, *mine, out=out, lse=lse, **own)
+
+    outs, lses, found = zip(*run_ranks(rank, 2, timeout=TIMEOUT), strict=True)
+    of_keys = {name: unshard([getattr(x, name) for x in found], layout, axis=0) for name in ("dk", "dv")}
+    assert gpu.equal(*outs)
+    of_sinks = 0.0
+    for i, (rows, keys) in enumerate([((0, 2), (0, 40)), ((2, 3), (40, 40)), ((3, 7), (40, 70))]):
+        rows, keys = slice(*rows), slice(*keys)
+        own = {**options, "sinks": sinks} | ({} if slopes is None else {"alibi_slopes": gpu.tensor(slopes[i])})
+        exact, exact_lse, gradients = in_float64(
+            [x[None, y] for x, y in ((q, rows), (k, keys), (v, keys), (dout, rows))], own
+        )
+        assert_near(outs[0][None, rows], exact, UNIT["float16"])
+        assert_near(lses[0][None, :, rows], exact_lse, UNIT["float16"])
+        assert_near(found[1].dq[None, rows], gradients.dq, UNIT["float16"], 16)
+        for name, whole in of_keys.items():
+            assert_near(whole[None, keys], getattr(gradients, name), UNIT["float16"], 16)
+        if slopes is not None:  # all ranks have the whole
+            assert_near(found[0].dalibi_slopes[i], gradients.dalibi_slopes, UNIT["float16"], 16)
+        of_sinks = of_sinks + gradients.dsinks
+    assert_near(found[1].dsinks, of_sinks, UNIT["float16"], 16)
 
 
 @pytest.mark.parametrize("attend", [ring_attention, pytest.param(ulysses_attention, marks=pytest.mark.long)])

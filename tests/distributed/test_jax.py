@@ -15,7 +15,8 @@ from cupyattn.distributed import JaxComm, ring_attention, run_ranks, sharded_dec
 SCRIPT = Path(__file__).with_name("devices.py")
 LONG = (
     "ring", "ring-bias", "ring-bias-keys", "ring-alibi", "ring-alibi-bias", "ring-packed",
-    "ulysses", "ulysses-mask", "ulysses-keys", "ulysses-packed", "decode", "decode-zigzag", "decode-alibi", "refuse",
+    "ulysses", "ulysses-mask", "ulysses-keys", "ulysses-packed", "decode", "decode-zigzag", "decode-alibi",
+    "decode-packed", "decode-packed-uneven", "refuse",
 )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ CALLS = {
     "Sharding, size": lambda: Sharding("zigzag", "2", (4,)),
     "Sharding, seqlens": lambda: Sharding("zigzag", 2, 4),
     "Sharding, seqlens of texts": lambda: Sharding("zigzag", 2, ("a",)),
+    "Sharding, lengths of several": lambda: Sharding("contiguous", 2, (4, 4), (4, 4)),
     "Sharding, lengths": lambda: Sharding("contiguous", 2, (4,), 3),
     "Sharding.length, rank": lambda: LAYOUT.length("a"),
     "Sharding.positions, rank": lambda: LAYOUT.positions(None),
@@ -50,6 +51,7 @@ CALLS = {
     "explain, q of texts": lambda: explain(**SHAPES | {"q": (1, "a", 2, 8)}),
     "explain, size": lambda: explain(**SHAPES | {"size": "2"}),
     "explain, dtype": lambda: explain(**SHAPES, dtype=3),
+    "explain, seqlens_q": lambda: explain(**SHAPES, by="decode", seqlens_q="4"),
     "explain, causal": lambda: explain(**SHAPES, causal=3),
     "JaxComm, axis_name": lambda: JaxComm(3),
     "NcclComm, communicator": lambda: NcclComm(3),
@@ -81,6 +83,7 @@ def test_a_wrong_kind_is_refused_by_function_and_argument(name):
 def test_each_argument_of_a_wrong_kind_is_refused_by_its_name(function):
     known = FUNCTIONS[function]
     wrong = dict.fromkeys(NUMBERS, 3) | dict.fromkeys(TEXTS, "a") | dict.fromkeys(known, 3)
+    wrong |= {"seqlens_q": 3} if function.__name__.startswith("sharded_decode") else {}
     for name, value in wrong.items():
         arguments = {"q": X, "k": X, "v": X, **known, name: value}
 

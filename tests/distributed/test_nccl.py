@@ -14,6 +14,8 @@ from cupyattn.distributed import (
     Sharding,
     ring_attention,
     ring_attention_backward,
+    sharded_decode,
+    sharded_decode_backward,
     ulysses_attention,
     ulysses_attention_backward,
     verbs,
@@ -158,6 +160,32 @@ def test_attention_and_its_gradients_are_those_of_the_whole(gpu, driver, rng, fo
         shards = [getattr(x[1], name) for x in found]
         np.testing.assert_allclose(unshard(shards, layout).double(), wanted.grad, atol=2e-2)
     assert all(set(kinds) == {"send", "recv"} for _, kinds in world.groups)
+
+
+def test_packed_sequences_are_decoded_and_so_are_gradients(gpu, driver, rng):
+    torch, size, seqlens_q, layout = gpu.torch, 3, (2, 3), Sharding("striped", 3, (20, 9))
+    q, k, v, dout = (torch.from_numpy(rng.standard_normal((n, 3, 32))).half() for n in (5, 29, 29, 5))
+
+    def rank(comm):
+        mine = [q, *(shard(x, layout, comm.rank, axis=0) for x in (k, v))]
+        options = {"comm": comm, "sharding": layout, "seqlens_q": seqlens_q}
+        out, lse = sharded_decode(*mine, **options, return_lse=True)
+        return out, sharded_decode_backward(dout, *mine, **options, out=out, lse=lse)
+
+    found, _ = gpu.on_ranks(rank, size)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    alone = zip(
+        *(x.split(lengths) for x, lengths in zip(exact, (seqlens_q, (20, 9), (20, 9)), strict=True)), strict=True
+    )
+    attend = torch.nn.functional.scaled_dot_product_attention
+    whole = torch.cat([attend(*(x.transpose(0, 1) for x in arrays)).transpose(0, 1) for arrays in alone])
+    whole.backward(dout.double())
+    of_keys = {name: unshard([getattr(x[1], name) for x in found], layout, axis=0) for name in ("dk", "dv")}
+    for out, gradients in found:
+        np.testing.assert_allclose(out.double(), whole.detach(), atol=4e-3)
+        np.testing.assert_allclose(gradients.dq.double(), exact[0].grad, atol=2e-2)
+    for name, wanted in zip(of_keys, exact[1:], strict=True):
+        np.testing.assert_allclose(of_keys[name].double(), wanted.grad, atol=2e-2)
 
 
 def test_who_waits_too_long_gives_up_and_says_so(gpu, monkeypatch):

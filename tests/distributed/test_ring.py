@@ -113,11 +113,12 @@ def test_the_same_bits_in_every_run(rng):
 
 @pytest.mark.parametrize("window_size", [(None, None), (3, 0)])
 @pytest.mark.parametrize(
-    ("slopes", "kind"), [(None, "zigzag"), (1, "zigzag"), (2, "zigzag"), (None, "striped"), (2, "striped")]
+    ("slopes", "kind"),
+    [(None, "zigzag"), (1, "zigzag"), (2, "zigzag"), (None, "striped"), (2, "striped"), (2, "uneven")],
 )
 def test_packed_sequences(window_size, slopes, kind, rng):
-    lengths = (5, 0, 11, 1)
-    layout = Sharding(kind, 3, lengths)
+    lengths, uneven = (5, 0, 11, 1), ((4, 0, 0, 0), (0, 0, 9, 1), (1, 0, 2, 0))
+    layout = Sharding("contiguous", 3, lengths, uneven) if kind == "uneven" else Sharding(kind, 3, lengths)
     q, k, v, dout = (x[0] for x in draw(rng, sum(lengths), batch=1))
     options = {"causal": True, "window_size": window_size}
     if slopes is not None:

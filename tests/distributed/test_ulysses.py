@@ -68,9 +68,11 @@ def test_queries_and_keys_of_different_lengths(rng):
     assert_same(draw(rng, 7, 12), 2, "zigzag", {"causal": True, "alignment": "bottom-right"})
 
 
-def test_packed_sequences(rng):
-    lengths = (5, 0, 8)
-    layout, slopes = Sharding("zigzag", 2, lengths), rng.random((3, 4))
+@pytest.mark.parametrize(
+    "layout", [Sharding("zigzag", 2, (5, 0, 8)), Sharding("contiguous", 2, (5, 0, 8), ((5, 0, 1), (0, 0, 7)))]
+)
+def test_packed_sequences(layout, rng):
+    lengths, slopes = layout.seqlens, rng.random((3, 4))
     q, k, v, dout = (x[0] for x in draw(rng, sum(lengths), batch=1))
 
     def rank(comm):

@@ -91,6 +91,7 @@ def of_other_wings(x: Tensor, y: Floats, comm: ThreadComm, flag: bool) -> None:
     assert_type(ring_attention(x, x, x, comm=comm, return_lse=True), tuple[Tensor, Tensor])
     assert_type(ulysses_attention(x, x, x, comm=comm), Tensor)
     assert_type(sharded_decode(x, x, x, comm=comm, return_lse=flag), Tensor | tuple[Tensor, Tensor])
+    assert_type(sharded_decode(x, x, x, comm=comm, seqlens_q=[1, 2], return_lse=True), tuple[Tensor, Tensor])
     assert_type(ring_attention_backward(x, x, x, x, comm=comm), Gradients[Tensor])
     assert_type(explain((1, 9, 4, 8), (1, 9, 4, 8), (1, 9, 4, 8), size=2, device="H100"), DistributedPlan)
     assert_type(cupyattn.SlidingWindowCache(9).window, int)
