@@ -24,7 +24,7 @@ def dashboard(monkeypatch):
     import dashboard
 
     yield dashboard
-    del sys.modules["dashboard"]
+    del sys.modules["dashboard"], sys.modules["gpu_results"]
 
 
 @pytest.fixture
@@ -282,6 +282,53 @@ def test_results_are_a_line_and_those_of_unknown_commits_do_no_harm(clone):
     about |= {"type": "track", "unit": "ms", "version": "1", "code": ""}
     (results / "benchmarks.json").write_text(json.dumps({IMPORT: about, "version": 2}))
     assert len(points_of(clone, IMPORT)["made-up"]) == 3
+
+
+ON_A_GPU = {  # made up, as gpu.py writes it
+    "machine": {"device": "NVIDIA Test 1", "torch": "2.13.0", "cupy": "14.2.0"},
+    "sections": {
+        "prefill": [
+            {"dtype": "bfloat16", "head_dim": 64, "seqlen": 2048, "causal": False, "speed_over_flash": 0.5},
+            {"dtype": "bfloat16", "head_dim": 64, "seqlen": 2048, "causal": True, "speed_over_flash": float("nan")},
+            {"least": 0.5, "geometric_mean": 0.5},
+        ],
+        "decode": [
+            {"copy_tb_per_s": 3.0},
+            {"batch": 1, "heads": "32/8", "keys": 2048, "page": None, "kv_mb": 8.4, "speed_over_best": 2.0},
+        ],
+        "tests": [{"status": 0}],
+    },
+}
+
+
+def test_what_make_gpu_wrote_is_a_machine_of_its_own(clone, dashboard, tmp_path):
+    log = ["git", "-C", str(clone), "rev-list", "--first-parent", "--max-count=2", "HEAD"]
+    commits = subprocess.run(log, check=True, capture_output=True, text=True).stdout.split()
+    if len(commits) < 2:
+        pytest.skip("needs a git repository with two commits")
+    results = clone / "asv_benchmarks" / "results"
+    (results / "benchmarks.json").write_text(json.dumps({"version": 2}))
+    (tmp_path / "gpu.json").write_text(json.dumps(ON_A_GPU))
+    for commit in commits:
+        dashboard.gpu_results.main([str(tmp_path / "gpu.json"), "--commit", commit], results)
+    assert len(points_of(clone, "gpu.prefill")["nvidia-test-1"]) == 2
+    (written,) = results.glob(f"nvidia-test-1/{commits[0][:8]}-gpu.json")
+    assert json.loads(written.read_text())["results"] == {
+        "gpu.prefill": [[2.0], [["'dtype bfloat16, head_dim 64, seqlen 2048, causal False'"]], "1"],
+        "gpu.decode": [[0.5], [["'batch 1, heads 32/8, keys 2048'"]], "1"],
+    }
+    listed = json.loads((results / "benchmarks.json").read_text())
+    assert listed["gpu.decode"]["pretty_name"] == "Decode on a GPU: time over torch's best"
+
+
+@pytest.mark.parametrize(
+    ("commit", "message"), [(None, "does not say which commit"), ("1234-dirty", "at no commit, but at 1234-dirty")]
+)
+def test_a_gpus_results_are_of_a_commit(dashboard, tmp_path, commit, message):
+    machine = {**ON_A_GPU["machine"], "commit": commit}
+    (tmp_path / "gpu.json").write_text(json.dumps({**ON_A_GPU, "machine": machine}))
+    with pytest.raises(SystemExit, match=message):
+        dashboard.gpu_results.main([str(tmp_path / "gpu.json")], tmp_path)
 
 
 @pytest.mark.skipif(not MACHINES, reason="no results of asv are here")
