@@ -32,7 +32,8 @@ lint: $(VENV)/test
 bench: $(VENV)/test $(VENV)/bench
 	$(BIN)/python asv_benchmarks/table.py $(ARGS)
 
-# asv's dashboards; ARGS='--commits 5' measures more than the last commit, ARGS=--publish-only none.
+# asv's dashboards; ARGS='--commits 5' measures more than the last commit, ARGS='--history 14' as many that lie evenly
+# over all of them, ARGS=--publish-only none.
 dashboard: $(VENV)/bench
 	$(BIN)/python asv_benchmarks/dashboard.py $(ARGS)
 

@@ -336,8 +336,18 @@ def machine(torch):
         "device": torch.cuda.get_device_name(0),
         "torch": torch.__version__,
         "cupy": cupy.__version__,
+        "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def commit():
+    """What the checkout is, with a mark if it was changed since; None where there is no git to tell."""
+    try:
+        command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+        return subprocess.run(command, cwd=CHECKOUT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def dry_run():

@@ -1,6 +1,7 @@
 """What `make gpu` times can be asked for: a section that raises there costs what a machine with a GPU is lent for."""
 
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -144,3 +145,11 @@ def test_articles_end_with_a_row_of_each(suite, monkeypatch):
     assert [row["what"] for row in Report.rows].count("standard") == 8
     assert all(row[name] == 1.0 for row in Report.rows for name in row if name.startswith("speed_over_"))
     assert all("naive_mb" in row for row in Report.rows if row["what"] == "standard")
+
+
+def test_a_run_says_which_commit_it_is_of(suite, monkeypatch):
+    import gpu
+
+    assert gpu.commit() is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", gpu.commit())
+    monkeypatch.setenv("PATH", "")
+    assert gpu.commit() is None

@@ -25,11 +25,11 @@ class Concatenated:
 
 
 CACHES = {
-    "dynamic": cupyattn.DynamicCache,
+    "dynamic": lambda: cupyattn.DynamicCache(),
     "static": lambda: cupyattn.StaticCache(APPENDS),
     "sliding": lambda: cupyattn.SlidingWindowCache(256),
     "paged": lambda: cupyattn.PagedCache(APPENDS // PAGE_SIZE, PAGE_SIZE),
-    "offloaded": cupyattn.OffloadedCache,
+    "offloaded": lambda: cupyattn.OffloadedCache(),
     "concatenate": Concatenated,
 }
 
