@@ -421,7 +421,7 @@ def test_words_are_copied_beside_each_other(schedule, numbers):
 
 
 def test_reading_a_word_that_was_not_waited_for(numbers):
-    with pytest.raises(EmulatorError, match="destination of a copy that thread .* has not waited for"):
+    with pytest.raises(EmulatorError, match=r"destination of a copy that thread .* has not waited for"):
         probe(COPY_OF_WORDS, numbers)
 
 
