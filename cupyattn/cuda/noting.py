@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from cupyattn.cuda.launching.gradients import to_be_mapped
 from cupyattn.cuda.launching.launch import map_objections
 from cupyattn.cuda.launching.views import View, has_to_be_copied, is_aligned, why_copied
 from cupyattn.plan import Plan
@@ -22,4 +23,6 @@ def notes(lie: Mapping[str, View], problem: Problem, plan: Plan) -> tuple[str, .
         reasons = map_objections(problem, lie)
         other = "nothing" if plan.instead.kernel == "none" else plan.instead.kernel
         found += [f"{other} runs instead: no tensor map, {reason}" for reason in reasons]
+    if plan.kernel == "hopper_backward" and not any("is copied" in note for note in found):
+        found += [f"{name} is copied: no tensor map, {reason}" for name, reason in to_be_mapped(problem, lie).items()]
     return tuple(found)

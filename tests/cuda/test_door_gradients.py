@@ -8,7 +8,7 @@ import pytest
 from emulated import encode
 
 import cupyattn
-from cupyattn.cuda.launching import maps
+from cupyattn.cuda.launching import gradients, maps
 
 SEED = 11
 
@@ -147,6 +147,53 @@ def test_our_own_gradients(torch, driver):
         for gradient, its in zip(found[:3], expected[:3], strict=True):
             assert_close(gradient, its)
         assert found.dbias is None
+
+
+@pytest.fixture
+def copies_pay(monkeypatch):
+    monkeypatch.setattr(gradients, "MANY", 8)
+    gradients._recipe.cache_clear()
+    yield
+    gradients._recipe.cache_clear()
+
+
+def astray(x):
+    """The same numbers, two bytes behind a multiple of 16."""
+    memory = x.new_empty(x.numel() + 8)
+    start = next(i for i in range(8) if (memory.data_ptr() + 2 * i) % 16 == 2)
+    return memory[start : start + x.numel()].view(x.shape).copy_(x)
+
+
+LIE = {
+    "a gradient that rows share": ("dout", lambda x: x[:, :1].expand(x.shape)),
+    "keys that batches share": ("k", lambda x: x[:1].expand(x.shape)),
+    "values of a batch of one": ("v", lambda x: x[:1]),
+    "queries astray": ("q", astray),
+}
+
+
+@pytest.mark.usefixtures("copies_pay")
+@pytest.mark.parametrize("which", LIE)
+def test_what_no_tensor_map_reads_is_copied_for_gradients_where_that_pays(torch, driver, which):
+    q, k, v = operands(torch, "float16", width=64)
+    out, lse = cupyattn.attention(q, k, v, return_lse=True)
+    given = {"dout": torch.randn_like(q), "q": q, "k": k, "v": v}
+    name, change = LIE[which]
+    given[name] = change(given[name])
+    if name in "kv":
+        out, lse = cupyattn.attention(given["q"], given["k"], given["v"], return_lse=True)
+    driver.launches.clear()
+    found = cupyattn.attention_backward(**given, out=out, lse=lse)
+    assert "hopper_backward.cu" in [what.source for what, _ in driver.launches]
+    for gradient, expected in zip(found, exact(**given), strict=False):
+        if gradient is not None:
+            assert_close(gradient, expected, 4e-3)
+
+
+def test_explain_says_what_is_copied_for_gradients(torch, driver):
+    x = torch.zeros(1, 512, 2, 64, dtype=torch.float16)
+    plan = cupyattn.explain(x.expand(2, -1, -1, -1), x, x, backward=True)
+    assert any(note.startswith("k is copied: no tensor map, a step of k is 0 bytes") for note in plan.notes), plan
 
 
 def test_gradients_of_nothing_are_zero(torch, driver):

@@ -77,6 +77,8 @@ class BackwardRecipe:
     """int32, zero before the first launch."""
     copies: tuple[str, ...] = ()
     """Operands that no kernel can read as they are; if there are any, the rest is empty."""
+    remade: tuple[str, ...] = ()
+    """Operands that are worth a copy, in memory of its own and as large as all repetitions; likewise."""
 
     def record_of(
         self,
@@ -106,13 +108,34 @@ class BackwardRecipe:
         return params.record(pointers, self.tail + behind + fill, head)
 
 
-def backward_recipe(plan: Plan, problem: Problem, operands: Mapping[str, View]) -> BackwardRecipe:
-    """Of operands, among them ``dout``, the forward's ``out`` and ``lse``, and perhaps ``dlse``."""
+def backward_recipe(
+    plan: Plan, problem: Problem, operands: Mapping[str, View], copied: tuple[str, ...] = ()
+) -> BackwardRecipe:
+    """Of operands, among them ``dout``, the forward's ``out`` and ``lse``, and perhaps ``dlse``.
+
+    Some may have been `copied` as another recipe asked; none is asked for twice.
+    """
     facts = tuple([(name, view[1:]) for name, view in operands.items()])
-    starts = 0
-    for name in ("q", "k", "v", "dout"):
-        starts |= operands[name].pointer
-    return _recipe(plan, problem, facts, starts % 16 == 0)
+    astray = tuple(name for name in _MAPPED if operands[name].pointer % 16)
+    return _recipe(plan, problem, facts, astray, copied)
+
+
+MANY = 512
+"""Queries and keys from which arrays are copied for tensor maps to read them: that grows as they do, and what is gained
+as their product."""
+
+
+def to_be_mapped(problem: Problem, operands: Mapping[str, View]) -> dict[str, str]:
+    """Why arrays are copied for tensor maps to read them, by name."""
+    if not _has_many(problem):
+        return {}
+    facts = tuple([(name, view[1:]) for name, view in operands.items()])
+    astray = tuple(name for name, view in operands.items() if view.pointer % 16)
+    return _unmapped(problem, arrays_of(problem, facts, not astray), astray)
+
+
+def _has_many(problem: Problem) -> bool:
+    return min(problem.sizes.seqlen_q, problem.sizes.seqlen_k) >= MANY
 
 
 def to_be_copied(name: str, view: View | Fact, problem: Problem) -> bool:
@@ -127,13 +150,17 @@ def to_be_copied(name: str, view: View | Fact, problem: Problem) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool) -> BackwardRecipe:
+def _recipe(
+    plan: Plan, problem: Problem, facts: tuple[Fact, ...], astray: tuple[str, ...], copied: tuple[str, ...]
+) -> BackwardRecipe:
     copies = tuple(fact[0] for fact in facts if to_be_copied(fact[0], fact, problem))
     if copies:
         return BackwardRecipe((), b"", _NOTHING, {}, 0, copies=copies)
-    arrays = arrays_of(problem, facts, aligned)
+    arrays = arrays_of(problem, facts, not astray)
     rows_are_aligned = arrays.rows_are_aligned and steps_are_aligned(arrays.strides["dout"], problem.dtype)
-    if plan.kernel == "hopper_backward" and _objections_to_maps(problem, arrays, aligned):
+    if plan.kernel == "hopper_backward" and (unmapped := _unmapped(problem, arrays, astray)):
+        if _has_many(problem) and not set(unmapped) & set(copied):
+            return BackwardRecipe((), b"", _NOTHING, {}, 0, remade=tuple(unmapped))
         assert plan.instead is not None
         plan = plan.instead
     assert isinstance(plan.tile, BackwardTiles)
@@ -192,10 +219,17 @@ def _maps(problem: Problem, arrays: FactsOfArrays, tile: BackwardTile, wanted: i
     )
 
 
-def _objections_to_maps(problem: Problem, arrays: FactsOfArrays, aligned: bool) -> list[str]:
-    found = _maps(problem, arrays, BackwardTile(1, 1, 1, 1), OF_KEYS)
-    reasons = (maps.objection(name, x, aligned) for name, x in zip(_MAPPED, found, strict=True))
-    return [reason for reason in reasons if reason]
+def _unmapped(problem: Problem, arrays: FactsOfArrays, astray: tuple[str, ...]) -> dict[str, str]:
+    """Which arrays no tensor map reads as they lie, and why."""
+    wide, wide_v = padded_dims(problem.sizes, problem.dtype)
+    reasons = {}
+    for name in _MAPPED:
+        if name not in arrays.strides:  # dout, while nobody has it
+            continue
+        word, columns = "out" if name == "dout" else name, wide if name in ("q", "k") else wide_v
+        wanted = map_of(word, problem, arrays.shapes, arrays.strides[name], columns, 1)
+        reasons[name] = maps.objection(name, wanted, name not in astray)
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _rows(problem: Problem) -> Step:

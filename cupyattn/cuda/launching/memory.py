@@ -85,6 +85,12 @@ class CuPyMemory:
 
         return cupy.broadcast_to(array, shape)
 
+    def fresh(self, array: Any, shape: Shape) -> Any:
+        """A copy in memory of its own, repeated as far as that shape says."""
+        import cupy
+
+        return cupy.array(cupy.broadcast_to(array, shape), order="C")
+
     def stream(self, device_index: int) -> Stream:
         import cupy
 
@@ -183,6 +189,11 @@ class TorchMemory(CuPyMemory):
 
     def broadcast(self, array: Any, shape: Shape) -> Any:
         return array.expand(shape)
+
+    def fresh(self, array: Any, shape: Shape) -> Any:
+        import torch
+
+        return array.expand(shape).clone(memory_format=torch.contiguous_format)
 
     def stream(self, device_index: int) -> Stream:
         import torch
