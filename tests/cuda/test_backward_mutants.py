@@ -270,7 +270,7 @@ MUTANTS = [
     Mutant("gradient of lse the other way", "backward_rows.cu", "if (grad.dlse) delta -=", "if (grad.dlse) delta +=",
            "dq"),
     Mutant("lse in powers of e", "backward_rows.cu", "ptx::infinity() : lse * kLog2e", "ptx::infinity() : lse", "dq"),
-    Mutant("delta of half a row", "backward_rows.cu", "step < 32", "step < 16", "dq, wide"),
+    Mutant("delta of some columns", "backward_rows.cu", "step < 32", "step < 4", "dq, wide"),
     Mutant("delta of 32 columns", "backward_rows.cu", "column < params.head_dim_v", "column < 32", "dq, wide"),
     Mutant("out of the first head", "backward_rows.cu", " + head * params.out.head;", ";", "dq"),
     Mutant("dout as far apart as out", "backward_rows.cu", "row * grad.of_dout.row", "row * params.out.row", "dq"),
