@@ -1,8 +1,10 @@
 """Which page holds which tokens of which sequence: a free list, reference counts, copy-on-write; numbers alone.
 
 Sequences that were forked share their pages, the last one too, even if it is not full.  Whoever first writes into a
-shared page gets a copy of it.  Pages are a value: a change makes another one, and leaves this one as it was.  Of two
-that were made of one, only one may go on: their stack of free pages is the same memory.
+shared page gets a copy of it; where all who share one write at once, the longest keeps it, since only its new tokens
+lie behind what is live for the others.  Pages are a value: a change makes another one, and leaves this one as it was,
+what is live in its pages included.  Of two that were made of one, only one may go on: their stack of free pages is the
+same memory.
 """
 
 from __future__ import annotations
@@ -74,8 +76,7 @@ class Pages:
         NoPagesError
         """
         growth = Growth(list(counts))
-        left: dict[int, int] = {}  # references of shared pages, as they will be
-        places = []
+        in_place, places = self._in_place(counts), []
         for sequence, count in enumerate(counts):
             if not count:
                 continue
@@ -83,8 +84,7 @@ class Pages:
             first, last = length // self.page_size, (length + count - 1) // self.page_size
             begun = table[first:]  # the page that is not full, if there is one
             new = last + 1 - first - len(begun)
-            if begun and (owners := left.get(begun[0], int(self.references[begun[0]]))) > 1:
-                left[begun[0]] = owners - 1
+            if begun and sequence not in in_place:
                 own = self._take(growth, 1)
                 growth.copied += zip(begun, own, strict=False)
                 begun = own
@@ -100,6 +100,14 @@ class Pages:
         if places:
             growth.places = np.concatenate(places, axis=1)
         return growth
+
+    def _in_place(self, counts: Sequence[int]) -> set[int]:
+        """Those that write into their last page itself, and not into a copy: nothing is live there behind their end."""
+        writers: dict[int, list[tuple[int, int]]] = {}
+        for sequence, (table, length, count) in enumerate(zip(self.tables, self.lengths, counts, strict=False)):
+            if count and length % self.page_size:
+                writers.setdefault(table[-1], []).append((length, sequence))
+        return {max(of_page)[1] for page, of_page in writers.items() if len(of_page) == self.references[page]}
 
     def _of(self, sequence: int) -> tuple[Table, int]:
         return (self.tables[sequence], self.lengths[sequence]) if sequence < len(self.tables) else ((), 0)

@@ -48,6 +48,19 @@ def forked():
     return cache
 
 
+def parted():
+    """Forks that share a page in which each has another number of tokens, the longest of them neither first nor last.
+
+    No page of it may be written to by a shorter one where the longest has its tokens.
+    """
+    cache = begun(PagedCache(10, 4), batch=1, count=7)
+    cache.fork(0)
+    cache.fork(0)
+    cache.truncate([6, 7, 5])
+    cache.add_sequence()
+    return cache
+
+
 def appending(count, batch=2, first=100, **seqlens):
     k, v = tokens(batch, count, first)
     if seqlens:
@@ -118,6 +131,8 @@ def calls():
     }
     for name, call in paged.items():
         yield f"paged: {name}", forked, call
+    for name in ("append", "append evenly", "too many", "truncate each", "reorder"):
+        yield f"paged, forks of different lengths: {name}", parted, paged[name]
 
 
 def _refused(cache, call):

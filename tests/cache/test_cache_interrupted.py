@@ -1,7 +1,7 @@
 """Caches whose calls are interrupted at every instruction of theirs."""
 
 import pytest
-from attacks.interrupted import CACHES, ERRORS, EVERYTHING, begun, calls, torn
+from attacks.interrupted import CACHES, ERRORS, EVERYTHING, appending, begun, calls, outlook, parted, torn
 
 from cupyattn import DynamicCache, PagedCache
 from cupyattn.cache.contiguous import Store
@@ -23,6 +23,27 @@ def test_wherever_it_is_interrupted(prepare, call, error):
     count, found = torn(prepare, call, EVERYTHING, error, step=61)
     assert found == []
     assert count > 0
+
+
+@pytest.mark.parametrize("writes", [1, 2])
+def test_memory_that_runs_out_between_keys_and_values_leaves_forks_as_they_were(writes, monkeypatch):
+    cache, before, done = parted(), outlook(parted()), []
+    library = type(cache._state.kind.library)
+    scatter = library.scatter
+
+    def failing(*arguments):
+        found = scatter(*arguments)
+        done.append(found)
+        if len(done) == writes:
+            raise MemoryError
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(library, "scatter", failing)
+        with pytest.raises(MemoryError):
+            appending(1, batch=4)(cache)
+    assert len(done) == writes
+    assert outlook(cache) == before
 
 
 def test_a_call_of_two_steps_is_found():

@@ -13,6 +13,7 @@ from oracle import assert_matches, assert_same_bits
 
 import cupyattn
 from cupyattn import DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache
+from cupyattn.cache.layered import changed
 
 HEADS, HEADS_KV, HEAD_DIM = 2, 1, 4
 NUM_PAGES, PAGE_SIZE = 24, 3
@@ -231,11 +232,16 @@ class Paged(Machine):
 
     @rule(data=st.data())
     def append(self, data):
-        new = data.draw(st.lists(counts, min_size=len(self.tokens), max_size=len(self.tokens)))
+        self.go_on(data.draw(st.lists(counts, min_size=len(self.tokens), max_size=len(self.tokens))))
+
+    def go_on(self, new):
         tokens = [self.draw(count) for count in new]
         packed = np.concatenate([np.zeros((0, HEADS_KV, HEAD_DIM)), *tokens])
         before = self.cache.num_free_pages
+        (old,), _ = changed([self.cache], kept)
+        live = kept(old)
         refused = refusal_of(lambda: self.cache.append(packed, 2 * packed, seqlens=new))
+        assert kept(old) == live, "who still reads what the cache was, finds something else"
         if refused is None:
             self.tokens = [np.concatenate(pair) for pair in zip(self.tokens, tokens, strict=True)]
         else:
@@ -259,6 +265,15 @@ class Paged(Machine):
         assert self.cache.num_free_pages == free
         self.tokens.append(self.tokens[source])
 
+    @precondition(lambda self: 0 < len(self.tokens) < MOST)
+    @rule(data=st.data())
+    def draft(self, data):
+        """Forks of which some was rejected, which go on, and one of which leaves."""
+        self.fork(data)
+        self.cut([max(0, len(x) - data.draw(st.integers(0, 2))) for x in self.tokens])
+        self.go_on([1 + data.draw(st.integers(0, 1)) for _ in self.tokens])
+        self.remove(data)
+
     @precondition(lambda self: len(self.tokens) < MOST)
     @rule()
     def add_sequence(self):
@@ -281,7 +296,9 @@ class Paged(Machine):
 
     @rule(data=st.data())
     def truncate(self, data):
-        lengths = [data.draw(st.integers(0, len(x))) for x in self.tokens]
+        self.cut([data.draw(st.integers(0, len(x))) for x in self.tokens])
+
+    def cut(self, lengths):
         self.cache.truncate(lengths)
         self.tokens = [x[:length] for x, length in zip(self.tokens, lengths, strict=True)]
 

@@ -217,23 +217,35 @@ CALLS = {
 }
 
 
-KINDS = {"mixed": set(CALLS) - {"fork", "add_sequence", "remove"}, "paged": set(CALLS)}
+KINDS = {
+    "mixed": set(CALLS) - {"fork", "add_sequence", "remove"},
+    "paged": set(CALLS),
+    "forks of different lengths": {"update", "reorder"},
+}
+
+
+def begun(kind):
+    rng = np.random.default_rng(1)
+    if kind == "mixed":
+        return filled(LayeredCache(LAYERS, mixed), rng, 3)
+    if kind == "paged":
+        return filled(LayeredCache(LAYERS, num_pages=12, page_size=2), rng, 3)
+    cache = filled(LayeredCache(LAYERS, num_pages=8, page_size=4), rng, 7, batch=1)
+    cache.fork(0)
+    cache.truncate([7, 5])
+    return cache
 
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in KINDS for name in sorted(KINDS[kind])])
 def test_an_interrupted_call_happened_to_all_layers_or_to_none(kind, name):
-    def prepare():
-        made = LayeredCache(LAYERS, mixed) if kind == "mixed" else LayeredCache(LAYERS, num_pages=12, page_size=2)
-        return filled(made, np.random.default_rng(1), 3)
-
-    call, cache, count = CALLS[name], prepare(), 0
+    call, cache, count = CALLS[name], begun(kind), 0
     before = contents(cache)
     call(cache)
-    after, held = contents(cache), [prepare()]
+    after, held = contents(cache), [begun(kind)]
     for number, _ in at_every_instruction(lambda: call(held[0]), *FILES):
         count += 1
         assert contents(held[0]) in (before, after), number
-        held[0] = prepare()
+        held[0] = begun(kind)
     assert count > 20
 
 

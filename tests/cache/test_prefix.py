@@ -65,7 +65,7 @@ def contents(cache):
             told.append(tuple(tokens_in(held, table, length).tolist()))
     for key, number in sorted(state.tree.below.items(), key=repr):
         pages = state.tree.nodes[number].pages[0]
-        told.append((key, tokens_in(state.layers[0], pages, PAGE * len(pages)).tolist()))
+        told.append((key, tokens_in(state.layers[0], pages, cache.page_size * len(pages)).tolist()))
     return cache.lengths, told, sorted(state.locks), state.layers[0].num_free_pages
 
 
@@ -414,6 +414,30 @@ def test_an_interrupted_update_may_have_forgotten_and_has_written_nothing_else()
         assert (lengths, locks, held[0].get_seq_length(0)) == ((6, 4), [0], 6), number
         held[0] = begun()
     assert found == {(7, 6), (6, 6), (6, 16)}
+
+
+@pytest.mark.parametrize("lengths", [(7, 5), (5, 7), (3, 2)], ids=str)
+def test_an_interrupted_update_of_forks_of_different_lengths_has_written_over_neither(lengths):
+    """In the page that is theirs alone, and in that which is remembered."""
+
+    def prepare():
+        cache = PrefixCache(LAYERS, PAGES, 4)
+        serve(cache, [1, 2, 3, 4, 5, 6, 7], stays=True)
+        cache.fork(0)
+        cache.truncate(lengths)
+        return cache
+
+    def call(cache):
+        cache.update(new, 2 * new, 0, [1, 1])
+
+    new, cache = np.ones((2, 1, 1)), prepare()
+    before = contents(cache)
+    call(cache)
+    after, held = contents(cache), [prepare()]
+    assert after[2:] != before[2:]
+    for number, _ in at_every_instruction(lambda: call(held[0]), *FILES):
+        assert contents(held[0]) in (before, after), number
+        held[0] = prepare()
 
 
 class Requests(RuleBasedStateMachine):
