@@ -291,13 +291,15 @@ class PagedCache(Cache):
         return Part(named, options, partial(self._schedules.shared, (*rows, *lengths)))
 
     def _block_table(self, kind: Kind) -> Array:
-        table, tables = self._state.table, self._pages.tables
+        state = self._state
+        table, tables = state.table, state.pages.tables
         if table is None:
             values = np.zeros((len(tables), max(map(len, tables), default=0)), np.int32)
             for row, pages in zip(values, tables, strict=True):
                 row[: len(pages)] = pages
             table = _home(kind, values)
-            self._state = self._state._replace(table=table)
+            if self._state is state:  # another thread may have appended meanwhile
+                self._state = state._replace(table=table)
         return table
 
     @untraced

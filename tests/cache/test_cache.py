@@ -3,6 +3,7 @@
 import copy
 import inspect
 import pickle
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -12,7 +13,7 @@ from oracle import assert_correctly_rounded, assert_matches, assert_same_bits, t
 
 import cupyattn
 from cupyattn import DynamicCache, OffloadedCache, PagedCache, SlidingWindowCache, StaticCache, attention
-from cupyattn.cache import contiguous
+from cupyattn.cache import contiguous, paged
 from cupyattn.parts import answer_in_parts
 from cupyattn.reading import DESCALES
 
@@ -1038,3 +1039,23 @@ def test_copies_that_take_their_time_are_waited_for(rng, monkeypatch):
     cache.reorder([1, 0])
     assert_same_bits(cache.attend(q[:, :60]), whole(q[:, :60], k[::-1, :60], v[::-1, :60]))
     assert lane.log.count("settle") == 3  # the host itself looks at its memory when it grows or is reordered
+
+
+def test_a_table_made_while_another_thread_appends_is_not_kept(rng, monkeypatch):
+    k, q = rng.standard_normal((1, 4, 1, 4)), rng.standard_normal((1, 1, 2, 4))
+    cache, expected = PagedCache(8, 4), DynamicCache()
+    for each in (cache, expected):
+        each.append(k, 2 * k)
+    make, new = paged._home, k[:, :1]
+
+    def while_another_appends(kind, values):
+        if values.ndim == 2 and cache.lengths == (4,):
+            thread = threading.Thread(target=cache.append, args=(new, new))
+            thread.start()
+            thread.join()
+        return make(kind, values)
+
+    monkeypatch.setattr(paged, "_home", while_another_appends)
+    cache.attend(q)
+    expected.append(new, new)
+    assert_same_bits(cache.attend(q), expected.attend(q))
