@@ -93,7 +93,7 @@ struct BackwardBlock {
     static constexpr int kOfLoads = 8;  // registers: with more of float32 under way, sums would be spilled
 
     // This thread's number, from which its places in a tile are found anew for each: sums leave no registers to keep them.
-    DEVICE_METHOD static int place() {
+    DEVICE_METHOD static int thread_anew() {
         int thread = ptx::thread();
         ptx::disguise(thread);
         return thread;
@@ -103,7 +103,7 @@ struct BackwardBlock {
     DEVICE_METHOD void load_queries(const Tile& tile, const void* data, const Strides& strides, int token, int num_cols) const {
         const Element* from = static_cast<const Element*>(data) + sequence.index * strides.batch + head * strides.head +
                               (sequence.first_row + token) * strides.row;
-        load_rows<kThreads, Traits::kAligned, kOfLoads>(tile, place(), sequence.band.seqlen_q - token, num_cols,
+        load_rows<kThreads, Traits::kAligned, kOfLoads>(tile, thread_anew(), sequence.band.seqlen_q - token, num_cols,
                                                         from, strides.row);
     }
     template <typename Tile>
@@ -111,7 +111,7 @@ struct BackwardBlock {
                                  int num_cols) const {
         const Element* from = static_cast<const Element*>(data) + sequence.place * strides.batch +
                               its_head * strides.head + (sequence.first_key + key) * strides.row;
-        load_rows<kThreads, Traits::kAligned, kOfLoads>(tile, place(), sequence.band.seqlen_k - key, num_cols,
+        load_rows<kThreads, Traits::kAligned, kOfLoads>(tile, thread_anew(), sequence.band.seqlen_k - key, num_cols,
                                                         from, strides.row);
     }
     template <typename TileA, typename TileB>
@@ -359,12 +359,14 @@ struct BackwardBlock {
     template <int kCols>
     DEVICE_METHOD void store(const Accumulator<kCols> (&sums)[kRowTiles], void* to, int dtype, int64 start, int64 row_stride,
                              int num_cols, float factor) const {
+        const int thread = thread_anew();
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                if (!exists(m, half)) continue;
-                const int64 place = start + row(m, half) * row_stride + Accumulator<16>::first_column();
+                const int own = (thread / 32 * kRowTiles + m) * 16 + thread % 32 / 4 + 8 * half;  // as `row` has it
+                if (own >= num_staying()) continue;
+                const int64 place = start + (first + own) * row_stride + Accumulator<16>::first_column();
 #pragma unroll
                 for (int block = 0; block < kCols / 8; ++block)
                     if (8 * block < num_cols) {
