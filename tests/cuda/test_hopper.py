@@ -19,7 +19,7 @@ from emulated import (
     run,
     without_pages,
 )
-from emulator import CUDA, path_of
+from emulator import CUDA, ONE_IS_LATE, path_of
 from oracle import assert_same_bits
 
 from cupyattn.cuda.launching.launch import map_objections, recipe_of, record_of
@@ -120,6 +120,25 @@ def test_rounds_forth_and_back_do_not_change_a_bit(rng, dtype, workers):
     found = run(arrays, options, "hopper", 2, tile=small(arrays, options), num_workers=workers)
     assert np.array_equal(found.out, expected.out)
     assert np.array_equal(found.lse, expected.lse)
+
+
+LATE = {
+    "tiles one after the other": ("bfloat16", (400, 400), {"causal": True}, {}),
+    "float8": ("float8_e4m3fn", (300, 330), {"causal": True, "alignment": "bottom-right"}, {}),
+    "keys that nobody sees": ("float16", (300, 100), {"causal": True, "alignment": "bottom-right"}, {}),
+    "clusters": ("bfloat16", (350, 150), {}, {"cluster": 2}),
+}
+
+
+@pytest.mark.parametrize("case", LATE)
+def test_a_warp_may_be_as_late_as_can_be(rng, case):
+    dtype, seqlens, options, edits = LATE[case]
+    arrays = operands(rng, dtype, "bshd", 1, (2, 1, 1), seqlens)
+    options = options_of(**options)
+    tile = small(arrays, options, **edits)
+    expected = run(arrays, options, "hopper", tile=tile)
+    for late in range(12):
+        assert_same_bits(run(arrays, options, "hopper", ONE_IS_LATE, late, tile=tile).out, expected.out)
 
 
 @pytest.mark.parametrize("units", [1, 2, 3, 100])

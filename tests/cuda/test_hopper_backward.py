@@ -7,6 +7,7 @@ import pytest
 from cases import DISTANCES, slopes, turns
 from emulated import marks_of, operands, options_of, ragged_operands, ragged_options
 from emulated_backward import Call, hold, with_dout
+from emulator import ONE_IS_LATE
 
 from cupyattn.problem import NAMED_DEVICES
 
@@ -194,3 +195,12 @@ def test_what_no_tensor_map_reads_goes_to_the_other_kernel(rng, change):
     sources = [step.specialisation.source for _, _, step in call.launches]
     assert ("hopper_backward.cu" in sources) == all(x.strides[0] for x in call.arrays.values() if x.ndim == 4)
     hold(call.arrays, call.run())
+
+
+@pytest.mark.parametrize("heads", [(4, 4, 1), (4, 2, 1), (4, 1, 4)], ids=str)
+def test_no_warp_is_so_late_that_it_misses_a_round(rng, heads):
+    """Keys that nobody sees: nothing but rings holds the warps of their block together."""
+    arrays, options = made(rng, heads=heads, seqlens=(10, 300), causal=True, alignment="top-left")
+    call = Call(arrays, options, device=H100)
+    for late in range(12):
+        hold(arrays, call.run(ONE_IS_LATE, late))

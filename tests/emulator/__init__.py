@@ -40,6 +40,7 @@ with suppress(OSError):
     if " avx2 " in Path("/proc/cpuinfo").read_text():
         FLAGS += ("-mavx2",)  # for the products of warpgroups
 SCHEDULES = (0, 1, 2)
+ONE_IS_LATE = 3
 MAX_SHARED_MEMORY = 232448
 
 
@@ -119,6 +120,7 @@ class Kernel:
             order, and so do blocks. Sources are read when the copies happen.
         schedule 2: the same, but copies waited for together come in random order, boxes one by one in random order when
             no thread can run, and a warp runs as far as it can before another does.
+        schedule 3: as 1, but the warp of number `seed` runs only where nothing else can.
         check_races: whether accesses must be in order. Without it a copy that nobody waited for shows as NaNs.
         """
         record = record if isinstance(record, bytes) else record.tobytes()
@@ -130,8 +132,8 @@ class Kernel:
             raise ValueError(f"shared_memory must be a multiple of 16 up to {MAX_SHARED_MEMORY}; found {shared_memory}")
         if len(grid) != 3 or min(grid) < 1:
             raise ValueError(f"grid must be three numbers of at least 1; found {grid}")
-        if schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {SCHEDULES}; found {schedule}")
+        if schedule not in (*SCHEDULES, ONE_IS_LATE):
+            raise ValueError(f"schedule must be one of {(*SCHEDULES, ONE_IS_LATE)}; found {schedule}")
         if not 1 <= cluster <= 8 or grid[0] % cluster or cluster * threads > 1024 or (cluster > 1 and threads % 128):
             raise ValueError(f"no clusters of {cluster} in a grid of {grid} with {threads} threads a block")
         table = _buffer_table(buffers)

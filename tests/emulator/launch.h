@@ -31,6 +31,7 @@ EMULATED void prepare_machine(const LaunchRequest& request) {
     machine.num_warps = request.num_threads / kLanes;
     machine.num_blocks = request.cluster;
     machine.schedule = request.schedule;
+    machine.late_warp = static_cast<int>(request.seed % machine.num_warps);
     machine.check_races = request.check_races;
     machine.random = request.seed * 2 + 1;  // zero would stay zero
     for (int warm_up = 0; warm_up < 16; ++warm_up) random_number();

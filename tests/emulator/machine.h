@@ -180,6 +180,7 @@ struct Machine {
     int num_agents;             // threads and others, these if there are any
     std::vector<Agent> agents;  // the others
     int schedule;
+    int late_warp;  // in schedule 3
     bool check_races;
     std::uint64_t random;
     std::uint32_t time;   // counts stores to global memory and fences
@@ -261,15 +262,21 @@ EMULATED void wake(Warp& warp, std::uint32_t lanes) {
     machine.ready_warps |= 1u << warp.index;
 }
 
-// Schedule 0 takes threads in order, 1 any warp, and 2 lets one warp run as far as it can before another is drawn.
+// Schedule 0 takes threads in order, 1 any warp, 2 lets one warp run as far as it can before another is drawn, and 3 lets
+// one warp run only where nothing else can, neither others nor what works beside them.
 EMULATED Thread* next_thread() {
-    while (!machine.ready_warps)
-        if (!machine.idle()) return nullptr;
-    int index = __builtin_ctz(machine.ready_warps);
+    const std::uint32_t late = machine.schedule == 3 ? 1u << machine.late_warp : 0;
+    while (!(machine.ready_warps & ~late))
+        if (!machine.idle()) {
+            if (!machine.ready_warps) return nullptr;
+            break;
+        }
+    const std::uint32_t ready = machine.ready_warps & ~late ? machine.ready_warps & ~late : machine.ready_warps;
+    int index = __builtin_ctz(ready);
     if (machine.schedule) {
-        const bool may_stay = now && now->warp->ready;
+        const bool may_stay = now && ready >> now->warp->index & 1;
         const bool stays = may_stay && (machine.schedule == 2 || random_number() % 4);
-        index = stays ? now->warp->index : random_bit(machine.ready_warps);
+        index = stays ? now->warp->index : random_bit(ready);
     }
     Warp& warp = machine.warps[index];
     const int lane = machine.schedule ? random_bit(warp.ready) : __builtin_ctz(warp.ready);

@@ -315,6 +315,12 @@ EMULATED void commit_products(Site site) {
 }
 
 EMULATED void wait_for_products(std::size_t pending_groups, Site site) {
+    // Where nothing is under way nobody waits for the other warps of the group, who have asked for all that this one has.
+    Products& its = products_of[now->warp->index / kGroupWarps];
+    if (its.open.empty() && its.groups.size() <= pending_groups) {
+        its.is_fenced = false;
+        return;
+    }
     group_together(Verb::kWgmmaWait, site, static_cast<int>(pending_groups), [=](int group) {
         Products& mine = products_of[group];
         mine.is_fenced = false;

@@ -918,7 +918,7 @@ def test_every_thread_knows_its_place():
         ({"threads": 1056}, "threads must be"),
         ({"shared_memory": 232464}, "shared_memory must be a multiple of 16 up to 232448; found 232464"),
         ({"grid": (1, 0, 1)}, "grid must be three numbers of at least 1"),
-        ({"schedule": 3}, "schedule must be one of"),
+        ({"schedule": 4}, "schedule must be one of"),
         ({"record": b"short"}, "the kernel's parameters have 24 bytes; the record has 5"),
     ],
 )
