@@ -379,7 +379,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLeastBlocks) flash_
     const int head = place.owner;
     const Sequence sequence = sequence_at(place.sequence, params);
     // Under a causal mask the last rows see the most keys: they start first, and short blocks fill the end.
-    const int tile = params.right == kOpen ? place.tile : place.tiles - 1 - place.tile;
+    int tile = params.right == kOpen ? place.tile : place.tiles - 1 - place.tile;
+    ptx::disguise(tile);  // or where it came from would be kept, too
     if (sequence.index == params.batch)
         return wipe<typename Traits::Element>(params, sequence, {head, head + 1}, place.tile, place.tiles);
     if (tile * Traits::kBlockQ >= sequence.band.seqlen_q) return;
