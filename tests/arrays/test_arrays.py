@@ -1732,6 +1732,32 @@ def test_special_arrays_are_refused_by_name():
             cupyattn.attention(wrong, wrong, wrong)
 
 
+def own(word):
+    """A subclass of NumPy's array with a method of its own, called `word`."""
+    return type("Quantity", (np.ndarray,), {word: lambda *args, **words: None})
+
+
+@pytest.mark.parametrize("word", ["__array_ufunc__", "__array_function__", "__array_finalize__", "__array_wrap__"])
+def test_a_subclass_of_numpys_array_with_a_meaning_of_its_own_is_refused(word):
+    q = np.ones((1, 2, 2, 4), np.float32)
+    meant = type("Inherited", (own(word),), {})
+    for kind in (own(word), meant):
+        with pytest.raises(TypeError, match=rf"k is a {kind.__name__}, which says by {word} what it means; pass numpy"):
+            cupyattn.attention(q, q.view(kind), q)
+
+
+def test_a_plain_subclass_of_numpys_array_is_one(tmp_path):
+    q = np.random.default_rng(0).standard_normal((1, 2, 2, 4))
+    mapped = np.memmap(tmp_path / "q", q.dtype, "w+", shape=q.shape)
+    mapped[...] = q
+    expected = cupyattn.attention(q, q, q)
+    named = type("Named", (np.ndarray,), {"unit": "m"})
+    for array in (q.view(named), mapped, mapped.view(type("Mine", (np.memmap,), {})), q.view(np.recarray)):
+        out = cupyattn.attention(array, array, array)
+        assert type(out) is np.ndarray
+        assert_same_bits(out, expected)
+
+
 @pytest.mark.parametrize("freed", [0, 64])
 def test_a_tensor_whose_memory_was_freed_is_refused(freed):
     torch = needs("torch")
