@@ -708,6 +708,9 @@ FORWARD_MODES = {
     "dual": of_a_dual,
     "dual that requires grad": lambda function, x: of_a_dual(function, x.requires_grad_()),
     "torch.func.jvp": lambda function, x: needs("torch").func.jvp(function, (x,), (x,)),
+    "torch.func.linearize of what requires grad": lambda function, x: needs("torch").func.linearize(
+        lambda y: function(x.requires_grad_() * 1 + y), x.detach()
+    ),
     "jacobian": lambda function, x: needs("torch").autograd.functional.jacobian(
         function, x, vectorize=True, strategy="forward-mode"
     ),
