@@ -19,7 +19,7 @@ SAME = (
     ("mask", "attn_mask"),
     ("bias", "attn_mask"),
     ("window_size", "local_window_size"),
-    ("sinks", "learnable_sink"),
+    ("sinks", "learnable_sink", "s_aux"),
     ("block_table", "page_table"),
     ("return_lse", "return_softmax_lse", "return_residual"),
     ("implementation", "backend"),

@@ -579,6 +579,7 @@ FLASH_ATTNS = (
     *("block_table", "k_cache", "v_cache", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx"),
     *("cache_leftpad", "rotary_interleaved", "num_splits", "return_softmax_lse", "q_descale", "k_descale", "v_descale"),
     *("page_table", "cu_seqlens_k_new", "rotary_seqlens", "pack_gqa", "sm_margin", "learnable_sink"),
+    "s_aux",
     *("seqused_q", "seqused_k", "qv", "attention_chunk"),
 )
 FLEX_ATTENTIONS = ("score_mod", "block_mask")
