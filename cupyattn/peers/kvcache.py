@@ -13,7 +13,7 @@ from cupyattn.corridor import Rotation, answer_from_cache, plan_for, views_on_gp
 from cupyattn.peers.appending import INDICES, Appended, check_new
 from cupyattn.peers.overlap import Memory
 from cupyattn.plan import with_num_splits
-from cupyattn.problem import A, Array, Problem
+from cupyattn.problem import A, Array, Problem, Shape
 from cupyattn.reading import Options, refusal
 from cupyattn.repeating import repeated
 
@@ -184,7 +184,7 @@ def flash_attn_with_kvcache(
     ValueError
         As `attention`; a cache is read-only or has no room, an index leads out of an array, or two new tokens would be
         written to one place, or one of them over a live token of the other cache.  The caches are as they were.
-        `scheduler_metadata` has more than one axis, or was made for calls of other sizes.
+        `scheduler_metadata` has more than one axis, or was made for calls of other sizes or on another device.
     NotImplementedError
         Gradients are wanted, which there are none.
 
@@ -291,6 +291,8 @@ def _answer(
 
     def append(operands: Arrays) -> Arrays:
         """On the CPU: what attention is asked of, once new keys are in the caches."""
+        if metadata is not None:
+            _check_empty(visit.library.shape(metadata))
         found = Appended.read(FUNCTION, specs, problem, _indices(operands), seqlen)
         return found.append(FUNCTION, specs, problem, operands, *rotation)
 
@@ -315,6 +317,13 @@ def _without_metadata(visit: Visit) -> tuple[Visit, Any]:
         raise kind(refusal(FUNCTION, rule, (word, spec.shape, spec.dtype)))
     arrays, given = ({name: x for name, x in those.items() if name != word} for those in (visit.arrays, visit.given))
     return replace(visit, arrays=arrays, given=given, specs=tuple(specs.items())), visit.arrays[word]
+
+
+def _check_empty(shape: Shape) -> None:
+    """What `cuda.run_from_cache` refuses on a GPU, on the CPU, where there is no work to be shared out."""
+    if shape != (0,):
+        rule = "scheduler_metadata was made for other calls: get_scheduler_metadata makes (0,) for one on the CPU"
+        raise ValueError(refusal(FUNCTION, rule, ("scheduler_metadata", shape)))
 
 
 def _check_values_on_gpu(visit: Visit, problem: Problem, seqlen: int | None, rotation: Rotation) -> None:
