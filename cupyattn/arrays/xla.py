@@ -294,7 +294,8 @@ def _wait_at_exit() -> None:
     for platform in {jax.default_backend(), "cpu"}:
         devices = jax.local_devices(backend=platform)
         for some in (devices[:1], devices)[: len(devices)]:
-            sharding = NamedSharding(Mesh(np.array(some), ("devices",)), PartitionSpec("devices"))
+            axes = cast(Any, PartitionSpec)("devices")
+            sharding = NamedSharding(Mesh(np.array(some), ("devices",)), axes)
             given: Any = jax.device_put(np.zeros(len(some), np.float32), sharding)
             last.append((jax.jit(lambda x: x + 1).lower(given).compile(), given))
 
