@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -30,9 +31,8 @@ class NumPy(Library):
         return "cpu", "cpu"
 
     def refuses(self, array: Any) -> str | None:
-        if isinstance(array, (np.matrix, np.ma.MaskedArray)):
-            return f"is a {type(array).__name__}; pass a plain array, and a mask as mask"
-        return None
+        kind: Any = type(array)
+        return None if kind is np.ndarray else _way_of_its_own(kind)
 
     def to_numpy(self, array: Any) -> Array:
         return bits_of(np.asarray(array))
@@ -60,6 +60,18 @@ class NumPy(Library):
             if name != "lse" and not like.isnative and name_of(like) == name_of(result.dtype):
                 found[name] = result.astype(like, copy=False)
         return found
+
+
+@cache
+def _way_of_its_own(kind: Any) -> str | None:
+    """What to say of a subclass whose numbers mean something that its memory does not say; None of another."""
+    name = kind.__name__
+    if issubclass(kind, (np.matrix, np.ma.MaskedArray)):
+        return f"is a {name}; pass a plain array, and a mask as mask"
+    for word in ("__array_ufunc__", "__array_function__", "__array_finalize__", "__array_wrap__"):
+        if getattr(kind, word) not in [getattr(known, word) for known in (np.ndarray, np.memmap, np.recarray)]:
+            return f"is a {name}, which says by {word} what it means; pass numpy.asarray of it, a plain array"
+    return None
 
 
 NUMPY = NumPy()

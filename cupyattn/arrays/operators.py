@@ -27,6 +27,7 @@ KINDS = {
     "Sequence[A]": "Tensor[]",
     "Array | tuple[Array, Array]": "Tensor[]",
     "bool": "bool",
+    "bool | None": "bool?",
     "int | bool": "SymInt",
     "float": "float",
     "float | None": "float?",

@@ -104,12 +104,12 @@ class Registered:
         self.library.impl(self.name, call, "Autograd", with_keyset=True)
         self.library.impl(self.name, overwrite, "ADInplaceOrView", with_keyset=True)
 
-    def differentiate(self, remember: Remember, pull_back: PullBack, is_list: bool = False) -> None:
-        """By gradients that `pull_back` makes of what was remembered."""
+    def differentiate(self, remember: Remember, pull_back: PullBack, no_tangents: str, is_list: bool = False) -> None:
+        """By gradients that `pull_back` makes of what was remembered; `no_tangents` says that there is no other way."""
         import torch
         from torch._functorch.utils import enable_single_level_autograd_function
 
-        step = _step(self._below_autograd, remember, pull_back)
+        step = _step(self._below_autograd, remember, pull_back, no_tangents)
 
         def call(keys: Any, *args: Any) -> Any:
             watched = torch.is_grad_enabled() and any(x.requires_grad for x in tensors_of(args))
@@ -156,7 +156,9 @@ def _stacked(calls: Sequence[Any]) -> tuple[Any, Any]:
     return stacked, kind(0 for _ in stacked)
 
 
-def _step(below_autograd: Callable[[Any, Sequence[Any]], Any], remember: Remember, pull_back: PullBack) -> Any:
+def _step(
+    below_autograd: Callable[[Any, Sequence[Any]], Any], remember: Remember, pull_back: PullBack, no_tangents: str
+) -> Any:
     """An autograd.Function of one level, since torch has taken torch.func's transforms apart before it comes here."""
     import torch
 
@@ -175,5 +177,9 @@ def _step(below_autograd: Callable[[Any, Sequence[Any]], Any], remember: Remembe
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
             return None, *pull_back(ctx, grads)
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Any) -> Any:
+            raise NotImplementedError(no_tangents)
 
     return Step

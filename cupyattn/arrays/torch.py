@@ -250,8 +250,7 @@ def _step() -> Any:
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            rule = "has no forward-mode derivative; torch.autograd.grad and torch.func.grad, vjp and jacrev have one"
-            raise NotImplementedError(refusal(ctx.job.function, rule))
+            raise NotImplementedError(no_forward_derivative(ctx.job.function))
 
         @classmethod
         def vmap(cls: Any, info: Any, in_dims: Any, job: Job, *tensors: Any) -> Any:
@@ -384,6 +383,11 @@ def _at_hand(spec: Spec, result: Any, like: Any) -> Any:
     if result is None:
         return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=like.device)
     return result.detach().view(spec.shape)
+
+
+def no_forward_derivative(function: str) -> str:
+    rule = "has no forward-mode derivative; torch.autograd.grad and torch.func.grad, vjp and jacrev have one"
+    return refusal(function, rule)
 
 
 def no_second_derivative(function: str) -> str:

@@ -13,12 +13,15 @@ Source   openxla/xla, xla/ffi/api/c_api.h, API 0.1 to 0.3.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import math
+import os
 import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from ctypes import POINTER, Structure, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
 from typing import Any, cast
@@ -271,9 +274,38 @@ def _objection() -> str | None:
             jax.ffi.register_ffi_target(TARGET, capsule, platform=platform)
         with ThreadPoolExecutor(1) as elsewhere:  # where no mesh is set, whose devices would all have to take part
             comes_back = elsewhere.submit(_comes_back).result()
+            elsewhere.submit(_wait_at_exit).result()
         return None if comes_back else f"jax {jax.__version__} does not bring what was computed"
     except Exception as error:
         return f"jax {jax.__version__} does not call as expected: {str(error).splitlines()[0]}"
+
+
+def _wait_at_exit() -> None:
+    """For programs whose results nobody has waited for, while Python can still answer them.
+
+    A call that came later would end one of XLA's threads, for which others of the program, and JAX's own end, would
+    wait for ever.  There is no way to ask what is under way, but programs on all devices follow each other, and so do
+    those on one device that one thread has called: these wait for what was called before.
+    """
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    last: list[tuple[Any, Any]] = []
+    for platform in {jax.default_backend(), "cpu"}:
+        devices = jax.local_devices(backend=platform)
+        for some in (devices[:1], devices)[: len(devices)]:
+            axes = cast(Any, PartitionSpec)("devices")
+            sharding = NamedSharding(Mesh(np.array(some), ("devices",)), axes)
+            given: Any = jax.device_put(np.zeros(len(some), np.float32), sharding)
+            last.append((jax.jit(lambda x: x + 1).lower(given).compile(), given))
+
+    def wait(process: int = os.getpid()) -> None:
+        if os.getpid() == process:  # a forked child has none of XLA's threads
+            for program, given in last:
+                with suppress(Exception):  # what has failed is over, too
+                    program(given).block_until_ready()
+
+    atexit.register(wait)
 
 
 def _comes_back() -> bool:

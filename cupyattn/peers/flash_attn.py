@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, overload
 
 from cupyattn.arrays import recorded, shapes
-from cupyattn.peers.flash_call import FLASH, flash_answer, seqlens, unpacked
+from cupyattn.peers.flash_call import FLASH, check_hints, flash_answer, seqlens, split_size, unpacked
 from cupyattn.problem import A, Array
 from cupyattn.repeating import repeated
 
@@ -19,7 +19,8 @@ def flash_attn_func(
     q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
     return_lse: Literal[False] = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
     seqlens_q: Array | None = ..., seqlens_k: Array | None = ...,
-    out: A | None = ..., lse_out: A | None = ...,
+    num_splits: int = ..., pack_gqa: bool | None = ..., sm_margin: int = ..., attention_chunk: int = ...,
+    qv: A | None = ..., out: A | None = ..., lse_out: A | None = ...,
 ) -> A: ...
 @overload
 def flash_attn_func(
@@ -29,7 +30,8 @@ def flash_attn_func(
     q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
     return_lse: Literal[True], dropout_seed: int | None = ..., compute_dtype: Any = ...,
     seqlens_q: Array | None = ..., seqlens_k: Array | None = ...,
-    out: A | None = ..., lse_out: A | None = ...,
+    num_splits: int = ..., pack_gqa: bool | None = ..., sm_margin: int = ..., attention_chunk: int = ...,
+    qv: A | None = ..., out: A | None = ..., lse_out: A | None = ...,
 ) -> tuple[A, A]: ...
 @overload
 def flash_attn_func(
@@ -39,7 +41,8 @@ def flash_attn_func(
     q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
     return_lse: bool = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
     seqlens_q: Array | None = ..., seqlens_k: Array | None = ...,
-    out: A | None = ..., lse_out: A | None = ...,
+    num_splits: int = ..., pack_gqa: bool | None = ..., sm_margin: int = ..., attention_chunk: int = ...,
+    qv: A | None = ..., out: A | None = ..., lse_out: A | None = ...,
 ) -> tuple[A, A, A | None]: ...
 @overload
 def flash_attn_func(
@@ -49,7 +52,8 @@ def flash_attn_func(
     q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
     return_lse: bool = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
     seqlens_q: Array | None = ..., seqlens_k: Array | None = ...,
-    out: A | None = ..., lse_out: A | None = ...,
+    num_splits: int = ..., pack_gqa: bool | None = ..., sm_margin: int = ..., attention_chunk: int = ...,
+    qv: A | None = ..., out: A | None = ..., lse_out: A | None = ...,
 ) -> A | tuple[A, A] | tuple[A, A, A | None]: ...
 # fmt: on
 @recorded(shapes.of_flash, **FLASH)
@@ -75,6 +79,11 @@ def flash_attn_func(
     compute_dtype: Any = None,
     seqlens_q: Array | None = None,
     seqlens_k: Array | None = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    attention_chunk: int = 0,
+    qv: Array | None = None,
     out: Array | None = None,
     lse_out: Array | None = None,
 ) -> Any:
@@ -91,6 +100,13 @@ def flash_attn_func(
         How many rows and keys of each sequence there are, as for `attention`; flash-attn 3's seqused.
     q_descale, k_descale, v_descale : array of float32, optional
         Factors of q, k and v in float8_e4m3fn, broadcast to (batch, num_heads_kv); flash-attn 3's.
+    num_splits : int
+        Splits of a sequence's keys on a GPU, at most; 0: chosen there (flash-attn 3's default is 1).  With 1 the result
+        of a sequence does not depend on the rest of the batch.  The CPU does not split.
+    pack_gqa : bool, optional
+        Accepted for flash-attn's sake, as `deterministic`: what shares keys is packed anyway.
+    sm_margin, attention_chunk, qv
+        flash-attn 3's, accepted where they ask for nothing: 0, 0 and None.
     window_size : (left, right)
         Query ``i`` sees keys from ``i + seqlen_k - seqlen_q - left`` to ``... + right``, both inclusive;
         -1 or None: no limit.  `causal` sets right to 0.
@@ -116,10 +132,12 @@ def flash_attn_func(
     """
     function = "flash_attn_func"
     arrays = {"q": ("q", q), "k": ("k", k), "v": ("v", v), **seqlens(seqlens_q, seqlens_k)}
+    check_hints(function, pack_gqa, sm_margin, attention_chunk, qv)
     return flash_answer(
         function, arrays,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
         q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype, out, lse_out,
+        split_size=split_size(function, num_splits, k),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from cupyattn import reading
@@ -39,8 +40,10 @@ def flash_answer(
     out: Array | None,
     lse_out: Array | None,
     longest: tuple[int, int] | None = None,
+    split_size: int | None = None,
 ) -> Any:
-    """What flash-attn's functions have in common; `longest` are the max_seqlens of packed sequences."""
+    """What flash-attn's functions have in common; `longest` are the max_seqlens of packed sequences,
+    `split_size` keys are a split."""
     reading.flag(function, "deterministic", deterministic)
     wants_probs = reading.flag(function, "return_attn_probs", return_attn_probs)
     wants_lse = reading.flag(function, "return_lse", return_lse)
@@ -65,10 +68,38 @@ def flash_answer(
         "v_descale": ("v_descale", v_descale),
     }
     into = destinations_of(function, out, lse_out, options.needs_lse)
-    found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed), into=into)
+    found = answer(function, arrays, options, reading.dropout_seed(function, dropout_seed), split_size, into=into)
     if wants_probs:
         return found["out"], found["lse"], found.get("dropout_mask")
     return (found["out"], found["lse"]) if wants_lse else found["out"]
+
+
+def check_hints(function: str, pack_gqa: Any, sm_margin: Any, attention_chunk: Any, qv: Any) -> None:
+    """What flash-attn 3 has and nothing here, where it asks for nothing; and `pack_gqa`, which changes no result."""
+    if pack_gqa is not None:
+        reading.flag(function, "pack_gqa", pack_gqa)
+    if reading.integer(function, "sm_margin", sm_margin, low=0) > 0:
+        rule = "sm_margin has to be 0: no multiprocessors are kept free"
+        raise ValueError(refusal(function, rule, ("sm_margin", sm_margin)))
+    if reading.integer(function, "attention_chunk", attention_chunk, low=0) > 0:
+        rule = "attention_chunk has to be 0: attention takes chunks, as a mask of them"
+        raise ValueError(refusal(function, rule, ("attention_chunk", attention_chunk)))
+    if qv is not None:
+        rule = (
+            "qv has to be None: instead of it concatenate q and qv, and k and v, along head_dim, and give softmax_scale"
+        )
+        raise NotImplementedError(refusal(function, rule))
+
+
+def split_size(function: str, num_splits: Any, keys: Any) -> int | None:
+    """Keys of each of at most so many splits, of all keys or of a k that has them; None: whoever plans chooses."""
+    count = reading.integer(function, "num_splits", num_splits, low=0)
+    if count == 0:
+        return None
+    longest: int = keys if isinstance(keys, int) else 1
+    if not isinstance(keys, int) and len(shape := enter(function, {"k": ("k", keys)}).specs[0][1].shape) > 1:
+        longest = shape[1]  # a shape that is wrong is refused later, with all that is
+    return math.ceil(max(1, longest) / count)
 
 
 def seqlens(seqlens_q: Array | None, seqlens_k: Array | None) -> dict[str, tuple[str, Any]]:

@@ -11,14 +11,16 @@ from cupyattn.allowed import currently_allowed
 from cupyattn.arrays import Arrays, Visit, check_destinations, destinations_of, enter, recorded, shapes
 from cupyattn.corridor import Rotation, answer_from_cache, plan_for, views_on_gpu
 from cupyattn.peers.appending import INDICES, Appended, check_new
+from cupyattn.peers.flash_call import check_hints
 from cupyattn.peers.overlap import Memory
 from cupyattn.plan import with_num_splits
-from cupyattn.problem import A, Array, Problem
+from cupyattn.problem import A, Array, Problem, Shape
 from cupyattn.reading import Options, refusal
 from cupyattn.repeating import repeated
 
 FUNCTION = "flash_attn_with_kvcache"
 NO_GRADIENTS = "has no gradients, as in flash-attn, and knows no transforms; call it under torch.no_grad()"
+OF_CACHES: Any = {"takes_float8": True, "cached": True}
 
 
 # fmt: off
@@ -32,7 +34,8 @@ def flash_attn_with_kvcache(
     return_softmax_lse: Literal[False] = ..., *, cu_seqlens_q: Array | None = ..., max_seqlen_q: int | None = ...,
     cu_seqlens_k_new: Array | None = ..., rotary_seqlens: Array | None = ..., page_table: Array | None = ...,
     q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
-    scheduler_metadata: Array | None = ...,
+    scheduler_metadata: Array | None = ..., pack_gqa: bool | None = ..., sm_margin: int = ...,
+    attention_chunk: int = ..., qv: A | None = ...,
     sinks: Array | None = ..., compute_dtype: Any = ..., check_indices: bool = ..., out: A | None = ...,
     lse_out: A | None = ...,
 ) -> A: ...
@@ -46,7 +49,8 @@ def flash_attn_with_kvcache(
     *, return_softmax_lse: Literal[True], cu_seqlens_q: Array | None = ..., max_seqlen_q: int | None = ...,
     cu_seqlens_k_new: Array | None = ..., rotary_seqlens: Array | None = ..., page_table: Array | None = ...,
     q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
-    scheduler_metadata: Array | None = ...,
+    scheduler_metadata: Array | None = ..., pack_gqa: bool | None = ..., sm_margin: int = ...,
+    attention_chunk: int = ..., qv: A | None = ...,
     sinks: Array | None = ..., compute_dtype: Any = ..., check_indices: bool = ..., out: A | None = ...,
     lse_out: A | None = ...,
 ) -> tuple[A, A]: ...
@@ -60,7 +64,8 @@ def flash_attn_with_kvcache(
     return_softmax_lse: bool = ..., *, cu_seqlens_q: Array | None = ..., max_seqlen_q: int | None = ...,
     cu_seqlens_k_new: Array | None = ..., rotary_seqlens: Array | None = ..., page_table: Array | None = ...,
     q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
-    scheduler_metadata: Array | None = ...,
+    scheduler_metadata: Array | None = ..., pack_gqa: bool | None = ..., sm_margin: int = ...,
+    attention_chunk: int = ..., qv: A | None = ...,
     sinks: Array | None = ..., compute_dtype: Any = ..., check_indices: bool = ..., out: A | None = ...,
     lse_out: A | None = ...,
 ) -> A | tuple[A, A]: ...
@@ -106,6 +111,10 @@ def flash_attn_with_kvcache(
     k_descale: Array | None = None,
     v_descale: Array | None = None,
     scheduler_metadata: Array | None = None,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    attention_chunk: int = 0,
+    qv: Array | None = None,
     sinks: Array | None = None,
     compute_dtype: Any = None,
     check_indices: bool = False,
@@ -115,7 +124,7 @@ def flash_attn_with_kvcache(
     """flash-attn's flash_attn_with_kvcache: append to a cache in place, then attend over old keys and new.
 
     Positional order and defaults are flash-attn 2's; after ``*`` come flash-attn 3's additions, from `cu_seqlens_q`
-    to `scheduler_metadata`, and then what is ours.
+    to `qv`, and then what is ours.
 
     Parameters
     ----------
@@ -164,6 +173,8 @@ def flash_attn_with_kvcache(
     scheduler_metadata : array of int32, optional
         Of `get_scheduler_metadata`, for calls with these lengths: on a GPU it is not made again.  With metadata of
         other lengths results are right all the same, and thread blocks have unequal shares.
+    pack_gqa, sm_margin, attention_chunk, qv
+        As for `flash_attn_func`.
     check_indices : bool
         On a GPU, wait for the values of all index arrays and refuse wrong ones, as the CPU always does.
 
@@ -184,7 +195,7 @@ def flash_attn_with_kvcache(
     ValueError
         As `attention`; a cache is read-only or has no room, an index leads out of an array, or two new tokens would be
         written to one place, or one of them over a live token of the other cache.  The caches are as they were.
-        `scheduler_metadata` has more than one axis, or was made for calls of other sizes.
+        `scheduler_metadata` has more than one axis, or was made for calls of other sizes or on another device.
     NotImplementedError
         Gradients are wanted, which there are none.
 
@@ -213,11 +224,11 @@ def flash_attn_with_kvcache(
     >>> k_cache[0, :5, 0, 0]
     array([0., 0., 0., 1., 0.], dtype=float32)
     """
-    arrays = {"q": q, "k": k_cache, "v": v_cache, "k_new": k, "v_new": v}
-    arrays |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    arrays = {"q": q, "k": k_cache, "v": v_cache, "k_new": k, "v_new": v, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    arrays |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "rotary_seqlens": rotary_seqlens}
     arrays |= {"cache_batch_idx": cache_batch_idx, "cache_leftpad": cache_leftpad, "block_table": block_table}
     arrays |= {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
-    arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new, "rotary_seqlens": rotary_seqlens}
+    arrays |= {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k_new": cu_seqlens_k_new}
     visit, seqlen = _enter({**arrays, "scheduler_metadata": scheduler_metadata}, page_table, cache_seqlens)
     options = Options(
         axes="bshd" if cu_seqlens_q is None else "thd",
@@ -228,15 +239,22 @@ def flash_attn_with_kvcache(
         compute_dtype=reading.compute_dtype(FUNCTION, compute_dtype),
         needs_lse=reading.flag(FUNCTION, "return_softmax_lse", return_softmax_lse),
         max_seqlen_q=_longest_of(max_seqlen_q, cu_seqlens_q is not None),
-        takes_float8=True,
-        cached=True,
+        **OF_CACHES,
     )
-    each_row = options.causal or options.window != (None, None)
-    rotation = Rotation(each_row, reading.flag(FUNCTION, "rotary_interleaved", rotary_interleaved))
-    splits = reading.integer(FUNCTION, "num_splits", num_splits, low=0)
-    waits = reading.flag(FUNCTION, "check_indices", check_indices)
-    results = _answer(visit, options, seqlen, rotation, splits, waits, (out, lse_out))
+    splits, waits = _splits_and_waits(num_splits, check_indices, pack_gqa, sm_margin, attention_chunk, qv)
+    results = _answer(visit, options, seqlen, _rotation(options, rotary_interleaved), splits, waits, (out, lse_out))
     return (results["out"], results["lse"]) if return_softmax_lse else results["out"]
+
+
+def _splits_and_waits(num_splits: Any, check_indices: Any, *hints: Any) -> tuple[int, bool]:
+    check_hints(FUNCTION, *hints)
+    splits = reading.integer(FUNCTION, "num_splits", num_splits, low=0)
+    return splits, reading.flag(FUNCTION, "check_indices", check_indices)
+
+
+def _rotation(options: Options, rotary_interleaved: Any) -> Rotation:
+    each_row = options.causal or options.window != (None, None)
+    return Rotation(each_row, reading.flag(FUNCTION, "rotary_interleaved", rotary_interleaved))
 
 
 def _enter(arrays: Mapping[str, Any], page_table: Any, cache_seqlens: Any) -> tuple[Visit, int | None]:
@@ -291,6 +309,8 @@ def _answer(
 
     def append(operands: Arrays) -> Arrays:
         """On the CPU: what attention is asked of, once new keys are in the caches."""
+        if metadata is not None:
+            _check_empty(visit.library.shape(metadata))
         found = Appended.read(FUNCTION, specs, problem, _indices(operands), seqlen)
         return found.append(FUNCTION, specs, problem, operands, *rotation)
 
@@ -315,6 +335,13 @@ def _without_metadata(visit: Visit) -> tuple[Visit, Any]:
         raise kind(refusal(FUNCTION, rule, (word, spec.shape, spec.dtype)))
     arrays, given = ({name: x for name, x in those.items() if name != word} for those in (visit.arrays, visit.given))
     return replace(visit, arrays=arrays, given=given, specs=tuple(specs.items())), visit.arrays[word]
+
+
+def _check_empty(shape: Shape) -> None:
+    """What `cuda.run_from_cache` refuses on a GPU, on the CPU, where there is no work to be shared out."""
+    if shape != (0,):
+        rule = "scheduler_metadata was made for other calls: get_scheduler_metadata makes (0,) for one on the CPU"
+        raise ValueError(refusal(FUNCTION, rule, ("scheduler_metadata", shape)))
 
 
 def _check_values_on_gpu(visit: Visit, problem: Problem, seqlen: int | None, rotation: Rotation) -> None:

@@ -6,7 +6,7 @@ from typing import Any, Literal, overload
 
 from cupyattn import reading
 from cupyattn.arrays import recorded, shapes
-from cupyattn.peers.flash_call import FLASH, flash_answer, unpacked
+from cupyattn.peers.flash_call import FLASH, check_hints, flash_answer, split_size, unpacked
 from cupyattn.problem import A, Array
 from cupyattn.repeating import repeated
 
@@ -20,7 +20,8 @@ def flash_attn_varlen_func(
     deterministic: bool = ..., return_attn_probs: Literal[False] = ..., block_table: Array | None = ..., *,
     q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
     return_lse: Literal[False] = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
-    out: A | None = ..., lse_out: A | None = ...,
+    num_splits: int = ..., pack_gqa: bool | None = ..., sm_margin: int = ..., attention_chunk: int = ...,
+    qv: A | None = ..., out: A | None = ..., lse_out: A | None = ...,
 ) -> A: ...
 @overload
 def flash_attn_varlen_func(
@@ -30,7 +31,8 @@ def flash_attn_varlen_func(
     deterministic: bool = ..., return_attn_probs: Literal[False] = ..., block_table: Array | None = ..., *,
     q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
     return_lse: Literal[True], dropout_seed: int | None = ..., compute_dtype: Any = ...,
-    out: A | None = ..., lse_out: A | None = ...,
+    num_splits: int = ..., pack_gqa: bool | None = ..., sm_margin: int = ..., attention_chunk: int = ...,
+    qv: A | None = ..., out: A | None = ..., lse_out: A | None = ...,
 ) -> tuple[A, A]: ...
 @overload
 def flash_attn_varlen_func(
@@ -41,7 +43,8 @@ def flash_attn_varlen_func(
     block_table: Array | None = ...,
     q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
     return_lse: bool = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
-    out: A | None = ..., lse_out: A | None = ...,
+    num_splits: int = ..., pack_gqa: bool | None = ..., sm_margin: int = ..., attention_chunk: int = ...,
+    qv: A | None = ..., out: A | None = ..., lse_out: A | None = ...,
 ) -> tuple[A, A, A | None]: ...
 @overload
 def flash_attn_varlen_func(
@@ -51,7 +54,8 @@ def flash_attn_varlen_func(
     deterministic: bool = ..., return_attn_probs: bool = ..., block_table: Array | None = ..., *,
     q_descale: Array | None = ..., k_descale: Array | None = ..., v_descale: Array | None = ...,
     return_lse: bool = ..., dropout_seed: int | None = ..., compute_dtype: Any = ...,
-    out: A | None = ..., lse_out: A | None = ...,
+    num_splits: int = ..., pack_gqa: bool | None = ..., sm_margin: int = ..., attention_chunk: int = ...,
+    qv: A | None = ..., out: A | None = ..., lse_out: A | None = ...,
 ) -> A | tuple[A, A] | tuple[A, A, A | None]: ...
 # fmt: on
 @recorded(shapes.of_varlen, **FLASH)
@@ -80,6 +84,11 @@ def flash_attn_varlen_func(
     return_lse: bool = False,
     dropout_seed: int | None = None,
     compute_dtype: Any = None,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    sm_margin: int = 0,
+    attention_chunk: int = 0,
+    qv: Array | None = None,
     out: Array | None = None,
     lse_out: Array | None = None,
 ) -> Any:
@@ -127,11 +136,13 @@ def flash_attn_varlen_func(
     }
     longest_q = reading.integer(function, "max_seqlen_q", max_seqlen_q, low=0)
     longest_k = reading.integer(function, "max_seqlen_k", max_seqlen_k, low=0)
+    check_hints(function, pack_gqa, sm_margin, attention_chunk, qv)
     return flash_answer(
         function, arrays,
         dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
         q_descale, k_descale, v_descale, return_lse, dropout_seed, compute_dtype, out, lse_out,
         (longest_q, longest_k),
+        split_size=split_size(function, num_splits, longest_k),
     )  # fmt: skip
 
 

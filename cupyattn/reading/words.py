@@ -19,7 +19,7 @@ SAME = (
     ("mask", "attn_mask"),
     ("bias", "attn_mask"),
     ("window_size", "local_window_size"),
-    ("sinks", "learnable_sink"),
+    ("sinks", "learnable_sink", "s_aux"),
     ("block_table", "page_table"),
     ("return_lse", "return_softmax_lse", "return_residual"),
     ("implementation", "backend"),
@@ -46,15 +46,17 @@ ELSEWHERE = {
     ),
     "flash_attn_varlen_func, flash_attn_with_kvcache and PagedCache have pages": ("block_table", "page_table"),
     "flash_attn_with_kvcache takes it": (
-        *("k_cache", "v_cache", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "cu_seqlens_k_new", "num_splits"),
+        *("k_cache", "v_cache", "cache_seqlens", "cache_batch_idx", "cache_leftpad", "cu_seqlens_k_new"),
         *("rotary_cos", "rotary_sin", "rotary_interleaved", "rotary_seqlens", "check_indices"),
         *("scheduler_metadata",),
     ),
+    "flash_attn_func, flash_attn_varlen_func and flash_attn_with_kvcache take it": ("num_splits",),
     "fewer key heads than query heads serve groups anyway: leave it out": ("enable_gqa",),
     "results are the same in every run: leave it out": ("deterministic",),
     "attention takes it, and implementations says it to all calls in a with": ("implementation", "backend"),
     "what runs is chosen by shapes and devices, see explain: leave it out": (*("pack_gqa", "sm_margin"),),
-    "flash-attn 3 has it, and nothing here": ("qv", "attention_chunk"),
+    "flash-attn 3 has it; here flash_attn_func takes None for it, and says what is the same": ("qv",),
+    "flash-attn 3 has it; attention takes it as a mask of chunks": ("attention_chunk",),
     "no code of the caller's runs inside: attention takes arrays, as mask and bias": ("score_mod", "block_mask"),
 }
 """What to do with a word, where a function has none for the same."""

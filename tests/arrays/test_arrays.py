@@ -708,6 +708,9 @@ FORWARD_MODES = {
     "dual": of_a_dual,
     "dual that requires grad": lambda function, x: of_a_dual(function, x.requires_grad_()),
     "torch.func.jvp": lambda function, x: needs("torch").func.jvp(function, (x,), (x,)),
+    "torch.func.linearize of what requires grad": lambda function, x: needs("torch").func.linearize(
+        lambda y: function(x.requires_grad_() * 1 + y), x.detach()
+    ),
     "jacobian": lambda function, x: needs("torch").autograd.functional.jacobian(
         function, x, vectorize=True, strategy="forward-mode"
     ),
@@ -1730,6 +1733,32 @@ def test_special_arrays_are_refused_by_name():
     for wrong in (q.astype(np.int32), q.astype(np.complex64), q > 0, q.astype(np.longdouble)):
         with pytest.raises(TypeError, match="q has to be one of float16, bfloat16, float32, float64"):
             cupyattn.attention(wrong, wrong, wrong)
+
+
+def own(word):
+    """A subclass of NumPy's array with a method of its own, called `word`."""
+    return type("Quantity", (np.ndarray,), {word: lambda *args, **words: None})
+
+
+@pytest.mark.parametrize("word", ["__array_ufunc__", "__array_function__", "__array_finalize__", "__array_wrap__"])
+def test_a_subclass_of_numpys_array_with_a_meaning_of_its_own_is_refused(word):
+    q = np.ones((1, 2, 2, 4), np.float32)
+    meant = type("Inherited", (own(word),), {})
+    for kind in (own(word), meant):
+        with pytest.raises(TypeError, match=rf"k is a {kind.__name__}, which says by {word} what it means; pass numpy"):
+            cupyattn.attention(q, q.view(kind), q)
+
+
+def test_a_plain_subclass_of_numpys_array_is_one(tmp_path):
+    q = np.random.default_rng(0).standard_normal((1, 2, 2, 4))
+    mapped = np.memmap(tmp_path / "q", q.dtype, "w+", shape=q.shape)
+    mapped[...] = q
+    expected = cupyattn.attention(q, q, q)
+    named = type("Named", (np.ndarray,), {"unit": "m"})
+    for array in (q.view(named), mapped, mapped.view(type("Mine", (np.memmap,), {})), q.view(np.recarray)):
+        out = cupyattn.attention(array, array, array)
+        assert type(out) is np.ndarray
+        assert_same_bits(out, expected)
 
 
 @pytest.mark.parametrize("freed", [0, 64])

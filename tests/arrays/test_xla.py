@@ -120,16 +120,52 @@ SHARDED = """
 
 
 def run_apart(text, *arguments, **variables):
-    """In a process of its own."""
+    """In a process of its own; what it prints."""
     environment = os.environ | variables | {"PYTHONPATH": str(Path(cupyattn.__file__).parents[1])}
     command = [sys.executable, "-c", textwrap.dedent(text), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300.0)
     assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_each_shard_of_a_map_over_devices_calls():
     needs("jax")
     run_apart(SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+
+
+DROPPED = """
+    import sys, time
+    import jax, numpy as np, cupyattn
+    from cupyattn.arrays.servers import SERVERS
+    from jax.sharding import PartitionSpec as Axes
+
+    mesh = jax.make_mesh((2,), ("x",))
+    known = jax.set_mesh(mesh) if "set" in sys.argv else None
+    some = jax.shard_map(
+        lambda q: jax.lax.psum(cupyattn.attention(q, q, q), "x"), mesh=mesh, in_specs=Axes("x"), out_specs=Axes()
+    )
+    q = jax.device_put(np.ones((2, 8, 2, 8), np.float32), jax.sharding.NamedSharding(mesh, Axes("x")))
+    program = jax.jit(some).lower(q).compile()
+    served = SERVERS["cpu"]
+
+    def late(*arguments):
+        time.sleep(1.0)
+        served(*arguments)
+        print("answered", flush=True)
+
+    SERVERS["cpu"] = late
+    program(q)
+    print("left", flush=True)
+"""
+
+
+@pytest.mark.parametrize("words", [(), ("set",)], ids=" ".join)
+def test_a_program_whose_result_nobody_waits_for_is_done_before_python_ends(words):
+    jax = needs("jax")
+    if words and not hasattr(jax, "set_mesh"):
+        pytest.skip("this JAX sets no mesh")
+    said = run_apart(DROPPED, *words, XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert said.split() == ["left", "answered", "answered"]
 
 
 EXPLICIT = """

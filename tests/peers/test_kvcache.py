@@ -652,7 +652,7 @@ def test_names_order_and_defaults_are_flash_attn_2s_and_what_follows_comes_by_ke
     assert {x.name for x in parameters if x.kind is x.KEYWORD_ONLY} == {
         *("cu_seqlens_q", "max_seqlen_q", "cu_seqlens_k_new", "rotary_seqlens", "page_table"),
         *("q_descale", "k_descale", "v_descale", "sinks", "compute_dtype", "check_indices", "out", "lse_out"),
-        "scheduler_metadata",
+        *("scheduler_metadata", "pack_gqa", "sm_margin", "attention_chunk", "qv"),
     }
 
 

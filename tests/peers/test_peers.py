@@ -5,6 +5,7 @@ at a time, from its documentation: `one_sequence` is that definition and shares 
 """
 
 import inspect
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from oracle import assert_correctly_rounded, assert_matches, assert_same_bits, to_numpy
 
 import cupyattn
-from cupyattn import cpu
+from cupyattn import corridor, cpu
 
 torch = pytest.importorskip("torch")
 
@@ -806,6 +807,64 @@ def test_names_order_and_defaults_are_the_peers_and_ours_come_by_keyword_only(na
     for parameter in list(ours.values())[len(theirs) :]:
         assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
         assert parameter.default is not REQUIRED
+
+
+def flash_3_calls():
+    """Calls without what flash-attn 3 has added."""
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 8, 2, 16), np.float32)
+    starts = np.array([0, 8, 16], np.int32)
+    flat = (x.reshape(16, 2, 16) for x in (q, k, v))
+    return {
+        "flash_attn_func": partial(cupyattn.flash_attn_func, q, k, v),
+        "flash_attn_varlen_func": partial(cupyattn.flash_attn_varlen_func, *flat, starts, starts, 8, 8),
+        "flash_attn_with_kvcache": partial(cupyattn.flash_attn_with_kvcache, q, k, v),
+    }
+
+
+FLASH_3_CALLS = flash_3_calls()
+
+
+@pytest.mark.parametrize("name", FLASH_3_CALLS)
+def test_what_flash_attn_3_has_added_is_taken_where_it_changes_no_result(name):
+    call = FLASH_3_CALLS[name]
+    neutral = {"sm_margin": 0, "attention_chunk": 0, "qv": None}
+    for num_splits, pack_gqa in ((0, None), (1, True), (3, False)):
+        assert_same_bits(call(num_splits=num_splits, pack_gqa=pack_gqa, **neutral), call())
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "says"),
+    [
+        ({"num_splits": -1}, ValueError, "num_splits has to be"),
+        ({"num_splits": 1.5}, TypeError, "num_splits has to be an integer"),
+        ({"pack_gqa": 1}, TypeError, "pack_gqa has to be True or False"),
+        ({"sm_margin": 2}, ValueError, "sm_margin has to be 0: no multiprocessors are kept free"),
+        ({"attention_chunk": 4}, ValueError, "attention_chunk has to be 0: attention takes chunks, as a mask"),
+        ({"qv": np.ones((2, 8, 2, 16))}, NotImplementedError, "qv has to be None: instead of it concatenate q and qv"),
+    ],
+)
+@pytest.mark.parametrize("name", FLASH_3_CALLS)
+def test_what_flash_attn_3_has_added_is_refused_where_it_would_change_results(name, words, error, says):
+    with pytest.raises(error, match=f"^{name}: {says}"):
+        FLASH_3_CALLS[name](**words)
+
+
+def test_what_is_said_instead_of_qv_is_the_same():
+    q, k, v, qv = np.random.default_rng(0).standard_normal((4, 2, 8, 2, 16))
+    scores = (np.einsum("bihd,bjhd->bhij", q, k) + np.einsum("bihd,bjhd->bhij", qv, v)) * 32**-0.5
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    expected = np.einsum("bhij,bjhd->bihd", weights / weights.sum(-1, keepdims=True), v)
+    joined = (np.concatenate(pair, -1) for pair in ((q, qv), (k, v)))
+    np.testing.assert_allclose(cupyattn.flash_attn_func(*joined, v, softmax_scale=32**-0.5), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(("num_splits", "expected"), [(0, None), (1, 8), (3, 3)])
+@pytest.mark.parametrize("name", ["flash_attn_func", "flash_attn_varlen_func"])
+def test_the_planner_is_asked_for_splits_of_as_many_keys_as_make_so_many(name, num_splits, expected, monkeypatch):
+    asked, real = [], corridor.planned
+    monkeypatch.setattr(corridor, "planned", lambda *given: asked.append(given[-1]) or real(*given))
+    FLASH_3_CALLS[name](num_splits=num_splits)
+    assert set(asked) == {expected}
 
 
 def test_sdpa_has_torchs_parameters_and_takes_by_position_what_torch_does():

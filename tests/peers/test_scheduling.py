@@ -28,13 +28,21 @@ def test_on_the_cpu_there_is_nothing_to_know():
     assert (found.shape, found.dtype) == ((0,), np.int32)
 
 
-@pytest.mark.parametrize("words", [0, 9])
-def test_on_the_cpu_it_changes_nothing(rng, words):
+def test_on_the_cpu_it_changes_nothing(rng):
     q, k, v = (rng.standard_normal((2, n, h, 8)) for n, h in ((1, 4), (16, 2), (16, 2)))
     expected = cupyattn.flash_attn_with_kvcache(q, k, v, cache_seqlens=LENGTHS)
-    metadata = np.arange(words, dtype=np.int32)
-    found = cupyattn.flash_attn_with_kvcache(q, k, v, cache_seqlens=LENGTHS, scheduler_metadata=metadata)
+    found = cupyattn.flash_attn_with_kvcache(q, k, v, cache_seqlens=LENGTHS, scheduler_metadata=ask())
     assert_same_bits(found, expected)
+
+
+def test_on_the_cpu_what_was_made_for_a_gpu_is_refused_before_anything_is_written(rng):
+    q, cache, new = (rng.standard_normal((2, n, h, 8)) for n, h in ((1, 4), (16, 2), (1, 2)))
+    before, metadata = cache.copy(), np.arange(9, dtype=np.int32)
+    with pytest.raises(ValueError, match=r"was made for other calls: get_scheduler_metadata makes \(0,\)"):
+        cupyattn.flash_attn_with_kvcache(
+            q, cache, cache.copy(), new, new, cache_seqlens=LENGTHS, scheduler_metadata=metadata
+        )
+    assert_same_bits(cache, before)
 
 
 @pytest.mark.parametrize(

@@ -579,6 +579,7 @@ FLASH_ATTNS = (
     *("block_table", "k_cache", "v_cache", "rotary_cos", "rotary_sin", "cache_seqlens", "cache_batch_idx"),
     *("cache_leftpad", "rotary_interleaved", "num_splits", "return_softmax_lse", "q_descale", "k_descale", "v_descale"),
     *("page_table", "cu_seqlens_k_new", "rotary_seqlens", "pack_gqa", "sm_margin", "learnable_sink"),
+    "s_aux",
     *("seqused_q", "seqused_k", "qv", "attention_chunk"),
 )
 FLEX_ATTENTIONS = ("score_mod", "block_mask")
@@ -632,8 +633,8 @@ def test_jaxs_words_are_all_known():
         ("attention", "causal_mask", "perhaps causal or mask$"),
         ("kv_cache_bytes", "token", "perhaps tokens$"),
         ("attention", "cache_seqlens", "here it is seqlens_k"),
-        ("flash_attn_func", "qv", "flash-attn 3 has it, and nothing here"),
-        ("flash_attn_varlen_func", "attention_chunk", "flash-attn 3 has it, and nothing here"),
+        ("flash_attn_qkvpacked_func", "qv", "flash_attn_func takes None for it"),
+        ("attention", "attention_chunk", "as a mask of chunks"),
         ("flash_attn_varlen_func", "seqused_k", "flash_attn_with_kvcache takes it, as cache_seqlens"),
         ("flash_attn_varlen_func", "seqused_q", "the rows from one of cu_seqlens to the next"),
         ("flash_attn_with_kvcache", "seqused_k", "here it is cache_seqlens"),
