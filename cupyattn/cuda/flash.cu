@@ -376,15 +376,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kLeastBlocks) flash_
     const Tiling tiling = tiling_of(params.at.cu_seqlens_q, params.total_q, sequences_of_rows(params), params.seqlen_q,
                                     Traits::kBlockQ);
     const Place place = place_of(ptx::block_x(), params.num_heads, tiling);
-    const int head = place.owner;
     const Sequence sequence = sequence_at(place.sequence, params);
     // Under a causal mask the last rows see the most keys: they start first, and short blocks fill the end.
     int tile = params.right == kOpen ? place.tile : place.tiles - 1 - place.tile;
     ptx::disguise(tile);  // or where it came from would be kept, too
     if (sequence.index == params.batch)
-        return wipe<typename Traits::Element>(params, sequence, {head, head + 1}, place.tile, place.tiles);
+        return wipe<typename Traits::Element>(params, sequence, {place.owner, place.owner + 1}, place.tile, place.tiles);
     if (tile * Traits::kBlockQ >= sequence.band.seqlen_q) return;
-    const FlashItem item{sequence, tile, head};
+    const FlashItem item{sequence, tile, place.owner};
     FlashBlock<Traits, false> block(params, item);
     block.load_queries();
     ptx::commit_copies();

@@ -25,9 +25,9 @@ FETCH, COMPUTE, TILES = "gradients90.cuh", "hopper_backward.cu", "gradients_tili
 MUTANTS = [
     # ---- Rings
     Mutant("tiles are there without their facts", FETCH, "Traits::kTurned ? 2 : 1", "1", "keys"),
-    Mutant("one warp of each warpgroup empties all", FETCH, "4 * Traits::kConsumers);", "Traits::kConsumers);",
+    Mutant("one warp of each warpgroup empties all", FETCH, "2 : 1, 4 * Traits::kConsumers);", "2 : 1, Traits::kConsumers);",
            "queries"),
-    Mutant("one warpgroup has new staying tiles loaded", FETCH, "staying_ring().init(1, Traits::kConsumers)",
+    Mutant("one warpgroup has new staying tiles loaded", FETCH, "staying_ring().init(1, 4 * Traits::kConsumers)",
            "staying_ring().init(1, 1)", "keys"),
     Mutant("half of what stays is expected", FETCH, "Traits::kStayingBytes);\n            if",
            "Traits::kStayingBytes / 2);\n            if", "queries"),
@@ -51,7 +51,7 @@ MUTANTS = [
     Mutant("the last tile of a walk is not left", COMPUTE, "if (!tile.blocks.empty()) leave(use - 1);", "", "keys"),
     Mutant("left by one lane for all", COMPUTE, "ptx::warp_barrier();\n        memory.moving_ring()",
            "memory.moving_ring()", "keys"),
-    Mutant("what stays is not left", COMPUTE, "memory.staying_ring().leave(staying_use++, ptx::thread() % 128);",
+    Mutant("what stays is not left", COMPUTE, "memory.staying_ring().leave(staying_use++, ptx::lane());",
            "staying_use++;", "keys"),
     Mutant("what stays is left after each head", COMPUTE,
            "if (head + 1 < tile.heads.stop && has_new_keys(head + 1, params))", "if (head + 1 < tile.heads.stop)",
