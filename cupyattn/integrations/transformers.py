@@ -81,8 +81,11 @@ def register(
     Rows that see no key, those of left padding, give zeros, where ``"eager"`` gives the mean of all values; no
     token depends on them.  Dropout applies while the module is training, its seed is drawn from torch's generator.
     ``model(..., output_attentions=True)`` gives the weights, (batch, num_heads, seqlen_q, seqlen_k), without dropout,
-    for which scores are computed once more, some rows at a time; not under torch.compile.  Under torch.autocast
-    queries, keys and values are cast as torch's own attention casts them.
+    for which scores are computed once more, some rows at a time; torch.compile leaves such a call as it is.  Models
+    whose layers are not told of that wish (GPT-2, OPT, Siglip and others) give them with transformers 5.2 or newer, and
+    None before.
+
+    Under torch.autocast queries, keys and values are cast as torch's own attention casts them.
 
     Models that do not hand their attention over (Bloom, for one), that look a class up by the name (Falcon) or support
     no implementation but their own (NllbMoe) keep ``"eager"``, however they are made, and a warning names them.  It is
@@ -95,8 +98,10 @@ def register(
     them by `flash_attn_with_kvcache`.  ``"paged|"`` before the name is accepted and means the same.
 
     Sequences packed into one row, told by ``cu_seq_lens_q`` and ``cu_seq_lens_k`` or by ``seq_idx``, do not see each
-    other, whatever the mask says.  Arguments that neither transformers' attention functions read nor the layer names,
-    those of a loss or a collator's columns, change nothing.
+    other, whatever the mask says; where attention is in chunks (Llama 4), these are counted in each of them.
+
+    Arguments that neither transformers' attention functions read nor the layer names, those of a loss or a collator's
+    columns, change nothing.
 
     Under torch.compile, torch.export, torch.jit.trace and make_fx a layer's attention is one operator,
     ``torch.ops.cupyattn.attention``, without a graph break, as every call of `cupyattn.attention` is; the operator has
@@ -123,7 +128,11 @@ def register(
     batching.admit(models.NAMES)
     from cupyattn.integrations import torch as operators  # noqa: F401 - which are there once this is imported
 
-    function = partial(attend, compute_dtype=compute, ignored=names, last_queries=last)
+    try:
+        from transformers.utils.output_capturing import _active_collector as collector
+    except ImportError:  # before 5.2
+        collector = None  # type: ignore[assignment]
+    function = partial(attend, compute_dtype=compute, ignored=names, last_queries=last, collector=collector)
     for each in (name, f"paged|{name}"):  # as transformers has two names for its own
         transformers.AttentionInterface.register(each, function)
         # Without a mask function of its own an implementation is handed no mask at all, padding or not.
@@ -147,6 +156,7 @@ def attend(
     compute_dtype: str | None = None,
     ignored: frozenset[str] = frozenset(),
     last_queries: int | None = None,
+    collector: Any = None,
     output_attentions: bool | None = False,
     **others: Any,
 ) -> tuple[Any, Any]:
@@ -173,32 +183,37 @@ def attend(
         A query sees itself and so many keys less one before it, and as many after it if it is not causal.
     position_bias : Tensor that broadcasts like the mask, optional
         Added to the scores.
+    collector : object, optional
+        What transformers' models collect from their layers while they run: `get()` gives it by its names.
 
     Returns
     -------
     out : Tensor, shape (batch, seqlen_q, num_heads, head_dim_v)
     weights : Tensor, shape (batch, num_heads, rows, seqlen_k), or None
-        With `output_attentions`, those of the last `last_queries` rows, or of all.
+        With `output_attentions`, or where they are collected, those of the last `last_queries` rows, or of all.
     """
     _refuse_unknown(module, others, ignored)
-    if output_attentions and (_is_recorded() or batching.is_batch(others, s_aux)):
+    collected = not output_attentions and collector is not None and _are_collected(module, collector)
+    if (output_attentions or collected) and (_is_recorded() or batching.is_batch(others, s_aux)):
         rule = "output_attentions: weights are neither for compiled or traced calls nor for continuous batching"
         raise NotImplementedError(refusal(FUNCTION, rule, ("layer", type(module).__name__)))
-    mask, bias = _mask_and_bias(module, attention_mask, position_bias)
-    query, key, value, bias = _as_autocast_does(query, key, value, bias)
+    mask, numbers = _mask_or_numbers(module, attention_mask)
     left = right = None
     if attention_mask is None:
         left = right = None if sliding_window is None else sliding_window - 1
         if getattr(module, "is_causal", True) if is_causal is None else is_causal:
             right = 0
-    if attention_mask is None and position_bias is None and batching.is_batch(others, s_aux):
+    is_batch = attention_mask is None and position_bias is None and batching.is_batch(others, s_aux)
+    if not is_batch and any(others.get(name) is not None for name in PACKED):
+        together = _packed(module, query, key, others, left, right)
+        mask, numbers = _of_sequences(module, together, mask, numbers)
+        left = right = None
+    bias = numbers if position_bias is None else position_bias if numbers is None else position_bias + numbers
+    query, key, value, bias = _as_autocast_does(query, key, value, bias)
+    if is_batch:
         said: dict[str, Any] = {"scale": scaling, "softcap": softcap or 0.0, "sinks": s_aux}
         said |= {"window_size": (left, right), "causal": right == 0, "compute_dtype": compute_dtype}
         return batching.attend(query, key, value, others, **said), None
-    if any(others.get(name) is not None for name in PACKED):
-        visible = _packed(module, query, key, others, left, right)
-        mask = visible if mask is None else mask & visible
-        left = right = None
     if query.shape[0] == 1 < key.shape[0]:  # learned queries, the same for a whole batch
         query = query.expand(key.shape[0], -1, -1, -1)
     q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
@@ -207,8 +222,9 @@ def attend(
     several = bool(query.shape[2] > 1)
     rest: tuple[Any, ...] = (left, right, several, scaling, softcap or 0.0, dropout_p, compute_dtype)
     keywords = _keywords(mask, bias, s_aux, *rest)
-    if output_attentions:
-        return with_weights(q, k, v, keywords, last_queries)
+    if output_attentions or collected:
+        # A layer that is checkpointed is computed again when nothing is collected: it must not save more for that.
+        return with_weights(q, k, v, keywords, last_queries, hooked=not collected)
     return attention(q, k, v, **keywords), None
 
 
@@ -219,6 +235,17 @@ def _is_recorded() -> bool:
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     return bool(torch._C._len_torch_dispatch_stack())
+
+
+def _are_collected(module: Any, collector: Any) -> bool:
+    """Whether a model around this layer collects weights of attention, of which not every layer is told."""
+    import torch
+
+    # Of a model that is not compiled as a whole; a layer from which anything is collected has a hook then, too.
+    if torch.compiler.is_dynamo_compiling() and not collector.compiling and not module._forward_hooks:
+        return False
+    names = collector.get()
+    return names is not None and any(name.endswith("attentions") for name in names)
 
 
 def _as_autocast_does(query: Any, *others: Any) -> tuple[Any, ...]:
@@ -246,12 +273,12 @@ def _refuse_unknown(module: Any, others: Mapping[str, Any], ignored: frozenset[s
             raise TypeError(refusal(FUNCTION, f"{rule}; register(ignored=[{name!r}]) ignores it", came, layer))
 
 
-def _mask_and_bias(module: Any, attention_mask: Any, position_bias: Any) -> tuple[Any, Any]:
-    """Who may be seen, and what is added to the scores; each may be None."""
+def _mask_or_numbers(module: Any, attention_mask: Any) -> tuple[Any, Any]:
+    """Who may be seen, or what is added to the scores; None for what the mask is not."""
     import torch
 
     if attention_mask is None:
-        return None, position_bias
+        return None, None
     layer = ("layer", type(module).__name__)
     shape = getattr(attention_mask, "shape", None)
     if shape is None or not isinstance(attention_mask, torch.Tensor) or len(shape) != 4:
@@ -259,11 +286,11 @@ def _mask_and_bias(module: Any, attention_mask: Any, position_bias: Any) -> tupl
         came = ("attention_mask", type(attention_mask).__name__, "" if shape is None else str(tuple(shape)))
         raise ValueError(refusal(FUNCTION, rule, came, layer))
     if attention_mask.dtype == torch.bool:
-        return attention_mask, position_bias
+        return attention_mask, None
     if not attention_mask.is_floating_point():
         rule = "attention_mask has to be boolean, or numbers to add; pass mask.bool() if 1 marks what may be seen"
         raise TypeError(refusal(FUNCTION, rule, ("attention_mask", attention_mask.dtype, str(tuple(shape))), layer))
-    return None, attention_mask if position_bias is None else position_bias + attention_mask
+    return None, attention_mask
 
 
 def _packed(module: Any, query: Any, key: Any, others: Mapping[str, Any], left: int | None, right: int | None) -> Any:
@@ -302,6 +329,47 @@ def _packed(module: Any, query: Any, key: Any, others: Mapping[str, Any], left: 
     if right is not None:
         same = same & (distance <= right)
     return same[:, None]
+
+
+def _of_sequences(module: Any, together: Any, mask: Any, numbers: Any) -> tuple[Any, Any]:
+    """Mask and numbers for packed sequences, of which `together` says who is in one with whom.
+
+    Where attention is in chunks, and transformers does not know of sequences, its mask counts these from the start of
+    the row.  Such a mask is known by its numbers, which nobody waits for, and is made anew; a caller's own is not.
+    """
+    import torch
+
+    given = numbers if mask is None else mask
+    config, (rows, columns) = getattr(module, "config", None), (together.shape[-2], together.shape[-1])
+    size = getattr(config, "attention_chunk_size", None)
+    if not size or given is None or given.shape[-2:] != together.shape[-2:] or columns < rows:
+        return together if mask is None else mask & together, numbers
+    row, column = (torch.arange(count, device=given.device) for count in (rows, columns))
+    row, causal = row[:, None], column <= row[:, None]
+    # Each token sees itself, unless it is padding; transformers leaves that on the left out when it counts.
+    token = (given == 0 if mask is None else mask).diagonal(dim1=-2, dim2=-1)[..., None, :]
+    start = (token.cumsum(-1) == 0).sum(-1, keepdim=True)
+    first = (together[..., :rows] & token).int().argmax(-1, keepdim=True)
+    token = torch.nn.functional.pad(token, (0, columns - rows))
+    by_row, by_sequence = (causal & token & ((row - at) // size == (column - at) // size) for at in (start, first))
+    if mask is None:
+        lowest = numbers.new_full((), torch.finfo(numbers.dtype).min)
+        known = numbers == torch.where(by_row, torch.zeros_like(lowest), lowest)
+    else:
+        known = mask == by_row
+    made = known.all(-1, keepdim=True).all(-2, keepdim=True)
+    if columns > rows and _is_chunked(module) and (_is_recorded() or not bool(made.all() | together.all())):
+        rule = "chunks of packed sequences cannot be counted over a cache of earlier tokens; pass use_cache=False"
+        came = ("queries", rows), ("keys", columns), ("layer", type(module).__name__)
+        raise NotImplementedError(refusal(FUNCTION, rule, *came))
+    together = together & (by_sequence | ~made)
+    return (together, numbers.masked_fill(made, 0)) if mask is None else (together & (mask | made), None)
+
+
+def _is_chunked(module: Any) -> bool:
+    """Whether a layer's attention is in chunks; those of a model that does not say it of each are."""
+    kinds, place = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
+    return kinds is None or place is None or kinds[place] == "chunked_attention"
 
 
 def _keywords(

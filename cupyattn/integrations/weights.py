@@ -12,7 +12,13 @@ TILE_BYTES = 2**25
 
 
 def with_weights(
-    query: Any, key: Any, value: Any, keywords: Mapping[str, Any], last: int | None = None
+    query: Any,
+    key: Any,
+    value: Any,
+    keywords: Mapping[str, Any],
+    last: int | None = None,
+    *,
+    hooked: bool = True,
 ) -> tuple[Any, Any]:
     """Attention, and what each key has of each row: exp(score - lse), without dropout and without what a sink has.
 
@@ -26,6 +32,8 @@ def with_weights(
         Of `cupyattn.attention`.
     last : int, optional
         Weights of so many last rows alone.
+    hooked : bool
+        Whether hooks of saved tensors, as those of checkpointing are, are told of what is saved for the weights.
 
     Returns
     -------
@@ -34,7 +42,13 @@ def with_weights(
         In the queries' dtype; a row that sees no key has zeros.
     """
     out, lse = attention(query, key, value, **keywords, return_lse=True)
-    return out, _weights(query, key, lse, keywords, last)
+    if hooked:
+        return out, _weights(query, key, lse, keywords, last)
+    from torch.autograd.graph import saved_tensors_hooks
+
+    # Detached, an output that is saved does not hold on to itself; autograd ties it to its graph again.
+    with saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):
+        return out, _weights(query, key, lse, keywords, last)
 
 
 def _weights(query: Any, key: Any, lse: Any, keywords: Mapping[str, Any], last: int | None) -> Any:

@@ -37,8 +37,9 @@ DESCALES = ("q_descale", "k_descale", "v_descale")
 def refusal(function: str, rule: str, *shown: tuple[str, object] | tuple[str, object, str]) -> str:
     """The text of an error: function and rule, then what came, one argument a line, aligned."""
     rows = [(name, _in_a_line(value), *note) for name, value, *note in shown]
-    names = max((len(row[0]) for row in rows), default=0)
-    values = max((len(row[1]) for row in rows), default=0)
+    # No default=, which torch.compile does not know, and a call that is compiled may be refused.
+    names = max([0, *(len(row[0]) for row in rows)])
+    values = max([0, *(len(row[1]) for row in rows)])
     lines = [f"{function}: {rule}"]
     for name, value, *note in rows:
         lines.append(f"    {name:<{names}}  {value:<{values}}  {note[0] if note else ''}".rstrip())

@@ -2,6 +2,7 @@
 
 import copy
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -213,6 +214,40 @@ def test_sequences_packed_into_one_row_do_not_see_each_other():
         alone = ours(ids[:, 4:]).logits
     np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
     np.testing.assert_allclose(actual[:, 4:], alone, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+CHUNK = 5
+KINDS_OF_MASKS = {
+    "full": DECODERS["llama"],
+    "sliding": lambda: transformers.MistralConfig(**GROUPED, sliding_window=4),
+    "both": lambda: transformers.Gemma3TextConfig(
+        **GROUPED, head_dim=8, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "in chunks": lambda: transformers.Llama4TextConfig(
+        **GROUPED,
+        head_dim=8,
+        intermediate_size_mlp=48,
+        attention_chunk_size=CHUNK,
+        no_rope_layers=[1, 0],
+        num_local_experts=2,
+    ),
+}
+
+
+@pytest.mark.parametrize("said", ["return_flash_attn_kwargs", "return_seq_idx"])
+@pytest.mark.parametrize("lengths", [(7, 8), (3, 1, 9)], ids=str)
+@pytest.mark.parametrize("name", KINDS_OF_MASKS)
+def test_what_a_collator_packs_gives_what_its_sequences_give_alone(name, lengths, said):
+    _, ours = both(name, KINDS_OF_MASKS[name])
+    several = [torch.randint(2, WORDS, (length,)) for length in lengths]
+    collate = transformers.DataCollatorWithFlattening(return_tensors="pt", **{said: True})
+    packed = collate([{"input_ids": each.tolist()} for each in several])
+    del packed["labels"]
+    with torch.no_grad():
+        expected = torch.cat([ours(each[None]).logits[0] for each in several])
+        for more in ({}, {"use_cache": False}, {"attention_mask": torch.ones_like(packed["input_ids"])}):
+            actual = ours(**packed, **more).logits[0]
+            np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.abs().max()))
 
 
 def test_a_callers_own_mask_of_numbers_is_added():
@@ -706,6 +741,89 @@ def test_packed_queries_that_follow_their_caches_are_the_last_of_their_sequences
     visible = torch.zeros(5, 9, dtype=torch.bool)
     visible[:2, :4], visible[2:, 4:] = band(2, 4, 99, 0, shift=2), band(3, 5, 99, 0, shift=2)
     assert_close(attend(Layer(), q, k, v, None, **starts)[0], definition(q, k, v, visible))
+
+
+class Chunked(Layer):
+    """A layer whose attention is in chunks of three."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = types.SimpleNamespace(attention_chunk_size=3)
+
+
+LOWEST = torch.tensor(torch.finfo(torch.float64).min, dtype=torch.float64)
+
+
+def in_chunks(starts, length, size=3):
+    """(length, length): causal, and the same chunk, counted from the last of these starts."""
+    place = torch.cat([torch.arange(n) for n in torch.tensor([*starts, length]).diff().tolist()])
+    sequence = torch.tensor([*starts, length]).diff()
+    sequence = torch.arange(len(sequence)).repeat_interleave(sequence)
+    chunk = sequence * length + place // size
+    return (chunk == chunk[:, None]) & torch.ones(length, length).tril().bool()
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("said", ["cu_seq_lens", "seq_idx"])
+@pytest.mark.parametrize("mask", ["boolean", "numbers"])
+@pytest.mark.parametrize("padding", [0, 2])
+def test_chunks_are_counted_in_each_packed_sequence(padding, mask, said, is_compiled, compiled):
+    q, k, v = operands(9, 9, batch=1)
+    starts = {"cu_seq_lens_q": STARTS, "cu_seq_lens_k": STARTS}
+    packed = {"cu_seq_lens": starts, "seq_idx": {"seq_idx": torch.tensor([[0] * 4 + [1] * 5])}}[said]
+    token = torch.arange(9) >= padding
+    by_row = in_chunks([0, padding] if padding else [0], 9) & token
+    visible = in_chunks([0, padding, 4] if padding else [0, 4], 9) & token
+    assert not torch.equal(by_row & TOGETHER, visible)
+    given = {"boolean": by_row, "numbers": torch.where(by_row, torch.zeros_like(LOWEST), LOWEST)}[mask].expand(
+        1, 1, 9, 9
+    )
+    layer, bias = Chunked(), torch.linspace(-1, 1, 9, dtype=torch.float64).expand(1, 4, 9, 9)
+
+    def call(*arrays):
+        return attend(layer, *arrays, given, position_bias=bias, **packed)[0]
+
+    out = (compiled(call) if is_compiled else call)(q, k, v)
+    expected = definition(q, k, v, visible, bias=bias)
+    assert_close(out[:, padding:], expected[:, padding:])
+    assert (out[:, :padding] == 0).all()
+
+
+@pytest.mark.parametrize("mask", ["boolean", "numbers"])
+def test_a_callers_own_mask_of_packed_sequences_is_not_one_of_chunks(mask):
+    q, k, v = operands(9, 9, batch=1)
+    visible = band(9, 9, 99, 0)
+    visible[8, 5] = False
+    given = {"boolean": visible, "numbers": torch.where(visible, torch.zeros_like(LOWEST), LOWEST)}[mask].expand(
+        1, 1, 9, 9
+    )
+    out, _ = attend(Chunked(), q, k, v, given, cu_seq_lens_q=STARTS, cu_seq_lens_k=STARTS)
+    assert_close(out, definition(q, k, v, visible & TOGETHER))
+
+
+def test_a_row_of_each_batch_has_chunks_of_its_own():
+    q, k, v = operands(9, 9, batch=2)
+    given = torch.stack([in_chunks([0], 9), band(9, 9, 99, 0)])[:, None]  # the second is a caller's own
+    sequences = torch.tensor([[0] * 4 + [1] * 5, [0] * 2 + [1] * 7])
+    out, _ = attend(Chunked(), q, k, v, given, seq_idx=sequences)
+    second = sequences[1] == sequences[1][:, None]
+    assert_close(out, definition(q, k, v, torch.stack([in_chunks([0, 4], 9), given[1, 0] & second])[:, None]))
+
+
+def test_chunks_over_the_room_of_a_cache_are_counted_and_over_earlier_tokens_refused():
+    q, k, v = operands(4, 6, batch=1)
+    starts = {"cu_seq_lens_q": torch.tensor([0, 2, 4]), "cu_seq_lens_k": torch.tensor([0, 2, 4])}
+    room = torch.nn.functional.pad(in_chunks([0], 4), (0, 2))
+    out, _ = attend(Chunked(), q, k, v, room.expand(1, 1, 4, 6), **starts)
+    assert_close(out, definition(q, k, v, torch.nn.functional.pad(in_chunks([0, 2], 4), (0, 2))))
+    earlier = in_chunks([0], 6)[2:].expand(1, 1, 4, 6)
+    with pytest.raises(NotImplementedError, match=r"(?s)chunks of packed sequences cannot be counted over.*Chunked"):
+        attend(Chunked(), q, k, v, earlier, **starts)
+    alone = {"cu_seq_lens_q": torch.tensor([0, 4]), "cu_seq_lens_k": torch.tensor([0, 6])}
+    assert_close(attend(Chunked(), q, k, v, earlier, **alone)[0], definition(q, k, v, earlier))
+    full = Chunked()
+    full.config.layer_types, full.layer_idx = ["chunked_attention", "full_attention"], 1
+    attend(full, q, k, v, earlier, **starts)
 
 
 @pytest.mark.parametrize(

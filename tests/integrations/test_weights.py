@@ -1,5 +1,11 @@
 """The weights of attention: what "eager" gives, tile by tile."""
 
+import copy
+import functools
+import importlib.util
+import types
+import weakref
+
 import numpy as np
 import pytest
 
@@ -9,7 +15,9 @@ transformers = pytest.importorskip("transformers", minversion="5.0")
 from integrations.test_transformers import (  # noqa: E402 - skipped above where they are missing
     DECODERS,
     ENCODERS_DECODERS,
+    GROUPED,
     TINY,
+    WORDS,
     Layer,
     both,
     operands,
@@ -22,6 +30,10 @@ from cupyattn.integrations.transformers import attend, register  # noqa: E402 - 
 
 MODELS = {**DECODERS, "bert": lambda: transformers.BertConfig(**TINY), "t5": ENCODERS_DECODERS["t5"]}
 SEVERAL = ("attentions", "decoder_attentions", "encoder_attentions", "cross_attentions")
+since_they_are_collected = pytest.mark.skipif(
+    importlib.util.find_spec("transformers.utils.output_capturing") is None,
+    reason="before 5.2 nobody is told what models collect",
+)
 SMALL = pytest.mark.parametrize("tile", [2**25, 1500], ids=["one tile", "several tiles"])
 
 
@@ -58,6 +70,168 @@ def test_a_step_over_a_cache_gives_the_weights_of_its_token():
     for mine, theirs in zip(actual.attentions, expected.attentions, strict=True):
         for one, other in zip(mine, theirs, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": WORDS, "n_positions": 64, "eos_token_id": None}
+NO_DROPOUT = {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
+UNTOLD = {
+    "GPT2LMHeadModel": lambda: transformers.GPT2Config(**GPT, **NO_DROPOUT),
+    "GPTBigCodeForCausalLM": lambda: transformers.GPTBigCodeConfig(**GPT, **NO_DROPOUT),
+    "OPTForCausalLM": lambda: transformers.OPTConfig(
+        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=WORDS, word_embed_proj_dim=32
+    ),
+    "PersimmonForCausalLM": lambda: transformers.PersimmonConfig(**TINY),
+    "StableLmForCausalLM": lambda: transformers.StableLmConfig(**GROUPED),
+    "SiglipVisionModel": lambda: transformers.SiglipVisionConfig(**VISION),
+    "VideoMAEModel": lambda: transformers.VideoMAEConfig(**VISION, num_frames=2, tubelet_size=2),
+}
+"""Models whose layers are not told that weights are wanted."""
+
+
+def untold(name):
+    """(the model under "eager", under ours, what it reads)."""
+    torch.manual_seed(5)
+    eager = getattr(transformers, name)._from_config(UNTOLD[name](), attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in eager.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.4)
+    ours = copy.deepcopy(eager)
+    ours.set_attn_implementation("cupyattn")
+    if name == "SiglipVisionModel":
+        return eager, ours, {"pixel_values": torch.randn(1, 3, 16, 16)}
+    if name == "VideoMAEModel":
+        return eager, ours, {"pixel_values": torch.randn(1, 2, 3, 16, 16)}
+    return eager, ours, {"input_ids": prompts(padded=False)[0]}
+
+
+def assert_same_weights(actual, expected):
+    assert len(actual) == len(expected) == 2
+    for mine, theirs in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(mine.detach(), theirs.detach(), rtol=1e-4, atol=2e-5)
+
+
+@since_they_are_collected
+@pytest.mark.parametrize("name", UNTOLD)
+def test_models_that_tell_no_layer_give_eagers_weights(name):
+    eager, ours, batch = untold(name)
+    with torch.no_grad():
+        expected = eager(**batch, output_attentions=True).attentions
+        assert_same_weights(ours(**batch, output_attentions=True).attentions, expected)
+        assert not getattr(ours(**batch), "attentions", None)
+
+
+@since_they_are_collected
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_a_configuration_asks_for_weights_too(name):
+    eager, batch = both("llama", DECODERS["llama"])[0], {"input_ids": prompts(padded=False)[0]}
+    if name != "LlamaForCausalLM":
+        eager, _, batch = untold(name)
+    eager.config.output_attentions = True
+    with torch.no_grad():
+        expected = eager(**batch).attentions
+        eager.set_attn_implementation("cupyattn")
+        assert_same_weights(eager(**batch).attentions, expected)
+
+
+@since_they_are_collected
+def test_generating_gives_weights_of_layers_that_are_not_told():
+    eager, ours, batch = untold("GPT2LMHeadModel")
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_attentions": True}
+    expected, actual = (model.generate(**batch, **options, pad_token_id=0).attentions for model in (eager, ours))
+    assert len(actual) == 3
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert_same_weights(mine, theirs)
+
+
+@since_they_are_collected
+@pytest.mark.parametrize("is_reentrant", [False, True])
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "StableLmForCausalLM"])
+def test_checkpointed_layers_that_are_not_told_have_the_gradients_of_others(name, is_reentrant):
+    """Nothing is collected when they are computed again."""
+    _, ours, batch = untold(name)
+
+    def gradients():
+        ours.zero_grad()
+        found = ours.train()(**batch, output_attentions=True, use_cache=False)
+        assert len(found.attentions) == 2
+        loss = found.logits.square().mean()
+        if not is_reentrant:  # which gives weights without gradients, under "eager" as well
+            loss = loss + sum(each.square().sum() for each in found.attentions)
+        loss.backward()
+        return torch.cat([each.grad.flatten() for each in ours.parameters() if each.grad is not None])
+
+    expected = gradients()
+    again = torch.utils.checkpoint.checkpoint
+    for layer in ours.modules():
+        if hasattr(layer, "gradient_checkpointing"):
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = functools.partial(again, use_reentrant=is_reentrant)
+    np.testing.assert_allclose(gradients(), expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["llama", pytest.param("GPT2LMHeadModel", marks=since_they_are_collected)])
+def test_a_compiled_model_that_is_asked_for_weights_gives_eagers_without_a_warning(name, capfd):
+    eager, ours, batch = untold(name) if name in UNTOLD else (*both(name, DECODERS[name]), {"input_ids": prompts(0)[0]})
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = eager(**batch, output_attentions=True).attentions
+        found = torch.compile(ours, backend="eager")
+        for _ in range(2):
+            assert_same_weights(found(**batch, output_attentions=True).attentions, expected)
+            assert not found(**batch).attentions
+    assert "incorrect arg count" not in capfd.readouterr().err
+    torch._dynamo.reset()
+
+
+def test_a_layer_alone_is_one_graph_with_and_without_a_collector():
+    class Nothing:
+        compiling = False
+        get = None  # which dynamo cannot follow
+
+    layer, arrays = Layer(), operands()
+    torch._dynamo.reset()
+    call = torch.compile(
+        lambda *given: attend(layer, *given, None, collector=Nothing)[0], fullgraph=True, backend="eager"
+    )
+    assert torch.equal(call(*arrays), attend(layer, *arrays, None)[0])
+    torch._dynamo.reset()
+
+
+class Held:
+    def __call__(self, *_):
+        return None
+
+
+def test_weights_that_are_collected_are_kept_from_hooks_and_freed():
+    q, k, v = (x.requires_grad_() for x in operands())
+    collector = types.SimpleNamespace(compiling=False, get=lambda: {"cross_attentions": []})
+    told = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: told.append(1) or x, lambda x: x):
+        plain = attend(Layer(), q, k, v, None)[0]
+        before = len(told)
+        out, weights = attend(Layer(), q, k, v, None, collector=collector)
+    assert torch.equal(out, plain)
+    assert len(told) == 2 * before > 0
+    expected = attend(Layer(), q, k, v, None, output_attentions=True)[1]
+    (one,), (other,) = (torch.autograd.grad(x.square().sum(), q) for x in (weights, expected))
+    np.testing.assert_allclose(one, other, rtol=1e-12)
+
+    scaled, held = 2 * q, Held()
+    scaled.grad_fn.register_hook(held)  # which lives as long as the graph above it
+    lives = weakref.ref(held)
+    found = attend(Layer(), scaled, k, v, None, collector=collector)
+    del scaled, held
+    assert lives()
+    del found
+    assert not lives()
 
 
 @SMALL
