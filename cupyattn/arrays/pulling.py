@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from cupyattn.arrays.operators import Operator
-from cupyattn.arrays.registering import PLACE, Registered, tensors_of, with_tensors
+from cupyattn.arrays.registering import PLACE, Registered, no_second_derivative, tensors_of, with_tensors
 from cupyattn.arrays.shapes import Values
-from cupyattn.arrays.torch import no_forward_derivative, no_second_derivative, results_at_hand
+from cupyattn.arrays.torch import results_at_hand
 
 
 def add_gradients(operator: Operator, made: Registered) -> None:
@@ -48,8 +48,7 @@ def add_gradients(operator: Operator, made: Registered) -> None:
     def refuse(ctx: Any, grads: Any) -> Any:
         raise RuntimeError(no_second_derivative(operator.name))
 
-    no_tangents = no_forward_derivative(operator.name)
-    gradients.differentiate(lambda ctx, args, results: None, refuse, no_tangents, is_list=True)
+    gradients.differentiate(lambda ctx, args, results: None, refuse, is_list=True)
 
     def remember(ctx: Any, args: list[Any], results: tuple[Any, ...]) -> None:
         tensors = list(tensors_of(args))
@@ -65,7 +64,7 @@ def add_gradients(operator: Operator, made: Registered) -> None:
         found = iter(gradients.operator(list(grads), list(kept), *args.values()))
         return [next(found) if x.is_floating_point() else None for x in tensors]
 
-    made.differentiate(remember, differentiate, no_tangents, is_list=not operator.gives)
+    made.differentiate(remember, differentiate, is_list=not operator.gives)
 
 
 def _uses_results(first: Any, values: Values) -> bool:

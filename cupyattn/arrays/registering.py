@@ -104,12 +104,12 @@ class Registered:
         self.library.impl(self.name, call, "Autograd", with_keyset=True)
         self.library.impl(self.name, overwrite, "ADInplaceOrView", with_keyset=True)
 
-    def differentiate(self, remember: Remember, pull_back: PullBack, no_tangents: str, is_list: bool = False) -> None:
-        """By gradients that `pull_back` makes of what was remembered; `no_tangents` says that there is no other way."""
+    def differentiate(self, remember: Remember, pull_back: PullBack, is_list: bool = False) -> None:
+        """By gradients that `pull_back` makes of what was remembered; there is no other way."""
         import torch
         from torch._functorch.utils import enable_single_level_autograd_function
 
-        step = _step(self._below_autograd, remember, pull_back, no_tangents)
+        step = _step(self._below_autograd, remember, pull_back, no_forward_derivative(self.name.removesuffix("_vjp")))
 
         def call(keys: Any, *args: Any) -> Any:
             watched = torch.is_grad_enabled() and any(x.requires_grad for x in tensors_of(args))
@@ -143,6 +143,15 @@ class Registered:
 
 _LIBRARIES: list[Any] = []
 """torch forgets what they define once they are gone."""
+
+
+def no_forward_derivative(function: str) -> str:
+    rule = "has no forward-mode derivative; torch.autograd.grad and torch.func.grad, vjp and jacrev have one"
+    return refusal(function, rule)
+
+
+def no_second_derivative(function: str) -> str:
+    return refusal(function, "has first derivatives only, and a gradient of one was asked for")
 
 
 def _stacked(calls: Sequence[Any]) -> tuple[Any, Any]:

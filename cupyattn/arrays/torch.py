@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from cupyattn.arrays import plainness
+from cupyattn.arrays import counting, plainness
 from cupyattn.arrays.library import CAST, Arrays, Job, Library, Traced, check_no_overlap, reach_of
+from cupyattn.arrays.registering import no_forward_derivative, no_second_derivative
 from cupyattn.cpu import lent_by_torch
 from cupyattn.problem import Alignment, Array, Shape, Spec
 from cupyattn.reading import refusal
@@ -39,6 +40,9 @@ class Torch(Library):
             f"{plainness.TRACEABLE}"
         )
         raise Traced(refusal(function, rule))
+
+    def before_work(self, specs: Any, steps: Any) -> None:
+        counting.count(sum(plan.flops for _, plan in steps))
 
     def surroundings(self, array: Any) -> Hashable | None:
         return plainness.surroundings(array)
@@ -295,6 +299,7 @@ def _backwards() -> Any:
                 )
                 raise NotImplementedError(refusal(job.function, rule))
             assert job.backward is not None
+            counting.count_backward(job.call)
             handed: Any = (lambda x: x) if job.at_home else TORCH.to_numpy
             known = {name: handed(x) for name, x in zip(job.kept, tensors[len(operands) :], strict=False)} | {
                 f"d{name}": None if x is None else handed(x) for name, x in gradients.items()
@@ -383,15 +388,6 @@ def _at_hand(spec: Spec, result: Any, like: Any) -> Any:
     if result is None:
         return torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=like.device)
     return result.detach().view(spec.shape)
-
-
-def no_forward_derivative(function: str) -> str:
-    rule = "has no forward-mode derivative; torch.autograd.grad and torch.func.grad, vjp and jacrev have one"
-    return refusal(function, rule)
-
-
-def no_second_derivative(function: str) -> str:
-    return refusal(function, "has first derivatives only, and a gradient of one was asked for")
 
 
 TORCH = Torch()
