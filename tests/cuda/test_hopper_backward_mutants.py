@@ -25,8 +25,8 @@ FETCH, COMPUTE, TILES = "gradients90.cuh", "hopper_backward.cu", "gradients_tili
 MUTANTS = [
     # ---- Rings
     Mutant("tiles are there without their facts", FETCH, "Traits::kTurned ? 2 : 1", "1", "keys"),
-    Mutant("one warp of each warpgroup empties all", FETCH, "2 : 1, 4 * Traits::kConsumers);", "2 : 1, Traits::kConsumers);",
-           "queries"),
+    Mutant("one warp of each warpgroup empties all", FETCH, "2 : 1, 4 * Traits::kConsumers);",
+           "2 : 1, Traits::kConsumers);", "queries"),
     Mutant("one warpgroup has new staying tiles loaded", FETCH, "staying_ring().init(1, 4 * Traits::kConsumers)",
            "staying_ring().init(1, 1)", "keys"),
     Mutant("half of what stays is expected", FETCH, "Traits::kStayingBytes);\n            if",

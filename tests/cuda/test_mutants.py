@@ -249,8 +249,8 @@ MUTANTS = [
     Mutant("lse of another sequence", "flash.cu", "head * params.lse_head + sequence.first_row;",
            "head * params.lse_head;", "flash"),
     Mutant("last tile first, by one", "flash.cu", "tiles - 1 - place", "tiles - place", "flash"),
-    Mutant("no tiles at all", "tiling.cuh", "larger(1, ceil_div(longest * heads, size))", "larger(2, ceil_div(longest * heads, size))",
-           "flash"),
+    Mutant("no tiles at all", "tiling.cuh", "larger(1, ceil_div(longest * heads, size))",
+           "larger(2, ceil_div(longest * heads, size))", "flash"),
     # ---- splitkv.cu
     Mutant("out not rescaled while splitting", "splitkv.cu", "out[m].scale_rows(shrink);", "", "split"),
     Mutant("heads of the first group", "splitkv.cu", "return first_head + (first_row + row)",
