@@ -151,7 +151,8 @@ DROPPED = """
     def late(*arguments):
         time.sleep(1.0)
         served(*arguments)
-        print("answered", flush=True)
+        sys.stdout.write("answered\\n")  # at once, beside the other device's
+        sys.stdout.flush()
 
     SERVERS["cpu"] = late
     program(q)
