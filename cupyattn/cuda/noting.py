@@ -23,6 +23,7 @@ def notes(lie: Mapping[str, View], problem: Problem, plan: Plan) -> tuple[str, .
         reasons = map_objections(problem, lie)
         other = "nothing" if plan.instead.kernel == "none" else plan.instead.kernel
         found += [f"{other} runs instead: no tensor map, {reason}" for reason in reasons]
-    if plan.kernel == "hopper_backward" and not any("is copied" in note for note in found):
+    copied = any(has_to_be_copied(name, *lie[name][1:], problem.sizes.batch_shape) for name in ("q", "k", "v"))
+    if plan.kernel == "hopper_backward" and not copied:  # copies are as they should be
         found += [f"{name} is copied: no tensor map, {reason}" for name, reason in to_be_mapped(problem, lie).items()]
     return tuple(found)
