@@ -1,7 +1,9 @@
 """A small share of `make attack`; calls interrupted at every instruction are in `test_cache_interrupted.py`."""
 
 import attack
+import numpy as np
 import pytest
+from attacks.witness import share_of
 
 SHARES = {
     "interrupted": 1500,
@@ -41,3 +43,8 @@ def test_what_is_lost_is_told_and_fails(monkeypatch, capsys):
     )
     assert attack.main()
     assert "seed 5: x" in capsys.readouterr().out
+
+
+def test_a_share_that_is_hardly_a_number_is_none_of_zero():
+    gap = np.array([-800.0, -740.0, 0.0, 740.0])
+    assert share_of(gap, np.zeros(4)).tolist() == [0.0, np.exp(-740.0), 0.5, 1.0]

@@ -192,7 +192,9 @@ def log_sum_exp_of_others(x):
 
 
 def share_of(x, others):
-    return np.where(np.isneginf(x), 0.0, 1.0 / (1.0 + np.exp(others - x)))
+    """exp(x) of exp(x) + exp(others), to the smallest number there is: its inverse would be infinite before."""
+    above = np.exp(-np.abs(x - others))
+    return np.where(np.isneginf(x), 0.0, np.where(x < others, above, 1.0) / (1.0 + above))
 
 
 def shared(array, heads):
