@@ -14,7 +14,7 @@
 // Source   Dao, FlashAttention-2, 2023, algorithm 2 (arXiv 2307.08691).
 // Needs    sm_80; lse_log2 and delta, see backward_rows.cu.
 // Launch   one block per (tile that stays, query head or owner, sequence), the tile fastest (see gradients_tiling.cuh);
-//          kThreads; kSharedBytes.
+//          backward_again: one per 32 of hopper_backward.cu's blocks, or more; kThreads; kSharedBytes.
 
 #include "algorithm/gradients.cuh"
 
@@ -122,19 +122,41 @@ DEVICE void backward_of_block(const BackwardParams& params) {
     constexpr bool kTurned = Traits::kTurned;
     using Pass = BackwardPass<Traits, false>;
     const int shared = Pass::heads_of_block(params), owners = params.num_heads / shared;
-    const Place place = staying_place<kTurned, kPacked>(params, owners, Traits::kStays);
+    const Place place = staying_place<kTurned, kPacked>(ptx::block_x(), params, owners, Traits::kStays);
     const Sequence sequence = sequence_at(place.sequence, params);
-    // Under a causal mask the last queries see the most keys, and the first keys are seen by the most queries.
-    const int tile = kTurned || params.right == kOpen ? place.tile : place.tiles - 1 - place.tile;
-    const int first = tile * Traits::kStays;
+    const int first = first_row_of<kTurned>(place, params, Traits::kStays);
     if (first >= (kTurned ? sequence.band.seqlen_k : sequence.band.seqlen_q)) return;
-    if (params.grad.flags) {  // only tiles in which hopper_backward.cu met what is not finite
-        const int64 flag = flag_of<kTurned, kPacked>(params, owners, place.sequence, place.owner, first);
-        if (!ptx::load_global(params.grad.flags + flag)) return;
-    }
     Pass block(params, sequence);
     if (block.run(place.owner * shared, first))  // told by what the block knows, which nothing else is kept for
         backward_with_care<Traits>(params, block.sequence.index, block.head - (shared - 1), block.first);
+}
+
+// Tiles in which hopper_backward.cu met what is not finite.  A block looks at up to a warp's lanes of flags, so many blocks
+// apart from each other that tiles which are flagged together are shared out; each of its warps looks by itself, and anew
+// each time, so that little is kept while a tile is made.
+template <typename Traits, bool kPacked>
+DEVICE void backward_again_of_blocks(const BackwardParams& params) {
+    constexpr bool kTurned = Traits::kTurned;
+    static_assert(kFlaggedRows % Traits::kStays == 0, "a tile that is flagged is some of these");
+    const int shared = BackwardPass<Traits, true>::heads_of_block(params), owners = params.num_heads / shared;
+    int lane = 0, done = 0;  // the first whose flag is not done with, and the rows of its tile that are
+#pragma unroll 1
+    while (true) {
+        const int its = ptx::block_x() + ptx::lane() * ptx::grid_x();
+        lane = ptx::first_lane(ptx::lane() >= lane && its < staying_blocks<kTurned, kPacked>(params, owners, kFlaggedRows) &&
+                               ptx::load_global(params.grad.flags + its));
+        if (lane == 32) return;
+        const int flagged = ptx::block_x() + lane * ptx::grid_x();
+        const Place place = staying_place<kTurned, kPacked>(flagged, params, owners, kFlaggedRows);
+        const Band band = sequence_at(place.sequence, params).band;
+        const int row = first_row_of<kTurned>(place, params, kFlaggedRows) + done;
+        if (done == kFlaggedRows || row >= (kTurned ? band.seqlen_k : band.seqlen_q)) {
+            ++lane, done = 0;
+        } else {
+            backward_with_care<Traits>(params, place.sequence, place.owner * shared, row);
+            done += Traits::kStays;
+        }
+    }
 }
 
 template <typename Traits>
@@ -144,6 +166,14 @@ __global__ void __launch_bounds__(Traits::kThreads, 1) backward(const __grid_con
 template <typename Traits>
 __global__ void __launch_bounds__(Traits::kThreads, 1) backward_packed(const __grid_constant__ BackwardParams params) {
     backward_of_block<Traits, true>(params);
+}
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) backward_again(const __grid_constant__ BackwardParams params) {
+    backward_again_of_blocks<Traits, false>(params);
+}
+template <typename Traits>
+__global__ void __launch_bounds__(Traits::kThreads, 1) backward_again_packed(const __grid_constant__ BackwardParams params) {
+    backward_again_of_blocks<Traits, true>(params);
 }
 
 }  // namespace cupyattn

@@ -12,18 +12,19 @@
 //     sums += weights @ b, dscores @ a                     of moving rows
 //
 // where a is q and k, and b is dout and v (see gradients.cuh).  A pair that is not seen gives nothing, but 0 * nan would
-// be nan: tiles whose sums are not finite are flagged, and backward.cu, launched behind this, makes those again.
+// be nan: tiles whose sums are not finite are flagged, and backward.cu's backward_again, launched behind this, makes those
+// once more.
 //
 // Twin     cpu.flash.flash_backward, in float64 with the same names.
 // Source   Dao, FlashAttention-2, 2023, algorithm 2; Shah et al., FlashAttention-3, 2024: warp specialisation.
-// Needs    sm_90a; lse_log2 and delta, see backward_rows.cu; flags, zero.
+// Needs    sm_90a; lse_log2 and delta, see backward_rows.cu; a flag for each block, zero.
 // Launch   as backward.cu.
 
 #include "algorithm/gradients90.cuh"
 
 namespace cupyattn {
 
-template <typename Traits, bool kPacked>
+template <typename Traits>
 struct HopperGradients {
     using Element = typename Traits::Element;
     static constexpr int kMoves = Traits::kMoves, kSteps = kMoves / 16;
@@ -72,11 +73,7 @@ struct HopperGradients {
         bool suspicious = false;
         if constexpr (Traits::kSumsA) suspicious |= store_a();
         if constexpr (Traits::kSumsB) suspicious |= store_b();
-        if (ptx::any(suspicious) && ptx::lane() == 0) {
-            const int owners = params.num_heads / (tile.heads.stop - tile.heads.start);
-            const int64 flag = flag_of<kTurned, kPacked>(params, owners, tile.sequence.index, tile.owner, tile.first);
-            ptx::atomic_add(params.grad.flags + flag, 1);
-        }
+        if (ptx::any(suspicious) && ptx::lane() == 0) ptx::atomic_add(params.grad.flags + ptx::block_x(), 1);
     }
 
     DEVICE_METHOD void load_row_facts() {
@@ -302,7 +299,7 @@ DEVICE void hopper_backward_of_block(const HopperBackwardParams& given) {
         if (Traits::kTurned && ptx::warp() == 1) fetch_facts<Traits>(given.params, memory, tile);
     } else {
         ptx::more_registers<Traits::kConsumerRegisters>();
-        HopperGradients<Traits, kPacked>(given.params, memory, tile, warpgroup - 1).run();
+        HopperGradients<Traits>(given.params, memory, tile, warpgroup - 1).run();
     }
 }
 

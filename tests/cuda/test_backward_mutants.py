@@ -16,7 +16,7 @@ import pytest
 from cases import additive, slopes
 from emulated import definition, operands, options_of, problem_of, ragged_operands, ragged_options
 from emulated_backward import A100, Call, check, with_dout
-from mutants import Mutant, assert_caught, groups_of, some_of_them
+from mutants import Mutant, assert_caught, groups_of, misplaced, some_of_them
 
 from cupyattn.plan import OF_BIAS, OF_KEYS, OF_QUERIES, OF_VALUES, BackwardTile
 
@@ -45,8 +45,8 @@ MUTANTS = [
            "kNumStages & 0", "dq, tall"),
     Mutant("facts read from the other stage", "gradients.cuh", "column_facts + stage_offset(turn) + 64",
            "column_facts + stage_offset(turn + 1) + 64", "dk and dv, tall"),
-    Mutant("facts left in the first stage", "gradients.cuh", "column_facts + stage_offset(turn) + 16",
-           "column_facts + 16", "dk and dv, tall"),
+    Mutant("facts left in the first stage", "gradients.cuh", "column_facts + stage_offset(turn) + 4 * number",
+           "column_facts + 4 * number", "dk and dv, tall"),
     Mutant("facts over the next stage", "traits.cuh", "(kTurned ? 8 * kMoves : 0)", "0", "dk and dv, tall"),
     Mutant("strays taken while others multiply", "gradients.cuh",
            "ptx::barrier();  // everybody has the products with what is not finite", "", "dq"),
@@ -58,7 +58,7 @@ MUTANTS = [
            "ptx::from_bits(facts[0])", "dk and dv"),
     Mutant("lse for delta", "gradients.cuh", "ptx::from_bits(facts[2 + i % 2])", "ptx::from_bits(facts[i % 2])",
            "dk and dv"),
-    Mutant("facts behind the last query", "gradients.cuh", "if (token >= sequence.band.seqlen_q) continue;", "",
+    Mutant("facts behind the last query", "gradients.cuh", "if (token < sequence.band.seqlen_q)", "if (true)",
            "dk and dv"),
     Mutant("lse behind the last query", "gradients.cuh",
            "exists(m, half) ? ptx::load_global(params.grad.lse_log2 + place)",
@@ -101,7 +101,8 @@ MUTANTS = [
            "(tile - sequence + 2) * size;", "dk and dv, sequences"),
     Mutant("a tile counted twice", "tiling.cuh", "first_of(sequence + 1) - first}",
            "first_of(sequence + 1) - first + 1}", "dq"),
-    Mutant("last tile first, by one", "backward.cu", "place.tiles - 1 - place.tile", "place.tiles - place.tile", "dq"),
+    Mutant("last tile first, by one", "gradients_tiling.cuh", "place.tiles - 1 - place.tile",
+           "place.tiles - place.tile", "dq"),
     # ---- Who sees whom
     Mutant("lengths of the other side", "gradients.cuh",
            "smaller(Traits::kStays, (kTurned ? sequence.band.seqlen_k : sequence.band.seqlen_q)",
@@ -245,17 +246,16 @@ MUTANTS = [
            "dk and dv, sequences"),
     Mutant("dq over the first sequence's", "backward.cu", "sequence.first_row * grad.of_dq.row", "0", "dq"),
     Mutant("rows that do not exist are stored", "gradients.cuh",
-           "if (!exists(m, half)) continue;\n                const int64", "const int64", "dq"),
+           "if (own >= num_staying()) continue;", "", "dq"),
     Mutant("columns that do not exist are stored", "gradients.cuh", "if (8 * block < num_cols) {", "if (true) {",
            "dk and dv"),
     Mutant("both halves are the first", "gradients.cuh", "pair[2 * half] * factor, pair[2 * half + 1]",
            "pair[0] * factor, pair[1]", "dq"),
-    Mutant("rows stored from the first on", "gradients.cuh", "start + row(m, half) * row_stride",
-           "start + (row(m, half) - first) * row_stride", "dq"),
+    Mutant("rows stored from the first on", "gradients.cuh", "start + (first + own) * row_stride",
+           "start + own * row_stride", "dq"),
     Mutant("a pair stored backwards", "numbers.cuh", "ptx::pack<Half>(a, b)", "ptx::pack<Half>(b, a)", "dq"),
     Mutant("one number of a pair of float32", "numbers.cuh", "+ index + 1, b);", "+ index + 1, a);",
            "dk and dv, sequences"),
-    Mutant("the last tile first, by one", "backward.cu", "tiles - 1 - place", "tiles - place", "dq"),
     Mutant("as many tiles as of queries", "gradients_tiling.cuh", "kTurned ? params.seqlen_k : params.seqlen_q",
            "params.seqlen_q", "dk and dv"),
     Mutant("ends where the queries end", "backward.cu",
@@ -263,7 +263,8 @@ MUTANTS = [
            "dk and dv, sequences"),
     Mutant("owners side by side", "backward.cu", "block.run(place.owner * shared, first)",
            "block.run(place.owner, first)", "dk alone"),
-    Mutant("as many owners as heads", "backward.cu", "owners = params.num_heads / shared", "owners = params.num_heads",
+    Mutant("as many owners as heads", "backward.cu", "owners = params.num_heads / shared;\n    const Place",
+           "owners = params.num_heads;\n    const Place",
            "dk alone"),
     # ---- backward_rows.cu
     Mutant("no gradient of lse", "backward_rows.cu", "if (grad.dlse) delta -=", "if (false) delta -=", "dq"),
@@ -506,6 +507,10 @@ GROUPS = {
     "shares": of_shares,
     "dbias": of_a_bias,
 }
+
+
+def test_every_bug_has_its_place():
+    assert misplaced(MUTANTS) == []
 
 
 @pytest.mark.parametrize("group", groups_of(GROUPS, MUTANTS))

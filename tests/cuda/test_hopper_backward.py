@@ -9,6 +9,7 @@ from emulated import marks_of, operands, options_of, ragged_operands, ragged_opt
 from emulated_backward import Call, hold, with_dout
 from emulator import ONE_IS_LATE
 
+from cupyattn.cuda.launching import gradients
 from cupyattn.problem import NAMED_DEVICES
 
 H100 = replace(NAMED_DEVICES["H100"], num_units=1)  # full with one block
@@ -170,6 +171,20 @@ def test_what_is_hidden_or_not_finite_shows_where_it_is_seen(rng, schedule):
     flags = call.scratch["flags"]
     assert flags.any()
     assert not flags.all()
+
+
+def test_a_block_makes_all_tiles_again_whose_flags_it_finds(rng, monkeypatch):
+    """Of sequences end to end, too."""
+    monkeypatch.setattr(gradients, "LOOKING", 1)
+    gradients._recipe.cache_clear()
+    call = check(*ragged(rng, np.nan, **CAUSAL), 1)
+    arrays, options = made(rng, seqlens=(140, 170), **CAUSAL)
+    arrays["dout"][0, 3, 1, 5] = np.inf
+    more = check(arrays, options, 2)
+    gradients._recipe.cache_clear()
+    for each in (call, more):
+        assert [step.grid for *_, step in each.launches[2::2]] == [1, 1]
+        assert each.scratch["flags"].sum() > 1
 
 
 def test_flags_are_not_needed_where_all_is_finite(rng):

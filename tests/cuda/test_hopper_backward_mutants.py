@@ -10,7 +10,7 @@ import pytest
 from emulated import operands, options_of, ragged_operands, ragged_options
 from emulated_backward import Call, hold, with_dout
 from emulator import EmulatorError
-from mutants import Mutant, assert_caught
+from mutants import Mutant, assert_caught, misplaced
 
 from cupyattn.cuda.launching import gradients
 from cupyattn.plan import OF_KEYS, OF_QUERIES, OF_VALUES, BackwardTile
@@ -20,7 +20,7 @@ H100 = replace(NAMED_DEVICES["H100"], num_units=1)  # full with one block
 SEED = 7
 CAUSAL = {"causal": True, "alignment": "bottom-right"}
 TOGETHER = OF_KEYS | OF_VALUES
-FETCH, COMPUTE, TILES = "gradients90.cuh", "hopper_backward.cu", "gradients_tiling.cuh"
+FETCH, COMPUTE, AGAIN, TILES = "gradients90.cuh", "hopper_backward.cu", "backward.cu", "gradients_tiling.cuh"
 
 MUTANTS = [
     # ---- Rings
@@ -129,16 +129,20 @@ MUTANTS = [
     Mutant("nobody raises a flag", COMPUTE, "if (ptx::any(suspicious) && ptx::lane() == 0)", "if (false)", "strays"),
     Mutant("one lane raises the flag", COMPUTE, "if (ptx::any(suspicious) && ptx::lane() == 0)",
            "if (suspicious && ptx::lane() == 0)", "strays"),
-    Mutant("the first tile's flag", COMPUTE, "tile.sequence.index, tile.owner, tile.first);",
-           "tile.sequence.index, tile.owner, 0);", "strays"),
-    Mutant("the first head's flag", COMPUTE, "tile.sequence.index, tile.owner, tile.first);",
-           "tile.sequence.index, 0, tile.first);", "strays"),
-    Mutant("the first head's flag among those of all", COMPUTE, "tile.sequence.index, tile.owner, tile.first);",
-           "tile.sequence.index, 0, tile.first);", "skewed_strays"),
-    Mutant("the first sequence's flags", COMPUTE, "owners, tile.sequence.index, tile.owner", "owners, 0, tile.owner",
-           "skewed_strays"),
-    Mutant("flags as the longest has tiles", COMPUTE, "flag_of<kTurned, kPacked>", "flag_of<kTurned, false>",
-           "skewed_strays"),
+    Mutant("the first block's flag", COMPUTE, "params.grad.flags + ptx::block_x()", "params.grad.flags", "strays"),
+    Mutant("flags as the longest has tiles", AGAIN, "staying_place<kTurned, kPacked>(flagged", "staying_place<kTurned, "
+           "false>(flagged", "skewed_strays"),
+    Mutant("fewer blocks than there are", AGAIN, "staying_blocks<kTurned, kPacked>(params, owners, kFlaggedRows)",
+           "staying_blocks<kTurned, kPacked>(params, 1, kFlaggedRows)", "strays"),
+    Mutant("a lane looks at one flag with all", AGAIN, "ptx::block_x() + ptx::lane() * ptx::grid_x();",
+           "ptx::block_x();", "few_look"),
+    Mutant("one tile of those a block finds", AGAIN, "++lane, done = 0;", "lane = 32;", "few_look"),
+    Mutant("the flag of another block", AGAIN, "ptx::block_x() + lane * ptx::grid_x();", "ptx::block_x() + lane;",
+           "few_look"),
+    Mutant("the first rows of a tile that is flagged", AGAIN, "done += Traits::kStays;", "done = kFlaggedRows;",
+           "halves"),
+    Mutant("the tile before is made again", AGAIN, "place.owner * shared, row);",
+           "place.owner * shared, row < kFlaggedRows ? row : row - kFlaggedRows);", "strays"),
     # ---- Tiles of sequences end to end
     Mutant("the last tile is lost", TILES, "total / size + params.batch, 0, size}",
            "total / size + params.batch - 1, 0, size}", "skewed"),
@@ -155,10 +159,6 @@ MUTANTS = [
     Mutant("all of the longest's tiles", TILES, "if constexpr (kPacked) return place_of", "if (false) return place_of",
            "skewed"),
     Mutant("dq may be anything", COMPUTE, "kSumsA) suspicious |= store_a();", "kSumsA) store_a();", "strays"),
-    Mutant("the first tile's flag is looked at", "backward.cu", "place.sequence, place.owner, first);",
-           "place.sequence, place.owner, 0);", "strays"),
-    Mutant("the first sequence's flags are looked at", "backward.cu", "owners, place.sequence, place.owner",
-           "owners, 0, place.owner", "skewed_strays"),
 ]  # fmt: skip
 BEFORE_A_COMMIT = (
     "tiles are there without their facts",
@@ -169,7 +169,8 @@ BEFORE_A_COMMIT = (
     "sums under way when their tile is left",
     "changes read while they are summed",
     "keys of the first sequence",
-    "the first tile's flag",
+    "the first block's flag",
+    "one tile of those a block finds",
 )
 """Those of `make test`; `make proof` has all."""
 
@@ -251,6 +252,24 @@ def strays(sources):
     held(sources, OF_QUERIES, arrays, options_of(causal=True, alignment="top-left"), (1,), mended=True)
 
 
+def few_look(sources):
+    """Two blocks look at eight flags, of which each finds some."""
+    arrays = dense((4, 4, 4), (230, 250))
+    arrays["k"][0, 245, 1:, 2] = np.nan
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradients, "LOOKING", 2)
+        gradients._recipe.cache_clear()
+        held(sources, OF_QUERIES, arrays, options_of(causal=True, alignment="top-left"), (1,), mended=True)
+    gradients._recipe.cache_clear()
+
+
+def halves(sources):
+    """The other kernel's tiles are half as high."""
+    arrays = dense((1, 1, 1), (120, 130), (136, 136))
+    arrays["k"][0, 125, 0, 2] = np.nan
+    held(sources, OF_QUERIES, arrays, options_of(causal=True, alignment="top-left"), (1,), mended=True)
+
+
 def capped(sources):
     arrays, options = dense((2, 1, 1), (150, 100)), options_of(softcap=0.7, **CAUSAL)
     for wanted in (OF_QUERIES, TOGETHER):
@@ -264,7 +283,14 @@ def sloped(sources):
 
 
 OF_SEQUENCES = (ragged, skewed, skewed_strays)
-GROUPS = {group.__name__: group for group in (queries, keys, values, unseen, *OF_SEQUENCES, strays, capped, sloped)}
+GROUPS = {
+    group.__name__: group
+    for group in (queries, keys, values, unseen, *OF_SEQUENCES, strays, few_look, halves, capped, sloped)
+}
+
+
+def test_every_bug_has_its_place():
+    assert misplaced(MUTANTS) == []
 
 
 @pytest.mark.parametrize("group", GROUPS)

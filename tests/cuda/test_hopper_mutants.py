@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from cases import HIDDEN, STRAYS
 from emulated import Call, check, operands, options_of, paged, problem_of, ragged_operands, ragged_options
-from mutants import Mutant, assert_caught, groups_of, some_of_them
+from mutants import Mutant, assert_caught, groups_of, misplaced, some_of_them
 
 from cupyattn.plan.hopper import Switches, hopper_tile
 
@@ -434,6 +434,10 @@ GROUPS = {
     for group in (tiles, wide, switches, clusters, packed_clusters, pages, strays, packed, ragged, float8, splits,
                   ragged_splits, splits_of_lengths, splits_in_pages, splits_of_float8)
 }  # fmt: skip
+
+
+def test_every_bug_has_its_place():
+    assert misplaced(MUTANTS) == []
 
 
 @pytest.mark.parametrize("group", groups_of(GROUPS, MUTANTS))

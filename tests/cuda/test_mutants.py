@@ -18,7 +18,7 @@ from emulated import (
     ragged_operands,
     ragged_options,
 )
-from mutants import Mutant, assert_caught, groups_of, some_of_them
+from mutants import Mutant, assert_caught, groups_of, misplaced, some_of_them
 
 from cupyattn.plan import Tile
 
@@ -629,6 +629,10 @@ GROUPS = {
     "split, float32": split_of_float32,
     "split, float8": split_of_float8,
 }
+
+
+def test_every_bug_has_its_place():
+    assert misplaced(MUTANTS) == []
 
 
 @pytest.mark.parametrize("group", groups_of(GROUPS, MUTANTS))

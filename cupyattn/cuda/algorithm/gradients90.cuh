@@ -53,9 +53,9 @@ struct HopperBackwardParams {
 struct GradientTile {
     Sequence sequence;
     Span heads;
-    int owner, first;  // of the rows that stay
-    Span blocks;       // those of the other side that some of them see, or are seen by
-    Span whole;        // those that all of them see wholly
+    int first;    // of the rows that stay
+    Span blocks;  // those of the other side that some of them see, or are seen by
+    Span whole;   // those that all of them see wholly
 };
 
 template <typename Traits, bool kPacked>
@@ -63,12 +63,9 @@ DEVICE GradientTile gradient_tile(const BackwardParams& params) {
     constexpr bool kTurned = Traits::kTurned;
     constexpr int kMoves = Traits::kMoves;
     const int shared = kTurned ? params.grad.heads_per_block : 1;
-    const Place place = staying_place<kTurned, kPacked>(params, params.num_heads / shared, Traits::kStays);
-    const int owner = place.owner;
-    // Under a causal mask the last queries see the most keys, and the first keys are seen by the most queries.
-    const int index = kTurned || params.right == kOpen ? place.tile : place.tiles - 1 - place.tile;
-    GradientTile tile{sequence_at(place.sequence, params), {owner * shared, (owner + 1) * shared}, owner,
-                      index * Traits::kStays, {0, 0}, {0, 0}};
+    const Place place = staying_place<kTurned, kPacked>(ptx::block_x(), params, params.num_heads / shared, Traits::kStays);
+    GradientTile tile{sequence_at(place.sequence, params), {place.owner * shared, (place.owner + 1) * shared},
+                      first_row_of<kTurned>(place, params, Traits::kStays), {0, 0}, {0, 0}};
     const Band& band = tile.sequence.band;
     const int last = smaller(tile.first + Traits::kStays, kTurned ? band.seqlen_k : band.seqlen_q) - 1;
     if (last < tile.first) {

@@ -1,8 +1,8 @@
-// Which tile a thread block of gradients has, of what stays, and where the flag of such a tile lies.  Twin: plan.tiling.
+// Which tile a thread block of gradients has, of what stays.  Twin: plan.tiling.
 //
 // Each sequence has the tiles of the longest, or, kPacked, of its own rows: those are kernels of their own, which the host
-// asks for where that makes fewer.  Both kernels of a pass go by this, since tiles that hopper_backward.cu flags are those
-// that backward.cu makes again, by tiles of another size.
+// asks for where that makes fewer.  A block of hopper_backward.cu flags its tile by its own number, from which
+// backward_again finds the tile.
 #pragma once
 
 #include "algorithm/tiling.cuh"
@@ -23,21 +23,24 @@ DEVICE int tiles_of_longest(const Params& params, int size) {
     return larger(1, ceil_div(kTurned ? params.seqlen_k : params.seqlen_q, size));
 }
 
-// This block's, of so many owners: query heads, or groups of them that share keys.
+// A block's, of so many owners: query heads, or groups of them that share keys.
 template <bool kTurned, bool kPacked>
-DEVICE Place staying_place(const Params& params, int owners, int size) {
-    if constexpr (kPacked) return place_of(ptx::block_x(), owners, packed_tiling<kTurned>(params, size));
+DEVICE Place staying_place(int block, const Params& params, int owners, int size) {
+    if constexpr (kPacked) return place_of(block, owners, packed_tiling<kTurned>(params, size));
     const int tiles = tiles_of_longest<kTurned>(params, size);
-    return {ptx::block_x() / tiles / owners, ptx::block_x() / tiles % owners, ptx::block_x() % tiles, tiles};
+    return {block / tiles / owners, block / tiles % owners, block % tiles, tiles};
 }
-
-// Where, among the flags of a pass, that of the rows from `first` on lies: of all tiles, the owner fastest, if kPacked.
+// How many blocks that makes.
 template <bool kTurned, bool kPacked>
-DEVICE int64 flag_of(const Params& params, int owners, int sequence, int owner, int first) {
-    const int within = first / kFlaggedRows;
-    if constexpr (kPacked)
-        return (packed_tiling<kTurned>(params, kFlaggedRows).first_of(sequence) + static_cast<int64>(within)) * owners + owner;
-    return (static_cast<int64>(sequence) * owners + owner) * tiles_of_longest<kTurned>(params, kFlaggedRows) + within;
+DEVICE int staying_blocks(const Params& params, int owners, int size) {
+    if constexpr (kPacked) return packed_tiling<kTurned>(params, size).tiles * owners;
+    return params.batch * owners * tiles_of_longest<kTurned>(params, size);
+}
+// Its first row.  Under a causal mask the last queries see the most keys, and the first keys are seen by the most queries:
+// blocks with the most to do come first.
+template <bool kTurned>
+DEVICE int first_row_of(const Place& place, const Params& params, int size) {
+    return size * (kTurned || params.right == kOpen ? place.tile : place.tiles - 1 - place.tile);
 }
 
 }  // namespace cupyattn

@@ -95,7 +95,7 @@ struct Gradients {
     float *lse_log2, *delta;   // of each row, see backward_rows.cu
     float* sink_rows;          // what each row adds to the gradient of its head's sink
     float* slope_parts;        // [batch, num_heads, 16 rows]: what these add to that of an ALiBi slope; of whole 128
-    int* flags;                // of tiles of 128 rows, see hopper_backward.cu; null: all tiles are to be made
+    int* flags;                // of hopper_backward.cu's blocks
     void *dq, *dk, *dv, *dbias;
     Strides of_dout, of_dq, of_dk, of_dv;
     ScoreStrides of_dbias;

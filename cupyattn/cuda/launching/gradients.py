@@ -184,7 +184,7 @@ def _recipe(
 
 
 def _on_hopper(plan: Plan, problem: Problem, aligned: bool, arrays: FactsOfArrays) -> tuple[list[Step], int]:
-    """Each pass, and behind it the same by the other kernel, for those of its tiles that were flagged."""
+    """Each pass, and behind it the same by the other kernel, of those of its tiles that were flagged."""
     assert isinstance(plan.tile, BackwardTiles)
     assert plan.instead is not None
     assert isinstance(plan.instead.tile, BackwardTiles)
@@ -193,15 +193,26 @@ def _on_hopper(plan: Plan, problem: Problem, aligned: bool, arrays: FactsOfArray
     for (wanted, tile), heads, (_, other) in passes:
         # Flags are found by both alike, whatever the other one's tiles would be better off with.
         packed = _is_packed(problem, tile, wanted, arrays)
-        again = _step(problem, other, wanted, heads, aligned, arrays, packed)
-        grid = _grid(problem, tile, wanted, heads, arrays, packed)
-        dims, edits = padded_dims(problem.sizes, problem.dtype), _edits(problem)
+        grid, edits, sizes = _grid(problem, tile, wanted, heads, arrays, packed), _edits(problem), problem.sizes
+        dims = padded_dims(sizes, problem.dtype)
         what = catalogue.hopper_backward(problem.dtype, *dims, tile, wanted, edits, packed)
-        box_maps = _maps(problem, arrays, tile, wanted)
-        steps.append(Step(what, grid, again.heads_per_block, box_maps, num_flags))
-        steps.append(again._replace(flags=num_flags))
+        steps.append(Step(what, grid, heads, _maps(problem, arrays, tile, wanted), num_flags))
+        what = catalogue.backward(
+            problem.dtype, sizes.head_dim, sizes.head_dim_v, other, wanted, aligned, edits, packed, again=True
+        )
+        steps.append(Step(what, blocks_again(grid), heads, flags=num_flags))
         num_flags += grid
     return steps, num_flags
+
+
+LOOKING = 256
+"""Blocks that look at flags, where there are as many: enough to fill a GPU if all are raised."""
+FLAGS_OF_A_BLOCK = 32
+"""At most."""
+
+
+def blocks_again(num_flags: int) -> int:
+    return max(min(num_flags, LOOKING), -(-num_flags // FLAGS_OF_A_BLOCK))
 
 
 _MAPPED = ("q", "k", "v", "dout")

@@ -207,15 +207,17 @@ def backward(
     aligned: bool,
     edits: int,
     packed: bool = False,
+    again: bool = False,
 ) -> Specialisation:
     """A kernel that sums the gradients `wanted`, ``backward.cu`` or ``backward_bias.cu``.
 
-    `packed`: each sequence has the tiles of its own rows, not those of the longest.
+    `packed`: each sequence has the tiles of its own rows, not those of the longest.  `again`: of tiles that the kernel
+    on Hopper has flagged.
     """
     columns, columns_v = padded(head_dim), padded(head_dim_v)
     arguments = (ELEMENT[dtype], columns, columns_v, *tile, wanted, aligned, edits)
     source = "backward_bias" if wanted == OF_BIAS else "backward"
-    name = f"{source}_packed" if packed else source
+    name = source + "_again" * again + "_packed" * packed
     return Specialisation(
         f"{source}.cu",
         f"cupyattn::{name}<cupyattn::BackwardTraits<{', '.join(map(_literal, arguments))}>>",
@@ -312,6 +314,7 @@ def of_gradients(target: str) -> list[Specialisation]:
                 tile = backward_tile(head_dim, dtype, limit, wanted)
                 found.append(backward(dtype, head_dim, head_dim, tile, wanted, True, 0))
                 if target == "sm_90a" and dtype != "float32":
+                    found.append(backward(dtype, head_dim, head_dim, tile, wanted, True, 0, again=True))
                     tile = hopper_backward_tile(head_dim, head_dim, wanted)
                     found.append(hopper_backward(dtype, head_dim, head_dim, tile, wanted))
     return found

@@ -9,7 +9,7 @@ from emulated_backward import A100
 
 from cupyattn.cuda.backward import axes_of
 from cupyattn.cuda.launching import params
-from cupyattn.cuda.launching.gradients import as_asked, backward_recipe, to_be_copied, with_dtypes
+from cupyattn.cuda.launching.gradients import as_asked, backward_recipe, blocks_again, to_be_copied, with_dtypes
 from cupyattn.cuda.launching.views import View, contiguous_strides, view_of_numpy
 from cupyattn.plan import OF_KEYS, OF_QUERIES, OF_VALUES, choose_backward
 from cupyattn.problem import NAMED_DEVICES
@@ -202,3 +202,18 @@ def test_results_lie_contiguously_in_the_callers_layout(rng):
     recipe, _ = recipe_of(arrays, options_of(layout="bhsd"))
     batch, head, row, _ = contiguous_strides((2, 2, 90, 32))
     assert recipe.gradients.of_dv == params.Strides(batch, row, head)
+
+
+@pytest.mark.parametrize(("num_flags", "blocks"), [(1, 1), (200, 200), (300, 256), (8192, 256), (8193, 257)])
+def test_each_flag_is_looked_at_by_a_lane_of_a_warp(num_flags, blocks):
+    assert blocks_again(num_flags) == blocks
+    assert num_flags <= 32 * blocks
+
+
+def test_behind_each_pass_on_hopper_few_blocks_look_at_its_flags(rng):
+    recipe, _ = recipe_of(*dense(rng, heads=(32, 16, 16), seqlens=(1024, 1024), batch=4), NAMED_DEVICES["H100"])
+    _, *passes = recipe.steps
+    for on_hopper, again in zip(passes[::2], passes[1::2], strict=True):
+        assert "_again" in again.specialisation.expression
+        assert (again.grid, again.flags) == (256, on_hopper.flags)
+        assert again.grid < on_hopper.grid
