@@ -127,6 +127,11 @@ class Call:
             kernel = emulator.build(what.source, what.expression, sources=sources, flags=flags)
             self.launches.append((kernel, recipe.record_of(step, views, homes, dropout_seed, encode), step))
 
+    def flag_all(self):
+        """As if the kernels on Hopper, which are left out, had raised all flags."""
+        self.launches = [x for x in self.launches if x[2].specialisation.source != "hopper_backward.cu"]
+        self.scratch["flags"][...] = 1
+
     def run(self, schedule=0, seed=0):
         for kernel, record, step in self.launches:
             what = step.specialisation

@@ -77,6 +77,11 @@ class Kernel(NamedTuple):
         return dict(zip(TRAITS[self.source], map(_value, values[skipped:]), strict=True))
 
     @property
+    def is_again(self):
+        """It makes tiles once more that Hopper's kernel has flagged."""
+        return "_again" in self.expression
+
+    @property
     def dtype(self):
         return DTYPES[self.traits.get("element", catalogue.ELEMENT["float16"])]
 
@@ -86,7 +91,7 @@ class Kernel(NamedTuple):
 
     def __str__(self):
         x = self.traits
-        words = [self.target, self.family, self.dtype]
+        words = [self.target, self.family + " again" * self.is_again, self.dtype]
         sizes = ("head_dim", "head_dim_v", "block_q", "block_k", "stays", "moves")
         words += ["x".join(str(x[name]) for name in sizes if name in x)] if "head_dim" in x else []
         words += [f"of {OF[x['wanted']]}"] if "wanted" in x else []
@@ -264,11 +269,14 @@ def _of_backward(kernel):
             arrays = emulated_backward.with_dout(np.random.default_rng(SEED + 1), arrays, options, dlse=True)
             passes = ((x["wanted"], tile),) if tile else ()
             device = replace(DEVICES[kernel.target], num_units=1)  # full with a block that sums all heads
-            if kernel.family != "hopper_backward":
+            if kernel.is_again:
+                passes = ((x["wanted"], plan.hopper_backward_tile(*dims, x["wanted"])),)
+            elif kernel.family != "hopper_backward":
                 device = replace(device, tensor_maps=False)
-            found = emulated_backward.run(
-                arrays, options, schedule, seed, device=device, sources=sources, passes=passes
-            )
+            asked = emulated_backward.Call(arrays, options, device=device, sources=sources, passes=passes)
+            if kernel.is_again:
+                asked.flag_all()
+            found = asked.run(schedule, seed)
             return Held(*emulated_backward.hold(arrays, found), 0.0)
 
         return call

@@ -72,7 +72,7 @@ def run_call(kernel, call, schedule, nvrtc=None, folder=None):
         try:
             held = call(schedule, 7)
             # Gradients of sequences end to end are by the same traits' kernel that goes by where these begin.
-            names = kernel.expression, kernel.expression.replace("backward<", "backward_packed<")
+            names = kernel.expression, re.sub(r"(backward|again)<", r"\1_packed<", kernel.expression)
             if not any(watch.was_launched(kernel.source, name) for name in names):
                 lost = "another kernel was launched"
         except Exception as error:
