@@ -47,7 +47,8 @@ def forms_of_kernel(kernel, nvrtc=None):
 def switches_of(kernel):
     """What is chosen by a kernel's template arguments, and for which architecture it is compiled."""
     return {f"{kernel.source} {name}={value}" for name, value in kernel.traits.items()} | {
-        f"{kernel.source} for {kernel.target}"
+        f"{kernel.source} for {kernel.target}",
+        f"{kernel.source} again={kernel.is_again}",
     }
 
 
