@@ -529,20 +529,53 @@ def test_nan_of_float8_shows_where_it_is_seen(rng, schedule):
     held(arrays, options_of(causal=True, alignment="top-left"), schedule)
 
 
+def mended(arrays, options, **call):
+    """Which rows, of column 0, go through all their keys once more, value by value."""
+    look = "if (row_sum * 0.f != 0.f) return;"
+    path = path_of("store90.cuh")
+    text = (CUDA / path).read_text()
+    assert text.count(look) == 1
+    told = "if (ptx::lane() % 2 == 0) ptx::store_shared(staged.address(its_row, 0), ~0u);\n return;"
+    as_it_is, marked = (
+        np.isnan(run(arrays, options, "hopper", sources=sources, **call).out[..., 0].astype(float))
+        for sources in (None, {path: text.replace(look, f"{look} {told}")})
+    )
+    return marked & ~as_it_is
+
+
 @pytest.mark.parametrize("found", [None, np.nan], ids=["finite", "nan"])
 def test_rows_that_do_not_exist_call_for_no_care(rng, found):
     """Of groups of three, tiles have two rows to spare, where results were staged: bytes that as float8 may be nan."""
     arrays = operands(rng, FLOAT8, "bshd", 12, (3, 1, 1), (42, 384), (128, 128))
     if found is not None:
         arrays["v"][3, 5, 0, 7] = found
-    mend = "if (suspicious) mend(staged, first, part * kCols);"
-    spoil = "ptx::warp_barrier(); if (suspicious && ptx::lane() == 0) ptx::store_shared(staged.address(first, 0), ~0u);"
-    path, tile = path_of("store90.cuh"), hopper_tile(problem_of(arrays, options_of()))
-    assert (CUDA / path).read_text().count(mend) == 1
-    sources = {path: (CUDA / path).read_text().replace(mend, spoil)}
-    edits = {"tile": tile._replace(heads_per_unit=3, cluster=1, persistent=True), "num_workers": 1, "sources": sources}
-    spoilt = np.isnan(run(arrays, options_of(), "hopper", **edits).out.astype(float)).any()
-    assert spoilt == (found is not None)
+    tile = hopper_tile(problem_of(arrays, options_of()))._replace(heads_per_unit=3, cluster=1, persistent=True)
+    assert mended(arrays, options_of(), tile=tile, num_workers=1).any() == (found is not None)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", FLOAT8])
+def test_what_lies_behind_the_last_key_calls_for_no_care(rng, dtype):
+    """In a box with the last keys, which are within the edge of what rows see."""
+    arrays = ragged_operands(rng, dtype, (70,), (150,), behind=(0, 30))
+    arrays["k"][150:] = arrays["v"][150:] = np.nan
+    options = ragged_options(arrays, causal=True, alignment="bottom-right")
+    assert not mended(arrays, options, num_workers=1).any()
+    arrays["v"][149, 0, 3] = np.nan
+    assert mended(arrays, options, num_workers=1).any()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", FLOAT8])
+def test_places_of_a_page_that_are_not_used_call_for_no_care(rng, dtype):
+    arrays = paged(rng, ragged_operands(rng, dtype, (70,), (150,)), 64)
+    assert np.isnan(arrays["v"].astype(float)).any()
+    options = ragged_options(arrays, causal=True, alignment="bottom-right")
+    assert not mended(arrays, options, num_workers=1).any()
+
+
+def test_a_query_that_is_nan_calls_for_no_care_of_its_neighbours(rng):
+    arrays = operands(rng, "bfloat16", "bshd", 1, (1, 1, 1), (128, 200))
+    arrays["q"][0, 5] = np.nan
+    assert not mended(arrays, options_of(), num_workers=1).any()
 
 
 def test_a_negative_descale_of_scores_gives_nan(rng):

@@ -47,9 +47,13 @@ MUTANTS = [
            "static_cast<int>(tile.sequence.first_row) + tile.first_token", "tile.first_token", "ragged"),
     Mutant("values are loaded before there is room", "fetch90.cuh",
            "value_ring.wait_empty(use);\n            load_block", "load_block", "tiles"),
-    Mutant("nan stays among hidden values", "fetch90.cuh", "    if (found) {", "    if (false) {", "strays"),
-    Mutant("clean values are not told of", "fetch90.cuh", "        ptx::fence_async_proxy();\n    }\n    return found;",
-           "    }\n    return found;", "strays"),
+    Mutant("nan stays among hidden values", "fetch90.cuh", "if (!ptx::any(probe & 0x7fff7fffu)) return false;",
+           "return false;", "strays"),
+    Mutant("strays that somebody sees are not told of", "fetch90.cuh", "found |= clean != pair &&", "found |= false &&",
+           "strays"),
+    Mutant("strays of float8 are not told of", "float8.cuh", "found |= nans &", "found |= 0u &", "float8"),
+    Mutant("clean values are not told of", "fetch90.cuh", "ptx::fence_async_proxy();\n    return ptx::any",
+           "return ptx::any", "strays"),
     Mutant("values inspected before they come", "fetch90.cuh", "fetched_ring.wait_full(use);  //", "//", "tiles"),
     Mutant("found by one warp alone", "fetch90.cuh", "memory.found(inspected) + 4 * inspector",
            "memory.found(inspected)",
@@ -164,8 +168,12 @@ MUTANTS = [
            "ptx::fence_async_proxy();\n            ptx::warp_barrier();  // wgmma has each warp read its own 16 rows",
            "ptx::warp_barrier();", "switches"),
     # ---- Values that are not finite
-    Mutant("nobody mends", "store90.cuh", "if (suspicious) mend(", "if (false) mend(", "strays"),
-    Mutant("inf where the scores are nan", "store90.cuh", "|| row_sum * 0.f != 0.f) return;", ") return;", "strays"),
+    Mutant("nobody mends", "store90.cuh", "if (ptx::any(suspicious)) mend(", "if (false) mend(", "strays"),
+    Mutant("inf where the scores are nan", "store90.cuh", "if (row_sum * 0.f != 0.f) return;", "", "strays"),
+    Mutant("a row is mended whose first lane has seen a stray", "store90.cuh", "lane < from + 4; ++lane",
+           "lane < from + 1; ++lane", "strays"),
+    Mutant("the row eight before is mended", "store90.cuh", "kUpper : kLower))) return;", "kLower : kUpper))) return;",
+           "strays"),
     Mutant("the last stray alone", "store90.cuh", "sum[i] += value;", "sum[i] = value;", "strays"),
     Mutant("strays of hidden keys", "store90.cuh", "key = keys.start; key < keys.stop; ++key",
            "key = 0; key < tile.sequence.band.seqlen_k; ++key", "strays"),
@@ -205,7 +213,7 @@ MUTANTS = [
            "ptx::fma(x, factor[0], part", "float8"),
     Mutant("a block's own sums shrink", "fragments.cuh", "x = ptx::fma(x, factor[i / 2], part.value[block][i]);",
            "x = (x + part.value[block][i]) * factor[i / 2];", "float8"),
-    Mutant("nan of float8 stays", "float8.cuh", "return four & ~((nans >> 7) * 0xffu);", "return four;", "float8"),
+    Mutant("nan of float8 stays", "float8.cuh", "four[i] &= ~((nans >> 7) * 0xffu);", "", "float8"),
     Mutant("turned values not told of", "fetch90.cuh",
            "ptx::fence_async_proxy();\n                ptx::warp_barrier();", "ptx::warp_barrier();", "float8"),
     Mutant("turned into a slot in use", "fetch90.cuh", "                value_ring.wait_empty(use);\n", "", "float8"),
@@ -348,6 +356,11 @@ def strays(sources):
         arrays = operands(np.random.default_rng(SEED), "float16", "bshd", 1, (1, 1, 1), (130, 32), (64, 64))
         arrays["v"][0, key, 0, 5] = np.nan
         held(sources, arrays, options_of(causal=True, alignment="top-left"), 1)
+    # inf of a weight that vanishes in float32 alone, in a block that all rows see, of which there are eight
+    arrays = operands(np.random.default_rng(SEED), "float16", "bshd", 1, (1, 1, 1), (8, 64), (64, 64))
+    arrays["q"][...], arrays["k"][0, 20] = 4.0, -5.0
+    arrays["v"][0, 20, 0, 3] = np.inf
+    held(sources, arrays, options_of(), 1)
 
 
 def packed(sources):

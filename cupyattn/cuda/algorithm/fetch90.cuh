@@ -77,9 +77,10 @@ DEVICE void fetch(const HopperParams& given, const HopperMemory<Traits>& memory)
         }
 }
 
-// Makes values 0 that are not finite, as one of several warps.
+// Makes values 0 that are not finite, as one of several warps; whether there are any among the first `live` rows.  What
+// lies behind those is nobody's.
 template <typename Element, typename Tile>
-DEVICE bool clean_tile(const Tile& tile, int turn, int turns) {
+DEVICE bool clean_tile(const Tile& tile, int live, int turn, int turns) {
     const uint32 stop = tile.base + Tile::kBytes, first = tile.base + 16 * (32 * turn + ptx::lane());
     uint32 probe = 0;
 #pragma unroll 2
@@ -89,16 +90,18 @@ DEVICE bool clean_tile(const Tile& tile, int turn, int turns) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) probe = ptx::probe_finite<Element>(eight[i], probe);
     }
-    const bool found = ptx::any(probe & 0x7fff7fffu);
-    if (found) {
+    if (!ptx::any(probe & 0x7fff7fffu)) return false;
+    bool found = false;
 #pragma unroll 1
-        for (uint32 at = first; at < stop; at += 16 * 32 * turns)
+    for (uint32 at = first; at < stop; at += 16 * 32 * turns)
 #pragma unroll 1
-            for (uint32 word = at; word < at + 16; word += 4)
-                ptx::store_shared(word, without_strays<Element>(ptx::load_shared(word), false));
-        ptx::fence_async_proxy();
-    }
-    return found;
+        for (uint32 word = at; word < at + 16; word += 4) {
+            const uint32 pair = ptx::load_shared(word), clean = without_strays<Element>(pair, false);
+            ptx::store_shared(word, clean);
+            found |= clean != pair && tile.row_at(word) < live;
+        }
+    ptx::fence_async_proxy();
+    return ptx::any(found);
 }
 
 // Three warps: look after values before they are multiplied.  In blocks that some rows see only in part, what is not
@@ -117,6 +120,7 @@ DEVICE void inspect(const HopperParams& given, const HopperMemory<Traits>& memor
 #pragma unroll 1
         for (int block = tile.blocks.stop - 1; block >= tile.blocks.start; --block, ++use) {
             const bool whole = tile.whole.has(block);
+            const int live = tile.sequence.band.seqlen_k - block * Traits::kBlockK;
             bool found = false;
             fetched_ring.wait_full(use);  // of whole blocks, too: a wait can only tell neighbouring phases apart
             if constexpr (Traits::kFloat8) {
@@ -124,15 +128,15 @@ DEVICE void inspect(const HopperParams& given, const HopperMemory<Traits>& memor
                 const auto to = memory.values(use);
                 value_ring.wait_empty(use);
                 if (whole)
-                    turn_tile<false>(from, to, inspector, kInspectors);
+                    turn_tile<false>(from, to, live, inspector, kInspectors);
                 else
-                    found = ptx::any(turn_tile<true>(from, to, inspector, kInspectors));
+                    found = ptx::any(turn_tile<true>(from, to, live, inspector, kInspectors));
                 ptx::fence_async_proxy();
                 ptx::warp_barrier();
                 fetched_ring.leave(use, ptx::lane());
                 if (ptx::lane() == 0) ptx::mbarrier_arrive(value_ring.full(use));
             } else {
-                if (!whole) found = clean_tile<typename Traits::Element>(memory.values(use), inspector, kInspectors);
+                if (!whole) found = clean_tile<typename Traits::Element>(memory.values(use), live, inspector, kInspectors);
                 ptx::warp_barrier();
                 value_ring.leave(use, ptx::lane());
             }

@@ -71,16 +71,20 @@ struct HopperResult {
         out.scale_rows(factor);
         // Not of rows that do not exist: where they are, queries of others lie, or what was staged there.
         ptx::disguise(first);
-        const bool upper = exists(first) && out.template times_zero<0, 1>() != 0.f;
-        const bool lower = exists(first + 8) && out.template times_zero<2, 3>() != 0.f;
-        const bool suspicious = ptx::any(strays || upper || lower);
+        const bool upper = strays || (exists(first) && out.template times_zero<0, 1>() != 0.f);
+        const bool lower = strays || (exists(first + 8) && out.template times_zero<2, 3>() != 0.f);
+        const uint32 suspicious = (upper ? kUpper : 0u) | (lower ? kLower : 0u);
 #pragma unroll
         for (int index = 0; index < Traits::kOutParts; ++index) store_part(index, suspicious);
         memory.query_ring().leave(tile_use, ptx::lane());
     }
 
-    // Some columns, by way of the queries' place, of which a warp reads and writes its own 16 rows.
-    DEVICE_METHOD void store_part(int part, bool suspicious) {
+    // A lane's two rows.
+    static constexpr uint32 kUpper = 1u, kLower = 2u;
+
+    // Some columns, by way of the queries' place, of which a warp reads and writes its own 16 rows; those of this lane's
+    // that are `suspicious` are looked at once more.
+    DEVICE_METHOD void store_part(int part, uint32 suspicious) {
         constexpr int kCols = Traits::OutTile::kCols;
         const auto staged = memory.out(tile_use);
         const int first = 64 * consumer + 16 * (ptx::warp() % 4);
@@ -92,7 +96,7 @@ struct HopperResult {
                                 ptx::pack<Out>(left[0], left[1]), ptx::pack<Out>(left[2], left[3]),
                                 ptx::pack<Out>(right[0], right[1]), ptx::pack<Out>(right[2], right[3]));
         }
-        if (suspicious) mend(staged, first, part * kCols);
+        if (ptx::any(suspicious)) mend(staged, first, part * kCols, suspicious);
         if constexpr (Traits::kStoresBoxes) {
             ptx::fence_async_proxy();
             ptx::warp_barrier();
@@ -201,15 +205,18 @@ struct HopperResult {
         return row_in_pages(values, params.v, place, tile.sequence, params);
     }
 
-    // Puts inf and nan where rows of this warp see values that are not finite: two lanes to a row, a pair of columns
-    // after the other through all keys, which is slow, and needed by no good data.
-    DEVICE_METHOD void mend(const typename Traits::OutTile& staged, int first, int first_column) const {
+    // Puts inf and nan where suspicious rows of this warp see values that are not finite: two lanes to a row, a pair of
+    // columns after the other through all keys, which is slow, and needed by no good data.
+    DEVICE_METHOD void mend(const typename Traits::OutTile& staged, int first, int first_column, uint32 suspicious) const {
         ptx::warp_barrier();
         const int its_row = first + ptx::lane() / 2, from = ptx::lane() / 2 % 8 * 4;
         const uint32 upper = ptx::shuffle(ptx::bits(softmax.row_sum[0]), from);
         const uint32 lower = ptx::shuffle(ptx::bits(softmax.row_sum[1]), from);
         const float row_sum = ptx::from_bits(ptx::lane() < 16 ? upper : lower);
-        if (!exists(its_row) || row_sum * 0.f != 0.f) return;  // a score that is nan makes the whole row nan
+        uint32 seen = 0;  // by the four lanes that have the row's sums
+        for (int lane = from; lane < from + 4; ++lane) seen |= ptx::shuffle(suspicious, lane);
+        if (!exists(its_row) || !(seen & (ptx::lane() < 16 ? kUpper : kLower))) return;
+        if (row_sum * 0.f != 0.f) return;  // a score that is nan makes the whole row nan
         const Span keys = tile.sequence.band.visible_keys(token_of(its_row));
         const Element* values = static_cast<const Element*>(params.at.v) + tile.head / params.queries_per_v * params.v.head;
         if constexpr (!Traits::kPaged)

@@ -38,17 +38,13 @@ struct Fragment<Float8, kCols> {
     }
 };
 
-// Four values with those that are nan made 0; the only ones that are not finite.
-DEVICE uint32 without_nans(uint32 four, uint32& found) {
-    const uint32 nans = ((four & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
-    found |= nans;
-    return four & ~((nans >> 7) * 0xffu);
-}
+// The nans of four values, the only ones that are not finite: the highest bit of each.
+DEVICE uint32 nans_of(uint32 four) { return ((four & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u; }
 
 // Columns of `from` into rows of `to`, by the warps of number `turn` out of `turns`.  kClean: nan becomes 0, and the
-// result is not 0 if there was any.
+// result is not 0 if there was any among the first `live` keys.
 template <bool kClean, typename From, typename To>
-DEVICE uint32 turn_tile(const From& from, const To& to, int turn, int turns) {
+DEVICE uint32 turn_tile(const From& from, const To& to, int live, int turn, int turns) {
     constexpr int kColumnGroups = From::kCols / 16, kGroups = From::kRows / 32 * kColumnGroups;
     const int lane = ptx::lane();
     uint32 found = 0;
@@ -59,7 +55,12 @@ DEVICE uint32 turn_tile(const From& from, const To& to, int turn, int turns) {
         ptx::load_matrices_transposed(four, from.address(key + lane, chunk));
         if constexpr (kClean)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) four[i] = without_nans(four[i], found);
+            for (int i = 0; i < 4; ++i) {  // of two keys, two columns each
+                const uint32 nans = nans_of(four[i]);
+                const int its_key = key + 8 * i + lane % 4 * 2;
+                four[i] &= ~((nans >> 7) * 0xffu);
+                found |= nans & (its_key + 1 < live ? ~0u : its_key < live ? 0xffffu : 0u);
+            }
         // Lanes 8i to 8i + 7 give the rows of matrix i: the even columns of 16 keys, the odd ones, and so again.
         const int row = 16 * chunk + lane % 8 * 2 + lane / 8 % 2;
         ptx::store_matrices(to.address(row, key / 16 + lane / 16), ptx::permute_bytes(four[0], four[1], 0x6420),

@@ -32,6 +32,9 @@ struct SwizzledTile {
         return base + chunk / kChunks * kSlab + (place ^ (place >> 7 & (kChunks - 1)) << 4);
     }
 
+    // Whose byte lies at an address: swizzles leave what is a row's in its place.
+    DEVICE_METHOD int row_at(uint32 place) const { return (place - base) % kSlab / kSwizzle; }
+
     // ---- What wgmma is told: PTX ISA, matrix descriptors ----
 
     // The operand whose rows, from `first_row` on, are rows (or columns) of the product; sums run along them.
