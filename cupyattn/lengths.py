@@ -53,10 +53,10 @@ def packed_arrays(problem: Problem, arrays: Arrays) -> Arrays:
 
     xp = array_api_compat.array_namespace(arrays["q"])
     found = {name: _packed(xp, name, array, problem) for name, array in arrays.items() if name not in USED}
+    device = array_api_compat.device(arrays["q"])
     for name, longest in zip(USED, (problem.sizes.seqlen_q, problem.sizes.seqlen_k), strict=True):
-        found[f"cu_{name}"] = _starts(
-            xp, arrays.get(name), longest, problem.sizes.batch, name == "seqlens_q", arrays["q"]
-        )
+        bounds = longest * xp.arange(problem.sizes.batch + 1, dtype=xp.int32, device=device)
+        found[f"cu_{name}"] = _starts(xp, arrays.get(name), bounds, name == "seqlens_q")
     return found
 
 
@@ -124,17 +124,21 @@ def _dense(name: str, array: Any, problem: Problem) -> Any:
     return array
 
 
-def _starts(xp: Any, used: Any, longest: int, batch: int, of_rows: bool, like: Any) -> Any:
-    """cu_seqlens of the packed sequences; lengths outside of the arrays, which are not refused on a GPU, are cut."""
-    import array_api_compat
+def _starts(xp: Any, used: Any, bounds: Any, of_rows: bool) -> Any:
+    """cu_seqlens of the packed sequences, by where each whole one begins and the last one ends.
 
-    device = array_api_compat.device(like)
-    first = longest * xp.arange(batch, dtype=xp.int32, device=device)
-    stop = first + (longest if used is None else xp.clip(used, 0, longest))
-    last = xp.asarray([batch * longest], dtype=xp.int32, device=device)
-    steps = (first, stop, first + longest) if of_rows else (first, stop, stop)
-    starts = xp.reshape(xp.stack(steps, axis=1), (-1,))
-    return xp.concat([xp.astype(starts, xp.int32), last])
+    Lengths outside of the arrays, which are not refused on a GPU, are cut; not by clip, for which
+    array_api_compat has CuPy gather by a mask, and so wait for it.
+    """
+    first, end = bounds[:-1], bounds[1:]
+    stop = end if used is None else first + _cut(xp, used, end - first)
+    steps = (first, stop, end) if of_rows else (first, stop, stop)
+    return xp.concat([xp.reshape(xp.stack(steps, axis=1), (-1,)), bounds[-1:]])
+
+
+def _cut(xp: Any, used: Any, longest: Any) -> Any:
+    """Lengths from 0 to the longest of each."""
+    return xp.maximum(xp.minimum(xp.astype(used, xp.int32), longest), xp.zeros_like(longest))
 
 
 def _where_used(arrays: Arrays, problem: Problem, array: Any, otherwise: float, is_out: bool = False) -> Any:
@@ -153,5 +157,5 @@ def _where_used(arrays: Arrays, problem: Problem, array: Any, otherwise: float, 
         shape = (sizes.batch, sizes.seqlen_q, 1, 1)
     else:
         shape = (sizes.batch, 1, sizes.seqlen_q, 1)
-    number = xp.asarray(otherwise, dtype=array.dtype, device=array_api_compat.device(array))
+    number = xp.full((), otherwise, dtype=array.dtype, device=array_api_compat.device(array))  # made there, not copied
     return xp.where(xp.reshape(is_used, shape), array, number)

@@ -882,6 +882,31 @@ def test_sequences_have_lengths_of_their_own(torch, driver, seqlen_q, dtype, ker
     assert torch.equal(into, out)
 
 
+@pytest.fixture
+def unhurried(torch):
+    """A context in which nothing of torch runs that waits for a GPU, or copies something there, on the way."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Unhurried(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            indexed = str(function).startswith(("aten.index.", "aten.index_put"))
+            by_mask = indexed and any(x is not None and x.dtype == torch.bool for x in args[1])
+            if by_mask or function.name().partition("::")[2] in ("nonzero", "_local_scalar_dense", "lift_fresh"):
+                raise AssertionError(f"{function} waits")
+            return function(*args, **(kwargs or {}))
+
+    return Unhurried
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_nobody_waits_for_lengths(torch, driver, unhurried, layout):
+    q, k, sinks = torch.randn(2, 8, 8, 64).half(), torch.randn(2, 8, 8, 64).half(), torch.randn(8)
+    given = {"seqlens_q": torch.tensor([3, 8]).int(), "seqlens_k": torch.tensor([0, 5]).int(), "sinks": sinks}
+    with unhurried():
+        cupyattn.attention(q, k, k, layout=layout, **given)
+    assert driver.launches
+
+
 def test_lengths_beyond_the_arrays_are_cut_on_a_gpu(torch, driver):
     q, k = torch.randn(2, 70, 2, 64).half(), torch.randn(2, 90, 2, 64).half()
     rows, keys = (torch.tensor(wrong, dtype=torch.int32) for wrong in ([1000, -5], [1000, 3]))
