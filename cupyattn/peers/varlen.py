@@ -184,7 +184,8 @@ def flash_attn_varlen_func(
     Notes
     -----
     On a GPU nobody waits for the values of cu_seqlens, seqused and block_table, so that wrong ones are not refused
-    there: what they name outside the arrays is cut off, and rows of `out` that they leave out are not set.
+    there: what they name outside the arrays, or past max_seqlen, is cut off, and rows of `out` that they leave out are
+    not set.
 
     Pages with `seqused_k` are what `flash_attn_with_kvcache` does with `cache_seqlens`, by the same kernels.  Else, of
     each sequence of which less is used there are three, as for `attention`, whose arrays of lengths are made anew on a
