@@ -30,8 +30,8 @@ ARRAYS = ("A", "A | None", "Array", "Array | None", "int | Array | None")
 """Annotations of arguments that are arrays, and may be shapes here."""
 OF_A_LAYER = ("alibi_slopes", "sinks", *reading.DESCALES)
 """Arrays that `LayeredCache.attend` hands on."""
-OUR_WORDS = {"page_table": "block_table", "attn_mask": "mask"}
-INDICES = (*reading.INDICES, "cu_seqlens", "page_table")
+OUR_WORDS = {"page_table": "block_table", "attn_mask": "mask", "seqused_q": "seqlens_q", "seqused_k": "seqlens_k"}
+INDICES = (*reading.INDICES, "cu_seqlens", "page_table", "seqused_q", "seqused_k")
 WITHOUT_GRADIENTS = ("flash_attn_with_kvcache", "cascade_attention", "attend")
 
 

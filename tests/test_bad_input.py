@@ -23,6 +23,7 @@ SDPA = "scaled_dot_product_attention"
 FLASH, QKV, KV = "flash_attn_func", "flash_attn_qkvpacked_func", "flash_attn_kvpacked_func"
 VARLEN_QKV, VARLEN_KV = "flash_attn_varlen_qkvpacked_func", "flash_attn_varlen_kvpacked_func"
 VARLEN, PAGED = "flash_attn_varlen_func", "flash_attn_varlen_func of pages"
+USED = "flash_attn_varlen_func of pages of which so many keys are used"
 KVCACHE = "flash_attn_with_kvcache"  # the other bad calls of it are in test_kvcache.py
 ROTARY, PACKED = "apply_rotary_emb", "apply_rotary_emb of a packed x"
 MERGE, UNPAD, PAD, COST = "merge_states", "unpad_input", "pad_input", "kv_cache_bytes"
@@ -64,6 +65,7 @@ def good(call):
         VARLEN_QKV: {"qkv": floats(5, 3, 4, 8), "cu_seqlens": starts["cu_seqlens_q"], "max_seqlen": 3},
         VARLEN_KV: {"q": q[0], "kv": floats(5, 2, 2, 8), **starts},
         PAGED: {"q": q[0], **pages, **starts},
+        USED: {"q": q[0], **pages, **starts, "cu_seqlens_k": None, "seqused_k": ints(3, 2)},
         KVCACHE: {"q": q, "k_cache": floats(2, 9, 2, 8), "v_cache": floats(2, 9, 2, 8), "cache_seqlens": 7},
         ROTARY: {"x": q, **tables},
         PACKED: {"x": q[0], "cu_seqlens": ints(0, 2, 5), **tables},
@@ -554,6 +556,28 @@ SEQUENCES = [
     bad("table_of_one_axis", PAGED, ValueError, "block_table", "(2,)", block_table=ints(0, 3)),
     bad("table_of_another_batch", PAGED, ValueError, "block_table", "(1, 2)", block_table=ints([0, 3])),
     bad("table_as_list", PAGED, TypeError, "block_table", "list", block_table=[[0, 3], [2, 1]]),
+    bad("used_of_int64", VARLEN, TypeError, "seqused_k", "int64", seqused_k=ints(1, 2, dtype="int64")),
+    bad("used_of_floats", VARLEN, TypeError, "seqused_q", "float32", seqused_q=floats(2)),
+    bad("used_as_list", VARLEN, TypeError, "seqused_q", "list", seqused_q=[1, 2]),
+    bad("used_of_three", VARLEN, ValueError, "seqused_k", "(3,)", seqused_k=ints(1, 1, 1)),
+    bad("used_of_two_axes", VARLEN, ValueError, "seqused_q", "(1, 2)", seqused_q=ints([1, 1])),
+    bad("used_past_the_keys", VARLEN, ValueError, "seqused_k", "[3, 3]", "[3, 2]", seqused_k=ints(3, 3)),
+    bad("used_past_the_rows", VARLEN, ValueError, "seqused_q", "[3, 0]", "[2, 3]", seqused_q=ints(3, 0)),
+    bad("used_negative", VARLEN, ValueError, "seqused_q", "[0, -1]", seqused_q=ints(0, -1)),
+    bad("used_and_dropout", VARLEN, ValueError, "seqused_k", "dropout_p", seqused_k=ints(1, 1), dropout_p=0.5),
+    bad("used_and_starts_of_pages", PAGED, ValueError, "cu_seqlens_k", "seqused_k", seqused_k=ints(1, 1)),
+    bad("used_without_starts", VARLEN, TypeError, "cu_seqlens_k", "block_table", seqused_k=ints(1, 1), cu_seqlens_k=None),
+    bad("starts_of_pages_none", PAGED, TypeError, "cu_seqlens_k", "NoneType", cu_seqlens_k=None),
+    bad("used_of_pages_of_three", USED, ValueError, "seqused_k", "(3,)", "(3,)", seqused_k=ints(1, 1, 1)),
+    bad("used_of_pages_of_two_axes", USED, ValueError, "seqused_k", "(1, 2)", seqused_k=ints([1, 1])),
+    bad("used_of_pages_of_int64", USED, TypeError, "seqused_k", "int64", seqused_k=ints(1, 1, dtype="int64")),
+    bad("used_of_pages_negative", USED, ValueError, "seqused_k", "[1, -1]", "negative", seqused_k=ints(1, -1)),
+    bad("used_of_pages_too_long", USED, ValueError, "seqused_k", "[1, 4]", "max_seqlen_k", "3", seqused_k=ints(1, 4)),
+    bad("used_of_pages_without_room", USED, ValueError, "block_table", "2 pages", block_table=ints([0], [2])),
+    bad("used_of_pages_past_the_last", USED, ValueError, "block_table", "page 4", block_table=ints([0, 4], [2, 1])),
+    bad("used_of_pages_past_the_rows", USED, ValueError, "seqused_q", "[3, 0]", "[2, 3]", seqused_q=ints(3, 0)),
+    bad("used_of_pages_without_longest", USED, TypeError, "max_seqlen_k", "None", max_seqlen_k=None),
+    bad("softmax_lse_as_number", USED, TypeError, "return_softmax_lse", "1", return_softmax_lse=1),
     bad("pages_of_no_keys", PAGED, ValueError, "k", "page", "(4, 0, 2, 8)", k=floats(4, 0, 2, 8), v=floats(4, 0, 2, 8)),
     bad("pages_of_k_and_v_differ", PAGED, ValueError, "k", "v", "(4, 1, 2, 8)", v=floats(4, 1, 2, 8)),
 ]

@@ -166,6 +166,13 @@ def drawn(rng, gpu):
         options |= {"max_seqlen_q": seqlen_q, "max_seqlen_k": seqlen_k, "return_lse": wants_lse}
         for name in ("cu_seqlens_q", "cu_seqlens_k"):
             arrays[name] = ((batch + 1,), {"dtype": "int32"})
+        used = choose(None, None, "pages", "pages", "seqused_q", "seqused_k")
+        if used == "pages":
+            del arrays["cu_seqlens_k"]
+            shape_k = (40, 16, heads_kv, dim)
+            arrays["block_table"] = ((batch, 9), {"dtype": "int32"})
+        if used is not None:
+            arrays[used if used != "pages" else "seqused_k"] = ((batch,), {"dtype": "int32"})
     else:
         return drawn_from_cache(choose, options, arrays, dtype, (batch, seqlen_q, heads, dim), seqlen_k, heads_kv)
     shapes = zip(names, (shape_q, shape_k, shape_k), strict=True)
@@ -226,6 +233,20 @@ def test_a_call_made_again_launches_what_the_long_way_does_to_the_last_byte(gpu,
         assert found == gpu.long_way(call), asked
         short += not was_long
     assert short >= 20
+
+
+def test_a_call_of_pages_of_which_so_many_keys_are_used_is_remembered(gpu):
+    def step():
+        q, k, v = gpu.array(6, 4, 64), gpu.array(40, 16, 2, 64), gpu.array(40, 16, 2, 64)
+        starts, used, table = (gpu.array(*shape, dtype="int32") for shape in ((4,), (3,), (3, 9)))
+        given = {"max_seqlen_q": 2, "max_seqlen_k": 144, "seqused_k": used, "block_table": table}
+        return lambda: cupyattn.flash_attn_varlen_func(q, k, v, starts, **given)
+
+    gpu.of(step())
+    again = step()
+    found, was_long = gpu.of(again)
+    assert not was_long
+    assert found == gpu.long_way(again)
 
 
 def test_a_number_of_tokens_that_grows_is_no_other_call(gpu):

@@ -130,7 +130,9 @@ class _Sequences:
             self.starts_q, self.seqlens_q = _starts_and_lengths(operands["cu_seqlens_q"])
         else:
             self.starts_q, self.seqlens_q = np.zeros(sizes.batch, np.int64), np.full(sizes.batch, sizes.seqlen_q)
-        if self.problem.layout.cached:
+        if "cache_seqlens" in operands:  # of pages, to which nothing was appended
+            self.starts_k, self.seqlens_k = np.zeros(sizes.batch, np.int64), operands["cache_seqlens"].astype(np.int64)
+        elif self.problem.layout.cached:
             self.starts_k = operands["first_key"]
             self.seqlens_k = operands["seqused_k"] - self.starts_k
         else:

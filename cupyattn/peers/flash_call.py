@@ -15,7 +15,12 @@ FLASH: Any = {
     "gives": ("out", "lse", "S_dmask"),
     "always": {"return_lse": True},
     "destinations": ("out", "lse_out"),
-    "finish": lambda asked, found: as_asked(asked["return_lse"], asked["return_attn_probs"], asked["dropout_p"], found),
+    "finish": lambda asked, found: as_asked(
+        asked["return_lse"] or asked.get("return_softmax_lse", False),
+        asked["return_attn_probs"],
+        asked["dropout_p"],
+        found,
+    ),
 }
 """What their operators have in common."""
 

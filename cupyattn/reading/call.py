@@ -62,7 +62,12 @@ def _problem(function: str, specs: Mapping[str, Spec], options: Options) -> Prob
     k = specs["k"].shape
     problem = Problem(
         sizes,
-        Layout(options.axes, k[1] if "block_table" in specs else None, options.cached, has_seqlens(specs)),
+        Layout(
+            options.axes,
+            k[1] if "block_table" in specs else None,
+            options.cached or "cache_seqlens" in specs,
+            has_seqlens(specs),
+        ),
         specs["q"].dtype,
         options.mask(function, specs, sizes),
         options.edits(sizes.head_dim, specs),

@@ -1,4 +1,4 @@
-"""Lengths of the sequences in dense arrays: what they go with, and their values where these can be seen."""
+"""How much of each sequence is used: what such lengths go with, and their values where these can be seen."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def check_seqlens(function: str, specs: Mapping[str, Spec], sizes: Sizes, option
             rule = f"{spec.name} has to hold one length per sequence, ({sizes.batch},)"
             raise ValueError(refusal(function, rule, (spec.name, spec.shape)))
     for word in ("q", "k", "v"):
-        if specs[word].shape[0] != sizes.batch:
+        if options.axes != "thd" and specs[word].shape[0] != sizes.batch:
             rule = f"with {names} each of q, k and v has to have the whole batch, {sizes.batch}"
             raise ValueError(refusal(function, rule, (specs[word].name, specs[word].shape)))
     for word in ("mask", "bias"):
@@ -36,7 +36,7 @@ def check_seqlens(function: str, specs: Mapping[str, Spec], sizes: Sizes, option
     if options.dropout_p > 0.0:
         rule = f"{names} and dropout_p exclude each other"
         raise ValueError(refusal(function, rule, ("dropout_p", options.dropout_p)))
-    if sizes.batch * max(sizes.seqlen_q, sizes.seqlen_k) > LARGEST_SIZE:
+    if options.axes != "thd" and sizes.batch * max(sizes.seqlen_q, sizes.seqlen_k) > LARGEST_SIZE:
         rule = f"with {names} there may be at most {LARGEST_SIZE} rows, and keys, in all sequences together"
         raise ValueError(refusal(function, rule, *((specs[word].name, specs[word].shape) for word in ("q", "k"))))
 
@@ -46,8 +46,14 @@ def check_lengths(function: str, specs: Mapping[str, Spec], sizes: Sizes, operan
     for word, longest in zip(WORDS, (sizes.seqlen_q, sizes.seqlen_k), strict=True):
         if word not in specs:
             continue
-        values, name = operands[word], specs[word].name
-        if values.size and (values.min() < 0 or values.max() > longest):
+        values, name, starts = operands[word].astype(np.int64), specs[word].name, f"cu_{word}"
+        shown = (name, short(values))
+        if starts in specs:
+            room = np.diff(operands[starts].astype(np.int64))
+            if (values < 0).any() or (values > room).any():
+                rule = f"{name} have to be from 0 to the lengths of the sequences in {specs[starts].name}"
+                raise ValueError(refusal(function, rule, shown, ("lengths", short(room))))
+        elif values.size and (values.min() < 0 or values.max() > longest):
             array = specs["q" if word == "seqlens_q" else "k"]
             rule = f"{name} have to be from 0 to {longest}, the length of {array.name}"
-            raise ValueError(refusal(function, rule, (name, short(np.asarray(values))), (array.name, array.shape)))
+            raise ValueError(refusal(function, rule, shown, (array.name, array.shape)))

@@ -11,7 +11,7 @@ from cupyattn.reading.refusals import refusal, short
 
 
 def check_sequences(function: str, specs: Mapping[str, Spec], sizes: Sizes, operands: Mapping[str, Array]) -> None:
-    """Check the values of cu_seqlens and block_table, on the host, before anything is computed.
+    """Check the values of cu_seqlens, lengths and block_table, on the host, before anything is computed.
 
     Entries of the block_table past the last page of a sequence are not looked at.
     """
@@ -20,6 +20,9 @@ def check_sequences(function: str, specs: Mapping[str, Spec], sizes: Sizes, oper
         ("cu_seqlens_q", sizes.total_q, sizes.seqlen_q),
         ("cu_seqlens_k", None if "block_table" in specs else specs["k"].shape[0], sizes.seqlen_k),
     ):
+        if name not in specs:
+            lengths[name] = _lengths_in_pages(function, specs, sizes, operands["cache_seqlens"])
+            continue
         starts, shown = operands[name].astype(np.int64), specs[name].name
         steps = lengths[name] = np.diff(starts)
         values = short(starts)
@@ -36,6 +39,17 @@ def check_sequences(function: str, specs: Mapping[str, Spec], sizes: Sizes, oper
             raise ValueError(refusal(function, rule, (shown, values), ("longest", steps.max()), ("allowed", longest)))
     if "block_table" in specs:
         _check_pages(function, specs, lengths["cu_seqlens_k"], operands["block_table"])
+
+
+def _lengths_in_pages(function: str, specs: Mapping[str, Spec], sizes: Sizes, used: Array) -> Array:
+    """How many keys each sequence has, which is at most so many."""
+    lengths, shown = used.astype(np.int64), specs["cache_seqlens"].name
+    if lengths.min(initial=0) < 0:
+        raise ValueError(refusal(function, f"{shown} must not be negative", (shown, short(lengths))))
+    if lengths.max(initial=0) > sizes.seqlen_k:
+        rule = f"a sequence of {shown} is longer than max_seqlen_k"
+        raise ValueError(refusal(function, rule, (shown, short(lengths)), ("allowed", sizes.seqlen_k)))
+    return lengths
 
 
 def _check_pages(function: str, specs: Mapping[str, Spec], lengths: Array, table: Array) -> None:

@@ -48,16 +48,19 @@ def sizes_of(function: str, specs: Mapping[str, Spec], options: Options) -> Size
 
 def ragged_sizes_of(function: str, specs: Mapping[str, Spec], options: Options) -> Sizes:
     q, k, v = (specs[name] for name in ("q", "k", "v"))
-    starts_q, starts_k = specs["cu_seqlens_q"], specs["cu_seqlens_k"]
-    paged = "block_table" in specs
+    starts_q, paged = specs["cu_seqlens_q"], "block_table" in specs
+    in_keys = "cu_seqlens_k" if "cu_seqlens_k" in specs else "cache_seqlens"  # how many each sequence has
+    starts_k = specs[in_keys]
     keys = (4, "(num_pages, page_size, num_heads_kv, head_dim), with a block_table") if paged else (3, AXES["thd"])
-    starts = (1, "(batch + 1,)")
-    ranks = {"q": (3, AXES["thd"]), "k": keys, "v": keys, "cu_seqlens_q": starts, "cu_seqlens_k": starts}
-    _check_rank(function, specs, ranks)
-    if starts_q.shape != starts_k.shape or starts_q.shape[0] < 1:
-        rule = f"{starts_q.name} and {starts_k.name} have to have batch + 1 entries each"
-        raise ValueError(refusal(function, rule, (starts_q.name, starts_q.shape), (starts_k.name, starts_k.shape)))
+    starts, in_pages = (1, "(batch + 1,)"), in_keys == "cache_seqlens"
+    ranks = {"q": (3, AXES["thd"]), "k": keys, "v": keys, "cu_seqlens_q": starts}
+    _check_rank(function, specs, {**ranks, in_keys: (1, "(batch,)") if in_pages else starts})
     batch = starts_q.shape[0] - 1
+    if batch < 0 or starts_k.shape[0] != batch + (not in_pages):
+        rule = f"{starts_q.name} and {starts_k.name} have to have batch + 1 entries each"
+        if in_pages:
+            rule = f"{starts_q.name} has to have batch + 1 entries, and {starts_k.name} batch"
+        raise ValueError(refusal(function, rule, (starts_q.name, starts_q.shape), (starts_k.name, starts_k.shape)))
     if q.shape[-1] != k.shape[-1]:
         rule = f"{q.name} and {k.name} have different head_dim"
         raise ValueError(refusal(function, rule, (q.name, q.shape), (k.name, k.shape)))

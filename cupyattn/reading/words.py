@@ -61,8 +61,8 @@ ELSEWHERE = {
 }
 """What to do with a word, where a function has none for the same."""
 OF_PACKED = {
-    "seqlens_q": "a packed sequence has the rows from one of cu_seqlens to the next",
-    "seqlens_k": "flash_attn_with_kvcache takes it, as cache_seqlens; here a sequence has the keys that cu_seqlens say",
+    "seqlens_q": "flash_attn_varlen_func takes it, as seqused_q; here a sequence has the rows that cu_seqlens say",
+    "seqlens_k": "flash_attn_varlen_func takes it, as seqused_k; here a sequence has the keys that cu_seqlens say",
 }
 """Instead, where sequences are packed: what `attention` takes for dense ones is no help there."""
 

@@ -75,6 +75,19 @@ def flash_attn_varlen_func_of_pages(packed_q, pages_k, pages_v, cu_seqlens_q, cu
     )  # fmt: skip
 
 
+def flash_attn_varlen_func_of_used_pages(packed_q, pages_k, pages_v, cu_seqlens_q, used_q, used_k, block_table):
+    return cupyattn.flash_attn_varlen_func(
+        packed_q, pages_k, pages_v, cu_seqlens_q, max_seqlen_q=6, max_seqlen_k=9, causal=True, block_table=block_table,
+        seqused_q=used_q, seqused_k=used_k, return_softmax_lse=True,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func_of_used_keys(packed_q, packed_k, packed_v, cu_seqlens_q, cu_seqlens_k, used_k):
+    return cupyattn.flash_attn_varlen_func(
+        packed_q, packed_k, packed_v, cu_seqlens_q, cu_seqlens_k, 6, 9, causal=True, seqused_k=used_k, return_lse=True
+    )
+
+
 def merge_states(out_a, lse_a, out_b, lse_b):
     return cupyattn.merge_states([out_a, out_b], [lse_a, lse_b])
 
@@ -108,6 +121,8 @@ SMOOTH = [
     flash_attn_kvpacked_func,
     flash_attn_varlen_func,
     flash_attn_varlen_func_of_pages,
+    flash_attn_varlen_func_of_used_pages,
+    flash_attn_varlen_func_of_used_keys,
     merge_states,
     apply_rotary_emb,
     apply_rotary_emb_packed,
@@ -120,7 +135,7 @@ CALLS = [*SMOOTH, attention_backward, *PADDING]
 def title_of(call):
     """The public function a call is of."""
     names = {"sdpa_without_heads": "scaled_dot_product_attention", "apply_rotary_emb_packed": "apply_rotary_emb"}
-    return names.get(call.__name__, call.__name__.removesuffix("_of_pages"))
+    return names.get(call.__name__, call.__name__.partition("_of_")[0])
 
 
 def everything(dtype, seed=3):
@@ -156,6 +171,8 @@ def everything(dtype, seed=3):
         "packed_v": draw(13, 2, 8),
         "cu_seqlens_q": np.array([0, 3, 9], np.int32),
         "cu_seqlens_k": np.array([0, 9, 13], np.int32),
+        "used_q": np.array([3, 4], np.int32),
+        "used_k": np.array([7, 2], np.int32),
         "pages_k": draw(6, 4, 2, 8),
         "pages_v": draw(6, 4, 2, 8),
         "block_table": np.array([[5, 0, 2], [3, -1, -1]], np.int32),

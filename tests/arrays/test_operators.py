@@ -81,6 +81,19 @@ def flash_attn_varlen_func_of_pages(packed_q, pages_k, pages_v, cu_seqlens_q, cu
     )
 
 
+def flash_attn_varlen_func_of_used_pages(packed_q, pages_k, pages_v, cu_seqlens_q, used_q, used_k, block_table):
+    return cupyattn.flash_attn_varlen_func(
+        packed_q, pages_k, pages_v, cu_seqlens_q, max_seqlen_q=6, max_seqlen_k=9, causal=True, block_table=block_table,
+        seqused_q=used_q, seqused_k=used_k, return_softmax_lse=True,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func_of_used_keys(packed_q, packed_k, packed_v, cu_seqlens_q, cu_seqlens_k, used_k):
+    return cupyattn.flash_attn_varlen_func(
+        packed_q, packed_k, packed_v, cu_seqlens_q, cu_seqlens_k, 6, 9, causal=True, seqused_k=used_k, return_lse=True
+    )
+
+
 def flash_attn_varlen_qkvpacked_func(packed_qkv, cu_seqlens_q):
     return cupyattn.flash_attn_varlen_qkvpacked_func(
         packed_qkv, cu_seqlens_q, 6, dropout_p=0.2, return_attn_probs=True, dropout_seed=3
@@ -156,6 +169,7 @@ SMOOTH = [
     *(attention, attention_alone, attention_heads_first, scaled_dot_product_attention),
     *(sdpa_without_heads, sdpa_without_heads_in_groups, flash_attn_func, flash_attn_func_without_dropout),
     *(flash_attn_qkvpacked_func, flash_attn_kvpacked_func, flash_attn_varlen_func, flash_attn_varlen_func_of_pages),
+    *(flash_attn_varlen_func_of_used_pages, flash_attn_varlen_func_of_used_keys),
     *(flash_attn_varlen_qkvpacked_func, flash_attn_varlen_kvpacked_func, merge_states, apply_rotary_emb),
     *(apply_rotary_emb_packed, apply_rotary_emb_of_a_pair, cascade_attention, pad_input),
     *(linear_attention, linear_attention_alone, onnx_attention, onnx_attention_of_flat_heads),
@@ -187,6 +201,7 @@ def operands_of(call, dtype=torch.float32, seed=3, batch=2):
         "packed_qkv": draw(9, 3, 4, 8), "packed_kv": draw(13, 2, 2, 8),
         "cu_seqlens_q": torch.tensor([0, 3, 9], dtype=torch.int32),
         "cu_seqlens_k": torch.tensor([0, 9, 13], dtype=torch.int32),
+        "used_q": torch.tensor([3, 4], dtype=torch.int32), "used_k": torch.tensor([7, 2], dtype=torch.int32),
         "pages_k": draw(6, 16, 2, 8), "pages_v": draw(6, 16, 2, 8),
         "block_table": torch.tensor([[5, 0, 2], [3, 1, 4]], dtype=torch.int32),
         "out_a": draw(batch, 6, 4, 8), "out_b": draw(batch, 6, 4, 8),

@@ -882,6 +882,120 @@ def test_sequences_have_lengths_of_their_own(torch, driver, seqlen_q, dtype, ker
     assert torch.equal(into, out)
 
 
+@pytest.fixture
+def unhurried(torch):
+    """A context in which nothing of torch runs that waits for a GPU, or copies something there, on the way."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Unhurried(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            indexed = str(function).startswith(("aten.index.", "aten.index_put"))
+            by_mask = indexed and any(x is not None and x.dtype == torch.bool for x in args[1])
+            if by_mask or function.name().partition("::")[2] in ("nonzero", "_local_scalar_dense", "lift_fresh"):
+                raise AssertionError(f"{function} waits")
+            return function(*args, **(kwargs or {}))
+
+    return Unhurried
+
+
+def used_pages(torch, rows=(1, 0, 2), dtype="float16"):
+    """Rows of three sequences over pages of which so many keys are used; whatever else is in them is nan."""
+    torch.manual_seed(0)
+    used, table = torch.tensor([40, 7, 0]).int(), torch.tensor([[3, 9, 1], [2, 99, -1], [7, 5, 0]]).int()
+    pages = [torch.full((10, 16, 2, 64), torch.nan).to(getattr(torch, dtype)) for _ in "kv"]
+    for of_sequence, count in zip(table, used, strict=True):
+        for array in pages:
+            for place in range(count):
+                array[of_sequence[place // 16], place % 16] = torch.randn(2, 64)
+    starts = torch.tensor([0, *np.cumsum(rows)]).int()
+    q = torch.randn(sum(rows), 4, 64).to(getattr(torch, dtype))
+    given = {"cu_seqlens_q": starts, "max_seqlen_q": max(rows), "block_table": table}
+    return {"q": q, "k": pages[0], "v": pages[1], **given, "seqused_k": used, "max_seqlen_k": 48}
+
+
+def on_the_host(arguments):
+    """The same call of NumPy arrays, in float64."""
+    wide = {name: x.double() if getattr(x, "is_floating_point", bool)() else x for name, x in arguments.items()}
+    wide = {name: x.numpy() if hasattr(x, "numpy") else x for name, x in wide.items()}
+    return cupyattn.flash_attn_varlen_func(**wide, return_lse=True)
+
+
+@pytest.mark.parametrize(("rows", "kernel"), [((1, 0, 2), "splitkv"), ((70, 0, 80), "hopper")])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window_size": (5, 0), "softcap": 2.0}])
+def test_pages_of_which_so_many_keys_are_used(torch, driver, unhurried, rows, kernel, options):
+    arguments = used_pages(torch, rows) | options
+    exact = on_the_host(arguments)
+    with unhurried():
+        found = cupyattn.flash_attn_varlen_func(**arguments, return_softmax_lse=True)
+    for mine, right in zip(found, exact, strict=True):
+        np.testing.assert_allclose(mine.numpy(), right, atol=2e-3)
+    assert [launch[0].source for launch in driver.launches] == [f"{kernel}.cu"]
+    q, k, v, used, _ = (arguments.pop(name) for name in ("q", "k", "v", "seqused_k", "max_seqlen_k"))
+    as_cache = cupyattn.flash_attn_with_kvcache(q, k, v, **arguments, cache_seqlens=used, return_softmax_lse=True)
+    assert all(torch.equal(*pair) for pair in zip(found, as_cache, strict=True))
+
+
+def test_pages_go_into_the_callers_out_and_the_call_is_remembered(torch, driver, monkeypatch):
+    arguments = used_pages(torch)
+    out = torch.empty(3, 4, 64).half()
+    assert cupyattn.flash_attn_varlen_func(**arguments, out=out) is out
+    right = out.clone()
+    monkeypatch.setattr(cuda, "run", None)  # it is not read again
+    out.zero_()
+    cupyattn.flash_attn_varlen_func(**arguments, out=out)
+    assert torch.equal(out, right)
+
+
+def test_lengths_of_keys_in_pages_beyond_what_there_is_are_cut_on_a_gpu(torch, driver):
+    arguments = used_pages(torch)
+    arguments["k"], arguments["v"] = torch.randn(10, 16, 2, 64).half(), torch.randn(10, 16, 2, 64).half()
+    exact = on_the_host(arguments | {"seqused_k": torch.tensor([48, 7, 0]).int()})[0]
+    arguments["seqused_k"] = torch.tensor([2**31 - 1, 7, -5]).int()
+    np.testing.assert_allclose(cupyattn.flash_attn_varlen_func(**arguments).numpy(), exact, atol=2e-3)
+
+
+@pytest.mark.parametrize(("rows", "kernel"), [((1, 0, 2), "splitkv"), ((70, 0, 80), "hopper")])
+@pytest.mark.parametrize("paged", [True, False], ids=["pages", "packed"])
+def test_of_packed_sequences_less_is_used(torch, driver, unhurried, rows, kernel, paged):
+    arguments = used_pages(torch, rows) | {"causal": True, "alibi_slopes": torch.rand(3, 4)}
+    used_q = torch.tensor([rows[0], 0, rows[2] // 2]).int()
+    arguments["q"][rows[0] + rows[2] // 2 :] = torch.nan
+    if not paged:
+        del arguments["block_table"]
+        k, v = torch.randn(2, 90, 2, 64).half()
+        bounds, used = torch.tensor([0, 45, 60, 90]).int(), arguments["seqused_k"]
+        for first, count, end in zip(bounds, used, bounds[1:], strict=False):
+            k[first + count : end], v[first + count : end] = torch.nan, torch.inf
+        arguments |= {"k": k, "v": v, "cu_seqlens_k": bounds}
+    exact = on_the_host(arguments | {"seqused_q": used_q})
+    with unhurried():
+        found = cupyattn.flash_attn_varlen_func(**arguments, seqused_q=used_q, return_lse=True)
+    for mine, right in zip(found, exact, strict=True):
+        np.testing.assert_allclose(mine.numpy(), right, atol=2e-3)
+    unused = slice(rows[0] + rows[2] // 2, None)
+    assert not found[0][unused].any()
+    assert (found[1][:, unused] == -torch.inf).all()
+    assert [launch[0].source for launch in driver.launches] == [f"{kernel}.cu"]
+
+
+def test_used_lengths_beyond_packed_sequences_are_cut_on_a_gpu(torch, driver):
+    q, k = torch.randn(7, 2, 64).half(), torch.randn(90, 2, 64).half()
+    starts = torch.tensor([0, 3, 7]).int(), torch.tensor([0, 50, 90]).int()
+    wrong = {"seqused_q": torch.tensor([2**31 - 1, 4]).int(), "seqused_k": torch.tensor([1000, -3]).int()}
+    out = cupyattn.flash_attn_varlen_func(q, k, k, *starts, 4, 50, **wrong)
+    np.testing.assert_allclose(out[:3].numpy(), expected(q[None, :3], k[None, :50], k[None, :50])[0], atol=2e-3)
+    assert not out[3:].any()
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_nobody_waits_for_lengths(torch, driver, unhurried, layout):
+    q, k, sinks = torch.randn(2, 8, 8, 64).half(), torch.randn(2, 8, 8, 64).half(), torch.randn(8)
+    given = {"seqlens_q": torch.tensor([3, 8]).int(), "seqlens_k": torch.tensor([0, 5]).int(), "sinks": sinks}
+    with unhurried():
+        cupyattn.attention(q, k, k, layout=layout, **given)
+    assert driver.launches
+
+
 def test_lengths_beyond_the_arrays_are_cut_on_a_gpu(torch, driver):
     q, k = torch.randn(2, 70, 2, 64).half(), torch.randn(2, 90, 2, 64).half()
     rows, keys = (torch.tensor(wrong, dtype=torch.int32) for wrong in ([1000, -5], [1000, 3]))

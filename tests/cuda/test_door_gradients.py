@@ -293,6 +293,37 @@ def test_a_backward_pass_launches_what_its_forward_pass_was_allowed(torch, drive
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_packed_sequences_of_which_less_is_used(torch, driver, dtype):
+    q, k, v = operands(torch, dtype)
+    used = {"seqused_q": torch.tensor([40, 13]).int(), "seqused_k": torch.tensor([21, 50]).int()}
+    with torch.no_grad():
+        q[1, 13:], k[0, 21:], v[0, 21:] = torch.nan, torch.nan, torch.inf
+    starts = [torch.arange(3).int() * x.shape[1] for x in (q, k)]
+    q, k, v = (x.flatten(0, 1).detach().requires_grad_() for x in (q, k, v))
+    longest = int(starts[0][1]), int(starts[1][1])
+    slopes = torch.rand(2, 4).requires_grad_()
+    call = lambda: cupyattn.flash_attn_varlen_func(q, k, v, *starts, *longest, causal=True, alibi_slopes=slopes, **used)  # noqa: E731
+    found, dout = differentiated(torch, call, [q, k, v, slopes])
+    dense = [x.detach().view(2, -1, *x.shape[1:]) for x in (dout, q, k, v)]
+    given = {f"seqlens_{name[-1]}": x.numpy() for name, x in used.items()}
+    same = exact(*dense, alibi_slopes=slopes, causal=True, alignment="bottom-right", **given)
+    for gradient, name in zip(found, ("q", "k", "v", "alibi_slopes"), strict=True):
+        right = getattr(same, f"d{name}")
+        assert_close(gradient, right.reshape(gradient.shape), 2e-5 if dtype == "float32" else 6e-3)
+    assert not found[1][21 : longest[1]].any()
+
+
+@pytest.mark.parametrize("more", [{}, {"seqused_q": [3, 1]}], ids=["all rows", "some rows"])
+def test_pages_have_none_and_that_is_said_before_anything_is_launched(torch, driver, more):
+    q, pages = torch.randn(5, 4, 64).half().requires_grad_(), torch.randn(8, 16, 2, 64).half()
+    table, more = torch.arange(8).int().view(2, 4), {name: torch.tensor(x).int() for name, x in more.items()}
+    bounds, used = torch.tensor([0, 3, 5]).int(), torch.tensor([50, 7]).int()
+    with pytest.raises(NotImplementedError, match="has no gradients of keys in pages or in a cache"):
+        cupyattn.flash_attn_varlen_func(q, pages, pages, bounds, None, 3, 64, seqused_k=used, block_table=table, **more)
+    assert driver.launches == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_sequences_with_lengths_of_their_own(torch, driver, dtype):
     q, k, v = operands(torch, dtype)
     used = [torch.tensor(x, dtype=torch.int32) for x in ((40, 13), (21, 50))]

@@ -783,7 +783,10 @@ PEERS = {
     "flash_attn_qkvpacked_func": {"qkv": REQUIRED, **FLASH_DEFAULTS},
     "flash_attn_kvpacked_func": {"q": REQUIRED, "kv": REQUIRED, **FLASH_DEFAULTS},
     "flash_attn_varlen_func": {
-        **dict.fromkeys(["q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"], REQUIRED),
+        **dict.fromkeys(["q", "k", "v", "cu_seqlens_q"], REQUIRED),
+        **dict.fromkeys(
+            ["cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
+        ),  # what follows the first, which may be left out
         **FLASH_DEFAULTS,
         "block_table": None,
     },

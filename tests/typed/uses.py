@@ -60,6 +60,10 @@ def of_one_library(x: Tensor, y: Floats, unknown: Any, flag: bool) -> None:
     assert_type(cupyattn.flash_attn_varlen_func(x, x, x, y, y, 5, 5, block_table=y), Tensor)
     probs = cupyattn.flash_attn_varlen_func(x, x, x, y, y, 5, 5, return_attn_probs=True, block_table=y)
     assert_type(probs, tuple[Tensor, Tensor, Tensor | None])
+    varlen = cupyattn.flash_attn_varlen_func
+    assert_type(varlen(x, x, x, y, y, 5, 5, seqused_q=y, return_softmax_lse=True), tuple[Tensor, Tensor])
+    assert_type(varlen(x, x, x, y, None, 5, 5, seqused_k=y, block_table=y), Tensor)
+    assert_type(varlen(x, x, x, y, max_seqlen_q=5, max_seqlen_k=5, seqused_k=y, block_table=y), Tensor)
     assert_type(cupyattn.flash_attn_varlen_qkvpacked_func(x, y, 5, return_lse=True), tuple[Tensor, Tensor])
     assert_type(cupyattn.flash_attn_varlen_kvpacked_func(x, x, y, y, 5, 5), Tensor)
     assert_type(cupyattn.flash_attn_with_kvcache(x, x, x, x, x, cache_seqlens=3, causal=True), Tensor)
@@ -133,6 +137,7 @@ def words_and_numbers(x: Tensor) -> None:
     cupyattn.implementations("flesh")  # type: ignore[arg-type]
     cupyattn.flash_attn_func(x, x, x, causal="yes")  # type: ignore[call-overload]
     cupyattn.flash_attn_varlen_func(x, x, x, x, x)  # type: ignore[call-overload]
+    cupyattn.flash_attn_varlen_func(x, x, x, x, max_seqlen_q=5, max_seqlen_k=5)  # type: ignore[call-overload]
     cupyattn.flash_attn_with_kvcache(1, 2, 3)  # type: ignore[call-overload]
     cupyattn.linear_attention(x, x, x, rule="mamba")  # type: ignore[call-overload]
     cupyattn.linear_attention(x, x, x, layout="thd")  # type: ignore[call-overload]
