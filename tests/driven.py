@@ -14,7 +14,7 @@ from emulated import encode
 
 from cupyattn import cuda, repeating
 from cupyattn.cuda import appending, backward, merging, scheduling, scripting
-from cupyattn.cuda.launching import maps, memory
+from cupyattn.cuda.launching import gradients, launch, mapping, maps, memory
 from cupyattn.problem import NAMED_DEVICES
 
 H100 = NAMED_DEVICES["H100"]
@@ -106,3 +106,21 @@ def torch(driver, monkeypatch):
 
         monkeypatch.setattr(memory.TorchMemory, name, looking)
     return found
+
+
+@pytest.fixture
+def copies_pay(monkeypatch):
+    """What no tensor map reads is copied for it from eight tokens on."""
+    monkeypatch.setattr(mapping, "MANY", 8)
+    for room in (launch, gradients):
+        room._recipe.cache_clear()
+    yield
+    for room in (launch, gradients):
+        room._recipe.cache_clear()
+
+
+def astray(x):
+    """The same numbers of a tensor, two bytes behind a multiple of 16."""
+    numbers = x.new_empty(x.numel() + 8)
+    start = next(i for i in range(8) if (numbers.data_ptr() + 2 * i) % 16 == 2)
+    return numbers[start : start + x.numel()].view(x.shape).copy_(x)

@@ -238,6 +238,14 @@ HUGE = [
         "huge_values", FLASH, ValueError, "v", "(2, 5, 1, 2147483647)",
         v=huge(2, 5, 1, 2**31 - 1), q=huge(2, 2**30, 4, 8),
     ),
+    bad(
+        "packed_keys_past_32_bits", VARLEN, ValueError, "k", "no axis may be longer than 2147483647", "2147483648",
+        k=huge(2**31, 2, 8), v=huge(2**31, 2, 8),
+    ),
+    bad(
+        "pages_past_32_bits", PAGED, ValueError, "k", "no axis may be longer than 2147483647", "2147483648",
+        k=huge(2**31, 2, 2, 8), v=huge(2**31, 2, 2, 8),
+    ),
     bad("huge_packed_result", VARLEN, ValueError, "q", "(2147483647, 1048576, 8)", q=huge(2**31 - 1, 2**20, 8)),
     bad(
         "huge_dropout_mask", VARLEN, ValueError, "q", "2147483647",

@@ -198,6 +198,15 @@ def test_arrays_without_maps_are_read_by_flash_and_said_to_be(torch):
     torch.testing.assert_close(cupyattn.attention(x, x, x).double(), exact, atol=4e-3, rtol=0)
 
 
+def test_keys_that_batches_share_are_copied_for_maps_and_said_to_be(torch):
+    q, k = torch.randn(3, 600, 4, 64, device="cuda").half(), torch.randn(1, 700, 2, 64, device="cuda").half()
+    plan, whole = cupyattn.explain(q, k, k), k.repeat(3, 1, 1, 1)
+    assert plan.kernel == "hopper"
+    assert any(note.startswith("k is copied: no tensor map") for note in plan.notes)
+    for _ in range(2):
+        assert torch.equal(cupyattn.attention(q, k, k), cupyattn.attention(q, whole, whole))
+
+
 @pytest.mark.parametrize("dtype", ["float16", FLOAT8])
 @pytest.mark.parametrize("causal", [False, True])
 def test_small_shapes_for_the_sanitizer(torch, rng, dtype, causal):

@@ -79,6 +79,7 @@ def gpu(launches, monkeypatch):
     for name, dtype in (("contiguous", None), ("as_float32", "float32")):  # CuPy would launch a kernel of its own
         fresh = lambda self, x, dtype=dtype: cupy.empty(x.shape, dtype or x.dtype)  # noqa: E731
         monkeypatch.setattr(memory.CuPyMemory, name, fresh)
+    monkeypatch.setattr(memory.CuPyMemory, "fresh", lambda self, x, shape: cupy.empty(shape, x.dtype))
     found = SimpleNamespace(array=array, device=device, cupy=cupy)
     monkeypatch.setattr(cuda, "device_of", lambda function, title, like: found.device)
 
@@ -378,6 +379,13 @@ def test_the_kernels_that_are_allowed_around_a_call_are_part_of_it(gpu):
         assert not gpu.of(call)[1]
         assert found == gpu.of(call)[0]
     assert gpu.of(call) == (free, False)
+
+
+def test_a_call_that_copies_for_tensor_maps_goes_the_long_way_each_time(gpu, launches):
+    call = asked_of(gpu, {"k": (SHAPE_K, {"shift": 1}), "implementation": "hopper"})
+    found = [gpu.of(call) for _ in range(3)]
+    assert [was_long for _, was_long in found] == 3 * [True]
+    assert [launch[0].source for launch in launches] == ["hopper.cu"]
 
 
 def test_the_same_number_by_another_name_is_another_call(gpu):

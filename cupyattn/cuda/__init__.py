@@ -2,6 +2,7 @@
 
 memory      whose arrays these are, and where they lie
 launch      kernel, grid and parameter record
+mapping     which arrays tensor maps read, and which are copied for it
 append      the same for new keys and values on their way into a cache
 script      the launches of a call, to be made again with other addresses
 gradients   the same for gradients: several launches, and sums over what repeats an operand
@@ -20,11 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from cupyattn.cuda import appending, backward, noting, scheduling, scripting
+from cupyattn.cuda import appending, backward, copying, noting, scheduling, scripting
 from cupyattn.cuda.launching import maps
 from cupyattn.cuda.launching.lanes import CuPyLane, TorchLane
-from cupyattn.cuda.launching.launch import map_objections, recipe_of, record_of
-from cupyattn.cuda.launching.memory import NOTHING, CuPyMemory, JaxMemory, TorchMemory, copied
+from cupyattn.cuda.launching.launch import recipe_of, record_of
+from cupyattn.cuda.launching.mapping import are_remade, map_objections
+from cupyattn.cuda.launching.memory import NOTHING, CuPyMemory, JaxMemory, TorchMemory
 from cupyattn.cuda.launching.script import Script
 from cupyattn.cuda.launching.views import View, has_to_be_copied, lies_like_new
 from cupyattn.cuda.making.compiler import FOLDER_OF_CUPY, INSTALL
@@ -325,16 +327,10 @@ def _ready(
     """That of the planned kernel, and around it those of its schedule, unless that is there, and of the merge."""
     views = {name: memory.view(array, specs[name].dtype) for name, array in operands.items()}
     _check_instead(function, plan, problem, views)
-    recipe = recipe_of(plan, problem, views)
-    kept = []
     stream = memory.stream(index)
     with memory.temporaries(stream):
-        if recipe.copies:
-            for name in recipe.copies:
-                copy = copied(memory, name, operands[name], problem.sizes.batch_shape)
-                kept.append(copy)
-                views[name] = memory.view(copy, "float32" if name in ("alibi_slopes", "sinks") else specs[name].dtype)
-            recipe = recipe_of(plan, problem, views)
+        asked = functools.partial(recipe_of, plan, problem)
+        now, views, recipe = copying.readable(memory, operands, views, specs, problem, asked)
         if schedule is not None:
             recipe = scheduling.going_by(function, recipe, memory.view(schedule, "int32"))
         elif shared is not None:
@@ -348,16 +344,16 @@ def _ready(
     launches = []
     for each in recipe.launches:
         record, what = record_of(each, views, addresses, seed, scratch, cache_seqlen), each.specialisation
-        launches.append(Launch(kernel(what, index), each.grid, what, record, stream, [*kept, workspace]))
+        launches.append(Launch(kernel(what, index), each.grid, what, record, stream, [*now.values(), workspace]))
     return launches
 
 
 def _check_instead(function: str, plan: Plan, problem: Problem, views: Mapping[str, View]) -> None:
-    """Refuse arrays that the Hopper kernel cannot read, where nothing else may read them instead."""
-    if plan.instead is None or plan.instead.kernel != "none":
+    """Refuse arrays that the Hopper kernel cannot read and that are not copied, where nothing else may read them."""
+    if plan.instead is None or plan.instead.kernel != "none" or are_remade(plan, problem):
         return
     if reasons := map_objections(problem, views):
-        against = [("hopper", f"has no tensor map, {reason}") for reason in reasons]
+        against = [("hopper", f"has no tensor map, {reason}") for reason in reasons.values()]
         against += [(name, reason) for name, others in plan.instead.objections for reason in others]
         rule = f"no implementation takes arrays that lie like these\n    {problem}"
         raise NotImplementedError(refusal(function, rule, *against))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from cupyattn.cuda.copying import readable
 from cupyattn.cuda.launching.gradients import (
     NAMES,
     Written,
@@ -12,7 +14,7 @@ from cupyattn.cuda.launching.gradients import (
     backward_recipe,
     with_dtypes,
 )
-from cupyattn.cuda.launching.memory import CuPyMemory, copied
+from cupyattn.cuda.launching.memory import CuPyMemory
 from cupyattn.cuda.making.module import Launch, kernel
 from cupyattn.plan import Plan
 from cupyattn.problem import Problem, Shape, Spec
@@ -42,19 +44,7 @@ def queue(
     stream = memory.stream(index)
     kept: list[Any] = list(operands.values())
     with memory.temporaries(stream):
-        now = dict(operands)
-        recipe = backward_recipe(plan, problem, views)
-        if recipe.copies:
-            for name in recipe.copies:
-                now[name] = copied(memory, name, now[name], problem.sizes.batch_shape)
-                dtype = "float32" if name in ("alibi_slopes", "sinks") else specs[name].dtype
-                views[name] = memory.view(now[name], dtype)
-            recipe = backward_recipe(plan, problem, views)
-        if recipe.remade:
-            for name in recipe.remade:
-                now[name] = memory.fresh(now[name], of_all_batches(tuple(now[name].shape), problem))
-                views[name] = memory.view(now[name], specs[name].dtype)
-            recipe = backward_recipe(plan, problem, views, recipe.remade)
+        now, views, recipe = readable(memory, operands, views, specs, problem, partial(backward_recipe, plan, problem))
         kept += now.values()
         asked = {name: as_asked(x, specs[name].shape, specs[name].dtype) for name, x in recipe.written.items()}
         recipe = with_dtypes(recipe, {name: x.dtype for name, x in asked.items()})
@@ -82,11 +72,6 @@ def queue(
         for name, array in places.items():
             if not asked[name].is_whole:
                 memory.sum_into(results[name], array, axes_of(name, asked[name], specs[name].shape, problem))
-
-
-def of_all_batches(shape: Shape, problem: Problem) -> Shape:
-    """That of an array which batches may share, once each has its own."""
-    return shape if problem.layout.ragged or len(shape) < 4 else (problem.sizes.batch, *shape[1:])
 
 
 def axes_of(name: str, written: Written, shape: Shape, problem: Problem) -> tuple[int, ...]:

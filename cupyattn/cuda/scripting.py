@@ -61,7 +61,7 @@ def script_of(
         steps.append(script.step_of_append(recipe, function, of_append, own))
         views = {name: view for name, view in views.items() if name not in appending.OPERANDS}
     whole = recipe_of(plan, problem, views)
-    if whole.copies:
+    if whole.copies or whole.remade:
         return None
     for name, size in whole.workspace._asdict().items():
         if size:

@@ -91,7 +91,7 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     """What else is done: what float8 operands stand for, which of these very arrays are copied."""
     instead: Plan | None = field(default=None)
-    """What runs where the arrays lie so that the kernel cannot read them."""
+    """What runs where the arrays lie so that the kernel cannot read them, and are not copied for it."""
     memory: int | None = field(default=None, compare=False)
     """Bytes besides the operands, at the peak: results, and what is needed to make them; None: nobody has asked."""
     cache_bytes: int = field(default=0, compare=False)

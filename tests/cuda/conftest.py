@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from driven import driver, torch  # noqa: F401
+from driven import copies_pay, driver, torch  # noqa: F401
 
 from cupyattn.cuda.making import cache, compiler
 

@@ -9,11 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from driven import astray
 
 import cupyattn
 from cupyattn import cuda
 from cupyattn.cuda import appending, scripting
-from cupyattn.cuda.launching import memory
+from cupyattn.cuda.launching import maps, memory
 from cupyattn.problem import NAMED_DEVICES
 
 H100 = NAMED_DEVICES["H100"]
@@ -69,6 +70,76 @@ def test_rows_off_16_bytes_are_read_one_by_one_and_said_to_be(torch, driver):
     q = torch.randn(1, 20, 2, 65).half()[..., 1:]
     assert any("number by number" in note for note in cupyattn.explain(q, q, q).notes)
     np.testing.assert_allclose(cupyattn.attention(q, q, q).numpy(), expected(q, q, q), atol=2e-3)
+
+
+MAPLESS = {
+    "keys that batches share": ("k", lambda x: x[:1].expand(x.shape)),
+    "keys of a batch of one": ("k", lambda x: x[:1]),
+    "keys of one head repeated": ("k", lambda x: x[:, :, :1].expand(x.shape)),
+    "values off 16 bytes": ("v", astray),
+    "rows of values off 16 bytes": ("v", lambda x: x.repeat(1, 1, 1, 2)[..., 4:68]),
+    "queries that batches share": ("q", lambda x: x[:1].expand(x.shape)),
+}
+
+
+@pytest.mark.usefixtures("copies_pay")
+@pytest.mark.parametrize(("name", "change"), MAPLESS.values(), ids=MAPLESS)
+def test_what_no_tensor_map_reads_is_copied_where_that_pays_and_said_to_be(torch, driver, name, change):
+    given = {name: torch.randn(2, n, h, 64).half() for name, n, h in (("q", 40, 4), ("k", 50, 2), ("v", 50, 2))}
+    given[name] = change(given[name])
+    (note,) = cupyattn.explain(**given).notes
+    assert note.startswith(f"{name} is copied: no tensor map, ")
+    whole = [x.expand(2, *x.shape[1:]) for x in given.values()]
+    np.testing.assert_allclose(cupyattn.attention(**given).numpy(), expected(*whole), atol=2e-3)
+    assert [launch[0].source for launch in driver.launches] == ["hopper.cu"]
+
+
+@pytest.mark.usefixtures("copies_pay")
+def test_packed_keys_that_no_tensor_map_reads_are_copied_where_that_pays(torch, driver):
+    q, k, v = torch.randn(40, 4, 64).half(), astray(torch.randn(40, 2, 64).half()), torch.randn(40, 2, 64).half()
+    starts = torch.tensor([0, 15, 40], dtype=torch.int32)
+    out = cupyattn.flash_attn_varlen_func(q, k, v, starts, starts, 25, 25)
+    for part in (slice(0, 15), slice(15, 40)):
+        exact = expected(*(x[None, part] for x in (q, k, v)))
+        np.testing.assert_allclose(out[None, part].numpy(), exact, atol=2e-3)
+    assert [launch[0].source for launch in driver.launches] == ["hopper.cu"]
+
+
+@pytest.mark.usefixtures("copies_pay")
+@pytest.mark.parametrize("shape", [(2, 30, 64), (1, 30, 64), (30, 64), (1, 2, 30, 64), (1, 1, 2, 30, 64)], ids=str)
+def test_keys_of_fewer_batch_axes_are_copied_for_each_batch(torch, driver, shape):
+    q, k, v = torch.randn(2, 3, 2, 20, 64).half(), torch.randn(shape).half(), torch.randn(2, 3, 2, 30, 64).half()
+    out = cupyattn.scaled_dot_product_attention(q, k, v)
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double().expand(v.shape), v.double())
+    np.testing.assert_allclose(out.numpy(), exact.numpy(), atol=2e-3)
+    assert [launch[0].source for launch in driver.launches] == ["hopper.cu"]
+
+
+@pytest.mark.usefixtures("copies_pay")
+def test_a_call_that_copies_for_tensor_maps_copies_each_time(torch, driver):
+    q, k = torch.randn(2, 40, 2, 64).half(), torch.randn(1, 50, 2, 64).half()
+    for _ in range(3):
+        k.copy_(torch.randn(k.shape))
+        exact = expected(q, *[k.expand(2, -1, -1, -1)] * 2)
+        np.testing.assert_allclose(cupyattn.attention(q, k, k).numpy(), exact, atol=2e-3)
+    assert [launch[0].source for launch in driver.launches] == 3 * ["hopper.cu"]
+
+
+@pytest.mark.usefixtures("copies_pay")
+def test_float8_that_no_tensor_map_reads_is_copied_where_that_pays(torch, driver):
+    q, k = (torch.randn(2, n, 2, 64).to(torch.float8_e4m3fn) for n in (70, 90))
+    whole = k[:1].repeat(2, 1, 1, 1)
+    assert torch.equal(cupyattn.attention(q, k[:1], k[:1]), cupyattn.attention(q, whole, whole))
+    assert [launch[0].source for launch in driver.launches] == 2 * ["hopper.cu"]
+
+
+@pytest.mark.usefixtures("copies_pay")
+def test_a_cache_that_no_tensor_map_reads_is_not_copied(torch, driver):
+    arguments = {"q": torch.randn(1, 70, 2, 64).half()}
+    arguments |= {name: torch.randn(1, 90, 2, 68).half()[..., :64] for name in ("k_cache", "v_cache")}
+    exact, *_ = on_the_cpu(arguments)
+    np.testing.assert_allclose(cupyattn.flash_attn_with_kvcache(**arguments).numpy(), exact, atol=4e-3)
+    assert [launch[0].source for launch in driver.launches] == ["flash.cu"]
 
 
 def test_slopes_and_sinks_of_any_dtype(torch, driver):
@@ -545,6 +616,7 @@ def cupy(driver, monkeypatch):
         return found.cuda.UnownedMemory(array.ctypes.data, num_bytes, owner, device_id=0)
 
     monkeypatch.setattr(memory.CuPyMemory, "contiguous", lambda self, array: found.empty(array.shape, array.dtype))
+    monkeypatch.setattr(memory.CuPyMemory, "fresh", lambda self, array, shape: found.empty(shape, array.dtype))
     monkeypatch.setattr(found.cuda, "get_current_stream", lambda: "the graph's")
     monkeypatch.setattr(found.cuda, "MemoryAsync", lambda num_bytes, stream: taken(stream, num_bytes))
     for module in (cuda, appending, scripting):
@@ -562,6 +634,17 @@ def test_what_a_captured_launch_of_cupy_needs_for_itself_is_the_graphs_until_it_
     assert (out.shape, result, launch) == (q.shape, "the pool's", "splitkv.cu")
     assert own == 5 * ["the graph's"]  # two copies, partial_out, partial_lse and told
     assert driver.seen[7:] == ["merge.cu", *5 * ["the graph's again"]]
+
+
+@pytest.mark.usefixtures("copies_pay")
+def test_copies_for_tensor_maps_are_the_graphs_until_it_has_run(cupy, driver, monkeypatch):
+    monkeypatch.setattr(maps, "encode", lambda wanted, address: bytes(maps.SIZE))
+    q, k = cupy.empty((2, 40, 2, 64), "float16"), cupy.empty((1, 50, 2, 64), "float16")
+    driver.seen.clear()
+    with driver.capture():
+        out = cupyattn.attention(q, k, k)
+    assert out.shape == q.shape
+    assert driver.seen == ["the pool's", *2 * ["the graph's"], "hopper.cu", *2 * ["the graph's again"]]
 
 
 def test_what_two_captured_launches_of_cupy_share_is_the_graphs_until_both_have_run(cupy, driver):
@@ -751,20 +834,30 @@ def test_only_what_is_allowed_is_launched(torch, driver):
         assert driver.launches[-1][0].source == f"{kernel}.cu"
 
 
-def test_where_hopper_alone_is_allowed_nothing_reads_arrays_in_its_place(torch, driver):
-    q, k = torch.randn(1, 70, 2, 64).half(), torch.randn(1, 90, 2, 68).half()[..., :64]
-    reason = "no tensor map, the steps of k are not multiples of 16 bytes"
-    with cupyattn.implementations("hopper"):
-        assert f"nothing runs instead: {reason}" in cupyattn.explain(q, k, k).notes
-        with pytest.raises(
-            NotImplementedError, match="attention: no implementation takes arrays that lie like these"
-        ) as caught:
-            cupyattn.attention(q, k, k)
-    assert f"hopper   has {reason}" in str(caught.value)
+def test_where_hopper_alone_is_allowed_nothing_reads_a_cache_in_its_place(torch, driver):
+    arguments = {"q": torch.randn(1, 70, 2, 64).half()}
+    arguments |= {name: torch.randn(1, 90, 2, 68).half()[..., :64] for name in ("k_cache", "v_cache")}
+    with (
+        cupyattn.implementations("hopper"),
+        pytest.raises(NotImplementedError, match="no implementation takes arrays that lie like these") as caught,
+    ):
+        cupyattn.flash_attn_with_kvcache(**arguments)
+    assert "hopper   has no tensor map, the steps of k are not multiples of 16 bytes" in str(caught.value)
     assert "flash    may not be taken: only hopper may" in str(caught.value)
     assert not driver.launches
-    cupyattn.attention(q, k, k)
+    cupyattn.flash_attn_with_kvcache(**arguments)
     assert driver.launches[-1][0].source == "flash.cu"
+
+
+def test_where_hopper_alone_is_allowed_it_has_copies_of_what_it_cannot_read(torch, driver):
+    q, k = torch.randn(1, 70, 2, 64).half(), torch.randn(1, 90, 2, 68).half()[..., :64]
+    reason = "no tensor map, the steps of k are not multiples of 16 bytes"
+    assert f"flash runs instead: {reason}" in cupyattn.explain(q, k, k).notes
+    exact = expected(q, k, k)
+    with cupyattn.implementations("hopper"):
+        assert f"k is copied: {reason}" in cupyattn.explain(q, k, k).notes
+        np.testing.assert_allclose(cupyattn.attention(q, k, k).numpy(), exact, atol=2e-3)
+    assert [launch[0].source for launch in driver.launches] == ["hopper.cu"]
 
 
 def test_pages_that_hopper_alone_may_read_and_can(torch, driver):

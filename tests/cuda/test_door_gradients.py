@@ -5,10 +5,11 @@ import weakref
 
 import numpy as np
 import pytest
+from driven import astray
 from emulated import encode
 
 import cupyattn
-from cupyattn.cuda.launching import gradients, maps
+from cupyattn.cuda.launching import maps
 
 SEED = 11
 
@@ -147,21 +148,6 @@ def test_our_own_gradients(torch, driver):
         for gradient, its in zip(found[:3], expected[:3], strict=True):
             assert_close(gradient, its)
         assert found.dbias is None
-
-
-@pytest.fixture
-def copies_pay(monkeypatch):
-    monkeypatch.setattr(gradients, "MANY", 8)
-    gradients._recipe.cache_clear()
-    yield
-    gradients._recipe.cache_clear()
-
-
-def astray(x):
-    """The same numbers, two bytes behind a multiple of 16."""
-    memory = x.new_empty(x.numel() + 8)
-    start = next(i for i in range(8) if (memory.data_ptr() + 2 * i) % 16 == 2)
-    return memory[start : start + x.numel()].view(x.shape).copy_(x)
 
 
 LIE = {

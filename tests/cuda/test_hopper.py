@@ -22,7 +22,8 @@ from emulated import (
 from emulator import CUDA, ONE_IS_LATE, path_of
 from oracle import assert_same_bits
 
-from cupyattn.cuda.launching.launch import map_objections, recipe_of, record_of
+from cupyattn.cuda.launching.launch import recipe_of, record_of
+from cupyattn.cuda.launching.mapping import map_objections
 from cupyattn.cuda.launching.views import view_of_numpy
 from cupyattn.plan import choose
 from cupyattn.plan.hopper import ALL_KEYS, BOTH_EDGES, HEAD_DIMS, RIGHT_EDGE, Switches, base_tile, hopper_tile
@@ -650,6 +651,6 @@ def test_splitkv_runs_where_no_map_of_float8_can_be_made(rng):
     arrays["k"] = np.pad(arrays["k"], ((0, 0),) * 3 + ((0, 8),))[..., :64]
     problem = problem_of(arrays, options_of())
     views = {name: view_of_numpy(x, x.dtype.name) for name, x in arrays.items()}
-    assert map_objections(problem, views) == ("the steps of k are not multiples of 16 bytes",)
+    assert map_objections(problem, views) == {"k": "the steps of k are not multiples of 16 bytes"}
     recipe = recipe_of(choose(problem, NAMED_DEVICES["H100"]), problem, views)
     assert recipe.specialisation.source == "splitkv.cu"

@@ -14,12 +14,14 @@ from typing import NamedTuple
 import numpy as np
 
 from cupyattn.cuda.launching import maps, params
-from cupyattn.cuda.launching.launch import arrays_of, map_of, tail_of
+from cupyattn.cuda.launching.launch import arrays_of, tail_of
+from cupyattn.cuda.launching.mapping import READ, are_remade, map_of, objections
 from cupyattn.cuda.launching.maps import BoxMap
 from cupyattn.cuda.launching.recipe import FactsOfArrays
 from cupyattn.cuda.launching.views import (
     Fact,
     View,
+    astray,
     contiguous_strides,
     has_to_be_copied,
     operand_strides,
@@ -103,39 +105,20 @@ class BackwardRecipe:
         if not step.maps:
             return params.record(pointers, self.tail + behind)
         encode = encode or maps.encode
-        head = b"".join(encode(x, pointers[n] or pointers["q"]) for n, x in zip(_MAPPED, step.maps, strict=True))
+        head = b"".join(encode(x, pointers[n] or pointers["q"]) for n, x in zip(READ, step.maps, strict=True))
         fill = bytes(-(params.SIZE + len(behind)) % maps.ALIGNMENT)
         return params.record(pointers, self.tail + behind + fill, head)
 
 
 def backward_recipe(
-    plan: Plan, problem: Problem, operands: Mapping[str, View], copied: tuple[str, ...] = ()
+    plan: Plan, problem: Problem, operands: Mapping[str, View], remade: tuple[str, ...] = ()
 ) -> BackwardRecipe:
     """Of operands, among them ``dout``, the forward's ``out`` and ``lse``, and perhaps ``dlse``.
 
-    Some may have been `copied` as another recipe asked; none is asked for twice.
+    Some may have been `remade` as another recipe asked; none is asked for twice.
     """
     facts = tuple([(name, view[1:]) for name, view in operands.items()])
-    astray = tuple(name for name in _MAPPED if operands[name].pointer % 16)
-    return _recipe(plan, problem, facts, astray, copied)
-
-
-MANY = 512
-"""Queries and keys from which arrays are copied for tensor maps to read them: that grows as they do, and what is gained
-as their product."""
-
-
-def to_be_mapped(problem: Problem, operands: Mapping[str, View]) -> dict[str, str]:
-    """Why arrays are copied for tensor maps to read them, by name."""
-    if not _has_many(problem):
-        return {}
-    facts = tuple([(name, view[1:]) for name, view in operands.items()])
-    astray = tuple(name for name, view in operands.items() if view.pointer % 16)
-    return _unmapped(problem, arrays_of(problem, facts, not astray), astray)
-
-
-def _has_many(problem: Problem) -> bool:
-    return min(problem.sizes.seqlen_q, problem.sizes.seqlen_k) >= MANY
+    return _recipe(plan, problem, facts, astray(operands), remade)
 
 
 def to_be_copied(name: str, view: View | Fact, problem: Problem) -> bool:
@@ -151,16 +134,17 @@ def to_be_copied(name: str, view: View | Fact, problem: Problem) -> bool:
 
 @lru_cache(maxsize=4096)
 def _recipe(
-    plan: Plan, problem: Problem, facts: tuple[Fact, ...], astray: tuple[str, ...], copied: tuple[str, ...]
+    plan: Plan, problem: Problem, facts: tuple[Fact, ...], are_astray: tuple[str, ...], remade: tuple[str, ...]
 ) -> BackwardRecipe:
     copies = tuple(fact[0] for fact in facts if to_be_copied(fact[0], fact, problem))
     if copies:
         return BackwardRecipe((), b"", _NOTHING, {}, 0, copies=copies)
-    arrays = arrays_of(problem, facts, not astray)
+    arrays = arrays_of(problem, facts, not are_astray)
     rows_are_aligned = arrays.rows_are_aligned and steps_are_aligned(arrays.strides["dout"], problem.dtype)
-    if plan.kernel == "hopper_backward" and (unmapped := _unmapped(problem, arrays, astray)):
-        if _has_many(problem) and not set(unmapped) & set(copied):
-            return BackwardRecipe((), b"", _NOTHING, {}, 0, remade=tuple(unmapped))
+    on_hopper = plan.kernel == "hopper_backward"
+    if on_hopper and (against := objections(problem, arrays.shapes, arrays.strides, are_astray)):
+        if are_remade(plan, problem) and not set(against) & set(remade):
+            return BackwardRecipe((), b"", _NOTHING, {}, 0, remade=tuple(against))
         assert plan.instead is not None
         plan = plan.instead
     assert isinstance(plan.tile, BackwardTiles)
@@ -215,9 +199,6 @@ def blocks_again(num_flags: int) -> int:
     return max(min(num_flags, LOOKING), -(-num_flags // FLAGS_OF_A_BLOCK))
 
 
-_MAPPED = ("q", "k", "v", "dout")
-
-
 def _maps(problem: Problem, arrays: FactsOfArrays, tile: BackwardTile, wanted: int) -> tuple[BoxMap, ...]:
     wide, wide_v = padded_dims(problem.sizes, problem.dtype)
     keys, rows = (tile.stays, tile.moves) if wanted & (OF_KEYS | OF_VALUES) else (tile.moves, tile.stays)
@@ -228,19 +209,6 @@ def _maps(problem: Problem, arrays: FactsOfArrays, tile: BackwardTile, wanted: i
         map_of("v", problem, shapes, strides["v"], wide_v, keys),
         map_of("out", problem, shapes, strides["dout"], wide_v, rows),
     )
-
-
-def _unmapped(problem: Problem, arrays: FactsOfArrays, astray: tuple[str, ...]) -> dict[str, str]:
-    """Which arrays no tensor map reads as they lie, and why."""
-    wide, wide_v = padded_dims(problem.sizes, problem.dtype)
-    reasons = {}
-    for name in _MAPPED:
-        if name not in arrays.strides:  # dout, while nobody has it
-            continue
-        word, columns = "out" if name == "dout" else name, wide if name in ("q", "k") else wide_v
-        wanted = map_of(word, problem, arrays.shapes, arrays.strides[name], columns, 1)
-        reasons[name] = maps.objection(name, wanted, name not in astray)
-    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def _rows(problem: Problem) -> Step:

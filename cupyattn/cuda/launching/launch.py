@@ -15,6 +15,7 @@ from itertools import chain
 import numpy as np
 
 from cupyattn.cuda.launching import maps, params
+from cupyattn.cuda.launching.mapping import are_remade, map_of, objections
 from cupyattn.cuda.launching.maps import BoxMap
 from cupyattn.cuda.launching.recipe import FactsOfArrays, Recipe, Workspace
 from cupyattn.cuda.launching.views import (
@@ -22,7 +23,7 @@ from cupyattn.cuda.launching.views import (
     Fact,
     Strides,
     View,
-    are_aligned,
+    astray,
     broadcast_strides,
     contiguous_strides,
     has_to_be_copied,
@@ -96,22 +97,29 @@ def place_of_addresses(recipe: Recipe) -> tuple[int, int]:
     return start, start + 8 * len(params.POINTERS)
 
 
-def recipe_of(plan: Plan, problem: Problem, operands: Mapping[str, View]) -> Recipe:
-    """The recipe, remembered by problem, strides and alignment; results are contiguous."""
+def recipe_of(plan: Plan, problem: Problem, operands: Mapping[str, View], remade: tuple[str, ...] = ()) -> Recipe:
+    """The recipe, remembered by problem, strides and alignment; results are contiguous.
+
+    Some operands may have been `remade` as another recipe asked; none is asked for twice.
+    """
     facts = tuple([(name, view[1:]) for name, view in operands.items()])
-    return _recipe(plan, problem, facts, are_aligned(operands))
+    return _recipe(plan, problem, facts, astray(operands, ("q", "k", "v")), remade)
 
 
 @lru_cache(maxsize=4096)
-def _recipe(plan: Plan, problem: Problem, facts: tuple[Fact, ...], aligned: bool) -> Recipe:
+def _recipe(
+    plan: Plan, problem: Problem, facts: tuple[Fact, ...], are_astray: tuple[str, ...], remade: tuple[str, ...]
+) -> Recipe:
     batch_shape = problem.sizes.batch_shape
     copies = tuple(
         name for name, (shape, steps, dtype) in facts if has_to_be_copied(name, shape, steps, dtype, batch_shape)
     )
     if copies:
-        return Recipe(Specialisation("", "", 0, 0), (0, 0, 0), b"", Workspace(), copies)
-    arrays = arrays_of(problem, facts, aligned)
-    if plan.kernel == "hopper" and objections_to_maps(problem, arrays.shapes, arrays.strides, aligned):
+        return Recipe(_NOTHING, (0, 0, 0), b"", Workspace(), copies)
+    arrays = arrays_of(problem, facts, not are_astray)
+    if plan.kernel == "hopper" and (against := objections(problem, arrays.shapes, arrays.strides, are_astray)):
+        if are_remade(plan, problem) and not set(against) & set(remade):
+            return Recipe(_NOTHING, (0, 0, 0), b"", Workspace(), remade=tuple(against))
         assert plan.instead is not None
         plan = plan.instead
     tail = tail_of(plan, problem, arrays).pack()
@@ -306,6 +314,8 @@ def _distances(problem: Problem) -> tuple[int, int]:
     return apart.step, apart.first - apart.step * problem.offset
 
 
+_NOTHING = Specialisation("", "", 0, 0)
+"""What is launched before there are copies."""
 _DESCALES = struct.Struct("<3Q")
 _DESCALED = struct.Struct("<6i")
 """What ``DescaledParams`` has behind the record: addresses and numbers."""
@@ -313,25 +323,6 @@ _HOPPER = struct.Struct("<8i" + 4 * "iIi")
 """And ``HopperParams`` behind those."""
 _MERGE = struct.Struct("<6if2i4x")
 """Or ``MergeParams``."""
-
-
-def map_of(
-    name: str, problem: Problem, shapes: Mapping[str, Shape], strides: Strides, columns: int, rows: int, group: int = 1
-) -> BoxMap:
-    """The tensor map of q, k, v or out."""
-    sizes, layout = problem.sizes, problem.layout
-    heads = {"k": sizes.num_heads_k, "v": sizes.num_heads_v}.get(name, sizes.num_heads)
-    head_dim = sizes.head_dim if name in ("q", "k") else sizes.head_dim_v
-    in_places = (layout.cached or layout.page_size is not None) and name in ("k", "v")
-    if in_places:
-        lead = shapes[name][:2]
-    elif layout.ragged:
-        lead = 1, shapes["q" if name == "out" else name][0]
-    else:
-        lead = sizes.batch, sizes.seqlen_q if name in ("q", "out") else sizes.seqlen_k
-    dtype = problem.out_dtype if name == "out" else problem.dtype
-    steps = operand_strides(name, problem, strides, in_places)
-    return maps.box_map(dtype, columns, rows, (lead[0], lead[1], heads, head_dim), steps, group)
 
 
 def _maps(
@@ -350,33 +341,6 @@ def _maps(
         return found
     parts = ITEMSIZE[problem.out_dtype] // ITEMSIZE[problem.dtype]  # ``kOutParts``
     return (*found, map_of("out", problem, shapes, strides["out"], wide_v // parts, 16 // group, group))
-
-
-def objections_to_maps(
-    problem: Problem, shapes: Mapping[str, Shape], strides: Mapping[str, Strides], aligned: bool
-) -> tuple[str, ...]:
-    """Why TMA cannot read these arrays, if so."""
-    wide, wide_v = padded_dims(problem.sizes, problem.dtype)
-    found = (
-        maps.objection(name, map_of(name, problem, shapes, strides[name], wide_v if name == "v" else wide, 1), aligned)
-        for name in ("q", "k", "v")
-    )
-    # Behind padding a box would begin anywhere in a page, and end in the next one.
-    padded = problem.layout.page_size is not None and "cache_leftpad" in shapes
-    return (
-        *(reason for reason in found if reason),
-        *(("there is padding on the left of keys in pages",) if padded else ()),
-    )
-
-
-def map_objections(problem: Problem, operands: Mapping[str, View]) -> tuple[str, ...]:
-    """The same, from the operands' views."""
-    three = {name: operands[name] for name in ("q", "k", "v")}
-    if any(has_to_be_copied(name, *view[1:], problem.sizes.batch_shape) for name, view in three.items()):
-        return ()  # copies are as they should be
-    strides = {name: broadcast_strides(view.shape, view.strides) for name, view in three.items()}
-    shapes = {name: view.shape for name, view in operands.items()}
-    return objections_to_maps(problem, shapes, strides, are_aligned(operands))
 
 
 def _longest_keys(problem: Problem, shapes: Mapping[str, Shape]) -> int:

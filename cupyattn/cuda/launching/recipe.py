@@ -35,6 +35,8 @@ class Recipe:
     workspace: Workspace
     copies: tuple[str, ...] = ()
     """Operands that no kernel can read as they are; if there are any, the rest is empty."""
+    remade: tuple[str, ...] = ()
+    """Operands that are worth a copy, in memory of its own and as large as all repetitions; likewise."""
     maps: tuple[BoxMap, ...] = ()
     """Of q, k, v and out, in front of the record, if the kernel goes by tensor maps."""
     behind: bytes = b""

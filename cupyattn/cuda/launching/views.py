@@ -6,7 +6,7 @@ Nothing here touches a GPU, and the tests make views of NumPy's arrays for the e
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from cupyattn.cuda.launching import params
@@ -35,9 +35,9 @@ def view_of_numpy(array: Any, dtype: str) -> View:
     return View(array.ctypes.data, array.shape, strides, dtype)
 
 
-def are_aligned(operands: Mapping[str, View]) -> bool:
-    """q, k and v start at multiples of 16 bytes."""
-    return (operands["q"].pointer | operands["k"].pointer | operands["v"].pointer) % 16 == 0
+def astray(operands: Mapping[str, View], names: Iterable[str] = ("q", "k", "v", "dout")) -> tuple[str, ...]:
+    """Those of them that do not start at multiples of 16 bytes."""
+    return tuple([name for name in names if name in operands and operands[name][0] % 16])
 
 
 def is_aligned(view: View) -> bool:
@@ -59,8 +59,12 @@ def contiguous_strides(shape: Shape) -> Strides:
 
 def lies_like_new(view: View) -> bool:
     """A kernel can write a result there as to a fresh array: numbers end to end, from a multiple of 16 bytes on."""
+    return view.pointer % 16 == 0 and _is_contiguous(view)
+
+
+def _is_contiguous(view: View) -> bool:
     steps = zip(view.shape, view.strides, contiguous_strides(view.shape), strict=True)
-    return view.pointer % 16 == 0 and all(size < 2 or found == step for size, found, step in steps)
+    return all(size < 2 or found == step for size, found, step in steps)
 
 
 def has_one_batch_axis(shape: Shape, batch_shape: Shape) -> bool:
@@ -88,6 +92,21 @@ def why_copied(name: str, view: View, batch_shape: Shape) -> str:
     if name in ("alibi_slopes", "sinks") and view.dtype != "float32":
         return "kernels read it in float32"
     return "its last axis is not contiguous"
+
+
+def once_copied(name: str, view: View, batch_shape: Shape) -> View:
+    """Where one of q, k, v and dout lies, once it is copied if it has to be: see `memory.copied`."""
+    if not has_to_be_copied("q" if name == "dout" else name, *view[1:], batch_shape):
+        return view
+    lead, inner = view.shape[:-3], view.shape[-3:]
+    if not has_one_batch_axis(view.shape, batch_shape):
+        if math.prod(lead) > 1:
+            shape = (math.prod(batch_shape), *inner)
+            return View(0, shape, contiguous_strides(shape), view.dtype)
+        lead = (1,)
+    shape = (*lead, *inner)
+    # Axes of one are dropped where the array lies, if that is all there is to be done.
+    return View(view.pointer if _is_contiguous(view) else 0, shape, contiguous_strides(shape), view.dtype)
 
 
 def broadcast_strides(shape: Shape, strides: Strides) -> Strides:
