@@ -566,10 +566,7 @@ SEQUENCES = [
     bad("used_negative", VARLEN, ValueError, "seqused_q", "[0, -1]", seqused_q=ints(0, -1)),
     bad("used_and_dropout", VARLEN, ValueError, "seqused_k", "dropout_p", seqused_k=ints(1, 1), dropout_p=0.5),
     bad("used_and_starts_of_pages", PAGED, ValueError, "cu_seqlens_k", "seqused_k", seqused_k=ints(1, 1)),
-    bad(
-        "used_without_starts", VARLEN, TypeError, "cu_seqlens_k", "block_table",
-        seqused_k=ints(1, 1), cu_seqlens_k=None,
-    ),  # fmt: skip
+    bad("used_no_starts", VARLEN, TypeError, "cu_seqlens_k", "block_table", seqused_k=ints(1, 1), cu_seqlens_k=None),
     bad("starts_of_pages_none", PAGED, TypeError, "cu_seqlens_k", "NoneType", cu_seqlens_k=None),
     bad("used_of_pages_of_three", USED, ValueError, "seqused_k", "(3,)", "(3,)", seqused_k=ints(1, 1, 1)),
     bad("used_of_pages_of_two_axes", USED, ValueError, "seqused_k", "(1, 2)", seqused_k=ints([1, 1])),
