@@ -68,7 +68,7 @@ struct MergedRow {
     // Before anything is read of a split.
     DEVICE_METHOD void find_splits() {
         if (!params.at.schedule || params.split_size != kByShares) {
-            splits = told(0) >> 1;
+            splits = smaller(told(0) >> 1, params.num_splits);  // under a schedule of other sizes nobody may have told
             return;
         }
         const Schedule schedule(params);

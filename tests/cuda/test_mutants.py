@@ -302,7 +302,7 @@ MUTANTS = [
     Mutant("splits not told of", "splitkv.cu", "place, 2 * Walk::splits()", "place, 2", "split"),
     Mutant("partial rows one after the other", "merge.cuh", "its_row = place * Traits::kBlockQ + row",
            "its_row = place + row", "split"),
-    Mutant("a merge of one split less", "merge.cu", "splits = told(0) >> 1;", "splits = (told(0) >> 1) - 1;", "split"),
+    Mutant("a merge of one split less", "merge.cu", "smaller(told(0) >> 1,", "smaller((told(0) >> 1) - 1,", "split"),
     Mutant("the first place of a thread block for all it leaves", "merge.cu", "2 * (owner + split) + (split == 0)",
            "2 * (owner + split)", "split, scheduled"),
     Mutant("a piece's splits are the first one's", "merge.cu", "head / params.heads_per_unit * tiles + ", "",

@@ -314,6 +314,20 @@ def test_a_schedule_of_other_lengths_gives_the_same_results(rng, later):
     np.testing.assert_allclose(found.out.astype("f4"), fresh.astype("f4"), atol=2e-3)
 
 
+def test_words_that_are_no_schedule_lead_nobody_out_of_memory(rng):
+    """Of a buffer that was kept for calls of other sizes, or never written: the emulator knows all memory there is."""
+    arrays = ragged_operands(rng, "float16", (1, 1, 1), (3000, 5, 900), (2, 1, 1))
+    nobody, far = [1, *[2**40] * 5], [2**40, *[-(2**63)] * 5]
+    by_shares, even = {}, {"num_splits": 2}
+    for asked, words in ((even, nobody), (by_shares, far), (even, far), (by_shares, [-5, 7, 3, 2**62, -1, 2**62])):
+        launched = Call(arrays, ragged_options(arrays), "splitkv", device=SMALL_GPU, tile=SMALL, **asked)
+        launched.launches = [each for each in launched.launches if each[3].source != "schedule.cu"]
+        assert len(launched.launches) == 2
+        launched.scratch["schedule"][: 2 * len(words)].view(np.int64)[...] = words
+        launched.scratch["schedule"][2 * len(words) :] = 0
+        launched.run(1)
+
+
 def test_rows_of_no_sequence_are_wiped_where_none_is_expected(rng):
     arrays = ragged_operands(rng, "float16", (0, 0), (5, 3), behind=(40, 0))
     check(arrays, ragged_options(arrays), "splitkv", tile=SMALL)

@@ -41,8 +41,14 @@ struct Schedule {
     DEVICE_METHOD int64* starts() const { return wide() + 1; }
     DEVICE_METHOD int* first() const { return words + 2 * (sequences + 2); }
 
-    DEVICE_METHOD int64 share() const { return larger(ptx::load_global(wide()), int64(1)); }
-    DEVICE_METHOD int64 start_of(int sequence) const { return ptx::load_global(starts() + sequence); }
+    // Within what sums and products of them have room for, as all that was made for any call is.
+    DEVICE_METHOD int64 share() const { return bounded(ptx::load_global(wide()), 1, int64(1) << 40); }
+    DEVICE_METHOD int64 start_of(int sequence) const {
+        return bounded(ptx::load_global(starts() + sequence), 0, int64(1) << 60);
+    }
+    DEVICE_METHOD static int64 bounded(int64 number, int64 least, int64 most) {
+        return smaller(larger(number, least), most);
+    }
     DEVICE_METHOD int first_of(int block) const {
         return smaller(larger(ptx::load_global(first() + block), 0), sequences);
     }
