@@ -172,8 +172,8 @@ def flash_attn_with_kvcache(
         of `q`, also with `cache_batch_idx`.  Default 1.
     scheduler_metadata : array of int32, optional
         Of `get_scheduler_metadata`, for calls with these lengths: on a GPU it is not made again.  With metadata of
-        other lengths results are right all the same, and thread blocks have unequal shares.  Metadata for other sizes is
-        refused if it has another length; if not, results are wrong, and nothing outside of the arrays is touched.
+        other lengths results are right all the same, and thread blocks have unequal shares.  That for other sizes
+        is refused if it has another length; if not, results are wrong, and nothing outside of the arrays is touched.
     pack_gqa, sm_margin, attention_chunk, qv
         As for `flash_attn_func`.
     check_indices : bool
